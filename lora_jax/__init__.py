@@ -1,0 +1,30 @@
+"""A laboratory for low-rank adaptation in JAX: adapters on any parameter of any JAX model.
+
+The names here are the public contract; `lora_jax/README.md` is the architecture on one page.
+"""
+
+from lora_jax.core.apply import lora_apply as lora_apply
+from lora_jax.core.axes import KernelAxes as KernelAxes
+from lora_jax.core.axes import kernel_axes as kernel_axes
+from lora_jax.core.errors import RequestError as RequestError
+from lora_jax.core.lift import MaterialisedWarning as MaterialisedWarning
+from lora_jax.core.lift import lift as lift
+from lora_jax.core.lift import watch_materialised as watch_materialised
+from lora_jax.methods import BitFit as BitFit
+from lora_jax.methods import FullFineTuning as FullFineTuning
+from lora_jax.methods import HeadOnly as HeadOnly
+from lora_jax.methods import LoRA as LoRA
+from lora_jax.methods import Method as Method
+from lora_jax.methods import Rule as Rule
+from lora_jax.methods.masked import masked_optimizer as masked_optimizer
+
+__version__ = "0.1.0"
+
+
+def __getattr__(name: str):
+    # Loading models needs Flax and tokenizers; the core must import without waiting for them.
+    if name == "load_model":
+        from lora_jax.models.load import load_model
+
+        return load_model
+    raise AttributeError(f"module 'lora_jax' has no attribute {name!r}")

@@ -1,0 +1,189 @@
+"""Rules for primitives that hold a jaxpr: each is bound again around the same interpreter.
+
+Adapted values cross the boundary as the pytrees they are, so JAX's own transformations carry their
+leaves. A loop's carry must keep its type, so an adapted value there is materialised first.
+"""
+
+from __future__ import annotations
+
+import jax
+from jax import lax
+
+from lora_jax.core import jaxprs
+from lora_jax.core.lift import rule_for
+from lora_jax.core.weights import is_adapted, materialise
+
+# Inner jits of a few equations (jnp.take, jax.nn.silu) are cheaper to inline than to trace again.
+INLINE_EQUATIONS = 24
+
+
+def _body(interpreter, eqn, jaxpr, *, plain_outputs: bool):
+    """The sub-jaxpr as a function of plain and adapted values."""
+    jaxpr, consts = jaxprs.opened(jaxpr)
+
+    def body(*values):
+        outs = interpreter.evaluate(jaxpr, consts, values)
+        return interpreter.plain(outs, eqn, "leaves the body") if plain_outputs else outs
+
+    return body
+
+
+@rule_for(*jaxprs.JIT)
+def _jit(interpreter, eqn, values):
+    params = eqn.params
+    body = _body(interpreter, eqn, params["jaxpr"], plain_outputs=False)
+    shardings = [*params["in_shardings"], *params["out_shardings"]]
+    placed = any(isinstance(sharding, jax.sharding.Sharding) for sharding in shardings)
+    if not placed and len(jaxprs.opened(params["jaxpr"])[0].eqns) <= INLINE_EQUATIONS:
+        return body(*values)
+    if placed:
+        body = _placed(body, params["in_shardings"], params["out_shardings"])
+    body.__name__ = body.__qualname__ = params["name"]
+    options = dict(params.get("compiler_options_kvs") or ()) or None
+    return list(jax.jit(body, compiler_options=options)(*values))
+
+
+def _placed(body, in_shardings, out_shardings):
+    """An inner jit's shardings, as constraints on its plain operands, kernels and results."""
+
+    def place(value, sharding):
+        if not isinstance(sharding, jax.sharding.Sharding):
+            return value
+        if is_adapted(value):
+            return value.with_kernel(lax.with_sharding_constraint(value.kernel, sharding))
+        return lax.with_sharding_constraint(value, sharding)
+
+    def placed(*values):
+        values = [place(v, s) for v, s in zip(values, in_shardings, strict=True)]
+        return [place(v, s) for v, s in zip(body(*values), out_shardings, strict=True)]
+
+    return placed
+
+
+@rule_for("closed_call", "core_call", "eval_jaxpr")
+def _call(interpreter, eqn, values):
+    jaxpr = eqn.params.get("call_jaxpr", eqn.params.get("jaxpr"))
+    return None if jaxpr is None else _body(interpreter, eqn, jaxpr, plain_outputs=False)(*values)
+
+
+@rule_for(*jaxprs.REMAT)
+def _remat(interpreter, eqn, values):
+    body = _body(interpreter, eqn, eqn.params["jaxpr"], plain_outputs=False)
+    again = jax.checkpoint(body, prevent_cse=eqn.params["prevent_cse"], policy=eqn.params["policy"])
+    return list(again(*values))
+
+
+@rule_for("scan")
+def _scan(interpreter, eqn, values):
+    num_consts, num_carry = jaxprs.scan_counts(eqn)
+    consts, rest = values[:num_consts], values[num_consts:]
+    carry = interpreter.plain(rest[:num_carry], eqn, "a loop's carry must stay one array")
+    stacked = [
+        x
+        if not is_adapted(x) or x.scan_axis_is_stack()
+        else interpreter.plain([x], eqn, "scanned along an axis that is not a stack axis")[0]
+        for x in rest[num_carry:]
+    ]
+    body = _body(interpreter, eqn, eqn.params["jaxpr"], plain_outputs=True)
+
+    def step(carry, xs):
+        outs = body(*consts, *carry, *xs)
+        return outs[:num_carry], outs[num_carry:]
+
+    carry, ys = lax.scan(step, carry, stacked, **jaxprs.scan_options(eqn))
+    return [*carry, *ys]
+
+
+@rule_for("while")
+def _while(interpreter, eqn, values):
+    params = eqn.params
+    num_cond, num_body = params["cond_nconsts"], params["body_nconsts"]
+    cond_consts, body_consts = values[:num_cond], values[num_cond : num_cond + num_body]
+    carry = values[num_cond + num_body :]
+    carry = interpreter.plain(carry, eqn, "a loop's carry must stay one array")
+    cond = _body(interpreter, eqn, params["cond_jaxpr"], plain_outputs=True)
+    body = _body(interpreter, eqn, params["body_jaxpr"], plain_outputs=True)
+    return list(
+        lax.while_loop(
+            lambda carry: cond(*cond_consts, *carry)[0],
+            lambda carry: body(*body_consts, *carry),
+            carry,
+        )
+    )
+
+
+@rule_for("cond")
+def _cond(interpreter, eqn, values):
+    index, *operands = values
+    branches = [
+        _body(interpreter, eqn, branch, plain_outputs=True) for branch in eqn.params["branches"]
+    ]
+    return list(lax.switch(index, branches, *operands))
+
+
+@rule_for("custom_jvp_call")
+def _custom_jvp(interpreter, eqn, values):
+    """The user's rule is kept. Its tangent for a kernel is the dense tangent of W + ΔW, since that
+    is what the rule was written for; the primal outputs stay low-rank in both directions."""
+    body = _body(interpreter, eqn, eqn.params["call_jaxpr"], plain_outputs=True)
+    rule = jaxprs.custom_jvp_rule(eqn)
+
+    @jax.custom_jvp
+    def primal(*values):
+        return body(*values)
+
+    @primal.defjvp
+    def _(values, tangents):
+        dense = [
+            jax.jvp(materialise, (value,), (tangent,))[1] if is_adapted(value) else tangent
+            for value, tangent in zip(values, tangents, strict=True)
+        ]
+        shapes = [value.kernel if is_adapted(value) else value for value in values]
+        jaxpr, consts, _ = jaxprs.trace(lambda *flat: list(rule(*flat)), *shapes, *dense)
+        outs = interpreter.evaluate(jaxpr, consts, [*values, *dense])
+        outs = interpreter.plain(outs, eqn, "leaves the body")
+        return outs[: len(outs) // 2], outs[len(outs) // 2 :]
+
+    return primal(*values)
+
+
+@rule_for("custom_vjp_call", "custom_vjp_call_jaxpr")
+def _custom_vjp(interpreter, eqn, values):
+    """The user's rules are kept, both evaluated by this interpreter. What the backward rule gives
+    for a kernel is dense, as the user wrote it, and is then projected onto the factors."""
+    if "call_jaxpr" not in eqn.params:
+        return None
+    body = _body(interpreter, eqn, eqn.params["call_jaxpr"], plain_outputs=True)
+    forward_rule, backward_rule = jaxprs.custom_vjp_rules(eqn)
+
+    @jax.custom_vjp
+    def primal(*values):
+        return body(*values)
+
+    def forward(*values):
+        shapes = [value.kernel if is_adapted(value) else value for value in values]
+        jaxpr, consts, tree = jaxprs.trace(lambda *flat: forward_rule(*flat), *shapes)
+        residuals, outs = jax.tree_util.tree_unflatten(
+            tree, interpreter.evaluate(jaxpr, consts, values)
+        )
+        return interpreter.plain(outs, eqn, "leaves the body"), (residuals, values)
+
+    def backward(saved, cotangents):
+        residuals, values = saved
+        shapes = [value.kernel if is_adapted(value) else value for value in residuals]
+        jaxpr, consts, _ = jaxprs.trace(
+            lambda *flat: [_dense(ct) for ct in backward_rule(*flat)], *shapes, *cotangents
+        )
+        dense = interpreter.evaluate(jaxpr, consts, [*residuals, *cotangents])
+        dense = interpreter.plain(dense, eqn, "leaves the body")
+        return tuple(
+            jax.vjp(materialise, value)[1](cotangent)[0] if is_adapted(value) else cotangent
+            for value, cotangent in zip(values, dense, strict=True)
+        )
+
+    primal.defvjp(forward, backward)
+    return primal(*values)
+
+
+def _dense(cotangent):
+    return jax.interpreters.ad.instantiate_zeros(cotangent)

@@ -1,0 +1,103 @@
+"""All that differs between JAX versions, and nothing else: reading jaxprs and binding equations.
+
+Supported: JAX 0.10 to 0.12. What moved in between: scan's `num_consts` and `num_carry` became the
+groups of `ft_in` (0.11), and `ClosedJaxpr` merged into `Jaxpr` (0.12).
+"""
+
+from __future__ import annotations
+
+import contextlib
+from typing import Any
+
+import jax
+from jax._src import source_info_util
+from jax.extend.core import Literal
+
+JIT = frozenset({"jit", "pjit"})
+REMAT = frozenset({"remat2", "remat", "checkpoint"})
+
+
+def trace(fun, *args):
+    """Traces `fun` over the shapes of `args`: `(jaxpr, consts, out_tree)`; computes nothing."""
+    closed, out_shape = jax.make_jaxpr(fun, return_shape=True)(*args)
+    return closed.jaxpr, closed.consts, jax.tree_util.tree_structure(out_shape)
+
+
+def opened(jaxpr):
+    """`(jaxpr, consts)` of an equation's sub-jaxpr, closed or not."""
+    return getattr(jaxpr, "jaxpr", jaxpr), getattr(jaxpr, "consts", ())
+
+
+def scan_counts(eqn) -> tuple[int, int]:
+    """How many of a scan equation's operands are constants, and how many the carry."""
+    if "num_consts" in eqn.params:
+        return eqn.params["num_consts"], eqn.params["num_carry"]
+    consts, carry, _ = eqn.params["ft_in"].unpack()
+    return len(consts), len(carry)
+
+
+def scan_options(eqn) -> dict[str, Any]:
+    names = ("length", "reverse", "unroll", "_split_transpose")
+    return {name: eqn.params[name] for name in names if name in eqn.params}
+
+
+def sub_jaxprs(eqn) -> list[Any]:
+    """Every jaxpr among an equation's parameters, closed or not."""
+    found = []
+    for value in eqn.params.values():
+        for item in value if isinstance(value, tuple | list) else (value,):
+            if hasattr(item, "eqns") or hasattr(getattr(item, "jaxpr", None), "eqns"):
+                found.append(item)
+    return found
+
+
+def is_literal(atom) -> bool:
+    return isinstance(atom, Literal)
+
+
+@contextlib.contextmanager
+def equation_context(eqn):
+    """Name stack, source line and settings of the traced equation, for what is bound inside."""
+    stack = source_info_util.current_name_stack() + eqn.source_info.name_stack
+    with (
+        source_info_util.user_context(eqn.source_info.traceback, name_stack=stack),
+        eqn.ctx.manager,
+    ):
+        yield
+
+
+def bind(eqn, values) -> list[Any]:
+    """The equation unchanged, on plain arrays; always a list of results."""
+    out = eqn.primitive.bind(*values, **eqn.primitive.get_bind_params(eqn.params))
+    return list(out) if eqn.primitive.multiple_results else [out]
+
+
+def source_line(eqn) -> str:
+    """The user's file, line and function that made the equation."""
+    return source_info_util.summarize(eqn.source_info)
+
+
+def custom_jvp_rule(eqn):
+    """The flat rule `(*primals, *tangents) -> (*primals_out, *tangents_out)` of a custom_jvp."""
+    _, rule = eqn.primitive.get_bind_params(eqn.params)["subfuns"]
+    return rule.call_wrapped
+
+
+def custom_vjp_rules(eqn):
+    """The flat rules of a custom_vjp: `forward(*args) -> (residuals, outs)`, `backward`.
+
+    `backward(*residuals, *cotangents)` returns one cotangent per argument.
+    """
+    _, forward, backward = eqn.primitive.get_bind_params(eqn.params)["subfuns"]
+
+    def flat_forward(*args):
+        # Each argument comes with a flag: is it differentiated? All are, here.
+        out = forward.call_wrapped(*(item for arg in args for item in (arg, True)))
+        _, residual_tree, forwarded = eqn.params["out_trees"]()
+        # A residual that is an argument unchanged is not returned, but named by its position.
+        num_returned = residual_tree.num_leaves - sum(f is not None for f in forwarded)
+        returned = iter(out[:num_returned])
+        residuals = [next(returned) if f is None else args[f] for f in forwarded]
+        return residuals, list(out[num_returned:])
+
+    return flat_forward, backward.call_wrapped

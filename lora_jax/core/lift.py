@@ -1,0 +1,196 @@
+"""`lift`: lets any JAX function meet adapted values. The interpreter of the project.
+
+`lift(apply)` traces `apply` once to a jaxpr, with each adapted value seen as the plain array it
+stands for, then evaluates the jaxpr equation by equation. An equation that touches no adapted value
+is bound unchanged; one that does is looked up in the table of rules (`core/primitives.py`,
+`core/control.py`); what has no rule is materialised: right, counted, and said once.
+"""
+
+from __future__ import annotations
+
+import collections
+import contextlib
+import dataclasses
+import functools
+import threading
+import warnings
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import jax
+
+from lora_jax.core import jaxprs
+from lora_jax.core.errors import RequestError
+from lora_jax.core.weights import is_adapted, materialise
+
+
+class MaterialisedWarning(UserWarning):
+    """An adapted parameter met a primitive without a low-rank rule: W + ΔW was formed there."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Materialised:
+    """One place where W + ΔW was formed: the parameter, the primitive, the user's source line."""
+
+    path: str
+    primitive: str
+    source: str
+    reason: str = ""
+
+    def __str__(self) -> str:
+        why = f" ({self.reason})" if self.reason else ""
+        return (
+            f"{self.path!r} is materialised (W + ΔW is formed) for `{self.primitive}` "
+            f"at {self.source}{why}"
+        )
+
+
+_watching = threading.local()
+
+
+@contextlib.contextmanager
+def watch_materialised() -> Iterator[list[Materialised]]:
+    """Collects, in order, every materialisation made while tracing inside the block.
+
+    Nothing is collected from a jit cache hit: the trace happened before.
+    """
+    outer = getattr(_watching, "events", None)
+    _watching.events = events = []
+    try:
+        yield events
+    finally:
+        _watching.events = outer
+        if outer is not None:
+            outer.extend(events)
+
+
+class Interpreter:
+    """What one evaluation carries along: strictness, and how often each weight was used."""
+
+    def __init__(self, *, strict: bool):
+        self.strict = strict
+        self._uses: collections.Counter[str] = collections.Counter()
+
+    def count_use(self, path: str) -> int:
+        """How often the weight was used before: so that dropout differs from use to use."""
+        self._uses[path] += 1
+        return self._uses[path] - 1
+
+    def materialise(self, value, primitive: str, source: str, reason: str = "") -> jax.Array:
+        """The plain array of an adapted value, recorded; plain values pass."""
+        if not is_adapted(value):
+            return value
+        event = Materialised(value.path, primitive, source, reason)
+        if self.strict:
+            raise RequestError(
+                f"{event}; there is no low-rank rule for it: lift without strict=True to accept "
+                "that, or leave this parameter out of the rules"
+            )
+        if getattr(_watching, "events", None) is not None:
+            _watching.events.append(event)
+        warnings.warn(str(event), MaterialisedWarning, stacklevel=2)
+        return materialise(value)
+
+    def plain(self, values, eqn, reason: str = "") -> list[Any]:
+        name, source = eqn.primitive.name, jaxprs.source_line(eqn)
+        return [self.materialise(value, name, source, reason) for value in values]
+
+    def evaluate(self, jaxpr, consts, args) -> list[Any]:
+        """The outputs of a jaxpr on plain and adapted values; outputs may be adapted."""
+        env: dict[Any, Any] = {}
+
+        def read(atom):
+            return atom.val if jaxprs.is_literal(atom) else env[atom]
+
+        env.update(zip(jaxpr.constvars, consts, strict=True))
+        env.update(zip(jaxpr.invars, args, strict=True))
+        for eqn in jaxpr.eqns:
+            values = [read(atom) for atom in eqn.invars]
+            with jaxprs.equation_context(eqn):
+                if any(is_adapted(value) for value in values):
+                    outs = self._apply_rule(eqn, values)
+                else:
+                    outs = jaxprs.bind(eqn, values)
+            env.update(zip(eqn.outvars, outs, strict=True))
+        return [read(atom) for atom in jaxpr.outvars]
+
+    def _apply_rule(self, eqn, values) -> list[Any]:
+        rule = RULES.get(eqn.primitive.name)
+        outs = rule(self, eqn, values) if rule is not None else None
+        if outs is None:
+            outs = jaxprs.bind(eqn, self.plain(values, eqn))
+        return outs
+
+
+# Primitive name -> rule(interpreter, equation, values) -> list of results, or None for "no
+# low-rank form here". Filled by core/primitives.py and core/control.py at import.
+RULES: dict[str, Callable[[Interpreter, Any, list[Any]], list[Any] | None]] = {}
+
+
+def rule_for(*names: str):
+    """Registers a rule for the primitives of these names."""
+
+    def register(rule):
+        RULES.update(dict.fromkeys(names, rule))
+        return rule
+
+    return register
+
+
+def lift(fun: Callable, *, strict: bool = False) -> Callable:
+    """Returns `fun` taught to take adapted values anywhere among its arguments.
+
+    `fun` is any traceable function: `apply(params, *inputs)` of plain JAX, Flax Linen, NNX or
+    Equinox. The result is traceable itself: jit, grad, vmap, remat and scan work around it, and it
+    is `fun` itself where no argument is adapted. Lifting twice is lifting once.
+
+    Outputs are plain arrays. A function that changes a module in place does so on a copy made
+    inside the trace: return what should be kept. With `strict=True` a materialisation is a
+    `RequestError` instead of a `MaterialisedWarning`.
+
+    >>> import jax.numpy as jnp, lora_jax as lj
+    >>> params = {"kernel": jnp.eye(4)}
+    >>> method = lj.LoRA(targets="kernel", rank=1, alpha=1)
+    >>> trainable, frozen = method.init(jax.random.key(0), params)
+    >>> apply = lift(lambda params, x: x @ params["kernel"])
+    >>> apply(method.bind(trainable, frozen), jnp.ones((2, 4))).shape
+    (2, 4)
+    """
+    if isinstance(fun, Lifted):
+        return fun if fun.strict == strict else Lifted(fun.fun, strict=strict)
+    return Lifted(fun, strict=strict)
+
+
+class Lifted:
+    """A function that `lift` has taught to take adapted values."""
+
+    def __init__(self, fun: Callable, *, strict: bool):
+        self.fun = fun
+        self.strict = strict
+        functools.update_wrapper(self, fun)
+
+    def __call__(self, *args, **kwargs):
+        leaves, treedef = jax.tree_util.tree_flatten((args, kwargs), is_leaf=is_adapted)
+        places = [n for n, leaf in enumerate(leaves) if is_adapted(leaf)]
+        if not places:
+            return self.fun(*args, **kwargs)
+
+        def plain(*kernels):
+            # Everything but the adapted kernels is closed over, so Python values stay static and
+            # modules are rebuilt inside the trace, where they may be changed.
+            inner = list(leaves)
+            for place, kernel in zip(places, kernels, strict=True):
+                inner[place] = kernel
+            inner_args, inner_kwargs = jax.tree_util.tree_unflatten(treedef, inner)
+            return self.fun(*inner_args, **inner_kwargs)
+
+        values = [leaves[place] for place in places]
+        jaxpr, consts, out_tree = jaxprs.trace(plain, *(value.kernel for value in values))
+        interpreter = Interpreter(strict=self.strict)
+        outs = interpreter.evaluate(jaxpr, consts, values)
+        name = getattr(self.fun, "__name__", "the function")
+        outs = [interpreter.materialise(out, "output", f"the result of {name}") for out in outs]
+        return jax.tree_util.tree_unflatten(out_tree, outs)
+
+    def __repr__(self) -> str:
+        return f"lift({self.fun!r})"

@@ -1,0 +1,140 @@
+"""Parameters by path: how a leaf is named, taken out of a tree, and put back.
+
+A path is the tree's own keys joined by "/": `encoder/layers/0/attention/query/kernel`. It is the
+same for a dict, an `nnx.State`, an NNX module and an Equinox module; the `/value` that NNX's
+variables add is dropped.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from lora_jax.core.errors import RequestError
+
+PyTree = Any
+
+
+class Hole:
+    """The empty place in `frozen` of a parameter that `trainable` holds whole: no leaves at all."""
+
+    def __repr__(self) -> str:
+        return "Hole()"
+
+    def __eq__(self, other) -> bool:
+        return isinstance(other, Hole)
+
+    def __hash__(self) -> int:
+        return hash(Hole)
+
+
+jax.tree_util.register_pytree_node(Hole, lambda hole: ((), None), lambda _, children: Hole())
+
+
+@dataclasses.dataclass(frozen=True)
+class Flat:
+    """A flattened tree: `paths[i]` names `leaves[i]`; `unflatten` puts other leaves in place."""
+
+    paths: tuple[str, ...]
+    leaves: tuple[Any, ...]
+    treedef: Any
+
+    def unflatten(self, leaves) -> PyTree:
+        return jax.tree_util.tree_unflatten(self.treedef, leaves)
+
+    def items(self):
+        return zip(self.paths, self.leaves, strict=True)
+
+
+def flatten(tree: PyTree, *, is_leaf: Callable[[Any], bool] | None = None) -> Flat:
+    """Flattens `tree` with a path for each leaf; holes count as leaves.
+
+    Raises `RequestError` if two leaves share a path.
+
+    >>> flatten({"head": {"kernel": 1, "bias": 2}}).paths
+    ('head/bias', 'head/kernel')
+    """
+
+    def stop(node) -> bool:
+        return isinstance(node, Hole) or (is_leaf is not None and is_leaf(node))
+
+    keyed, treedef = jax.tree_util.tree_flatten_with_path(tree, is_leaf=stop)
+    paths = tuple(_join(keys) for keys, _ in keyed)
+    if len(set(paths)) != len(paths):
+        twice = next(path for path in paths if paths.count(path) > 1)
+        raise RequestError(f"two parameters share the path {twice!r}; rename one of them")
+    return Flat(paths, tuple(leaf for _, leaf in keyed), treedef)
+
+
+def _join(keys) -> str:
+    # NNX variables flatten to one child named by the attribute `value`.
+    if (
+        len(keys) > 1
+        and isinstance(keys[-1], jax.tree_util.GetAttrKey)
+        and keys[-1].name == "value"
+    ):
+        keys = keys[:-1]
+    return jax.tree_util.keystr(keys, simple=True, separator="/")
+
+
+def is_array(leaf: Any) -> bool:
+    """True for arrays, tracers and shape structs; False for Equinox's functions and the like."""
+    return isinstance(leaf, jax.Array | np.ndarray | jax.ShapeDtypeStruct | np.generic)
+
+
+def is_float(leaf: Any) -> bool:
+    """True where a gradient makes sense: real or complex floating arrays.
+
+    Integer leaves (quantised kernels, counters) and random keys are never differentiated.
+    """
+    return is_array(leaf) and jnp.issubdtype(leaf.dtype, jnp.inexact)
+
+
+def take(tree: PyTree, paths) -> tuple[dict[str, Any], PyTree]:
+    """Splits `tree` into `{path: leaf}` for `paths` and the same tree with holes there."""
+    wanted = set(paths)
+    flat = flatten(tree)
+    taken = {path: leaf for path, leaf in flat.items() if path in wanted}
+    rest = [Hole() if path in wanted else leaf for path, leaf in flat.items()]
+    return taken, flat.unflatten(rest)
+
+
+def put(tree: PyTree, values: Mapping[str, Any]) -> PyTree:
+    """The tree with `values[path]` in each named place; the input is untouched.
+
+    Raises `RequestError` if a path is not in the tree or a hole is left unfilled.
+    """
+    flat = flatten(tree)
+    unknown = set(values) - set(flat.paths)
+    if unknown:
+        path = min(unknown)
+        raise RequestError(f"no parameter {path!r} in the tree; {nearest(path, flat.paths)}")
+    leaves = [values.get(path, leaf) for path, leaf in flat.items()]
+    for path, leaf in zip(flat.paths, leaves, strict=True):
+        if isinstance(leaf, Hole):
+            raise RequestError(
+                f"parameter {path!r} is a hole in `frozen` and `trainable` does not hold it; "
+                "pass the `trainable` that came from the same `init`"
+            )
+    return flat.unflatten(leaves)
+
+
+def nearest(name: str, known, *, count: int = 4) -> str:
+    """The tail of an error message: the known names nearest to `name`, or all if there are few."""
+    known = list(known)
+    scored = sorted(
+        known,
+        key=lambda candidate: (
+            -difflib.SequenceMatcher(None, name, candidate, autojunk=False).ratio(),
+            candidate,
+        ),
+    )
+    if not scored:
+        return "there are none"
+    return "nearest: " + ", ".join(repr(candidate) for candidate in scored[:count])

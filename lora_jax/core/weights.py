@@ -1,0 +1,314 @@
+"""Adapted values: what sits in the params tree where a plain array sat.
+
+`AdaptedValue` is what `lift` knows: a value that can always be materialised and may have cheaper
+ways through some primitives. `LoRAWeight` is the low-rank one: the frozen `kernel` and the factors
+of ΔW = scale · a @ b, which is never formed where a primitive has a low-rank rule.
+
+Each axis of the kernel has a role: "i" (contracted with the input), "o" (in the output) or "s"
+(stacked: one matrix per index, as in scanned layers or experts). The factors hold their axes in
+the kernel's order: `a (stack…, in…, r)`, `b (stack…, r, out…)`, `scale (stack…)`. Roles are counted
+from the end, because scan and vmap take leading axes away without telling us.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from lora_jax.core.contract import contract
+
+RANK = "r"
+
+
+class AdaptedValue:
+    """A pytree node that stands for one array of the model.
+
+    Subclasses give `kernel` (the array whose shape and dtype the model sees), `path`, and
+    `materialise`. Every other method is a way to stay cheap: it returns the new value, or None
+    where this value cannot follow, and `lift` then materialises.
+    """
+
+    kernel: jax.Array
+    path: str
+
+    def materialise(self) -> jax.Array:
+        raise TypeError(f"{type(self).__name__} cannot be materialised")
+
+    def convert(self, dtype) -> AdaptedValue | None:
+        return None
+
+    def transpose(self, permutation) -> AdaptedValue | None:
+        return None
+
+    def reshape(self, shape) -> AdaptedValue | None:
+        return None
+
+    def slice_axes(self, starts, sizes, strides) -> AdaptedValue | None:
+        return None
+
+    def with_kernel(self, kernel) -> AdaptedValue | None:
+        return None
+
+    def scan_axis_is_stack(self) -> bool:
+        return False
+
+    def dot(self, other, dimension_numbers, *, kernel_side: str, bind, uses: int, precision=None):
+        return None
+
+
+def is_adapted(value: Any) -> bool:
+    return isinstance(value, AdaptedValue)
+
+
+def materialise(value: Any) -> Any:
+    """The plain array that `value` stands for; plain values pass."""
+    return value.materialise() if is_adapted(value) else value
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class LoRAWeight(AdaptedValue):
+    """`kernel + scale * a @ b`, kept apart.
+
+    Fields: `kernel` any float dtype; `a (stack…, in…, r)`, `b (stack…, r, out…)`; `scale (stack…)`
+    float, data and not trained; `key` None or random keys `(stack…)`: present means that adapter
+    dropout is on; `roles` one letter per kernel axis; `dropout` the probability of dropping an
+    entry of the adapter's input (Hu et al. 2021 code: on the adapter path only).
+    """
+
+    kernel: Any
+    a: Any
+    b: Any
+    scale: Any
+    key: Any
+    roles: str = dataclasses.field(metadata={"static": True})
+    path: str = dataclasses.field(metadata={"static": True})
+    dropout: float = dataclasses.field(metadata={"static": True}, default=0.0)
+
+    @property
+    def current_roles(self) -> str:
+        return self.roles[len(self.roles) - self.kernel.ndim :]
+
+    def axes(self, role: str) -> list[int]:
+        return [axis for axis, r in enumerate(self.current_roles) if r == role]
+
+    def factor_axes(self) -> tuple[list, list]:
+        """The kernel axis (or RANK) that each axis of `a`, and of `b`, stands for."""
+        stack = self.axes("s")
+        return [*stack, *self.axes("i"), RANK], [*stack, RANK, *self.axes("o")]
+
+    def delta(self, *, dtype=None) -> jax.Array:
+        """ΔW = scale · a @ b in the kernel's shape, float32 or wider.
+
+        Uses the highest matmul precision: a merged weight is stored once and used for ever.
+        """
+        dtype = dtype or jnp.promote_types(jnp.promote_types(self.a.dtype, jnp.float32), self.dtype)
+        a_axes, b_axes = self.factor_axes()
+        scaled = self._scaled(self.a.astype(dtype), a_axes)
+        order = list(range(self.kernel.ndim))
+        highest = lax.Precision.HIGHEST
+        return contract(scaled, a_axes, self.b.astype(dtype), b_axes, order, precision=highest)
+
+    @property
+    def dtype(self):
+        return self.kernel.dtype
+
+    def materialise(self) -> jax.Array:
+        delta = self.delta()
+        return (self.kernel.astype(delta.dtype) + delta).astype(self.kernel.dtype)
+
+    def _scaled(self, x, x_axes):
+        """`x * scale`, the scale's stack axes matched to those of `x`."""
+        where = [x_axes.index(axis) for axis in self.axes("s")]
+        shape = [1] * x.ndim
+        for axis, size in zip(where, self.scale.shape, strict=True):
+            shape[axis] = size
+        in_order = sorted(range(len(where)), key=where.__getitem__)
+        return x * _permute(self.scale, in_order).reshape(shape).astype(x.dtype)
+
+    def with_kernel(self, kernel) -> LoRAWeight:
+        return dataclasses.replace(self, kernel=kernel)
+
+    def convert(self, dtype) -> LoRAWeight | None:
+        # The factors keep their precision: they are cast once, at the product.
+        if not jnp.issubdtype(dtype, jnp.floating):
+            return None
+        return self.with_kernel(lax.convert_element_type(self.kernel, dtype))
+
+    def scan_axis_is_stack(self) -> bool:
+        return self.current_roles[:1] == "s"
+
+    def transpose(self, permutation) -> LoRAWeight:
+        a_axes, b_axes = self.factor_axes()
+        roles = self.current_roles
+        stack = [axis for axis in permutation if roles[axis] == "s"]
+        a_order = [*stack, *(axis for axis in permutation if roles[axis] == "i"), RANK]
+        b_order = [*stack, RANK, *(axis for axis in permutation if roles[axis] == "o")]
+        old_stack = self.axes("s")
+        stack_order = [old_stack.index(axis) for axis in stack]
+        return dataclasses.replace(
+            self,
+            kernel=lax.transpose(self.kernel, permutation),
+            a=_permute(self.a, [a_axes.index(axis) for axis in a_order]),
+            b=_permute(self.b, [b_axes.index(axis) for axis in b_order]),
+            scale=_permute(self.scale, stack_order),
+            key=None if self.key is None else _permute(self.key, stack_order),
+            roles="".join(roles[axis] for axis in permutation),
+        )
+
+    def reshape(self, shape) -> LoRAWeight | None:
+        """Follows a reshape that merges or splits axes of one role; else None."""
+        segments = _segments(self.kernel.shape, shape, self.current_roles)
+        if segments is None:
+            return None
+        roles = "".join(role for role, _ in segments)
+        sizes = {r: [size for role, size in segments if role == r] for r in "sio"}
+        rank = self.a.shape[-1]
+        return dataclasses.replace(
+            self,
+            kernel=lax.reshape(self.kernel, shape),
+            a=self.a.reshape(*sizes["s"], *sizes["i"], rank),
+            b=self.b.reshape(*sizes["s"], rank, *sizes["o"]),
+            scale=self.scale.reshape(sizes["s"]),
+            key=None if self.key is None else self.key.reshape(sizes["s"]),
+            roles=roles,
+        )
+
+    def slice_axes(self, starts, sizes, strides=None) -> LoRAWeight:
+        """A slice, each factor cut where it holds the axis: static if `strides` is given, else
+        dynamic."""
+
+        def cut(x, x_axes):
+            if x is None:
+                return None
+            size = [x.shape[n] if axis == RANK else sizes[axis] for n, axis in enumerate(x_axes)]
+            if strides is not None:
+                begin = [0 if axis == RANK else starts[axis] for axis in x_axes]
+                step = [1 if axis == RANK else strides[axis] for axis in x_axes]
+                ends = [b + (n - 1) * s + 1 for b, n, s in zip(begin, size, step, strict=True)]
+                return lax.slice(x, begin, ends, step)
+            # dynamic_slice wants every start in one integer type.
+            zero = lax.full_like(starts[0], 0)
+            begin = [zero if axis == RANK else starts[axis] for axis in x_axes]
+            return lax.dynamic_slice(x, begin, size)
+
+        a_axes, b_axes = self.factor_axes()
+        return dataclasses.replace(
+            self,
+            kernel=cut(self.kernel, list(range(self.kernel.ndim))),
+            a=cut(self.a, a_axes),
+            b=cut(self.b, b_axes),
+            scale=cut(self.scale, self.axes("s")),
+            key=cut(self.key, self.axes("s")),
+        )
+
+    def dot(self, other, dimension_numbers, *, kernel_side: str, bind, uses: int, precision=None):
+        """`dot_general` with the kernel on one side: the frozen product as it was, plus
+        (other · a) · b, whatever axes are contracted.
+
+        `bind(lhs, rhs)` makes the frozen product with its operands in their original order: only
+        so is a fresh adapter bit-equal to the base.
+        """
+        on_left = kernel_side == "lhs"
+        base = bind(self.kernel, other) if on_left else bind(other, self.kernel)
+        contracting, batch = dimension_numbers
+        mine, theirs = (0, 1) if on_left else (1, 0)
+        shared = [*zip(batch[theirs], batch[mine], strict=True)]
+        shared += zip(contracting[theirs], contracting[mine], strict=True)
+        labels = dict(shared)
+        other_axes = [labels.get(axis, ("x", axis)) for axis in range(other.ndim)]
+
+        kernel_free = [
+            axis
+            for axis in range(self.kernel.ndim)
+            if axis not in contracting[mine] and axis not in batch[mine]
+        ]
+        other_free = [axis for axis in other_axes if isinstance(axis, tuple)]
+        out = [*batch[mine], *(kernel_free + other_free if on_left else other_free + kernel_free)]
+
+        a_axes, b_axes = self.factor_axes()
+        first, second = (self.a, a_axes), (self.b, b_axes)
+        contracts_out = any(self.current_roles[axis] == "o" for axis in contracting[mine])
+        contracts_in = any(self.current_roles[axis] == "i" for axis in contracting[mine])
+        if contracts_out and not contracts_in:  # the transposed use: a tied head, `x @ W.T`
+            first, second = second, first
+
+        x = self._dropped(other, uses)
+        # Low-precision inputs meet the factors in their own dtype and accumulate in float32.
+        compute = x.dtype if jnp.issubdtype(x.dtype, jnp.inexact) else first[0].dtype
+        wide = jnp.promote_types(compute, jnp.float32)
+        hidden, hidden_axes = _product(
+            (first[0].astype(compute), first[1]),
+            (x.astype(compute), other_axes),
+            [*out, *second[1]],
+            on_left=on_left,
+            precision=precision,
+            preferred=wide,
+        )
+        hidden = self._scaled(hidden, hidden_axes).astype(compute)
+        delta, delta_axes = _product(
+            (second[0].astype(compute), second[1]),
+            (hidden, hidden_axes),
+            out,
+            on_left=on_left,
+            precision=precision,
+            preferred=base.dtype if jnp.issubdtype(base.dtype, jnp.inexact) else wide,
+        )
+        delta = _permute(delta, [delta_axes.index(axis) for axis in out])
+        return base + delta.astype(base.dtype)
+
+    def _dropped(self, x, uses: int):
+        """Inverted dropout on the adapter's input; the mask differs at each use of the weight."""
+        if self.key is None or self.dropout == 0.0:
+            return x
+        key = self.key if self.key.ndim == 0 else self.key.reshape(-1)[0]
+        keep = jax.random.bernoulli(jax.random.fold_in(key, uses), 1.0 - self.dropout, x.shape)
+        return jnp.where(keep, x / (1.0 - self.dropout), jnp.zeros_like(x))
+
+
+def _product(factor, other, keep, *, on_left: bool, precision, preferred):
+    """Contracts with the factor on its kernel's side; returns the result and its axes unsorted."""
+    (x, x_axes), (y, y_axes) = (factor, other) if on_left else (other, factor)
+    return contract(
+        x, x_axes, y, y_axes, keep, precision=precision, preferred=preferred, transpose=False
+    )
+
+
+def _permute(x, permutation):
+    return x if list(permutation) == list(range(x.ndim)) else x.transpose(permutation)
+
+
+def _segments(old_shape, new_shape, roles) -> list[tuple[str, int]] | None:
+    """Role and size of each new axis if every merged or split run of axes has one role."""
+    old = [(size, role) for size, role in zip(old_shape, roles, strict=True) if size != 1]
+    segments: list[tuple[str, int]] = []
+    pending: list[int] = []
+    product, begun = 1, 0
+    for size in new_shape:
+        if size == 1:
+            # A new axis of size one belongs to any role; "o" puts it into b alone.
+            (pending if pending else segments).append(1 if pending else ("o", 1))
+            continue
+        pending.append(size)
+        product *= size
+        run = begun
+        covered = 1
+        while run < len(old) and covered < product:
+            covered *= old[run][0]
+            run += 1
+        if covered != product:
+            continue  # the new axes so far split an old one: read on
+        names = {role for _, role in old[begun:run]}
+        if len(names) != 1:
+            return None
+        (role,) = names
+        segments.extend((role, size) for size in pending)
+        pending, product, begun = [], 1, run
+    if pending or begun != len(old):
+        return None
+    return segments if math.prod(size for _, size in segments) == math.prod(new_shape) else None

@@ -1,0 +1,23 @@
+"""Data: labelled texts from files, their tokens, and batches by a reproducible schedule."""
+
+from lora_jax.data.batches import Batch, EvalBatches, TrainIterator, eval_batches, train_batches
+from lora_jax.data.examples import Examples, Splits
+from lora_jax.data.schedule import ScheduledBatch, bucket_lengths, epoch_schedule
+from lora_jax.data.sources import load_splits
+from lora_jax.data.tokenize import EncodedExamples, encode_examples
+
+__all__ = [
+    "Batch",
+    "EncodedExamples",
+    "EvalBatches",
+    "Examples",
+    "ScheduledBatch",
+    "Splits",
+    "TrainIterator",
+    "bucket_lengths",
+    "encode_examples",
+    "epoch_schedule",
+    "eval_batches",
+    "load_splits",
+    "train_batches",
+]

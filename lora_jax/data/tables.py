@@ -1,0 +1,188 @@
+"""Rows of text and label out of JSON Lines, CSV, TSV and Parquet files, each with its place."""
+
+import csv
+import difflib
+import json
+import math
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pyarrow
+import pyarrow.parquet
+
+from lora_jax.core.errors import RequestError
+
+EXTENSIONS = {
+    "jsonl": (".jsonl", ".ndjson", ".json"),
+    "csv": (".csv",),
+    "tsv": (".tsv", ".txt"),
+    "parquet": (".parquet", ".pq"),
+}
+
+
+class Row(NamedTuple):
+    """One labelled text; `place` says where it stands, as "file:line" or "file row N"."""
+
+    text: str
+    label: str
+    place: str
+
+
+def read_rows(path: Path, kind: str, *, text_column: str, label_column: str) -> list[Row]:
+    """All rows of one file, in order; `kind` is one of `EXTENSIONS`.
+
+    CSV is RFC 4180 (quoted fields may hold line ends), TSV the IANA kind (nothing is quoted); both
+    begin with a line of column names. Labels may be strings, whole numbers or true/false. Raises
+    `RequestError` that names the line for a row that cannot be read, lacks a text or a label, and
+    for a file that is empty, unreadable or without the columns.
+    """
+    readers: dict[str, Callable[[Path], Iterator[tuple[dict, str]]]] = {
+        "jsonl": _read_jsonl,
+        "csv": _read_csv,
+        "tsv": _read_tsv,
+        "parquet": lambda path: _read_parquet(path, (text_column, label_column)),
+    }
+    try:
+        rows = [
+            _make_row(record, place, text_column, label_column)
+            for record, place in readers[kind](path)
+        ]
+    except (OSError, pyarrow.ArrowException) as error:
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+        raise RequestError(f"cannot read {path} as {kind}: {reason}") from error
+    if not rows:
+        raise RequestError(f"{path} holds no examples; data.path must name a file with rows")
+    return rows
+
+
+def nearest_name(name: str, choices: Sequence[str]) -> str:
+    """A clause that names the choice most like `name`, or nothing."""
+    near = difflib.get_close_matches(name, choices, n=1, cutoff=0.4)
+    return f" (nearest: {near[0]!r})" if near else ""
+
+
+def _read_jsonl(path: Path) -> Iterator[tuple[dict, str]]:
+    for number, line in _lines(path):
+        if not line.strip():
+            continue
+        place = f"{path}:{number}"
+        try:
+            record = json.loads(line)
+        except (json.JSONDecodeError, RecursionError) as error:
+            raise RequestError(
+                f"{place}: not a JSON object ({error}); write one object a line"
+            ) from error
+        if not isinstance(record, dict):
+            raise RequestError(
+                f"{place}: a JSON {type(record).__name__}, not an object; write one object a line"
+            )
+        yield record, place
+
+
+def _read_csv(path: Path) -> Iterator[tuple[dict, str]]:
+    lines = (line for _, line in _lines(path))
+    yield from _delimited(path, csv.reader(lines, strict=True))
+
+
+def _read_tsv(path: Path) -> Iterator[tuple[dict, str]]:
+    lines = (line for _, line in _lines(path))
+    yield from _delimited(path, csv.reader(lines, delimiter="\t", quoting=csv.QUOTE_NONE))
+
+
+def _delimited(path: Path, reader: Any) -> Iterator[tuple[dict, str]]:
+    """Records of a csv reader; `place` is the line a record begins on."""
+    header: list[str] | None = None
+    start = 1
+    while True:
+        try:
+            fields = next(reader)
+        except StopIteration:
+            return
+        except csv.Error as error:
+            raise RequestError(
+                f"{path}:{start}: not a readable row ({error}); check its quotes"
+            ) from error
+        place, start = f"{path}:{start}", reader.line_num + 1
+        if not fields:
+            continue
+        if header is None:
+            header = fields
+            if len(set(header)) < len(header):
+                raise RequestError(f"{place}: a column name stands twice in {header}; rename one")
+        elif len(fields) != len(header):
+            raise RequestError(
+                f"{place}: {len(fields)} fields where the first line has {len(header)} columns; "
+                "quote or remove stray separators"
+            )
+        else:
+            yield dict(zip(header, fields, strict=True)), place
+
+
+def _read_parquet(path: Path, columns: Sequence[str]) -> Iterator[tuple[dict, str]]:
+    with pyarrow.parquet.ParquetFile(path) as file:
+        # A missing column is reported with all those there, so then all are read.
+        wanted = list(columns) if set(columns) <= set(file.schema_arrow.names) else None
+        number = 0
+        for batch in file.iter_batches(columns=wanted):
+            for record in batch.to_pylist():
+                number += 1
+                yield record, f"{path} row {number}"
+
+
+def _lines(path: Path) -> Iterator[tuple[int, str]]:
+    """Numbered lines with their ends kept, split at line feeds only, decoded from UTF-8."""
+    with open(path, "rb") as file:
+        for number, line in enumerate(file, 1):
+            try:
+                yield number, line.decode("utf-8-sig" if number == 1 else "utf-8")
+            except UnicodeDecodeError as error:
+                raise RequestError(
+                    f"{path}:{number}: not UTF-8 ({error.reason}); save the file as UTF-8"
+                ) from error
+
+
+def _make_row(record: dict, place: str, text_column: str, label_column: str) -> Row:
+    text = _column(record, text_column, "data.text", place)
+    if not isinstance(text, str | None):
+        raise RequestError(
+            f"{place}: column {text_column!r} holds {text!r}, not a text; {_columns(record)}"
+        )
+    if not (text or "").strip():
+        raise RequestError(f"{place}: column {text_column!r} is empty; fill it or remove the row")
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise RequestError(
+            f"{place}: column {text_column!r} holds half a character (a lone surrogate); correct it"
+        ) from error
+    label = _label(_column(record, label_column, "data.label", place), place, label_column)
+    return Row(text, label, place)
+
+
+def _column(record: dict, name: str, setting: str, place: str) -> Any:
+    if name in record:
+        return record[name]
+    hint = nearest_name(name, list(record))
+    raise RequestError(f"{place}: no column {name!r}{hint}; {_columns(record)}; set {setting}")
+
+
+def _columns(record: dict) -> str:
+    return f"columns there: {', '.join(repr(key) for key in record) or 'none'}"
+
+
+def _label(value: Any, place: str, column: str) -> str:
+    """The label as a string; 1, 1.0 and "1" are one label."""
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, int):
+        return str(value)
+    if isinstance(value, float) and value.is_integer():
+        return str(int(value))
+    if isinstance(value, str) and value.strip():
+        return value.strip()
+    if value is None or isinstance(value, str) or (isinstance(value, float) and math.isnan(value)):
+        raise RequestError(f"{place}: column {column!r} has no label; fill it or remove the row")
+    raise RequestError(
+        f"{place}: column {column!r} holds {value!r}; a label is a string or a whole number"
+    )

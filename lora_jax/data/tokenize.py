@@ -1,0 +1,91 @@
+"""Texts to token ids, kept in memory as one ragged array."""
+
+import dataclasses
+from collections.abc import Callable
+
+import numpy as np
+import tokenizers
+
+from lora_jax.core.errors import RequestError
+from lora_jax.data.examples import Examples
+
+# Encodings are far larger than the ids taken from them, so only this many live at a time.
+CHUNK_SIZE = 4096
+
+
+@dataclasses.dataclass(frozen=True)
+class EncodedExamples:
+    """Token ids of N examples, end to end.
+
+    `ids` (total tokens,) int32; `offsets` (N + 1,) int64, so that example i is
+    `ids[offsets[i]:offsets[i + 1]]`; `labels` (N,) int32; `pad_id` fills batches.
+    """
+
+    ids: np.ndarray
+    offsets: np.ndarray
+    labels: np.ndarray
+    pad_id: int
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    @property
+    def lengths(self) -> np.ndarray:
+        """Tokens of each example, (N,) int64."""
+        return np.diff(self.offsets)
+
+    def tokens(self, index: int) -> np.ndarray:
+        """Token ids of example `index`, (length,) int32."""
+        return self.ids[self.offsets[index] : self.offsets[index + 1]]
+
+
+def encode_examples(
+    tokenizer: tokenizers.Tokenizer,
+    examples: Examples,
+    *,
+    max_length: int,
+    on_progress: Callable[[int, int], None] | None = None,
+) -> EncodedExamples:
+    """Encodes each text with the special tokens, cut to `max_length` tokens, those included.
+
+    The tokenizer is left as it was. `on_progress(done, total)` is called now and then. Raises
+    `RequestError` if `max_length` leaves no room for text, or a text gives no tokens.
+    """
+    special = tokenizer.num_special_tokens_to_add(is_pair=False)
+    if max_length <= special:
+        raise RequestError(
+            f"data.max_length={max_length} leaves no room for text: the tokenizer adds {special} "
+            f"special tokens; give {special + 1} or more"
+        )
+    cutting = tokenizers.Tokenizer.from_str(tokenizer.to_str())
+    cutting.no_padding()
+    cutting.enable_truncation(max_length)
+    rows: list[np.ndarray] = []
+    for start in range(0, len(examples), CHUNK_SIZE):
+        chunk = examples.texts[start : start + CHUNK_SIZE]
+        rows += [np.array(e.ids, np.int32) for e in cutting.encode_batch_fast(list(chunk))]
+        if on_progress is not None:
+            on_progress(len(rows), len(examples))
+    lengths = np.array([len(row) for row in rows], np.int64)
+    if not lengths.all():
+        empty = int(np.argmin(lengths))
+        raise RequestError(
+            f"{examples.ids[empty]}: the tokenizer finds no tokens in {examples.texts[empty]!r}; "
+            "remove the row"
+        )
+    return EncodedExamples(
+        ids=np.concatenate([np.zeros(0, np.int32), *rows]),
+        offsets=np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64),
+        labels=examples.labels,
+        pad_id=_pad_id(tokenizer),
+    )
+
+
+def _pad_id(tokenizer: tokenizers.Tokenizer) -> int:
+    """The padding token's id; 0 where there is none, since padding is masked anyway."""
+    if tokenizer.padding is not None:
+        return tokenizer.padding["pad_id"]
+    for token in ("[PAD]", "<pad>", "<|pad|>"):
+        if (number := tokenizer.token_to_id(token)) is not None:
+            return number
+    return 0

@@ -1,0 +1,65 @@
+"""What a run trained, as a folder: `trainable.safetensors` and, in `method.json`, what it fits.
+
+Tensors are named "<path>:a", "<path>:b" (an adapter's factors) and "<path>:value" (a parameter
+trained whole), in this project's orientation and dtypes.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+
+from lora_jax.core.errors import RequestError
+from lora_jax.formats.atomic import atomic_folder, write_json
+from lora_jax.formats.safetensors import read_tensors, write_tensors
+
+TENSORS, DESCRIPTION = "trainable.safetensors", "method.json"
+
+
+def save_trainable(
+    folder: str | os.PathLike, trainable: Mapping[str, Mapping[str, Any]], description: Any
+) -> None:
+    """Writes `{path: {part: array}}` and the JSON `description` as a new folder, atomically.
+
+    Raises `RequestError` if the folder exists or the disk cannot take it.
+    """
+    tensors = {
+        f"{path}:{part}": np.asarray(array)
+        for path, entry in trainable.items()
+        for part, array in entry.items()
+    }
+    with atomic_folder(folder) as temporary:
+        write_tensors(temporary / TENSORS, tensors, metadata={"format": "lora_jax"})
+        write_json(temporary / DESCRIPTION, description)
+
+
+def load_trainable(folder: str | os.PathLike) -> tuple[dict[str, dict[str, Any]], Any]:
+    """`(trainable, description)` of a folder that `save_trainable` wrote, bit for bit.
+
+    Raises `RequestError` if a file is missing, damaged, or holds tensors of another naming.
+    """
+    folder = Path(folder)
+    try:
+        description = json.loads((folder / DESCRIPTION).read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise RequestError(
+            f"{folder} holds no {DESCRIPTION}; give the adapter/ folder of a finished run"
+        ) from error
+    except (OSError, ValueError) as error:
+        raise RequestError(f"cannot read {folder / DESCRIPTION}: {error}") from error
+    trainable: dict[str, dict[str, Any]] = {}
+    for name, array in read_tensors(folder / TENSORS).items():
+        path, _, part = name.rpartition(":")
+        if not path or part not in ("a", "b", "value"):
+            raise RequestError(
+                f"{folder / TENSORS} holds a tensor {name!r}, which is not named "
+                '"<path>:a", "<path>:b" or "<path>:value"; it is not an adapter of this project'
+            )
+        trainable.setdefault(path, {})[part] = jnp.array(array, copy=True)
+    return trainable, description

@@ -1,0 +1,72 @@
+"""Tensors in `.safetensors` files: read whole or refused, written whole or not at all.
+
+The format itself is the `safetensors` library's; here are only the errors a user can act on, and
+NumPy arrays (bfloat16 as `ml_dtypes.bfloat16`) on both sides.
+"""
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save
+
+from lora_jax.core.errors import RequestError
+from lora_jax.formats.atomic import atomic_path
+
+
+def read_tensors(path: str | os.PathLike) -> dict[str, np.ndarray]:
+    """Returns every tensor of the file by name, in the dtypes it was stored in.
+
+    Raises `RequestError` naming the file if it is missing, cut short, or no safetensors file.
+    """
+    with _opened(path) as file:
+        try:
+            return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        except (SafetensorError, TypeError, KeyError, AttributeError) as error:
+            # NumPy has no type for some of the format's dtypes (the 8- and 4-bit floats, say).
+            raise RequestError(
+                f"{path} holds a tensor NumPy cannot represent ({error}); "
+                "convert the file to float32, float16 or bfloat16"
+            ) from error
+
+
+def read_metadata(path: str | os.PathLike) -> dict[str, str]:
+    """Returns the file's text metadata ({} if it has none); raises as `read_tensors` does."""
+    with _opened(path) as file:
+        return dict(file.metadata() or {})
+
+
+def write_tensors(
+    path: str | os.PathLike,
+    tensors: Mapping[str, np.ndarray],
+    *,
+    metadata: Mapping[str, str] | None = None,
+) -> None:
+    """Writes named arrays (NumPy or JAX, any layout) to `path` atomically.
+
+    `metadata` defaults to `{"format": "pt"}`, without which transformers refuses a file.
+    """
+    # The library writes an array's buffer as it lies in memory, ignoring strides: a transposed view
+    # would be stored scrambled unless it is laid out in C order first.
+    arrays = {name: np.ascontiguousarray(tensor) for name, tensor in tensors.items()}
+    content = save(arrays, metadata=dict(metadata or {"format": "pt"}))
+    # Written by Python rather than by the library, so that a full disk is an OSError.
+    with atomic_path(path) as temporary:
+        temporary.write_bytes(content)
+
+
+def _opened(path: str | os.PathLike):
+    path = Path(path)
+    if not path.is_file():
+        raise RequestError(f"{path} does not exist or is not a file; check the path")
+    try:
+        return safe_open(path, framework="np")
+    except SafetensorError as error:
+        raise RequestError(
+            f"{path} ({path.stat().st_size} bytes) is truncated or not a safetensors file: "
+            f"{error}; download or copy it again"
+        ) from error
+    except OSError as error:
+        raise RequestError(f"cannot read {path}: {error.strerror or error}") from error

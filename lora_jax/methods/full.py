@@ -1,0 +1,32 @@
+"""Full fine-tuning, BitFit and the frozen-feature probe: methods without adapters."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+
+from lora_jax.methods.base import Method
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class FullFineTuning(Method):
+    """Every floating-point parameter trains."""
+
+    train: str | Sequence[str] = r".*"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class BitFit(Method):
+    """Every bias trains, and the head (Ben Zaken et al. 2021, arXiv:2106.10199).
+
+    A bias is a parameter whose last key is `bias`: those of linear layers and of layer norms.
+    """
+
+    train: str | Sequence[str] = (r"(.*/)?bias", r"head/.*")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class HeadOnly(Method):
+    """Only the head trains, on frozen features: the probe that adapters are measured against."""
+
+    train: str | Sequence[str] = r"head/.*"

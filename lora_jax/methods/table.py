@@ -1,0 +1,60 @@
+"""The table of what a method trains."""
+
+from __future__ import annotations
+
+import dataclasses
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """One trained parameter: its shape, the adapter's rank and scale (None if trained whole)."""
+
+    path: str
+    shape: tuple[int, ...]
+    rank: int | None
+    scale: float | None
+    num_trainable: int
+
+
+@dataclasses.dataclass(frozen=True)
+class MethodTable:
+    """Rows in the tree's order; `num_params` counts the whole model without its adapters."""
+
+    rows: tuple[Row, ...]
+    num_params: int
+
+    @property
+    def num_trainable(self) -> int:
+        return sum(row.num_trainable for row in self.rows)
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __iter__(self):
+        return iter(self.rows)
+
+    def __str__(self) -> str:
+        head = ("path", "shape", "rank", "scale", "trainable")
+        body = [
+            (
+                row.path,
+                "×".join(map(str, row.shape)),
+                "whole" if row.rank is None else str(row.rank),
+                "" if row.scale is None else f"{row.scale:g}",
+                f"{row.num_trainable:,}",
+            )
+            for row in self.rows
+        ]
+        widths = [max(len(line[n]) for line in [head, *body]) for n in range(len(head))]
+        lines = [
+            "  ".join(
+                cell.ljust(width) if n < 2 else cell.rjust(width)
+                for n, (cell, width) in enumerate(zip(line, widths, strict=True))
+            ).rstrip()
+            for line in [head, *body]
+        ]
+        share = self.num_trainable / max(self.num_params, 1)
+        lines.append(
+            f"{self.num_trainable:,} trainable parameters beside {self.num_params:,} ({share:.3%})"
+        )
+        return "\n".join(lines)

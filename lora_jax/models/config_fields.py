@@ -1,0 +1,76 @@
+"""Reading a `config.json` one checked field at a time, so that an error names the field."""
+
+import json
+import math
+import os
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from lora_jax.core.errors import RequestError
+
+_REQUIRED = object()
+
+
+def read_json(path: str | os.PathLike, *, kind: type) -> Any:
+    """Returns the JSON in `path`, which must be a `kind` (dict or list); else `RequestError`."""
+    path = Path(path)
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise RequestError(f"{path} is not valid JSON: {error}; restore the file") from error
+    except OSError as error:
+        raise RequestError(f"cannot read {path}: {error.strerror or error}") from error
+    if not isinstance(value, kind):
+        wanted = {dict: "an object", list: "a list"}[kind]
+        raise RequestError(f"{path} holds a JSON {type(value).__name__}, not {wanted}")
+    return value
+
+
+class Fields:
+    """The fields of one JSON object; every error names the field, its value and the file."""
+
+    def __init__(self, raw: dict[str, Any], place: str):
+        self._raw = raw
+        self._place = place
+
+    def integer(self, name: str, default: Any = _REQUIRED, *, minimum: int = 1) -> int:
+        value = self._value(name, default)
+        if isinstance(value, bool) or not isinstance(value, int) or value < minimum:
+            raise self.error(name, value, f"an integer of at least {minimum}")
+        return value
+
+    def positive(self, name: str, default: Any = _REQUIRED) -> float:
+        value = self._value(name, default)
+        if not _is_number(value) or not 0.0 < value < math.inf:
+            raise self.error(name, value, "a positive number")
+        return float(value)
+
+    def probability(self, name: str, default: Any = _REQUIRED) -> float:
+        value = self._value(name, default)
+        if not _is_number(value) or not 0.0 <= value < 1.0:
+            raise self.error(name, value, "a number in [0, 1)")
+        return float(value)
+
+    def choice(self, name: str, choices: Iterable[Any], default: Any = _REQUIRED) -> Any:
+        value = self._value(name, default)
+        choices = list(choices)
+        # `in` alone would take 1 for True and 0 for False.
+        if not any(value is c or (type(value) is type(c) and value == c) for c in choices):
+            raise self.error(name, value, "one of " + ", ".join(repr(c) for c in choices))
+        return value
+
+    def error(self, name: str, value: Any, wanted: str) -> RequestError:
+        return RequestError(f"{self._place}: {name} is {value!r}, but must be {wanted}")
+
+    def _value(self, name: str, default: Any) -> Any:
+        value = self._raw.get(name)
+        if value is not None:
+            return value
+        if default is _REQUIRED:
+            raise RequestError(f"{self._place} lacks {name}; restore the model's own config.json")
+        return default
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)

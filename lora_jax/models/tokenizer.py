@@ -1,0 +1,58 @@
+"""A folder's `tokenizer.json`, checked against the model that is to read its ids."""
+
+import os
+from pathlib import Path
+
+from tokenizers import Tokenizer
+
+from lora_jax.core.errors import RequestError
+
+_PAD_NAMES = ("[PAD]", "<pad>")
+
+
+def read_tokenizer(path: str | os.PathLike, *, vocab_size: int, pad_token_id: int) -> Tokenizer:
+    """Returns the tokenizer with its own truncation and padding switched off.
+
+    Raises `RequestError` if the file is missing or unreadable, or its vocabulary cannot be that of
+    a model with `vocab_size` embedding rows and this padding id.
+    """
+    path = Path(path)
+    try:
+        tokenizer = Tokenizer.from_file(str(path))
+    except Exception as error:  # The library raises bare `Exception` for whatever is wrong.
+        raise RequestError(f"{path} is not a readable tokenizer: {error}; restore it") from error
+    check_tokenizer(tokenizer, vocab_size=vocab_size, pad_token_id=pad_token_id, place=str(path))
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
+    return tokenizer
+
+
+def check_tokenizer(
+    tokenizer: Tokenizer, *, vocab_size: int, pad_token_id: int, place: str
+) -> None:
+    """Raises `RequestError` if the tokenizer cannot be the one the model was trained with."""
+    vocabulary = tokenizer.get_vocab(with_added_tokens=True)
+    advice = "put the model's own tokenizer.json there"
+    if not vocabulary:
+        raise RequestError(f"{place} has an empty vocabulary; {advice}")
+    token, last = max(vocabulary.items(), key=lambda item: item[1])
+    if last >= vocab_size:
+        raise RequestError(
+            f"{place} is the tokenizer of another model: token {token!r} has id {last}, the model "
+            f"has {vocab_size} embedding rows; {advice}"
+        )
+    # Embedding tables are padded to round sizes, by 905 rows in the widest case known (Phi-2).
+    unused = vocab_size - len(vocabulary)
+    if unused > max(1024, vocab_size // 50):
+        raise RequestError(
+            f"{place} is the tokenizer of another model: it has {len(vocabulary)} tokens, the "
+            f"model {vocab_size} embedding rows; {advice}"
+        )
+    padding = tokenizer.id_to_token(pad_token_id)
+    special = {t.content for t in tokenizer.get_added_tokens_decoder().values() if t.special}
+    # Some models name another special token than their tokenizer's padding; a plain word is wrong.
+    if padding not in special and padding not in _PAD_NAMES:
+        raise RequestError(
+            f"{place} is the tokenizer of another model: the model's padding id {pad_token_id} is "
+            f"the token {padding!r} there; {advice}"
+        )

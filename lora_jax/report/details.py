@@ -1,0 +1,157 @@
+"""The page's account of what was run: model, data, versions, each run's settings and command."""
+
+import json
+import shlex
+from html import escape
+from pathlib import Path
+
+from lora_jax.report.groups import flatten
+from lora_jax.report.quantities import bytes_text, number_text, seconds_text
+from lora_jax.report.runs import Run
+
+CONFIG_FILE = "experiments/reviews_minilm.py"  # where a card names no config_file of its own
+
+
+def setting_line(runs: tuple[Run, ...]) -> str:
+    """Model, data, device and commit in one line."""
+    finished = [run for run in runs if run.finished]
+    commit = _values(finished, lambda run: _plain(run.card.get("commit"))[:12])
+    parts = [
+        _values(runs, lambda run: _setting(run, "model.name")),
+        _values(runs, _data),
+        _values(finished, lambda run: _plain(run.card.get("device"))),
+        f"commit {commit}" if commit else "",
+    ]
+    return ", ".join(filter(None, parts))
+
+
+def what_was_run(runs: tuple[Run, ...]) -> str:
+    """Model, data, hashes, device, commit and versions; where runs differ, each value once."""
+    finished = [run for run in runs if run.finished]
+    entries = {
+        "model": _values(runs, lambda run: _setting(run, "model.name")),
+        "base weights": _values(finished, lambda run: f"sha256 {run.card['base_hash']}"),
+        "data": _values(runs, _data),
+        "data hash": _values(finished, lambda run: run.card["data_hash"]),
+        "test examples": _values(finished, _test_examples),
+        "device": _values(finished, lambda run: _plain(run.card.get("device"))),
+        "commit": _values(finished, lambda run: _plain(run.card.get("commit"))),
+        "versions": _values(finished, lambda run: _plain(run.card.get("versions"))),
+    }
+    return _definitions(entries)
+
+
+def run_details(run: Run) -> str:
+    """A finished run, folded: how it ended, its numbers, its settings, its command."""
+    card = run.card
+    metrics = card["metrics"]
+    best = metrics["validation"].get("best_step")
+    entries = {
+        "how it ended": f"{metrics['stopped']}, after {metrics['steps']} steps",
+        "best validation loss": number_text(run.metric("metrics.validation.loss"), "{:.4f}")
+        + (f" at step {best}" if best is not None else ""),
+        "test loss": number_text(run.metric("metrics.test.loss"), "{:.4f}"),
+        "test accuracy": number_text(100 * run.metric("metrics.test.accuracy"), "{:.2f}%"),
+        "trained parameters": "{adapter:,} adapter + {head:,} head, of {total:,}".format(
+            **card["counts"]
+        ),
+        "adapter file": bytes_text(metrics.get("adapter_bytes")),
+        "time": _plain({name: _seconds(value) for name, value in card["seconds"].items()}),
+        "seeds": _plain(card.get("seeds")),
+        "device": _plain(card.get("device")),
+        "program": _plain(card.get("program")),
+        "commit": _plain(card.get("commit")),
+        "config_hash": card["config_hash"],
+        "base_hash": card["base_hash"],
+        "data_hash": card["data_hash"],
+    }
+    accuracy = number_text(100 * run.metric("metrics.test.accuracy"), "{:.1f}%")
+    config = json.dumps(run.config, indent=2, sort_keys=True)
+    return (
+        f"<details><summary><b>{escape(run.name)}</b><span>{escape(accuracy)}</span>"
+        f"<span>{escape(run.status)}</span></summary>{_definitions(entries)}"
+        f"<p>Its settings:</p><pre>{escape(config)}</pre>"
+        f"<p>Its command:</p><pre>{escape(command(run))}</pre></details>"
+    )
+
+
+def command(run: Run, *, workdir: str = "runs/again") -> str:
+    """A shell command that trains the cell again, with every setting spelled out.
+
+    >>> from pathlib import Path
+    >>> cell = Run("r8", Path("x"), {"seed": 1, "data": {"path": "my file"}}, None, (), None)
+    >>> print(command(cell))
+    lora-jax train --config=experiments/reviews_minilm.py --name=r8 --workdir=runs/again \\
+      --config.data.path='my file' \\
+      --config.seed=1
+    """
+    source = (run.card or {}).get("config_file") or CONFIG_FILE
+    first = f"lora-jax train --config={shlex.quote(str(source))} --name={shlex.quote(run.name)}"
+    settings = sorted(flatten(run.config).items())
+    flags = [f"--config.{key}={shlex.quote(str(value))}" for key, value in settings]
+    return " \\\n  ".join([f"{first} --workdir={shlex.quote(workdir)}", *flags])
+
+
+def reproduction(runs: tuple[Run, ...], folder) -> str:
+    """Commands for the commit and this page; each run's own command is in its details."""
+    commits = {run.card.get("commit") for run in runs if run.finished and run.card.get("commit")}
+    lines = [f"git checkout {shlex.quote(str(commit))}" for commit in sorted(map(str, commits))]
+    lines.append(f"lora-jax report {shlex.quote(str(Path(folder)))}")
+    several = " (runs were made at several commits: check out each run's own)"
+    return (
+        f"<p>This page, from the runs{several if len(commits) > 1 else ''}:</p>"
+        f"<pre>{escape(chr(10).join(lines))}</pre>"
+        "<p>A run: the command at the end of its details above.</p>"
+    )
+
+
+def _definitions(entries: dict[str, str]) -> str:
+    items = "".join(
+        f"<dt>{escape(name)}</dt><dd>{escape(value)}</dd>"
+        for name, value in entries.items()
+        if value
+    )
+    return f"<dl>{items}</dl>" if items else ""
+
+
+def _values(runs, read) -> str:
+    """What `read` gives for the runs, each distinct value once."""
+    return "; ".join(dict.fromkeys(filter(None, (read(run) for run in runs))))
+
+
+def _setting(run: Run, key: str) -> str:
+    value = flatten(run.config).get(key)
+    return "" if value is None else str(value)
+
+
+def _data(run: Run) -> str:
+    source, path = _setting(run, "data.source"), _setting(run, "data.path")
+    limit = _setting(run, "data.limit")
+    text = f"{source} ({path})" if path else source
+    return f"{text}, first {limit} training examples" if limit not in ("", "0") else text
+
+
+def _test_examples(run: Run) -> str:
+    if run.predictions is None:
+        return ""
+    share = (run.predictions.label == run.predictions.label.min()).mean()
+    labels = len(set(run.predictions.label.tolist()))
+    balance = f", {100 * share:.1f}% of them label {run.predictions.label.min()}"
+    return f"{len(run.predictions.index):,}" + (balance if labels == 2 else f", {labels} labels")
+
+
+def _seconds(value) -> str:
+    if not isinstance(value, int | float):
+        return str(value)
+    return f"{1000 * value:.0f} ms" if 0 < value < 1 else seconds_text(value)
+
+
+def _plain(value) -> str:
+    """A card's value as one line of text."""
+    if value is None:
+        return ""
+    if isinstance(value, dict):
+        return ", ".join(f"{key} {_plain(item)}" for key, item in value.items())
+    if isinstance(value, list | tuple):
+        return ", ".join(_plain(item) for item in value)
+    return str(value)

@@ -1,0 +1,213 @@
+"""One self-contained page for a working folder's runs; it opens as a file, without a network."""
+
+from html import escape
+from importlib.resources import files
+from pathlib import Path
+
+from lora_jax.core.errors import RequestError
+from lora_jax.formats.atomic import write_text
+from lora_jax.report.details import reproduction, run_details, setting_line, what_was_run
+from lora_jax.report.figures import draw_figures
+from lora_jax.report.groups import BASIN_MARGIN
+from lora_jax.report.quantities import count_text, number_text, rate_text
+from lora_jax.report.rendering import columns, to_csv, to_markdown
+from lora_jax.report.runs import read_runs
+from lora_jax.report.tables import Row, Summary, summarise
+
+# Forbids the page every request, so that it shows the same here, offline and in ten years.
+_POLICY = "default-src 'none'; style-src 'unsafe-inline'; img-src data:"
+
+
+def write_report(folder, out=None) -> Path:
+    """Writes report.html, and table.md and table.csv beside it; returns the page's path.
+
+    Args:
+      folder: a training run's working folder (holding cells/*).
+      out: where the page goes: a path that ends in .html, or a folder; `folder` by default.
+
+    Raises:
+      RequestError: no runs there, a malformed file of a run, or a place that cannot be written.
+    """
+    folder = Path(folder)
+    out = folder if out is None else Path(out)
+    if out.suffix.lower() not in (".html", ".htm"):
+        if out.exists() and not out.is_dir():
+            raise RequestError(f"{out} is a file; give a folder, or a path that ends in .html")
+        out = out / "report.html"
+    summary = summarise(read_runs(folder))
+    page = to_page(summary, folder)
+    write_text(out, page)
+    write_text(out.with_name("table.md"), to_markdown(summary))
+    write_text(out.with_name("table.csv"), to_csv(summary))
+    return out
+
+
+def to_page(summary: Summary, folder) -> str:
+    """The page as HTML; everything that came from outside is escaped."""
+    name = Path(folder).resolve().name
+    style = files("lora_jax.report").joinpath("page.css").read_text(encoding="utf-8")
+    parts = [
+        f"<h1>{escape(name)}</h1>",
+        *(f'<p class="lead">{escape(line)}</p>' for line in headline(summary)),
+        f'<p class="quiet">{escape(setting_line(summary.runs))} <a href="#what">in full</a></p>',
+        _warnings(summary),
+        _table(summary),
+        _reading_notes(summary),
+        '<h2 id="figures">Figures</h2>' if summary.rows else "",
+        *(_figure(drawing) for drawing in draw_figures(summary)),
+        _rates(summary),
+        '<h2 id="what">What was run</h2>',
+        what_was_run(summary.runs),
+        '<h2 id="runs">Runs</h2>',
+        *(run_details(run) for run in summary.runs if run.finished),
+        _unfinished(summary),
+        '<h2 id="reproduce">Reproduce</h2>',
+        reproduction(summary.runs, folder),
+        '<footer class="quiet">Written by lora-jax. This file holds all it shows and asks nothing '
+        "of the network; table.md and table.csv beside it hold the table.</footer>",
+    ]
+    body = "\n".join(part for part in parts if part)
+    return (
+        '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
+        f'<meta http-equiv="Content-Security-Policy" content="{_POLICY}">\n'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
+        f"<title>{escape(name)} · lora-jax report</title>\n<style>\n{style}</style>\n</head>\n"
+        f"<body>\n{body}\n</body>\n</html>\n"
+    )
+
+
+def headline(summary: Summary) -> list[str]:
+    """What was found in two or three sentences: the best adapter against what it was run beside.
+
+    The adapter is the one with the best validation loss; the test split chooses nothing.
+    """
+    done = sum(run.finished for run in summary.runs)
+    methods, rows = len(summary.rows), summary.rows
+    runs = f"{done} finished run{'' if done == 1 else 's'}"
+    if not rows:
+        return [f"No run has finished yet; {len(summary.unfinished)} under way or cut short."]
+    lines = [f"{methods} method{'' if methods == 1 else 's'}, {runs}."]
+    adapters = [row for row in rows if row.method not in ("full", "head")]
+    if not adapters:
+        return lines
+    best = min(adapters, key=lambda row: row.validation_loss)
+    share = number_text(100 * best.adapter_count / max(1, best.total_count), "{:.2g}")
+    lines.append(
+        f"{best.label}, the adapter with the best validation loss, trains "
+        f"{count_text(best.adapter_count)} parameters ({share}% of all) besides the head and "
+        f"reaches {number_text(100 * best.test_accuracy, '{:.1f}')}% test accuracy"
+        f"{_compared(best)}."
+    )
+    return lines
+
+
+def _compared(row: Row) -> str:
+    names = {"head": "the frozen encoder with a trained head", "full": "full fine-tuning"}
+    clauses = []
+    for reference, name in names.items():
+        difference = row.versus[reference]
+        if difference is None:
+            continue
+        points = difference.scaled(100)
+        side = "above" if points.estimate >= 0 else "below"
+        low, high = (number_text(value, "{:+.1f}") for value in (points.low, points.high))
+        clauses.append(f"{abs(points.estimate):.1f} points {side} {name} [{low}, {high}]")
+    return f": {' and '.join(clauses)}" if clauses else ""
+
+
+def _warnings(summary: Summary) -> str:
+    if not summary.warnings:
+        return ""
+    lines = "".join(f"<p>{escape(warning)}</p>" for warning in summary.warnings)
+    return f'<div class="warnings" role="note">{lines}</div>'
+
+
+def _table(summary: Summary) -> str:
+    if not summary.rows:
+        return ""
+    shown = columns(summary)
+    kinds = ["number" if column.numeric else "text" for column in shown]
+    head = "".join(
+        f'<th scope="col" class="{kind}">{escape(column.heading)}</th>'
+        for kind, column in zip(kinds, shown, strict=True)
+    )
+    lines = []
+    for row in summary.rows:
+        cells = []
+        for kind, column in zip(kinds, shown, strict=True):
+            value, detail = column.cell(row)
+            content = escape(value) + (f"<small>{escape(detail)}</small>" if detail else "")
+            tag = 'th scope="row"' if not cells else "td"
+            cells.append(f'<{tag} class="{kind}">{content}</{tag.split()[0]}>')
+        lines.append(f"<tr>{''.join(cells)}</tr>")
+    return (
+        '<h2 id="table">Results</h2>\n<div class="scroll" tabindex="0" role="region" '
+        f'aria-label="results"><table>\n<thead><tr>{head}</tr></thead>\n<tbody>\n'
+        + "\n".join(lines)
+        + "\n</tbody></table></div>"
+    )
+
+
+def _reading_notes(summary: Summary) -> str:
+    if not summary.rows:
+        return ""
+    counts = sorted({row.num_examples for row in summary.rows if row.num_examples})
+    examples = " or ".join(f"{count:,}" for count in counts) or "the"
+    sentences = [
+        f"Brackets are 95% percentile intervals from {summary.num_resamples:,} bootstrap resamples "
+        f"of {examples} test examples and of the seeds, where there are several.",
+        "A difference is paired: both methods are scored on the same resampled examples, so it can "
+        "be sure where two intervals overlap; one that holds 0 leaves open which is better.",
+        "Loss is the primary measure, accuracy the second.",
+    ]
+    if any(len(row.seeds) == 1 for row in summary.rows):
+        sentences.append(
+            "A row with one seed says nothing of how much another seed would change it."
+        )
+    if any(1 < len(row.seeds) < 10 for row in summary.rows):
+        sentences.append("With few seeds, their share of an interval is somewhat too narrow.")
+    return f'<p class="quiet">{escape(" ".join(sentences))}</p>'
+
+
+def _figure(drawing) -> str:
+    return (
+        f'<figure id="figure-{drawing.name}"><h3>{escape(drawing.title)}</h3>'
+        f'<div class="picture">{drawing.svg}</div>'
+        f"<figcaption>{escape(drawing.caption)}</figcaption></figure>"
+    )
+
+
+def _rates(summary: Summary) -> str:
+    if not summary.basins:
+        return ""
+    lines = []
+    for basin in summary.basins:
+        loss = number_text(min(basin.losses), "{:.4f}")
+        width = f"{rate_text(basin.low)} to {rate_text(basin.high)}"
+        if basin.low > 0:
+            width += f" (×{basin.high / basin.low:.3g})"
+        lines.append(
+            f'<tr><th scope="row" class="text">{escape(basin.label)}</th>'
+            f'<td class="text">{", ".join(map(rate_text, basin.rates))}</td>'
+            f"<td>{rate_text(basin.chosen)}</td><td>{loss}</td><td>{width}</td></tr>"
+        )
+    return (
+        '<div class="scroll" tabindex="0" role="region" aria-label="learning rates"><table>'
+        '<thead><tr><th scope="col" class="text">method</th><th scope="col" class="text">rates '
+        'tried</th><th scope="col">chosen</th><th scope="col">validation loss</th>'
+        f'<th scope="col">within {BASIN_MARGIN:g} nats of it</th></tr></thead>\n<tbody>'
+        + "\n".join(lines)
+        + "</tbody></table></div>"
+    )
+
+
+def _unfinished(summary: Summary) -> str:
+    if not summary.unfinished:
+        return ""
+    items = "".join(
+        f"<li><b>{escape(run.name)}</b>: {escape(run.status)}</li>" for run in summary.unfinished
+    )
+    return (
+        "<h3>Unfinished</h3><p>Without a card yet: under way, or ended before their time. They are "
+        f"not in the table.</p><ul>{items}</ul>"
+    )

@@ -1,0 +1,268 @@
+"""The same rows for a terminal, Markdown, LaTeX, CSV and JSON."""
+
+import csv
+import io
+import json
+import math
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from rich import box
+from rich.table import Table
+from rich.text import Text
+
+from lora_jax.report.quantities import (
+    ABSENT,
+    MINUS,
+    bytes_text,
+    count_text,
+    interval_text,
+    rate_text,
+    seconds_text,
+)
+from lora_jax.report.statistics import Interval
+from lora_jax.report.tables import Row, Summary
+
+
+@dataclass(frozen=True)
+class Column:
+    """One column for readers: `cell(row)` gives the value and what stands small beneath it."""
+
+    heading: str
+    cell: Callable[[Row], tuple[str, str]]
+    numeric: bool = True
+
+
+def columns(summary: Summary) -> list[Column]:
+    """The columns of the full table; a difference has one only where its reference was run."""
+    versus = {"full": "accuracy vs full, points", "head": "accuracy vs head only, points"}
+    return [
+        Column("method", _method, numeric=False),
+        Column("targets", lambda row: (row.targets or ABSENT, ""), numeric=False),
+        Column("rank", lambda row: (ABSENT if row.rank is None else str(row.rank), "")),
+        Column("learning rate", _rate),
+        Column("seeds", lambda row: (str(len(row.seeds)), "")),
+        Column("trained: adapter + head", _trained),
+        Column("adapter file", lambda row: (bytes_text(row.adapter_bytes), "")),
+        Column("test loss", lambda row: interval_text(row.test_loss, row.loss, "{:.3f}")),
+        Column("test accuracy, %", _accuracy),
+        *(Column(versus[name], _versus(name)) for name in summary.references),
+        Column("steps and time, and why it ended", _ended_in, numeric=False),
+    ]
+
+
+def to_terminal(summary: Summary) -> Table:
+    """A `rich` table that fits some 100 columns: one line of values, one of intervals, per row."""
+    versus = {"full": "vs full", "head": "vs head"}
+    short = [
+        Column("method, rate", _short_method, numeric=False),
+        Column(
+            "trained", lambda row: (count_text(row.adapter_count), bytes_text(row.adapter_bytes))
+        ),
+        Column("test loss", lambda row: interval_text(row.test_loss, row.loss, "{:.3f}")),
+        Column("accuracy %", _accuracy),
+        *(Column(versus[name], _versus(name)) for name in summary.references),
+        Column("steps, time", _ended_briefly, numeric=False),
+    ]
+    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
+    for column in short:
+        side = "right" if column.numeric else "left"
+        table.add_column(column.heading, justify=side, no_wrap=column.numeric)
+    for row in summary.rows:
+        cells = (column.cell(row) for column in short)
+        # Text, not markup: a setting such as "[red]" is printed, not obeyed.
+        table.add_row(
+            *(
+                Text(value) + Text(f"\n{detail}" if detail else "", style="dim")
+                for value, detail in cells
+            )
+        )
+    return table
+
+
+def to_markdown(summary: Summary) -> str:
+    """A Markdown table, intervals in the cells."""
+    shown = columns(summary)
+    lines = [
+        "| " + " | ".join(column.heading for column in shown) + " |",
+        "|" + "|".join(" ---: " if column.numeric else " :--- " for column in shown) + "|",
+    ]
+    for row in summary.rows:
+        cells = (
+            (" " if column.numeric else ", ").join(filter(None, column.cell(row)))
+            for column in shown
+        )
+        lines.append("| " + " | ".join(_escape_markdown(cell) for cell in cells) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def to_latex(summary: Summary) -> str:
+    """A LaTeX tabular (needs the booktabs package), intervals small after the values."""
+    shown = columns(summary)
+    lines = [
+        rf"\begin{{tabular}}{{{''.join('r' if column.numeric else 'l' for column in shown)}}}",
+        r"\toprule",
+        " & ".join(_escape_latex(column.heading) for column in shown) + r" \\",
+        r"\midrule",
+    ]
+    for row in summary.rows:
+        cells = []
+        for value, detail in (column.cell(row) for column in shown):
+            small = rf" {{\scriptsize {_escape_latex(detail)}}}" if detail else ""
+            cells.append(_escape_latex(value) + small)
+        lines.append(" & ".join(cells) + r" \\")
+    return "\n".join([*lines, r"\bottomrule", r"\end{tabular}"]) + "\n"
+
+
+def to_records(summary: Summary) -> list[dict]:
+    """One flat record per row, in the units of `Row`; what is absent or not finite is None."""
+    records = []
+    for row in summary.rows:
+        record = {
+            "label": row.label,
+            "method": row.method,
+            "targets": row.targets,
+            "rank": row.rank,
+            "lr": row.lr,
+            "rates_tried": row.rates_tried,
+            "seeds": " ".join(str(seed) for seed in row.seeds),
+            "adapter_parameters": row.adapter_count,
+            "head_parameters": row.head_count,
+            "total_parameters": row.total_count,
+            "adapter_bytes": row.adapter_bytes,
+            "validation_loss": row.validation_loss,
+            **_interval_record("test_loss", row.test_loss, row.loss),
+            **_interval_record("test_accuracy", row.test_accuracy, row.accuracy),
+            **_interval_record("accuracy_vs_full", None, row.versus["full"]),
+            **_interval_record("accuracy_vs_head", None, row.versus["head"]),
+            "test_examples": row.num_examples,
+            "steps": " ".join(str(steps) for steps in row.steps),
+            "stopped": "; ".join(dict.fromkeys(row.stopped)),
+            "seconds": row.seconds,
+            "runs": " ".join(run.name for run in row.runs),
+        }
+        records.append({key: _finite(value) for key, value in record.items()})
+    return records
+
+
+def to_csv(summary: Summary) -> str:
+    """The records as CSV with a heading line."""
+    records = to_records(summary)
+    text = io.StringIO()
+    if records:
+        writer = csv.DictWriter(text, list(records[0]), lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(records)
+    return text.getvalue()
+
+
+def to_json(summary: Summary) -> str:
+    """Rows, learning-rate basins, unfinished runs and warnings as one JSON object."""
+    basins = [
+        {
+            "label": basin.label,
+            "rates": basin.rates,
+            "validation_losses": [_finite(loss) for loss in basin.losses],
+            "chosen": basin.chosen,
+            "within_margin": [basin.low, basin.high],
+        }
+        for basin in summary.basins
+    ]
+    value = {
+        "rows": to_records(summary),
+        "basins": basins,
+        "unfinished": [{"name": run.name, "step": run.last_step} for run in summary.unfinished],
+        "warnings": summary.warnings,
+    }
+    return json.dumps(value, indent=2, allow_nan=False) + "\n"
+
+
+def _method(row: Row) -> tuple[str, str]:
+    return row.method_name, ", ".join(f"{key}={value}" for key, value in row.differing.items())
+
+
+def _short_method(row: Row) -> tuple[str, str]:
+    seeds = f"{len(row.seeds)} seed{'s' if len(row.seeds) > 1 else ''}"
+    return row.label, f"{rate_text(row.lr)}, {seeds}"
+
+
+def _rate(row: Row) -> tuple[str, str]:
+    return rate_text(row.lr), f"best of {row.rates_tried}" if row.rates_tried > 1 else ""
+
+
+def _trained(row: Row) -> tuple[str, str]:
+    return count_text(row.adapter_count), f"+ {count_text(row.head_count)}"
+
+
+def _accuracy(row: Row) -> tuple[str, str]:
+    percent = row.accuracy and row.accuracy.scaled(100)
+    return interval_text(100 * row.test_accuracy, percent, "{:.1f}")
+
+
+def _versus(name: str) -> Callable[[Row], tuple[str, str]]:
+    def cell(row: Row) -> tuple[str, str]:
+        difference = row.versus[name]
+        if difference is None:
+            return ABSENT, ""
+        points = difference.scaled(100)
+        return interval_text(points.estimate, points, "{:+.1f}")
+
+    return cell
+
+
+def _ended(row: Row) -> tuple[str, str]:
+    low, high = min(row.steps), max(row.steps)
+    reasons = dict.fromkeys(row.stopped)
+    if len(reasons) > 1:
+        reasons = [f"{reason} ({row.stopped.count(reason)})" for reason in reasons]
+    return (str(low) if low == high else f"{low}\N{EN DASH}{high}"), "; ".join(reasons)
+
+
+def _ended_in(row: Row) -> tuple[str, str]:
+    steps, reasons = _ended(row)
+    return f"{steps} in {seconds_text(row.seconds)}", reasons
+
+
+def _ended_briefly(row: Row) -> tuple[str, str]:
+    steps, reasons = _ended_in(row)
+    reasons = reasons.replace("validation stopped improving", "stopped early")
+    return steps, re.sub(r"budget of \d+ steps ended", "budget ended", reasons)
+
+
+def _interval_record(name: str, value: float | None, interval: Interval | None) -> dict:
+    return {
+        name: interval.estimate if interval else value,
+        f"{name}_low": interval and interval.low,
+        f"{name}_high": interval and interval.high,
+    }
+
+
+def _finite(value):
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _escape_markdown(text: str) -> str:
+    for character in "\\`*_<>|":
+        text = text.replace(character, f"\\{character}")
+    return " ".join(text.replace("](", "]\\(").split())  # brackets alone make no link
+
+
+_LATEX = {
+    "\\": r"\textbackslash{}",
+    "{": r"\{",
+    "}": r"\}",
+    "&": r"\&",
+    "%": r"\%",
+    "$": r"\$",
+    "#": r"\#",
+    "_": r"\_",
+    "~": r"\textasciitilde{}",
+    "^": r"\textasciicircum{}",
+    MINUS: "$-$",
+    ABSENT: "--",
+}
+
+
+def _escape_latex(text: str) -> str:
+    return "".join(_LATEX.get(character, character) for character in text)

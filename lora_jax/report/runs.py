@@ -1,0 +1,230 @@
+"""Reads the runs of a working folder: finished ones whole, unfinished ones as far as they got."""
+
+import json
+import math
+import zipfile
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from lora_jax.core.errors import RequestError
+
+
+@dataclass(frozen=True)
+class Predictions:
+    """What a run said of each test example, in ascending order of `index`.
+
+    loss (N,) float64 in nats, correct (N,) bool, label (N,) int64, index (N,) int64.
+    """
+
+    loss: np.ndarray
+    correct: np.ndarray
+    label: np.ndarray
+    index: np.ndarray
+
+
+@dataclass(frozen=True)
+class Run:
+    """One cell of a working folder; `card` is None until the run has ended."""
+
+    name: str
+    folder: Path
+    config: dict
+    card: dict | None
+    history: tuple[dict, ...]
+    predictions: Predictions | None
+
+    @property
+    def finished(self) -> bool:
+        """Whether the run has ended and written its card."""
+        return self.card is not None
+
+    @property
+    def status(self) -> str:
+        """Why the run ended, in its own words, or how far it has got."""
+        if self.card is not None:
+            return self.card["metrics"]["stopped"]
+        return (
+            f"unfinished, at step {self.last_step}" if self.history else "unfinished, no step yet"
+        )
+
+    @property
+    def last_step(self) -> int:
+        """The last step in its metrics, 0 where there is none."""
+        return max((entry["step"] for entry in self.history), default=0)
+
+    def curve(self, split: str, quantity: str = "loss") -> tuple[np.ndarray, np.ndarray]:
+        """Steps (M,) int64 and values (M,) float64 of one quantity on one split."""
+        points = [
+            (entry["step"], entry[quantity])
+            for entry in self.history
+            if entry.get("split") == split and entry.get(quantity) is not None
+        ]
+        steps, values = zip(*points, strict=True) if points else ((), ())
+        return np.array(steps, np.int64), np.array(values, np.float64)
+
+    def metric(self, path: str) -> float:
+        """A number of a finished run's card by dotted path, "metrics.test.loss"; null is nan."""
+        value = _lookup(self.card, path)
+        return math.nan if value is None else float(value)
+
+
+def read_runs(folder) -> list[Run]:
+    """Every run under `folder`/cells in order of name, finished or not.
+
+    Raises:
+      RequestError: there is no such folder, it holds no cells, or a file of a cell is malformed
+        (the message names it). A torn last line of metrics.jsonl is what a running or killed run
+        leaves, and is passed over.
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise RequestError(f"no folder {folder}; give the --workdir of a training run")
+    cells = folder / "cells"
+    # A name that starts with a dot is a cell still being put in place (formats.atomic).
+    found = (
+        sorted(p for p in cells.iterdir() if p.is_dir() and not p.name.startswith("."))
+        if (cells.is_dir())
+        else []
+    )
+    if not found:
+        if (folder / "card.json").exists() or (folder / "metrics.jsonl").exists():
+            raise RequestError(
+                f"{folder} is one cell; give its working folder {folder.parent.parent}"
+            )
+        raise RequestError(
+            f"{folder} holds no runs (no cells/*); give the --workdir of a training run"
+        )
+    return [_read_run(cell) for cell in found]
+
+
+def _read_run(cell: Path) -> Run:
+    card_path = cell / "card.json"
+    card = _read_card(card_path) if card_path.exists() else None
+    if card is not None:
+        config = card["config"]
+    else:
+        config_path = cell / "config.json"
+        config = _read_object(config_path) if config_path.exists() else {}
+    predictions_path = cell / "test_predictions.npz"
+    return Run(
+        name=cell.name,
+        folder=cell,
+        config=config,
+        card=card,
+        history=_read_history(cell / "metrics.jsonl"),
+        predictions=_read_predictions(predictions_path) if predictions_path.exists() else None,
+    )
+
+
+_CARD_TEXTS = ("config_hash", "base_hash", "data_hash", "metrics.stopped")
+_CARD_COUNTS = ("counts.adapter", "counts.head", "counts.total", "metrics.steps")
+_CARD_NUMBERS = (
+    "metrics.validation.loss",
+    "metrics.test.loss",
+    "metrics.test.accuracy",
+    "seconds.total",
+)
+
+
+def _read_card(path: Path) -> dict:
+    """A card with everything the report relies on in place and of the right kind."""
+    card = _read_object(path)
+    if not isinstance(card.get("config"), dict):
+        raise _malformed(path, "'config' is not an object")
+    if not isinstance(_lookup(card, "config.method.name"), str):
+        raise _malformed(path, "'config.method.name' is not a text")
+    for key in ("config.seed", "config.data.seed"):
+        value = _lookup(card, key, missing=0)
+        if isinstance(value, bool) or not isinstance(value, int):
+            raise _malformed(path, f"'{key}' is not a whole number")
+    if not _is_number_or_null(_lookup(card, "config.optimizer.lr")):
+        raise _malformed(path, "'config.optimizer.lr' is not a number")
+    for key in _CARD_TEXTS:
+        if not isinstance(_lookup(card, key), str):
+            raise _malformed(path, f"'{key}' is not a text")
+    for key in _CARD_COUNTS:
+        value = _lookup(card, key)
+        if isinstance(value, bool) or not isinstance(value, int) or value < 0:
+            raise _malformed(path, f"'{key}' is not a count")
+    for key in _CARD_NUMBERS:
+        # A diverged run's loss may have been written as null; a missing key is an error.
+        if not _is_number_or_null(_lookup(card, key, missing="")):
+            raise _malformed(path, f"'{key}' is not a number")
+    if not _is_number_or_null(_lookup(card, "metrics.adapter_bytes")):
+        raise _malformed(path, "'metrics.adapter_bytes' is not a number")
+    return card
+
+
+def _read_object(path: Path) -> dict:
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise RequestError(f"cannot read {path}: {error.strerror or error}") from error
+    except ValueError as error:
+        raise _malformed(path, f"not JSON ({error})") from error
+    if not isinstance(value, dict):
+        raise _malformed(path, "not a JSON object")
+    return value
+
+
+def _read_history(path: Path) -> tuple[dict, ...]:
+    """The entries by step; of a step logged twice (before and after a resume) the later one."""
+    if not path.exists():
+        return ()
+    lines = path.read_bytes().split(b"\n")
+    entries = {}
+    for number, line in enumerate(lines, start=1):
+        if not line.strip():
+            continue
+        try:
+            entry = json.loads(line)
+            key = (int(entry["step"]), str(entry["split"]))
+            if not all(_is_number_or_null(entry.get(k)) for k in ("loss", "accuracy", "lr")):
+                raise TypeError("not a number")
+        except (ValueError, TypeError, KeyError) as error:
+            if number == len(lines):
+                break  # no newline yet: the run is writing it, or was killed while it did
+            raise RequestError(
+                f"{path} line {number} is no metrics entry; remove that line or rerun the cell"
+            ) from error
+        entries[key] = {**entry, "step": key[0]}
+    return tuple(entries[key] for key in sorted(entries))
+
+
+def _read_predictions(path: Path) -> Predictions:
+    try:
+        with np.load(path, allow_pickle=False) as arrays:
+            loss, correct, label, index = (
+                np.asarray(arrays[name]) for name in ("loss", "correct", "label", "index")
+            )
+    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
+        raise _malformed(path, f"not the predictions of a run ({error})") from error
+    if index.ndim != 1 or not loss.shape == correct.shape == label.shape == index.shape:
+        raise _malformed(path, "loss, correct, label and index are not four lists of one length")
+    order = np.argsort(index, kind="stable")
+    if not len(index) or np.any(np.diff(index[order]) == 0):
+        raise _malformed(path, "no example, or one example twice")
+    return Predictions(
+        loss=loss[order].astype(np.float64),
+        correct=correct[order].astype(bool),
+        label=label[order].astype(np.int64),
+        index=index[order].astype(np.int64),
+    )
+
+
+def _malformed(path: Path, reason: str) -> RequestError:
+    return RequestError(f"{path} is malformed: {reason}; rerun this cell or remove its folder")
+
+
+def _lookup(tree, path: str, *, missing=None):
+    for part in path.split("."):
+        if not isinstance(tree, dict) or part not in tree:
+            return missing
+        tree = tree[part]
+    return tree
+
+
+def _is_number_or_null(value) -> bool:
+    return value is None or (isinstance(value, int | float) and not isinstance(value, bool))

@@ -1,0 +1,214 @@
+"""What a working folder's runs amount to: one row per method, with intervals and differences."""
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+
+from lora_jax.core.errors import RequestError
+from lora_jax.report.groups import Basin, Group, choose_rates, differing_settings, group_runs
+from lora_jax.report.runs import Run
+from lora_jax.report.statistics import (
+    NUM_RESAMPLES,
+    Interval,
+    mean_interval,
+    paired_difference,
+)
+
+REFERENCES = ("full", "head")
+
+
+@dataclass(frozen=True)
+class Row:
+    """One method at its chosen learning rate, over its seeds.
+
+    Losses in nats, accuracies and their differences as fractions, times in seconds, adapter_bytes
+    in bytes; counts are of trained parameters. An interval is None where the predictions it needs
+    are not there; versus holds, per reference in REFERENCES, this row's accuracy minus the
+    reference's on the same examples (None for the reference itself).
+    """
+
+    label: str
+    method: str
+    method_name: str
+    targets: str | None
+    rank: int | None
+    lr: float | None
+    rates_tried: int
+    differing: dict[str, object]
+    seeds: tuple[int, ...]
+    adapter_count: int
+    head_count: int
+    total_count: int
+    adapter_bytes: int | None
+    validation_loss: float
+    loss: Interval | None
+    accuracy: Interval | None
+    seed_losses: tuple[float, ...]
+    seed_accuracies: tuple[float, ...]
+    versus: dict[str, Interval | None]
+    num_examples: int
+    steps: tuple[int, ...]
+    stopped: tuple[str, ...]
+    seconds: float
+    runs: tuple[Run, ...]
+
+    @property
+    def test_loss(self) -> float:
+        """Mean test loss over seeds."""
+        return self.loss.estimate if self.loss else float(np.mean(self.seed_losses))
+
+    @property
+    def test_accuracy(self) -> float:
+        """Mean test accuracy over seeds."""
+        return self.accuracy.estimate if self.accuracy else float(np.mean(self.seed_accuracies))
+
+
+@dataclass(frozen=True)
+class Summary:
+    """The rows of a report, what they were chosen from, and what a reader should be told."""
+
+    rows: tuple[Row, ...]
+    basins: tuple[Basin, ...]
+    runs: tuple[Run, ...]
+    warnings: tuple[str, ...]
+    num_resamples: int
+
+    @property
+    def unfinished(self) -> tuple[Run, ...]:
+        """Runs without a card: still going, or ended before their time."""
+        return tuple(run for run in self.runs if not run.finished)
+
+    @property
+    def references(self) -> tuple[str, ...]:
+        """The references that at least one row is compared with."""
+        return tuple(r for r in REFERENCES if any(row.versus[r] for row in self.rows))
+
+
+def summarise(runs: list[Run], *, seed: int = 0, num_resamples: int = NUM_RESAMPLES) -> Summary:
+    """Groups the runs by method, chooses learning rates on validation, and measures on test.
+
+    Args:
+      runs: as `read_runs` gives them; unfinished ones are carried along, not measured.
+      seed, num_resamples: of the bootstrap (see `statistics`).
+
+    Raises:
+      RequestError: runs said to share their data were scored on different test examples.
+    """
+    groups, warnings = group_runs(runs)
+    chosen, basins = choose_rates(groups)
+    differing = differing_settings(chosen)
+    rates = {basin.label: len(basin.rates) for basin in basins}
+    rows = tuple(
+        _row(group, chosen, differing, rates.get(group.label, 1), seed, num_resamples)
+        for group in chosen
+    )
+    for basin in basins:
+        if basin.at_edge:
+            warnings.append(
+                f"{basin.label}: the best learning rate, {basin.chosen:g}, is at the edge of those "
+                f"tried ({basin.rates[0]:g} to {basin.rates[-1]:g}); a better one may lie beyond"
+            )
+    if len({group.data for group in chosen}) > 1:
+        warnings.append(
+            "runs on different data or base weights stand in one table; differences are given "
+            "only between runs that share both"
+        )
+    for run in runs:
+        warnings.extend(_disagreements(run))
+    return Summary(rows, tuple(basins), tuple(runs), tuple(warnings), num_resamples)
+
+
+def _row(group: Group, groups, differing, rates_tried: int, seed: int, num_resamples: int) -> Row:
+    card = group.runs[0].card
+    targets = group.settings.get("method.targets")
+    loss, accuracy = (_scores(group, "loss"), _scores(group, "correct"))
+    drawn = {"seed": seed, "num_resamples": num_resamples}
+    versus = {}
+    for name in REFERENCES:
+        other = _reference(name, group, groups)
+        versus[name] = None if other is None else _difference(group, other, **drawn)
+    adapter_bytes = card["metrics"].get("adapter_bytes")
+    return Row(
+        label=group.label,
+        method=group.method,
+        method_name=group.method_name,
+        targets=None if targets is None else str(targets),
+        rank=group.settings.get("method.rank"),
+        lr=group.lr,
+        rates_tried=rates_tried,
+        differing={key: group.settings[key] for key in differing if key in group.settings},
+        seeds=tuple(seed for seed, _ in group.seeds),
+        adapter_count=card["counts"]["adapter"],
+        head_count=card["counts"]["head"],
+        total_count=card["counts"]["total"],
+        adapter_bytes=None if adapter_bytes is None else int(adapter_bytes),
+        validation_loss=group.mean("validation.loss"),
+        loss=None if loss is None else mean_interval(loss, **drawn),
+        accuracy=None if accuracy is None else mean_interval(accuracy, **drawn),
+        seed_losses=tuple(run.metric("metrics.test.loss") for run in group.runs),
+        seed_accuracies=tuple(run.metric("metrics.test.accuracy") for run in group.runs),
+        versus=versus,
+        num_examples=0 if accuracy is None else accuracy.shape[1],
+        steps=tuple(run.card["metrics"]["steps"] for run in group.runs),
+        stopped=tuple(run.card["metrics"]["stopped"] for run in group.runs),
+        seconds=float(np.mean([run.metric("seconds.total") for run in group.runs])),
+        runs=group.runs,
+    )
+
+
+def _scores(group: Group, quantity: str) -> np.ndarray | None:
+    """(S, N) scores on the test examples, or None where a run has no predictions."""
+    if any(run.predictions is None for run in group.runs):
+        return None
+    first = group.runs[0]
+    for run in group.runs[1:]:
+        if not np.array_equal(run.predictions.index, first.predictions.index):
+            raise RequestError(
+                f"{run.folder} and {first.folder} have one data hash and different test examples; "
+                "evaluate one of them again"
+            )
+    return np.stack([getattr(run.predictions, quantity) for run in group.runs]).astype(np.float64)
+
+
+def _reference(name: str, group: Group, groups) -> Group | None:
+    """The reference on the same base weights and data; of several, the best on validation."""
+    if group.method == name:
+        return None
+    candidates = [g for g in groups if g.method == name and g.data == group.data]
+    return min(candidates, key=lambda g: g.mean("validation.loss"), default=None)
+
+
+def _difference(group: Group, other: Group, *, seed: int, num_resamples: int) -> Interval | None:
+    ours, theirs = _scores(group, "correct"), _scores(other, "correct")
+    if ours is None or theirs is None:
+        return None
+    return paired_difference(
+        ours,
+        theirs,
+        first_index=group.runs[0].predictions.index,
+        second_index=other.runs[0].predictions.index,
+        first_seeds=group.seeds,
+        second_seeds=other.seeds,
+        seed=seed,
+        num_resamples=num_resamples,
+    )
+
+
+def _disagreements(run: Run) -> list[str]:
+    """Says where a card's test metrics are not the mean of the predictions beside it."""
+    if not run.finished:
+        return []
+    if run.predictions is None:
+        return [f"{run.name}: no test_predictions.npz, so no intervals for its row"]
+    found = {
+        "loss": float(run.predictions.loss.mean()),
+        "accuracy": float(run.predictions.correct.mean()),
+    }
+    return [
+        f"{run.name}: card.json says test {name} {run.metric(f'metrics.test.{name}'):.6g}, "
+        f"its predictions say {value:.6g}; the table follows the predictions"
+        for name, value in found.items()
+        if not math.isclose(run.metric(f"metrics.test.{name}"), value, rel_tol=1e-4, abs_tol=1e-6)
+        and not (math.isnan(value) and math.isnan(run.metric(f"metrics.test.{name}")))
+    ]

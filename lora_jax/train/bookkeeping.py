@@ -1,0 +1,58 @@
+"""What a training knows about itself beside its arrays; saved with every checkpoint."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+STOPPED_IMPROVING = "validation stopped improving"
+
+
+@dataclasses.dataclass(frozen=True)
+class Bookkeeping:
+    """All plain values, so that it goes through JSON unchanged.
+
+    `window` holds the steps not logged yet, as (step, loss, correct, weight, grad_norm); `seconds`
+    what each kind of work took; `metrics_lines` how many lines of the metrics file are true;
+    `stopped` why the training is over, "" while it is not.
+    """
+
+    step: int = 0
+    evaluated_step: int = 0
+    best_step: int = 0
+    best_loss: float | None = None
+    best_accuracy: float | None = None
+    evaluations_since_best: int = 0
+    window: tuple[tuple[float, ...], ...] = ()
+    train_loss: float | None = None
+    metrics_lines: int = 0
+    seconds: dict[str, float] = dataclasses.field(default_factory=dict)
+    stopped: str = ""
+
+    def to_json(self) -> dict[str, Any]:
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_json(cls, values: dict[str, Any]) -> Bookkeeping:
+        window = tuple(tuple(row) for row in values["window"])
+        return cls(**{**values, "window": window})
+
+    def after_evaluation(
+        self, loss: float, accuracy: float, *, patience: int, num_steps: int
+    ) -> Bookkeeping:
+        """The books after a validation at the current step: best so far, and whether to stop.
+
+        `patience` counts evaluations without a better loss, 0 for no limit.
+        """
+        if self.best_loss is None or loss < self.best_loss:
+            better = {"best_step": self.step, "best_loss": loss, "best_accuracy": accuracy}
+            books = dataclasses.replace(self, evaluations_since_best=0, **better)
+        else:
+            since = self.evaluations_since_best + 1
+            books = dataclasses.replace(self, evaluations_since_best=since)
+        stopped = ""
+        if patience and books.evaluations_since_best >= patience:
+            stopped = STOPPED_IMPROVING
+        elif self.step >= num_steps:
+            stopped = f"budget of {num_steps} steps ended"
+        return dataclasses.replace(books, evaluated_step=self.step, stopped=stopped)

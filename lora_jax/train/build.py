@@ -1,0 +1,227 @@
+"""From a config to everything a run needs: model, method, batches, optimizer, programs."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import os
+from typing import Any
+
+import jax
+import ml_collections
+import optax
+
+from lora_jax.core.errors import RequestError
+from lora_jax.core.trees import nearest
+from lora_jax.data import (
+    EvalBatches,
+    Splits,
+    TrainIterator,
+    bucket_lengths,
+    encode_examples,
+    eval_batches,
+    load_splits,
+    train_batches,
+)
+from lora_jax.formats.adapter import load_trainable
+from lora_jax.methods import BitFit, FullFineTuning, HeadOnly, LoRA, Method
+from lora_jax.models import Model, load_model
+from lora_jax.train.compilation import CompiledByShape
+from lora_jax.train.evaluate import make_scores
+from lora_jax.train.loss import make_loss
+from lora_jax.train.optimizer import make_optimizer, make_schedule
+from lora_jax.train.state import TrainState, init_state
+from lora_jax.train.step import make_train_step
+
+METHODS = ("lora", "full", "bitfit", "head")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Setup:
+    """What stays the same during a run. `frozen` is the part of the model that no step changes."""
+
+    model: Model
+    method: Method
+    frozen: Any
+    splits: Splits
+    batches: TrainIterator
+    validation: EvalBatches
+    test: EvalBatches
+    schedule: optax.Schedule
+    step: CompiledByShape
+    scores: CompiledByShape
+    num_steps: int
+    eval_every: int
+    checkpoint_every: int
+    log_every: int
+    patience: int
+
+
+def build(config: Any) -> tuple[Setup, TrainState]:
+    """Loads and prepares all that `config` names, and the state before the first step.
+
+    `config.seed` decides the new head, the adapters, dropout and which examples meet in a batch;
+    `config.data.seed` the shapes of the batches and their order. Raises `RequestError`.
+    """
+    head_key, init_key, run_key = keys_of(config.seed)
+    splits = load_splits(config.data)
+    model = make_model(config.model, head_key)
+    if len(splits.label_names) != model.num_labels:
+        raise RequestError(
+            f"model.num_labels={model.num_labels}, but the data have {len(splits.label_names)} "
+            f"labels ({', '.join(map(repr, splits.label_names[:5]))}); set model.num_labels to it"
+        )
+    method = make_method(config.method, model)
+    buckets = bucket_lengths(config.data.buckets, config.data.max_length)
+    encoded = {
+        name: encode_examples(
+            model.tokenizer, getattr(splits, name), max_length=config.data.max_length
+        )
+        for name in ("train", "validation", "test")
+    }
+    batches = train_batches(
+        encoded["train"],
+        batch_size=config.data.batch_size,
+        buckets=buckets,
+        seed=config.data.seed,
+        order_seed=config.seed,
+    )
+    plan = plan_steps(config.train, batches.steps_per_epoch)
+    tx = make_optimizer(config.optimizer, plan["num_steps"])
+    loss = make_loss(model.apply, method, label_smoothing=config.train.label_smoothing)
+    trainable, frozen = method.init(init_key, model.params)
+    if not trainable:
+        raise RequestError(f"method.name={config.method.name!r} trains nothing in this model")
+    setup = Setup(
+        model=model,
+        method=method,
+        frozen=frozen,
+        splits=splits,
+        batches=batches,
+        **{
+            name: eval_batches(
+                encoded[name], batch_size=config.train.eval_batch_size, buckets=buckets
+            )
+            for name in ("validation", "test")
+        },
+        schedule=make_schedule(config.optimizer, plan["num_steps"]),
+        step=CompiledByShape(make_train_step(loss, tx)),
+        scores=CompiledByShape(make_scores(model.apply, method)),
+        patience=_at_least(config.train, "patience", 0),
+        **plan,
+    )
+    return setup, init_state(trainable, tx, run_key)
+
+
+def keys_of(seed: int) -> jax.Array:
+    """The three keys of a run, from its seed: for a new head, the adapters, and the steps."""
+    return jax.random.split(jax.random.key(seed), 3)
+
+
+def make_model(settings: Any, head_key: jax.Array) -> Model:
+    """The classifier that the config's `model` section names."""
+    return load_model(
+        settings.name,
+        head="classification",
+        num_labels=settings.num_labels,
+        dtype=settings.dtype,
+        head_key=head_key,
+    )
+
+
+def make_method(settings: Any, model: Model) -> Method:
+    """The method that the config's `method` section names, for the parameters of `model`.
+
+    Raises `RequestError` for an unknown name or values the method refuses.
+    """
+    common = {"aliases": model.aliases}
+    if settings.name == "lora":
+        return LoRA(
+            targets=settings.targets,
+            rank=settings.rank,
+            alpha=settings.alpha,
+            dropout=settings.dropout,
+            init=settings.init,
+            train=settings.train,
+            axes=model.axes,
+            **common,
+        )
+    if settings.name == "full":
+        return FullFineTuning(**common)
+    if settings.name == "bitfit":
+        return BitFit(**common)
+    if settings.name == "head":
+        return HeadOnly(train=settings.train, **common)
+    raise RequestError(
+        f"method.name={settings.name!r} is unknown; {nearest(settings.name, METHODS)}"
+    )
+
+
+def plan_steps(settings: Any, steps_per_epoch: int) -> dict[str, int]:
+    """How many steps, and every how many to evaluate, save and log, from the `train` section."""
+    num_steps = _at_least(settings, "num_steps", 0)
+    if not num_steps:
+        if not 0.0 < settings.num_epochs < math.inf:
+            raise RequestError(f"train.num_epochs={settings.num_epochs!r} must be above 0")
+        num_steps = math.ceil(settings.num_epochs * steps_per_epoch)
+    eval_every = _at_least(settings, "eval_every_steps", 0) or max(1, steps_per_epoch // 4)
+    return {
+        "num_steps": num_steps,
+        "eval_every": eval_every,
+        "checkpoint_every": _at_least(settings, "checkpoint_every_steps", 0) or eval_every,
+        "log_every": _at_least(settings, "log_every_steps", 1),
+    }
+
+
+def _at_least(settings: Any, name: str, low: int) -> int:
+    value = settings[name]
+    if isinstance(value, bool) or not isinstance(value, int) or value < low:
+        raise RequestError(f"train.{name}={value!r} must be a whole number of at least {low}")
+    return value
+
+
+@dataclasses.dataclass(frozen=True)
+class Adapted:
+    """A model with what a run trained for it: `method.bind(trainable, frozen)` is its params."""
+
+    model: Model
+    method: Method
+    trainable: Any
+    frozen: Any
+    description: dict[str, Any]
+
+
+def load_adapter(folder: str | os.PathLike) -> Adapted:
+    """A finished run's `adapter/` folder with its base model, ready to bind, merge or evaluate.
+
+    Raises `RequestError` if the folder is damaged or the base model's weights are not those it was
+    trained on.
+    """
+    trainable, description = load_trainable(folder)
+    try:
+        config = ml_collections.ConfigDict(
+            {"model": description["model"], "method": description["method"]}
+        )
+        head_key, init_key, _ = keys_of(description["seed"])
+        base_hash = description["base_hash"]
+    except (KeyError, TypeError) as error:
+        raise RequestError(f"{folder}/method.json lacks {error}; train this cell again") from error
+    model = make_model(config.model, head_key)
+    if model.base_hash != base_hash:
+        raise RequestError(
+            f"the adapter in {folder} was trained on other weights than {config.model.name!r} has "
+            f"(base hash {base_hash[:12]}, here {model.base_hash[:12]}); load the model it was "
+            "trained on"
+        )
+    method = make_method(config.method, model)
+    _, frozen = method.init(init_key, model.params)
+    wanted = jax.eval_shape(lambda: method.init(init_key, model.params)[0])
+    if jax.tree.map(_signature, trainable) != jax.tree.map(_signature, wanted):
+        raise RequestError(
+            f"the tensors in {folder} are not those of its method.json; copy it again"
+        )
+    return Adapted(model, method, trainable, frozen, description)
+
+
+def _signature(leaf: Any) -> str:
+    return f"{leaf.dtype}{tuple(leaf.shape)}"

@@ -1,0 +1,90 @@
+"""The card of a finished run: what was asked, on what it ran, and what came out."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import platform
+import subprocess
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+
+PACKAGES = ("jax", "jaxlib", "flax", "optax", "numpy", "lora_jax")
+
+
+def versions() -> dict[str, str]:
+    """Versions of Python and of the packages that a result depends on."""
+    found = {"python": platform.python_version()}
+    for name in PACKAGES:
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            found[name] = "unknown"
+    return found
+
+
+def git_commit() -> str:
+    """The commit of the working tree that holds this package ("+dirty" if edited), or "unknown"."""
+    folder = Path(__file__).resolve().parent
+
+    def git(*arguments: str) -> str:
+        command = ["git", "-C", str(folder), *arguments]
+        return subprocess.run(
+            command, capture_output=True, text=True, timeout=10, check=True
+        ).stdout.strip()
+
+    try:
+        # A package installed inside somebody else's repository is not at that one's commit.
+        git("ls-files", "--error-unmatch", __file__)
+        commit = git("rev-parse", "HEAD")
+        return (
+            f"{commit}+dirty" if git("status", "--porcelain", "--", str(folder.parent)) else commit
+        )
+    except (OSError, subprocess.SubprocessError):
+        return "unknown"
+
+
+def device_description() -> dict[str, Any]:
+    """What JAX runs on: platform, kind of device, how many, and the threads of the host."""
+    device = jax.devices()[0]
+    return {
+        "platform": device.platform,
+        "kind": device.device_kind,
+        "count": jax.device_count(),
+        "threads": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 0,
+        "machine": platform.machine(),
+    }
+
+
+def describe_program(
+    table: Iterable[Any], batch_shapes: Sequence[Sequence[int]], *, threads: int
+) -> dict[str, Any]:
+    """What was compiled: one adapter alone (K = 1), its ranks and targets, batch shapes, flags.
+
+    `table` is a method's table; a row without a rank is a parameter trained whole.
+    """
+    adapted = [row for row in table if row.rank]
+    return {
+        "K": 1,
+        "slot": 0,
+        "ranks": sorted({row.rank for row in adapted}),
+        "targets": [row.path for row in adapted],
+        "batch_shapes": [list(shape) for shape in batch_shapes],
+        "threads": threads,
+        "xla_flags": os.environ.get("XLA_FLAGS", ""),
+        "matmul_precision": str(jax.config.jax_default_matmul_precision),
+    }
+
+
+def make_card(**parts: Any) -> dict[str, Any]:
+    """The card from its parts, with versions and commit added. Raises `TypeError` for a gap."""
+    wanted = {
+        "config", "config_hash", "base_hash", "data_hash", "seeds", "device", "program", "counts",
+        "seconds", "metrics",
+    }  # fmt: skip
+    if wanted != parts.keys():
+        raise TypeError(f"a card needs {sorted(wanted)}, got {sorted(parts)}")
+    return {**parts, "versions": versions(), "commit": git_commit()}

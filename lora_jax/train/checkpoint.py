@@ -1,0 +1,232 @@
+"""Checkpoints: whole or not there, written while training goes on, verified when read.
+
+Orbax writes each step into a temporary folder and renames it when all is on the disk. It does not
+notice changed bytes, so every checkpoint carries the SHA-256 of each array, and restoring compares.
+The arrays of a step lie one after the other in one array of bytes: Orbax reads arrays side by side,
+and one that fails leaves the others to print tracebacks into a terminal that is owed one line.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import json
+import logging
+import math
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import orbax.checkpoint as ocp
+
+from lora_jax.core.errors import RequestError
+
+PyTree = Any
+
+
+class Checkpoints:
+    """The checkpoints of one run in `folder`, the last two of them kept; a context manager.
+
+    Opening removes what a killed process left half written. Leaving waits for what is being
+    written. Failing to write is a `RequestError`, and the checkpoints before stay as they are.
+    """
+
+    def __init__(self, folder: str | os.PathLike):
+        self.folder = Path(folder).absolute()
+        logging.getLogger("absl").addFilter(_is_not_orbax)
+        options = ocp.CheckpointManagerOptions(max_to_keep=2, cleanup_tmp_directories=True)
+        try:
+            self._orbax = ocp.CheckpointManager(self.folder, options=options)
+        except OSError as error:
+            raise self._write_error("open", error) from error
+
+    @property
+    def latest_step(self) -> int | None:
+        """The last step that is wholly on the disk or on its way there."""
+        return self._orbax.latest_step()
+
+    def save(self, step: int, groups: Mapping[str, PyTree], facts: Mapping[str, Any]) -> None:
+        """Begins to write named trees of arrays and JSON `facts`; the arrays are copied first.
+
+        Copying is all that the caller waits for, so buffers may be donated right after. A write
+        that failed since the last call is raised here.
+        """
+        host = {name: _to_host(tree) for name, tree in groups.items()}
+        manifest = {name: _manifest(tree, host[name]) for name, tree in groups.items()}
+        facts = {"facts": dict(facts), "manifest": manifest}
+        packed = np.concatenate([_bytes_of(leaf) for leaves in host.values() for leaf in leaves])
+        try:
+            self._orbax.save(
+                step,
+                args=ocp.args.Composite(
+                    arrays=ocp.args.PyTreeSave({"bytes": packed}),
+                    facts=ocp.args.JsonSave({**facts, "sha256": _digest_json(facts)}),
+                ),
+            )
+        # Orbax and TensorStore raise ValueError, RuntimeError and OSError alike for a failed write.
+        except Exception as error:
+            raise self._write_error(f"write the checkpoint of step {step} in", error) from error
+
+    def wait(self) -> None:
+        """Returns when everything is on the disk. Raises `RequestError` if it could not be."""
+        try:
+            self._orbax.wait_until_finished()
+            self._orbax.check_for_errors()
+        except Exception as error:
+            raise self._write_error("write the last checkpoint in", error) from error
+
+    def restore(self, like: Mapping[str, PyTree]) -> tuple[dict[str, PyTree], dict] | None:
+        """The latest checkpoint as `(groups, facts)`, bit for bit what was saved; None if none is.
+
+        `like` gives the structure, shapes and dtypes of each group (arrays or shape structs); a
+        group that was not saved is left out. Raises `RequestError` naming the step and the way out
+        if a byte was changed or the arrays are not like `like`.
+        """
+        step = self.latest_step
+        if step is None:
+            return None
+        try:
+            facts = self._read(step, "facts", ocp.args.JsonRestore())
+            digest = facts.pop("sha256")
+            if _digest_json(facts) != digest:
+                raise ValueError("its facts are not those that were saved")
+            packed = self._read(step, "arrays", ocp.args.PyTreeRestore())["bytes"]
+            groups = _unpack(packed, facts["manifest"])
+        # Changed bytes can raise anything on their way through the decoders.
+        except Exception as error:
+            raise RequestError(
+                f"checkpoint {self.folder / str(step)} is damaged ({_one_line(error)}); "
+                f"{self._way_out(step)}"
+            ) from error
+        return {
+            name: self._rebuild(step, name, leaves, facts["manifest"][name], like[name])
+            for name, leaves in groups.items()
+        }, facts["facts"]
+
+    def close(self) -> None:
+        self._orbax.close()
+        logging.getLogger("absl").removeFilter(_is_not_orbax)
+
+    def __enter__(self) -> Checkpoints:
+        return self
+
+    def __exit__(self, kind, error, trace) -> None:
+        try:
+            self.wait()
+        except RequestError:
+            if error is None:  # else what went wrong first is the better story
+                raise
+        finally:
+            self.close()
+
+    def _read(self, step: int, item: str, args):
+        return self._orbax.restore(step, args=ocp.args.Composite(**{item: args}))[item]
+
+    def _rebuild(self, step: int, name: str, leaves, rows, like: PyTree) -> PyTree:
+        keyed, treedef = jax.tree_util.tree_flatten_with_path(like)
+        wanted = [[_name(keys), *_shape_dtype(leaf)] for keys, leaf in keyed]
+        saved = [row[:3] for row in rows]
+        if saved != wanted:
+            different = next(
+                pair for pair in itertools.zip_longest(saved, wanted) if pair[0] != pair[1]
+            )
+            raise RequestError(
+                f"checkpoint {self.folder / str(step)} holds {different[0]} in {name} where this "
+                f"run has {different[1]}: another version wrote it; remove {self.folder} to begin "
+                "again"
+            )
+        restored = [_from_host(leaf, one) for leaf, (_, one) in zip(leaves, keyed, strict=True)]
+        return jax.tree_util.tree_unflatten(treedef, restored)
+
+    def _way_out(self, step: int) -> str:
+        earlier = max((s for s in self._orbax.all_steps() if s < step), default=None)
+        if earlier is None:
+            return f"remove {self.folder} to begin again"
+        return f"remove that folder to go on from step {earlier}"
+
+    def _write_error(self, doing: str, error: Exception) -> RequestError:
+        return RequestError(
+            f"cannot {doing} {self.folder}: {_one_line(error)}; free some space and run the same "
+            "command again: it goes on from the last checkpoint that is whole"
+        )
+
+
+def _to_host(tree: PyTree) -> list[np.ndarray]:
+    leaves = [
+        jax.random.key_data(leaf) if _is_key(leaf) else leaf for leaf in jax.tree.leaves(tree)
+    ]
+    # A CPU array's host view is its buffer, which the next step takes back: hence the copy.
+    return [np.array(leaf, copy=True) for leaf in jax.device_get(leaves)]
+
+
+def _from_host(leaf: np.ndarray, like: Any) -> jax.Array:
+    # A copy again: JAX may take an aligned NumPy buffer over as it is, and donate it later.
+    array = jnp.array(leaf, copy=True)
+    if _is_key(like):
+        return jax.random.wrap_key_data(array, impl=jax.random.key_impl(like))
+    return array
+
+
+def _is_key(leaf: Any) -> bool:
+    return jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
+
+
+def _shape_dtype(leaf: Any) -> tuple[list[int], str]:
+    if _is_key(leaf):
+        data = jax.eval_shape(jax.random.key_data, leaf)
+        return list(data.shape), str(data.dtype)
+    return list(leaf.shape), str(leaf.dtype)
+
+
+def _is_not_orbax(record: logging.LogRecord) -> bool:
+    """Keeps Orbax quiet: it logs each failure with tracebacks, we raise one error."""
+    return "orbax" not in record.pathname
+
+
+def _name(keys) -> str:
+    return jax.tree_util.keystr(keys, simple=True, separator="/")
+
+
+def _manifest(tree: PyTree, host: list[np.ndarray]) -> list[list]:
+    """Rows of name, shape, dtype, SHA-256, in the tree's order."""
+    keyed, _ = jax.tree_util.tree_flatten_with_path(tree)
+    return [
+        [
+            _name(keys),
+            list(array.shape),
+            str(array.dtype),
+            hashlib.sha256(_bytes_of(array)).hexdigest(),
+        ]
+        for (keys, _), array in zip(keyed, host, strict=True)
+    ]
+
+
+def _unpack(packed: np.ndarray, manifest: Mapping[str, list]) -> dict[str, list[np.ndarray]]:
+    """The arrays by group. Raises `ValueError` naming the first that is not what was saved."""
+    groups, start = {}, 0
+    for group, rows in manifest.items():
+        groups[group] = []
+        for name, shape, dtype, digest in rows:
+            stop = start + math.prod(shape) * np.dtype(dtype).itemsize
+            part, start = packed[start:stop], stop
+            if hashlib.sha256(part).hexdigest() != digest:
+                raise ValueError(f"{group}/{name} is not what was saved")
+            groups[group].append(part.view(dtype).reshape(shape))
+    return groups
+
+
+def _bytes_of(array: np.ndarray) -> np.ndarray:
+    return np.ascontiguousarray(array).reshape(-1).view(np.uint8)
+
+
+def _digest_json(value: Any) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
+
+
+def _one_line(error: Exception) -> str:
+    lines = str(error).strip().splitlines() or [type(error).__name__]
+    return lines[0][:200]

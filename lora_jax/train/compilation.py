@@ -1,0 +1,49 @@
+"""Compiling: once for each batch shape, timed, and remembered on disk between runs."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+from jax.experimental.compilation_cache import compilation_cache
+
+
+def enable_compilation_cache() -> None:
+    """Lets JAX keep compiled programs on disk, unless the user has chosen a place already.
+
+    The place is `JAX_COMPILATION_CACHE_DIR`, else `lora_jax/jax` in the user's cache folder.
+    """
+    if jax.config.jax_compilation_cache_dir:
+        return
+    caches = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    jax.config.update("jax_compilation_cache_dir", str(Path(caches) / "lora_jax" / "jax"))
+    # JAX decides at its first compilation whether there is a cache; let it decide again.
+    compilation_cache.reset_cache()
+
+
+class CompiledByShape:
+    """A jitted `function(state, frozen, batch)`, compiled ahead for each batch shape it meets.
+
+    `seconds` is the time spent compiling, `shapes` the batch shapes (B, T) met so far.
+    """
+
+    def __init__(self, function: Callable):
+        self._function = function
+        self._compiled: dict[tuple[int, ...], Callable] = {}
+        self.seconds = 0.0
+
+    @property
+    def shapes(self) -> list[tuple[int, ...]]:
+        return sorted(self._compiled)
+
+    def __call__(self, state: Any, frozen: Any, batch: dict[str, Any]):
+        shape = tuple(batch["input_ids"].shape)
+        if shape not in self._compiled:
+            start = time.perf_counter()
+            self._compiled[shape] = self._function.lower(state, frozen, batch).compile()
+            self.seconds += time.perf_counter() - start
+        return self._compiled[shape](state, frozen, batch)

@@ -1,0 +1,96 @@
+"""Training a cell from its config to its card, however often it is interrupted on the way."""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from lora_jax.train.bookkeeping import Bookkeeping
+from lora_jax.train.build import Setup, build
+from lora_jax.train.checkpoint import Checkpoints
+from lora_jax.train.compilation import enable_compilation_cache
+from lora_jax.train.finish import write_results
+from lora_jax.train.metrics import MetricsWriter
+from lora_jax.train.progress import show_progress
+from lora_jax.train.run import Run, StopRequested, copy_arrays
+from lora_jax.train.signals import Interrupted, stop_requests
+from lora_jax.train.state import TrainState
+from lora_jax.train.workdir import claim_cell, lock_workdir, plain_config, read_json_file
+
+
+def train(
+    config: Any,
+    workdir: str | os.PathLike,
+    name: str = "run",
+    *,
+    progress: bool = True,
+    command: str = "",
+) -> dict[str, Any]:
+    """Trains what `config` says into `workdir/cells/name` and returns the run's card.
+
+    A run that was stopped, in whatever way, goes on from its last checkpoint and ends with the same
+    weights, bit for bit, as one that was not; a finished one is not run again. `command` is what to
+    tell the user to type after Ctrl-C. Raises `RequestError` for what the user can set right, and
+    `Interrupted`, after saving, on SIGINT or SIGTERM.
+    """
+    with lock_workdir(workdir):
+        cell = Path(workdir) / "cells" / name
+        return train_cell(config, cell, progress=progress, command=command)
+
+
+def train_cell(
+    config: Any, cell: str | os.PathLike, *, progress: bool = True, command: str = ""
+) -> dict[str, Any]:
+    """`train` for the folder `cell` of a workdir whose lock the caller holds."""
+    cell = Path(cell)
+    claim_cell(cell, plain_config(config))
+    if (cell / "card.json").exists():
+        return read_json_file(cell / "card.json")
+    started = time.perf_counter()
+    enable_compilation_cache()
+    with stop_requests() as stop_requested, Checkpoints(cell / "checkpoints") as checkpoints:
+        setup, state = build(config)
+        if progress:
+            for note in setup.splits.notes:
+                print(f"{cell.name}: {note}", file=sys.stderr)
+        books, state, best = _resume(checkpoints, setup, state)
+        with (
+            MetricsWriter(cell, num_lines=books.metrics_lines, step=books.step) as metrics,
+            show_progress(cell.name, setup.num_steps, start=books.step, enabled=progress) as show,
+        ):
+            run = Run(setup, books, state, best, checkpoints, metrics, show, stop_requested)
+            run.seconds["setup"] = run.seconds.get("setup", 0.0) + time.perf_counter() - started
+            try:
+                run.until_stopped()
+                test = run.test()
+            except StopRequested:
+                checkpoints.wait()
+                again = command or "call train() again with the same config and workdir"
+                raise Interrupted(
+                    f"stopped by {stop_requested()} at step {run.books.step} of {setup.num_steps}; "
+                    f"all is saved in {cell}. To go on: {again}"
+                ) from None
+        # On the disk before the results say that the run is over.
+        checkpoints.wait()
+        return write_results(cell, plain_config(config), setup, run.books, run.best, test)
+
+
+def _resume(
+    checkpoints: Checkpoints, setup: Setup, state: TrainState
+) -> tuple[Bookkeeping, TrainState, Any]:
+    """Books, state and best trainable of the latest checkpoint, or those of a beginning."""
+    restored = checkpoints.restore({"state": state, "best": state.trainable})
+    if restored is None:
+        return Bookkeeping(), state, None
+    groups, facts = restored
+    books = Bookkeeping.from_json(facts["bookkeeping"])
+    setup.batches.set_state(facts["data"])
+    state = groups["state"]
+    if books.best_step == 0:
+        best = None
+    else:
+        best = groups["best"] if "best" in groups else copy_arrays(state.trainable)
+    return books, state, best

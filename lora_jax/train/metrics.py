@@ -1,0 +1,108 @@
+"""Metrics on disk: one JSON object a line, and the same in TensorBoard's event files."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from lora_jax.core.errors import RequestError
+from lora_jax.formats.atomic import write_text
+from lora_jax.train.events import EventFile
+
+
+def read_metrics(path: str | os.PathLike) -> list[dict[str, Any]]:
+    """The lines of a metrics file, none if there is no file; a torn last line is left out.
+
+    Raises `RequestError` if a line before the last one is damaged.
+    """
+    path = Path(path)
+    if not path.exists():
+        return []
+    lines = path.read_bytes().split(b"\n")
+    rows = []
+    for number, line in enumerate(lines, 1):
+        try:
+            row = json.loads(line) if line else None
+        except ValueError as error:
+            # A process killed while it wrote leaves a beginning of a line and no line end.
+            if number == len(lines):
+                break
+            raise RequestError(f"{path}:{number} is damaged ({error}); remove that line") from error
+        if row is not None and number < len(lines):
+            rows.append(row)
+    return rows
+
+
+def cut_metrics(path: str | os.PathLike, num_lines: int) -> None:
+    """Keeps the first `num_lines` lines, in one atomic rewrite; what they were after is redone."""
+    path = Path(path)
+    if path.exists():
+        write_text(path, "".join(_line(row) for row in read_metrics(path)[:num_lines]))
+
+
+class MetricsWriter:
+    """Appends metrics to `folder/metrics.jsonl` and `folder/tensorboard/`; a context manager.
+
+    Opening cuts what is there back to `num_lines` lines, those that the checkpoint of `step` knew,
+    so that a resumed run's file is an uninterrupted run's. Raises `RequestError` if the disk cannot
+    take a line. `num_lines` counts the lines in the file.
+    """
+
+    def __init__(self, folder: str | os.PathLike, *, num_lines: int, step: int):
+        self._path = Path(folder) / "metrics.jsonl"
+        self.num_lines = num_lines
+        cut_metrics(self._path, num_lines)
+        try:
+            self._file = open(self._path, "a", encoding="utf-8")  # noqa: SIM115
+            self._events = EventFile(Path(folder) / "tensorboard", first_step=step + 1)
+        except OSError as error:
+            raise self._error(error) from error
+
+    def write(self, *, step: int, split: str, **values: float) -> None:
+        """One line: `step`, `split` and the values that apply (loss, accuracy, lr, seconds, …)."""
+        try:
+            self._file.write(_line({"step": step, "split": split, **values}))
+            self._file.flush()
+            self.num_lines += 1
+            for name, value in values.items():
+                self._events.scalar(f"{split}/{name}", value, step)
+        except OSError as error:
+            raise self._error(error) from error
+
+    def sync(self) -> None:
+        """Forces the lines onto the disk; done before a checkpoint that counts on them."""
+        try:
+            self._file.flush()
+            os.fsync(self._file.fileno())
+            self._events.flush()
+        except OSError as error:
+            raise self._error(error) from error
+
+    def close(self) -> None:
+        try:
+            self._file.close()
+            self._events.close()
+        except OSError as error:
+            raise self._error(error) from error
+
+    def __enter__(self) -> MetricsWriter:
+        return self
+
+    def __exit__(self, kind, error, trace) -> None:
+        try:
+            self.close()
+        except RequestError:
+            if error is None:  # else what went wrong first is the better story
+                raise
+
+    def _error(self, error: OSError) -> RequestError:
+        return RequestError(
+            f"cannot write metrics to {self._path}: {error.strerror or error}; free some space and "
+            "run the same command again: it goes on from the last checkpoint"
+        )
+
+
+def _line(row: dict[str, Any]) -> str:
+    return json.dumps(row) + "\n"

@@ -1,0 +1,111 @@
+"""AdamW with warm-up, a schedule and clipping, as one optax transformation."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from lora_jax.core.errors import RequestError
+from lora_jax.core.trees import nearest
+
+SCHEDULES = ("linear", "cosine", "constant")
+
+
+def make_schedule(settings: Any, num_steps: int) -> optax.Schedule:
+    """Learning rate by step: rises from 0 over the warm-up, then linear, cosine or constant.
+
+    `settings` is the config's `optimizer` section (`lr`, `schedule`, `warmup_ratio`). The warm-up
+    takes `ceil(warmup_ratio * num_steps)` steps; step i of it has the rate `lr * i / warmup`, and
+    linear and cosine reach 0 at `num_steps` (as `transformers.get_scheduler` has them).
+    Raises `RequestError` for an unknown schedule or a value out of range.
+    """
+    if num_steps < 1:
+        raise RequestError(f"num_steps={num_steps}: a training needs at least one step")
+    _check_range("lr", settings.lr, low=0.0)
+    _check_range("warmup_ratio", settings.warmup_ratio, low=0.0, high=1.0)
+    if settings.schedule not in SCHEDULES:
+        raise RequestError(
+            f"optimizer.schedule={settings.schedule!r} is unknown; "
+            f"{nearest(settings.schedule, SCHEDULES)}"
+        )
+    lr = float(settings.lr)
+    warmup = math.ceil(settings.warmup_ratio * num_steps)
+    decay = max(1, num_steps - warmup)
+    after = {
+        "linear": optax.linear_schedule(lr, 0.0, decay),
+        "cosine": optax.cosine_decay_schedule(lr, decay),
+        "constant": optax.constant_schedule(lr),
+    }[settings.schedule]
+    if warmup == 0:
+        return after
+    return optax.join_schedules([optax.linear_schedule(0.0, lr, warmup), after], [warmup])
+
+
+def make_optimizer(settings: Any, num_steps: int) -> optax.GradientTransformation:
+    """Global-norm clipping, then AdamW on the schedule, all in float32 (Loshchilov & Hutter 2019).
+
+    `settings` is the config's `optimizer` section. What is clipped is the tree the gradients come
+    in, which is the trainable one. Weight decay reaches every trainable parameter, as in
+    `torch.optim.AdamW`. Raises `RequestError` for a value out of range.
+    """
+    schedule = make_schedule(settings, num_steps)
+    _check_range("beta1", settings.beta1, low=0.0, below=1.0)
+    _check_range("beta2", settings.beta2, low=0.0, below=1.0)
+    _check_range("eps", settings.eps, above=0.0)
+    _check_range("weight_decay", settings.weight_decay, low=0.0)
+    _check_range("clip_norm", settings.clip_norm, low=0.0)
+    clip = optax.clip_by_global_norm(settings.clip_norm) if settings.clip_norm else optax.identity()
+    adamw = optax.adamw(
+        schedule,
+        b1=settings.beta1,
+        b2=settings.beta2,
+        eps=settings.eps,
+        weight_decay=settings.weight_decay,
+    )
+    return in_float32(optax.chain(clip, adamw))
+
+
+def in_float32(tx: optax.GradientTransformation) -> optax.GradientTransformation:
+    """`tx` computing in float32 whatever the parameters' dtype: state, norms and updates.
+
+    Updates leave in float32, so that `optax.apply_updates` adds them in float32 and rounds once.
+    (`optax.adam(mu_dtype=float32)` is not enough: the second moment stays in the parameters' dtype,
+    and a bfloat16 one stops moving once `1 - beta2` falls below half its last bit.)
+    """
+
+    def init(params):
+        return tx.init(_widened(params))
+
+    def update(updates, state, params=None):
+        wide = None if params is None else _widened(params)
+        return tx.update(_widened(updates), state, wide)
+
+    return optax.GradientTransformation(init, update)
+
+
+def _widened(tree):
+    def widen(leaf):
+        narrow = jnp.issubdtype(leaf.dtype, jnp.floating) and leaf.dtype.itemsize < 4
+        return leaf.astype(jnp.float32) if narrow else leaf
+
+    return jax.tree.map(widen, tree)
+
+
+def _check_range(name: str, value, *, low=None, high=None, above=None, below=None) -> None:
+    bounds = []
+    good = isinstance(value, int | float) and math.isfinite(value)
+    for bound, holds, words in (
+        (low, lambda x, b: x >= b, "at least"),
+        (above, lambda x, b: x > b, "above"),
+        (high, lambda x, b: x <= b, "at most"),
+        (below, lambda x, b: x < b, "below"),
+    ):
+        if bound is not None:
+            bounds.append(f"{words} {bound:g}")
+            good = good and holds(value, bound)
+    if not good:
+        raise RequestError(f"optimizer.{name}={value!r} must be a number {' and '.join(bounds)}")

@@ -1,0 +1,128 @@
+"""A working folder has one user at a time, and a cell in it belongs to one config."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import hashlib
+import json
+import os
+import socket
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from lora_jax.core.errors import RequestError
+from lora_jax.formats.atomic import write_json
+
+# What may change between two runs of the same mathematics: where, on what, how chatty.
+NOT_HASHED = ("workdir", "mesh", "logging", "train.log_every_steps")
+
+
+def flat_config(config: Mapping[str, Any]) -> dict[str, Any]:
+    """`{"method.rank": 8, ...}`: plain values by dotted name.
+
+    >>> flat_config({"seed": 0, "method": {"rank": 8}})
+    {'seed': 0, 'method.rank': 8}
+    """
+    flat = {}
+    for key, value in config.items():
+        if isinstance(value, Mapping):
+            flat |= {f"{key}.{inner}": leaf for inner, leaf in flat_config(value).items()}
+        else:
+            flat[key] = value
+    return flat
+
+
+def plain_config(config: Any) -> dict[str, Any]:
+    """A config (`ml_collections.ConfigDict` or mapping) as plain dicts and JSON values."""
+    plain = config.to_dict() if hasattr(config, "to_dict") else dict(config)
+    return json.loads(json.dumps(plain))
+
+
+def config_hash(config: Mapping[str, Any]) -> str:
+    """Hex SHA-256 over the config's values in canonical JSON: their order does not count.
+
+    Workdir, mesh and logging are left out, and so is `train.log_every_steps`.
+    """
+    canonical = json.dumps(_hashed(config), sort_keys=True, separators=(",", ":"))
+    return hashlib.sha256(canonical.encode()).hexdigest()
+
+
+def _hashed(config: Mapping[str, Any]) -> dict[str, Any]:
+    def counts(name: str) -> bool:
+        return not any(
+            name == left_out or name.startswith(f"{left_out}.") for left_out in NOT_HASHED
+        )
+
+    return {name: value for name, value in flat_config(config).items() if counts(name)}
+
+
+@contextlib.contextmanager
+def lock_workdir(workdir: str | os.PathLike) -> Iterator[None]:
+    """Holds `workdir` for this process, making it if need be; the lock ends with the process.
+
+    Raises `RequestError` naming the holder's process and host if another one has it, or if the
+    folder cannot be made.
+    """
+    path = Path(workdir) / ".lock"
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        file = open(path, "a+", encoding="utf-8")  # noqa: SIM115
+    except OSError as error:
+        raise RequestError(f"cannot use workdir {workdir}: {error.strerror or error}") from error
+    with file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            file.seek(0)
+            holder = file.read().strip() or "another process"
+            raise RequestError(
+                f"workdir {workdir} is in use by {holder}; wait for it to end, stop it, or choose "
+                "another workdir"
+            ) from None
+        except OSError as error:
+            raise RequestError(f"cannot lock {path}: {error.strerror or error}") from error
+        # Informative only: the lock is the kernel's, a stale text here locks nobody out.
+        with contextlib.suppress(OSError):
+            file.truncate(0)
+            file.write(f"process {os.getpid()} on {socket.gethostname()}")
+            file.flush()
+        yield
+
+
+def claim_cell(cell: str | os.PathLike, config: Mapping[str, Any]) -> None:
+    """Writes `cell/config.json`, or checks the one that is there against `config`.
+
+    Raises `RequestError` listing the keys that differ.
+    """
+    path = Path(cell) / "config.json"
+    if path.exists():
+        there = read_json_file(path)
+        if config_hash(there) != config_hash(config):
+            differences = "; ".join(_differences(_hashed(there), _hashed(config)))
+            raise RequestError(
+                f"{cell} was begun with another config: {differences}; go on with the old values, "
+                "choose another workdir or name, or remove that folder"
+            )
+        return
+    write_json(path, dict(config))
+
+
+def _differences(there: Mapping[str, Any], asked: Mapping[str, Any]) -> list[str]:
+    missing = "(not set)"
+    return [
+        f"{name} is {there.get(name, missing)!r} there, {asked.get(name, missing)!r} here"
+        for name in sorted(there.keys() | asked.keys())
+        if there.get(name, missing) != asked.get(name, missing)
+    ]
+
+
+def read_json_file(path: str | os.PathLike) -> Any:
+    """The JSON value in `path`. Raises `RequestError` if the file cannot be read or is damaged."""
+    try:
+        return json.loads(Path(path).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise RequestError(
+            f"cannot read {path}: {error}; remove its folder or repair it"
+        ) from error

@@ -1,0 +1,287 @@
+"""Models for the tests of `lift`: one awkward construct each, in plain JAX.
+
+Each is `(params, apply, targets)`; `apply(params, x)` takes `x (5, 6)` and uses every kernel.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.experimental import pallas as pl
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+ALL: dict[str, Construct] = {}
+
+
+@dataclasses.dataclass(frozen=True)
+class Construct:
+    shapes: dict[str, tuple[int, ...]]
+    apply: Callable
+    low_rank: bool  # whether no kernel may be materialised
+
+
+def construct(low_rank: bool = True, **shapes):
+    def register(apply):
+        ALL[apply.__name__] = Construct(shapes, apply, low_rank)
+        return apply
+
+    return register
+
+
+@construct(w=(6, 4))
+def dense(p, x):
+    return x @ p["w"]
+
+
+@construct(w=(4, 6))
+def kernel_on_the_left(p, x):
+    return (p["w"] @ x.T).T
+
+
+@construct(w=(6, 2, 3))
+def dense_general(p, x):
+    return jnp.einsum("bi,ihd->bhd", x, p["w"])
+
+
+@construct(w=(2, 3, 4))
+def two_input_axes(p, x):
+    return jnp.einsum("bhd,hdo->bo", x.reshape(-1, 2, 3), p["w"])
+
+
+@construct(w=(6, 8))
+def transposed_reshaped_cast(p, x):
+    w = p["w"].T.reshape(2, 4, 6).transpose(2, 0, 1).astype(x.dtype)
+    return jnp.einsum("bi,ihd->bhd", x, w).reshape(-1, 8)
+
+
+@construct(w=(6, 4))
+def tied_both_ways(p, x):
+    return jnp.tanh(x @ p["w"]) @ p["w"].T
+
+
+@construct(w=(3, 6, 6))
+def scanned_layers(p, x):
+    return jax.lax.scan(lambda h, w: (jnp.tanh(h @ w), None), x, p["w"])[0]
+
+
+@construct(w=(3, 6, 6))
+def scanned_with_remat(p, x):
+    body = jax.checkpoint(
+        lambda h, w: (jnp.tanh(h @ w), None), policy=jax.checkpoint_policies.dots_saveable
+    )
+    return jax.lax.scan(body, x, p["w"])[0]
+
+
+@construct(w=(6, 6))
+def shared_in_scan(p, x):
+    return jax.lax.scan(lambda h, _: (jnp.tanh(h @ p["w"]), None), x, None, length=3)[0]
+
+
+@construct(w=(3, 6, 6))
+def layers_by_index(p, x):
+    return jax.lax.fori_loop(0, 3, lambda n, h: jnp.tanh(h @ p["w"][n]), x)
+
+
+@construct(w=(3, 6, 6))
+def layers_in_python(p, x):
+    for n in range(3):
+        x = jnp.tanh(x @ p["w"][n])
+    return x
+
+
+@construct(w=(6, 6))
+def while_loop(p, x):
+    # Not reverse-differentiable: the tests differentiate it in forward mode only.
+    state = (0, x)
+    return jax.lax.while_loop(
+        lambda s: s[0] < 3, lambda s: (s[0] + 1, jnp.tanh(s[1] @ p["w"])), state
+    )[1]
+
+
+@construct(w=(6, 4), v=(6, 4))
+def cond_branches(p, x):
+    return jax.lax.cond(x.sum() > 0, lambda: x @ p["w"], lambda: jnp.tanh(x @ p["v"])) + x @ p["v"]
+
+
+@construct(w=(6, 12))
+def remat_policy_by_name(p, x):
+    from jax.ad_checkpoint import checkpoint_name
+
+    policy = jax.checkpoint_policies.save_only_these_names("hidden")
+    return jax.checkpoint(
+        lambda w, x: jnp.tanh(checkpoint_name(jnp.tanh(x @ w), "hidden")) ** 2, policy=policy
+    )(p["w"], x)
+
+
+@construct(w=(6, 4))
+def inner_jit(p, x):
+    @functools.partial(jax.jit, static_argnames="times")
+    def long(w, x, times):
+        for _ in range(times):  # above the size that is inlined
+            x = x + jnp.tanh(x @ w) @ w.T
+        return x
+
+    return long(p["w"], x, times=14)
+
+
+@construct(w=(6, 4))
+def vmap_inside(p, x):
+    return jax.vmap(lambda row: p["w"].T @ row)(x)
+
+
+@construct(w=(2, 6, 4))
+def expert_batch(p, x):
+    return jnp.einsum("bi,eio->beo", x, p["w"])
+
+
+@construct(w=(6, 4))
+def grad_inside(p, x):
+    return jax.grad(lambda x: jnp.sum(jnp.tanh(x @ p["w"]) ** 2))(x)
+
+
+@construct(w=(6, 4))
+def jvp_inside(p, x):
+    return jax.jvp(lambda x: jnp.tanh(x @ p["w"]), (x,), (jnp.ones_like(x),))[1]
+
+
+@jax.custom_vjp
+def _attend(q, k, v):
+    return jax.nn.softmax(q @ k.T, axis=-1) @ v
+
+
+def _attend_forward(q, k, v):
+    probs = jax.nn.softmax(q @ k.T, axis=-1)
+    return probs @ v, (q, k, v, probs)
+
+
+def _attend_backward(saved, g):
+    q, k, v, probs = saved
+    d_probs = g @ v.T
+    d_scores = probs * (d_probs - jnp.sum(d_probs * probs, axis=-1, keepdims=True))
+    return d_scores @ k, d_scores.T @ q, probs.T @ g
+
+
+_attend.defvjp(_attend_forward, _attend_backward)
+
+
+@construct(q=(6, 4), k=(6, 4), v=(6, 4))
+def custom_vjp_beside(p, x):
+    return _attend(x @ p["q"], x @ p["k"], x @ p["v"])
+
+
+@jax.custom_vjp
+def _linear_vjp(w, x):
+    return jnp.tanh(x @ w)
+
+
+def _linear_vjp_backward(saved, g):
+    w, x, y = saved
+    g = 2.0 * g * (1 - y**2)  # deliberately not the true gradient: the user's rule must be kept
+    return x.T @ g, g @ w.T
+
+
+_linear_vjp.defvjp(lambda w, x: (_linear_vjp(w, x), (w, x, jnp.tanh(x @ w))), _linear_vjp_backward)
+
+
+@construct(w=(6, 4))
+def custom_vjp_around(p, x):
+    return _linear_vjp(p["w"], x)
+
+
+@jax.custom_jvp
+def _linear_jvp(w, x):
+    return jnp.tanh(x @ w)
+
+
+@_linear_jvp.defjvp
+def _(primals, tangents):
+    (w, x), (tw, tx) = primals, tangents
+    y = jnp.tanh(x @ w)
+    return y, 2.0 * (1 - y**2) * (tx @ w + x @ tw)  # deliberately doubled, as above
+
+
+@construct(w=(6, 4))
+def custom_jvp_around(p, x):
+    return _linear_jvp(p["w"], x)
+
+
+@construct(w=(6, 4))
+def custom_jvp_beside(p, x):
+    return jax.nn.silu(jax.nn.relu(x @ p["w"]))
+
+
+@construct(w=(6, 8), o=(8, 6))
+def dot_product_attention(p, x):
+    heads = (x @ p["w"]).reshape(1, 5, 2, 4)
+    return jax.nn.dot_product_attention(heads, heads, heads).reshape(5, 8) @ p["o"]
+
+
+def _double_kernel(x_ref, o_ref):
+    o_ref[...] = x_ref[...] * 2.0
+
+
+@construct(w=(6, 4))
+def pallas_beside(p, x):
+    h = x @ p["w"]
+    double = pl.pallas_call(
+        _double_kernel, out_shape=jax.ShapeDtypeStruct(h.shape, h.dtype), interpret=True
+    )
+
+    @jax.custom_vjp
+    def f(h):
+        return double(h)
+
+    f.defvjp(lambda h: (f(h), None), lambda _, g: (g * 2.0,))
+    return f(h)
+
+
+def _mesh():
+    return Mesh(np.array(jax.devices()[:2]), ("data",))
+
+
+@construct(w=(6, 4))
+def shard_map_beside(p, x):
+    h = jnp.tanh(x @ p["w"])
+    spec = PartitionSpec(None, "data")
+    return jax.shard_map(lambda h: h**2, mesh=_mesh(), in_specs=spec, out_specs=spec)(h)
+
+
+@construct(low_rank=False, w=(6, 4))
+def shard_map_around(p, x):
+    spec = PartitionSpec(None, "data")
+    return jax.shard_map(
+        lambda w, x: x @ w, mesh=_mesh(), in_specs=(spec, PartitionSpec()), out_specs=spec
+    )(p["w"], x)
+
+
+@construct(w=(6, 4))
+def sharding_constraint(p, x):
+    place = NamedSharding(_mesh(), PartitionSpec(None, "data"))
+    w = jax.lax.with_sharding_constraint(p["w"], place)
+    return jax.lax.with_sharding_constraint(x @ w, place)
+
+
+@construct(w=(12, 4), v=(6, 4))
+def sliced_and_split(p, x):
+    first, second = jnp.split(p["w"], 2, axis=0)
+    return x @ first + jnp.tanh(x @ second) + x[:, :3] @ p["v"][::2]
+
+
+@construct(low_rank=False, w=(6, 4))
+def weight_norm(p, x):
+    return x @ (p["w"] / jnp.linalg.norm(p["w"], axis=0))
+
+
+@construct(low_rank=False, w=(6, 4))
+def lookup(p, x):
+    return p["w"][jnp.argmax(x, axis=1)]
+
+
+@construct(low_rank=False, w=(6, 6))
+def kernel_in_a_carry(p, x):
+    return jax.lax.fori_loop(0, 3, lambda n, s: (0.9 * s[0], jnp.tanh(s[1] @ s[0])), (p["w"], x))[1]

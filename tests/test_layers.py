@@ -1,0 +1,63 @@
+"""The architecture's arrows, held true: imports point only downwards, files stay readable."""
+
+from __future__ import annotations
+
+import ast
+from pathlib import Path
+
+import pytest
+
+PACKAGE = Path(__file__).resolve().parent.parent / "lora_jax"
+LAYERS = {
+    "core": 0,
+    "methods": 1, "quant": 1,
+    "models": 2, "formats": 2,
+    "data": 3, "train": 3, "parallel": 3,
+    "sweep": 4, "serve": 4, "analysis": 4,
+    "report": 5,
+    "cli": 6,
+}  # fmt: skip
+FILES = sorted(PACKAGE.rglob("*.py"))
+
+
+def folder_of(module: str) -> str | None:
+    parts = module.split(".")
+    return parts[1] if parts[0] == "lora_jax" and len(parts) > 1 else None
+
+
+def imports_of(file: Path):
+    for node in ast.walk(ast.parse(file.read_text())):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            yield node.module
+
+
+@pytest.mark.parametrize("file", FILES, ids=lambda file: str(file.relative_to(PACKAGE)))
+def test_imports_point_only_downwards(file):
+    parts = file.relative_to(PACKAGE).parts
+    if len(parts) == 1:  # lora_jax/__init__.py and __main__.py stand above all
+        return
+    assert parts[0] in LAYERS, f"{parts[0]} has no layer: see lora_jax/README.md"
+    for module in imports_of(file):
+        target = folder_of(module)
+        if target in LAYERS:
+            assert LAYERS[target] <= LAYERS[parts[0]], f"{file} imports {module}, a layer above"
+
+
+@pytest.mark.parametrize(
+    "file", [f for f in FILES if f.parent.name == "core"], ids=lambda f: f.name
+)
+def test_the_core_is_pure_jax(file):
+    allowed = {"jax", "numpy", "lora_jax", "__future__"}
+    standard = {
+        "collections", "contextlib", "dataclasses", "difflib", "functools", "math", "re",
+        "threading", "typing", "warnings",
+    }  # fmt: skip
+    for module in imports_of(file):
+        assert module.split(".")[0] in allowed | standard, f"{file} imports {module}"
+
+
+@pytest.mark.parametrize("file", FILES, ids=lambda file: str(file.relative_to(PACKAGE)))
+def test_files_stay_readable(file):
+    assert len(file.read_text().splitlines()) <= 330, "split it, unless that would hide one idea"
