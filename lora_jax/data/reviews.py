@@ -124,11 +124,11 @@ def deduplicate(snippets: Sequence[Snippet]) -> tuple[list[Snippet], tuple[str, 
         first.setdefault(key, snippet)
     kept = [snippet for key, snippet in first.items() if len(labels[key]) == 1]
     conflicts = len(first) - len(kept)
-    notes = (
-        f"{len(snippets) - len(first)} repeated review snippets dropped",
-        f"{conflicts} review snippets with conflicting labels dropped",
-    )
-    return kept, notes
+    counts = {
+        "repeated review snippets dropped": len(snippets) - len(first),
+        "review snippets with conflicting labels dropped": conflicts,
+    }
+    return kept, tuple(f"{count} {what}" for what, count in counts.items() if count)
 
 
 def split_by_film(

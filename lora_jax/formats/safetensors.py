@@ -50,7 +50,7 @@ def write_tensors(
     """
     # The library writes an array's buffer as it lies in memory, ignoring strides: a transposed view
     # would be stored scrambled unless it is laid out in C order first.
-    arrays = {name: np.ascontiguousarray(tensor) for name, tensor in tensors.items()}
+    arrays = {name: np.asarray(tensor, order="C") for name, tensor in tensors.items()}
     content = save(arrays, metadata=dict(metadata or {"format": "pt"}))
     # Written by Python rather than by the library, so that a full disk is an OSError.
     with atomic_path(path) as temporary:

@@ -89,7 +89,8 @@ def attend(
     """softmax(q k^T / sqrt(H) + bias) v for each head of width H = D / num_heads; -> (B, T, D).
 
     The division by the softmax's sum comes after the product with v, where it touches H numbers a
-    query instead of S: on CPU a training step of the whole layer is some 5% faster for it.
+    query instead of S: on CPU this took 4-10% off the forward and backward pass of an attention
+    block (32 x 64 tokens, 12 heads of 32).
     """
     q, k, v = (x.reshape(*x.shape[:-1], num_heads, -1) for x in (q_BTD, k_BSD, v_BSD))
     wide = jnp.promote_types(q.dtype, jnp.float32)

@@ -39,7 +39,7 @@ class Model:
 
     @functools.cached_property
     def axes(self) -> dict[str, KernelAxes]:
-        """`{path: KernelAxes}` of every parameter, by one trace (no compute) when first asked for."""
+        """`{path: KernelAxes}` of the parameters, by a trace (no compute) when first asked for."""
         tokens = jax.ShapeDtypeStruct((2, 3), "int32")
         return kernel_axes(self.apply, self.params, tokens, tokens, tokens)
 
@@ -56,7 +56,7 @@ def hash_params(flat: Mapping[str, Any]) -> str:
     """sha256 (hex) of `{path: array}`: path, dtype, shape, bytes (C order), by sorted path."""
     digest = hashlib.sha256()
     for path in sorted(flat):
-        array = np.ascontiguousarray(flat[path])
+        array = np.asarray(flat[path], order="C")
         digest.update(f"{path} {array.dtype} {array.shape}\n".encode())
         digest.update(array.reshape(-1).view(np.uint8))
     return digest.hexdigest()

@@ -15,11 +15,11 @@ CONFIG_FILE = "experiments/reviews_minilm.py"  # where a card names no config_fi
 def setting_line(runs: tuple[Run, ...]) -> str:
     """Model, data, device and commit in one line."""
     finished = [run for run in runs if run.finished]
-    commit = _values(finished, lambda run: _plain(run.card.get("commit"))[:12])
+    commit = _values(finished, _short_commit)
     parts = [
         _values(runs, lambda run: _setting(run, "model.name")),
         _values(runs, _data),
-        _values(finished, lambda run: _plain(run.card.get("device"))),
+        _values(finished, _device),
         f"commit {commit}" if commit else "",
     ]
     return ", ".join(filter(None, parts))
@@ -34,7 +34,7 @@ def what_was_run(runs: tuple[Run, ...]) -> str:
         "data": _values(runs, _data),
         "data hash": _values(finished, lambda run: run.card["data_hash"]),
         "test examples": _values(finished, _test_examples),
-        "device": _values(finished, lambda run: _plain(run.card.get("device"))),
+        "device": _values(finished, _device),
         "commit": _values(finished, lambda run: _plain(run.card.get("commit"))),
         "versions": _values(finished, lambda run: _plain(run.card.get("versions"))),
     }
@@ -52,14 +52,12 @@ def run_details(run: Run) -> str:
         + (f" at step {best}" if best is not None else ""),
         "test loss": number_text(run.metric("metrics.test.loss"), "{:.4f}"),
         "test accuracy": number_text(100 * run.metric("metrics.test.accuracy"), "{:.2f}%"),
-        "trained parameters": "{adapter:,} adapter + {head:,} head, of {total:,}".format(
-            **card["counts"]
-        ),
+        "trained parameters": "{adapter:,} adapter + {head:,} head".format(**card["counts"]),
         "adapter file": bytes_text(metrics.get("adapter_bytes")),
         "time": _plain({name: _seconds(value) for name, value in card["seconds"].items()}),
         "seeds": _plain(card.get("seeds")),
-        "device": _plain(card.get("device")),
-        "program": _plain(card.get("program")),
+        "device": _device(run),
+        "program": json.dumps(card["program"]) if card.get("program") else "",
         "commit": _plain(card.get("commit")),
         "config_hash": card["config_hash"],
         "base_hash": card["base_hash"],
@@ -94,14 +92,19 @@ def command(run: Run, *, workdir: str = "runs/again") -> str:
 
 def reproduction(runs: tuple[Run, ...], folder) -> str:
     """Commands for the commit and this page; each run's own command is in its details."""
-    commits = {run.card.get("commit") for run in runs if run.finished and run.card.get("commit")}
-    lines = [f"git checkout {shlex.quote(str(commit))}" for commit in sorted(map(str, commits))]
+    commits = {_plain(run.card.get("commit")) for run in runs if run.finished} - {"", "unknown"}
+    edited = [commit for commit in commits if commit.endswith("+dirty")]
+    lines = [
+        f"git checkout {shlex.quote(commit)}"
+        for commit in sorted({commit.removesuffix("+dirty") for commit in commits})
+    ]
     lines.append(f"lora-jax report {shlex.quote(str(Path(folder)))}")
     several = " (runs were made at several commits: check out each run's own)"
     return (
         f"<p>This page, from the runs{several if len(commits) > 1 else ''}:</p>"
         f"<pre>{escape(chr(10).join(lines))}</pre>"
         "<p>A run: the command at the end of its details above.</p>"
+        + ("<p>Runs marked +dirty were made with uncommitted changes.</p>" if edited else "")
     )
 
 
@@ -138,6 +141,21 @@ def _test_examples(run: Run) -> str:
     labels = len(set(run.predictions.label.tolist()))
     balance = f", {100 * share:.1f}% of them label {run.predictions.label.min()}"
     return f"{len(run.predictions.index):,}" + (balance if labels == 2 else f", {labels} labels")
+
+
+def _short_commit(run: Run) -> str:
+    commit = _plain(run.card.get("commit"))
+    return commit[:12] + ("+dirty" if commit.endswith("+dirty") else "")
+
+
+def _device(run: Run) -> str:
+    device = run.card.get("device")
+    if not isinstance(device, dict) or "kind" not in device:
+        return _plain(device)
+    count = f"{device['count']} × " if device.get("count", 1) != 1 else ""
+    threads = f"{device['threads']} threads" if device.get("threads") else ""
+    machine = _plain(device.get("machine"))
+    return ", ".join(filter(None, [f"{count}{_plain(device['kind'])}", threads, machine]))
 
 
 def _seconds(value) -> str:

@@ -18,12 +18,11 @@ BASIN_MARGIN = 0.01  # nats of validation loss within which a rate counts as goo
 _SEEDS = ("seed", "data.seed")
 # What may differ without making another experiment of it.
 _BOOKKEEPING = (
-    "workdir",
-    "name",
     "train.log_every_steps",
     "train.checkpoint_every_steps",
     "train.eval_batch_size",
 )
+_BOOKKEEPING_SECTIONS = ("workdir", "name", "mesh", "logging")
 _WITHOUT_FACTORS = ("full", "bitfit", "head")  # to these, the settings below mean nothing
 _FACTOR_SETTINGS = (
     "method.targets",
@@ -185,7 +184,11 @@ def _settings(config: dict) -> dict[str, object]:
     dropped = {*_SEEDS, *_BOOKKEEPING}
     if flat.get("method.name") in _WITHOUT_FACTORS:
         dropped |= {*_FACTOR_SETTINGS}
-    return {key: value for key, value in flat.items() if key not in dropped}
+    return {
+        key: value
+        for key, value in flat.items()
+        if key not in dropped and key.split(".")[0] not in _BOOKKEEPING_SECTIONS
+    }
 
 
 def _seed(run: Run) -> tuple[int, int]:

@@ -54,8 +54,10 @@ def to_page(summary: Summary, folder) -> str:
         _table(summary),
         _reading_notes(summary),
         '<h2 id="figures">Figures</h2>' if summary.rows else "",
-        *(_figure(drawing) for drawing in draw_figures(summary)),
-        _rates(summary),
+        *(
+            _figure(drawing) + (_rates(summary) if drawing.name == "rates" else "")
+            for drawing in draw_figures(summary)
+        ),
         '<h2 id="what">What was run</h2>',
         what_was_run(summary.runs),
         '<h2 id="runs">Runs</h2>',
@@ -91,10 +93,13 @@ def headline(summary: Summary) -> list[str]:
     if not adapters:
         return lines
     best = min(adapters, key=lambda row: row.validation_loss)
-    share = number_text(100 * best.adapter_count / max(1, best.total_count), "{:.2g}")
+    share = ""
+    if best.versus["full"]:  # so full fine-tuning of the same weights is among the rows
+        most = max(row.adapter_count for row in rows if row.method == "full")
+        share = f" ({100 * best.adapter_count / max(1, most):.2g}% of what full fine-tuning trains)"
     lines.append(
         f"{best.label}, the adapter with the best validation loss, trains "
-        f"{count_text(best.adapter_count)} parameters ({share}% of all) besides the head and "
+        f"{count_text(best.adapter_count)} parameters{share} besides the head, and "
         f"reaches {number_text(100 * best.test_accuracy, '{:.1f}')}% test accuracy"
         f"{_compared(best)}."
     )
@@ -178,8 +183,6 @@ def _figure(drawing) -> str:
 
 
 def _rates(summary: Summary) -> str:
-    if not summary.basins:
-        return ""
     lines = []
     for basin in summary.basins:
         loss = number_text(min(basin.losses), "{:.4f}")

@@ -129,7 +129,6 @@ def to_records(summary: Summary) -> list[dict]:
             "seeds": " ".join(str(seed) for seed in row.seeds),
             "adapter_parameters": row.adapter_count,
             "head_parameters": row.head_count,
-            "total_parameters": row.total_count,
             "adapter_bytes": row.adapter_bytes,
             "validation_loss": row.validation_loss,
             **_interval_record("test_loss", row.test_loss, row.loss),

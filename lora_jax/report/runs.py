@@ -119,7 +119,7 @@ def _read_run(cell: Path) -> Run:
 
 
 _CARD_TEXTS = ("config_hash", "base_hash", "data_hash", "metrics.stopped")
-_CARD_COUNTS = ("counts.adapter", "counts.head", "counts.total", "metrics.steps")
+_CARD_COUNTS = ("counts.adapter", "counts.head", "metrics.steps")
 _CARD_NUMBERS = (
     "metrics.validation.loss",
     "metrics.test.loss",

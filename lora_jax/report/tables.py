@@ -39,7 +39,6 @@ class Row:
     seeds: tuple[int, ...]
     adapter_count: int
     head_count: int
-    total_count: int
     adapter_bytes: int | None
     validation_loss: float
     loss: Interval | None
@@ -141,7 +140,6 @@ def _row(group: Group, groups, differing, rates_tried: int, seed: int, num_resam
         seeds=tuple(seed for seed, _ in group.seeds),
         adapter_count=card["counts"]["adapter"],
         head_count=card["counts"]["head"],
-        total_count=card["counts"]["total"],
         adapter_bytes=None if adapter_bytes is None else int(adapter_bytes),
         validation_loss=group.mean("validation.loss"),
         loss=None if loss is None else mean_interval(loss, **drawn),

@@ -8,6 +8,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+from lora_jax.core.errors import RequestError
 from lora_jax.train.bookkeeping import Bookkeeping
 from lora_jax.train.build import Setup, build
 from lora_jax.train.checkpoint import Checkpoints
@@ -18,7 +19,13 @@ from lora_jax.train.progress import show_progress
 from lora_jax.train.run import Run, StopRequested, copy_arrays
 from lora_jax.train.signals import Interrupted, stop_requests
 from lora_jax.train.state import TrainState
-from lora_jax.train.workdir import claim_cell, lock_workdir, plain_config, read_json_file
+from lora_jax.train.workdir import (
+    check_cell,
+    claim_cell,
+    lock_workdir,
+    plain_config,
+    read_json_file,
+)
 
 
 def train(
@@ -33,9 +40,11 @@ def train(
 
     A run that was stopped, in whatever way, goes on from its last checkpoint and ends with the same
     weights, bit for bit, as one that was not; a finished one is not run again. `command` is what to
-    tell the user to type after Ctrl-C. Raises `RequestError` for what the user can set right, and
-    `Interrupted`, after saving, on SIGINT or SIGTERM.
+    tell the user to type after Ctrl-C. Raises `RequestError` for what the user can set right, in
+    which case nothing is begun, and `Interrupted`, after saving, on SIGINT or SIGTERM.
     """
+    if not name or name != Path(name).name or name.startswith("."):
+        raise RequestError(f"name {name!r} is not the name of a folder; use letters, digits and -")
     with lock_workdir(workdir):
         cell = Path(workdir) / "cells" / name
         return train_cell(config, cell, progress=progress, command=command)
@@ -45,17 +54,19 @@ def train_cell(
     config: Any, cell: str | os.PathLike, *, progress: bool = True, command: str = ""
 ) -> dict[str, Any]:
     """`train` for the folder `cell` of a workdir whose lock the caller holds."""
-    cell = Path(cell)
-    claim_cell(cell, plain_config(config))
+    cell, plain = Path(cell), plain_config(config)
+    check_cell(cell, plain)
     if (cell / "card.json").exists():
         return read_json_file(cell / "card.json")
     started = time.perf_counter()
     enable_compilation_cache()
+    # All that a request can have wrong shows itself here, before anything is written.
+    setup, state = build(config)
+    if progress:
+        for note in setup.splits.notes:
+            print(f"{cell.name}: {note}", file=sys.stderr)
+    claim_cell(cell, plain)
     with stop_requests() as stop_requested, Checkpoints(cell / "checkpoints") as checkpoints:
-        setup, state = build(config)
-        if progress:
-            for note in setup.splits.notes:
-                print(f"{cell.name}: {note}", file=sys.stderr)
         books, state, best = _resume(checkpoints, setup, state)
         with (
             MetricsWriter(cell, num_lines=books.metrics_lines, step=books.step) as metrics,
@@ -75,7 +86,7 @@ def train_cell(
                 ) from None
         # On the disk before the results say that the run is over.
         checkpoints.wait()
-        return write_results(cell, plain_config(config), setup, run.books, run.best, test)
+        return write_results(cell, plain, setup, run.books, run.best, test)
 
 
 def _resume(

@@ -55,6 +55,7 @@ class MetricsWriter:
         self.num_lines = num_lines
         cut_metrics(self._path, num_lines)
         try:
+            self._path.parent.mkdir(parents=True, exist_ok=True)
             self._file = open(self._path, "a", encoding="utf-8")  # noqa: SIM115
             self._events = EventFile(Path(folder) / "tensorboard", first_step=step + 1)
         except OSError as error:

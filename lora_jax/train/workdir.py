@@ -7,6 +7,7 @@ import fcntl
 import hashlib
 import json
 import os
+import shutil
 import socket
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -62,51 +63,84 @@ def _hashed(config: Mapping[str, Any]) -> dict[str, Any]:
 def lock_workdir(workdir: str | os.PathLike) -> Iterator[None]:
     """Holds `workdir` for this process, making it if need be; the lock ends with the process.
 
-    Raises `RequestError` naming the holder's process and host if another one has it, or if the
-    folder cannot be made.
+    A folder that is made here and has nothing in it in the end is taken away again. Raises
+    `RequestError` naming the holder's process and host if another one has it, or if the folder
+    cannot be made.
     """
     path = Path(workdir) / ".lock"
     try:
+        made = not path.parent.exists()
         path.parent.mkdir(parents=True, exist_ok=True)
-        file = open(path, "a+", encoding="utf-8")  # noqa: SIM115
+        file = _lock(path)
+    except BlockingIOError:
+        holder = path.read_text(encoding="utf-8").strip() or "another process"
+        raise RequestError(
+            f"workdir {workdir} is in use by {holder}; wait for it to end, stop it, or choose "
+            "another workdir"
+        ) from None
     except OSError as error:
         raise RequestError(f"cannot use workdir {workdir}: {error.strerror or error}") from error
     with file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            file.seek(0)
-            holder = file.read().strip() or "another process"
-            raise RequestError(
-                f"workdir {workdir} is in use by {holder}; wait for it to end, stop it, or choose "
-                "another workdir"
-            ) from None
-        except OSError as error:
-            raise RequestError(f"cannot lock {path}: {error.strerror or error}") from error
         # Informative only: the lock is the kernel's, a stale text here locks nobody out.
         with contextlib.suppress(OSError):
             file.truncate(0)
             file.write(f"process {os.getpid()} on {socket.gethostname()}")
             file.flush()
-        yield
+        try:
+            yield
+        finally:
+            if made and [*path.parent.iterdir()] == [path]:
+                path.unlink()
+                path.parent.rmdir()
 
 
-def claim_cell(cell: str | os.PathLike, config: Mapping[str, Any]) -> None:
-    """Writes `cell/config.json`, or checks the one that is there against `config`.
+def _lock(path: Path):
+    """The open and locked file at `path`. Raises `BlockingIOError` if another process has it."""
+    while True:
+        file = open(path, "a+", encoding="utf-8")  # noqa: SIM115
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            # Its last holder may have removed it between our opening and our locking it.
+            if path.exists() and os.path.samestat(os.fstat(file.fileno()), path.stat()):
+                return file
+        except BaseException:
+            file.close()
+            raise
+        file.close()
+
+
+def check_cell(cell: str | os.PathLike, config: Mapping[str, Any]) -> None:
+    """Compares the config that `cell` was begun with, if it was, to `config`.
 
     Raises `RequestError` listing the keys that differ.
     """
     path = Path(cell) / "config.json"
-    if path.exists():
-        there = read_json_file(path)
-        if config_hash(there) != config_hash(config):
-            differences = "; ".join(_differences(_hashed(there), _hashed(config)))
-            raise RequestError(
-                f"{cell} was begun with another config: {differences}; go on with the old values, "
-                "choose another workdir or name, or remove that folder"
-            )
+    if not path.exists():
         return
-    write_json(path, dict(config))
+    there = read_json_file(path)
+    if config_hash(there) != config_hash(config):
+        differences = "; ".join(_differences(_hashed(there), _hashed(config)))
+        raise RequestError(
+            f"{cell} was begun with another config: {differences}; go on with the old values, "
+            "choose another workdir or name, or remove that folder"
+        )
+
+
+def claim_cell(cell: str | os.PathLike, config: Mapping[str, Any]) -> None:
+    """Begins or goes on with `cell`: writes `config.json` unless a fitting one is there.
+
+    Also removes what a killed process left half written: the caller holds the workdir's lock.
+    Raises `RequestError` as `check_cell` does.
+    """
+    check_cell(cell, config)
+    for leftover in Path(cell).glob(".*.tmp"):
+        if leftover.is_dir():
+            shutil.rmtree(leftover, ignore_errors=True)
+        else:
+            leftover.unlink(missing_ok=True)
+    path = Path(cell) / "config.json"
+    if not path.exists():
+        write_json(path, dict(config))
 
 
 def _differences(there: Mapping[str, Any], asked: Mapping[str, Any]) -> list[str]:

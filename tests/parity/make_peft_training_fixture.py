@@ -88,7 +88,9 @@ def main() -> None:
     run = train(batches)
     wide = train(batches, torch.float64)
     gap = np.abs(run["losses"] - wide["losses"]).max()
-    print(f"loss {run['losses'][:10].mean():.3f} -> {run['losses'][-10:].mean():.3f} (tens of steps)")
+    print(
+        f"loss {run['losses'][:10].mean():.3f} -> {run['losses'][-10:].mean():.3f} (tens of steps)"
+    )
     print(f"float32 and float64 runs of torch differ by {gap:.1e} in loss")
     path = FIXTURES / "peft_training.safetensors"
     store(path, {**batches, **run}, check=check, tolerance=1e-4)

@@ -45,9 +45,7 @@ def tensors():
 def run(tensors):
     """Returns (losses before each step, final trainable)."""
     model = load_model(FIXTURES / "bert_tiny", head="classification")
-    method = lj.LoRA(
-        targets=r".*/(query|value)/kernel", rank=4, alpha=8, train=model.head_pattern
-    )
+    method = lj.LoRA(targets=r".*/(query|value)/kernel", rank=4, alpha=8, train=model.head_pattern)
     drawn, frozen = method.init(jax.random.key(0), model.params)
     trainable = jax.tree.map(jax.numpy.asarray, trainable_from(tensors, "initial"))
     assert jax.tree.map(np.shape, drawn) == jax.tree.map(np.shape, trainable)

@@ -52,7 +52,6 @@ def _write_run(workdir: Path, name: str, **options) -> Path:
     adapter = ADAPTER_COUNTS.get(
         method["name"], 4608 * method["rank"] * (4 if method["targets"] == "all-linear" else 1)
     )
-    factors = adapter if method["name"] == "lora" else 0
     (cell / "config.json").write_text(json.dumps(config))
     with open(cell / "metrics.jsonl", "w") as file:
         for step in range(0, num_steps + 1, max(1, num_steps // 40)):
@@ -74,10 +73,10 @@ def _write_run(workdir: Path, name: str, **options) -> Path:
         "data_hash": "d" * 64,
         "seeds": {"seed": config["seed"]},
         "versions": {"jax": "0.10.2", "flax": "0.12.8"},
-        "commit": "0123456789abcdef",
-        "device": "cpu: 2 threads",
-        "program": {"batch_shape": [32, 32], "threads": 2},
-        "counts": {"adapter": adapter, "head": 770, "total": 22_566_146 + factors},
+        "commit": "0123456789abcdef+dirty",
+        "device": {"platform": "cpu", "kind": "cpu", "count": 1, "threads": 2, "machine": "x86_64"},
+        "program": {"K": 1, "ranks": [8], "batch_shapes": [[32, 16], [32, 24]], "threads": 2},
+        "counts": {"adapter": adapter, "head": 770, "total": 770 + adapter},
         "seconds": {"total": 41.0, "per_step": 0.11, "compile": 6.5},
         "metrics": {
             "train": {"loss": 0.4},

@@ -61,14 +61,16 @@ def test_the_page_says_what_was_run_and_what_came_of_it(tmp_path, write_study):
     for expected in (
         "minilm",
         "d" * 64,
-        "cpu: 2 threads",
+        "cpu, 2 threads, x86_64",
+        "uncommitted changes",
+        "batch_shapes",
         "0123456789abcdef",
         "jax 0.10.2",
         "validation stopped improving",
         "budget of 532 steps ended",
         "95% percentile intervals",
         "--config.method.targets=all-linear",
-        "git checkout 0123456789abcdef",
+        "git checkout 0123456789abcdef\n",
     ):
         assert expected in text
 
@@ -156,6 +158,7 @@ def test_the_headline_speaks_of_the_adapter_best_on_validation(tmp_path, write_r
     write_run(tmp_path, "full", settings={"method.name": "full"}, validation_loss=0.3, correct=many)
     _, sentence = headline(summarise(read_runs(tmp_path), num_resamples=50))
     assert sentence.startswith("LoRA q,v r=1, the adapter with the best validation loss")
+    assert "(0.02% of what full fine-tuning trains)" in sentence
     assert "25.0% test accuracy" in sentence and "50.0 points below full fine-tuning" in sentence
 
 

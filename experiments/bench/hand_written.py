@@ -1,0 +1,156 @@
+"""Lifted LoRA against a LoRA layer written by hand into the model: FLOPs, step time, trace time.
+
+    python experiments/bench/hand_written.py --layers=24 --out=experiments/results/bench
+
+Both are the same 24-layer encoder in Flax NNX: one with plain linear layers and `lift`, one whose
+query and value layers hold `a` and `b` themselves. Same weights, same batch, same loss. Step times
+are taken in turn in one process; the ratio of the medians and its spread are what counts.
+"""
+
+from __future__ import annotations
+
+import argparse
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+import lora_jax as lj
+from experiments.bench.record import in_turn, write_record
+from lora_jax.models.bert import ALIASES, Bert, BertConfig
+from lora_jax.models.functional import functional, unflatten
+from lora_jax.models.layers import Linear
+
+RANK, ALPHA = 8, 16.0
+
+
+class HandWrittenLoRA(nnx.Module):
+    """`x @ kernel + bias + scale * (x @ a) @ b`, as people write it into their models."""
+
+    def __init__(self, linear: Linear):
+        size_in, size_out = linear.kernel.shape
+        self.kernel, self.bias = linear.kernel, linear.bias
+        self.a = nnx.Param(jnp.zeros((size_in, RANK)))
+        self.b = nnx.Param(jnp.zeros((RANK, size_out)))
+
+    def __call__(self, x):
+        low_rank = ((x @ self.a[...]) * (ALPHA / RANK)) @ self.b[...]
+        return x @ self.kernel[...] + low_rank + self.bias[...]
+
+
+def hand_written(config: BertConfig, *, rngs: nnx.Rngs) -> Bert:
+    model = Bert(config, num_labels=2, pooling="mean", rngs=rngs)
+    for layer in model.encoder.layers:
+        layer.attention.query = HandWrittenLoRA(layer.attention.query)
+        layer.attention.value = HandWrittenLoRA(layer.attention.value)
+    return model
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--layers", type=int, default=24)
+    parser.add_argument("--width", type=int, default=256)
+    parser.add_argument("--batch", type=int, default=16)
+    parser.add_argument("--tokens", type=int, default=64)
+    parser.add_argument("--steps", type=int, default=25)
+    parser.add_argument("--out", help="folder of the record (default: print only)")
+    options = parser.parse_args()
+    config = BertConfig(
+        vocab_size=1000,
+        hidden_size=options.width,
+        num_hidden_layers=options.layers,
+        num_attention_heads=options.width // 32,
+        intermediate_size=4 * options.width,
+        max_position_embeddings=options.tokens,
+    )
+    shapes, plain = functional(
+        lambda: Bert(config, num_labels=2, pooling="mean", rngs=nnx.Rngs(0))
+    )
+    hand_shapes, by_hand = functional(lambda: hand_written(config, rngs=nnx.Rngs(0)))
+
+    key = jax.random.key(0)
+    flat = {
+        path: 0.02 * jax.random.normal(jax.random.fold_in(key, n), leaf.shape)
+        + (path.endswith("norm/scale"))
+        for n, (path, leaf) in enumerate(shapes.items())
+    }
+    params = unflatten(flat)
+    method = lj.LoRA(targets="q,v", rank=RANK, alpha=ALPHA, train="head/.*", aliases=ALIASES)
+    trainable, frozen = method.init(jax.random.key(1), params)
+    trainable = {
+        path: {name: leaf if name != "b" else 0.02 * jax.random.normal(key, leaf.shape)
+               for name, leaf in entry.items()}
+        for path, entry in trainable.items()
+    }
+    ids = jax.random.randint(key, (options.batch, options.tokens), 0, 1000)
+    mask = jnp.ones_like(ids)
+
+    def loss(logits):
+        return jnp.mean(jax.nn.logsumexp(logits, -1) - logits[:, 0])
+
+    def lifted_loss(trainable, frozen):
+        return loss(lj.lift(plain)(method.bind(trainable, frozen), ids, mask))
+
+    def hand_loss(trainable, frozen):
+        whole = dict(_flat(frozen))
+        for path, entry in trainable.items():
+            layer = path.removesuffix("/kernel")
+            whole |= (
+                {f"{layer}/{name}": entry[name] for name in "ab"}
+                if "a" in entry
+                else {path: entry["value"]}
+            )
+        return loss(by_hand(unflatten(whole), ids, mask))
+
+    def sgd_step(loss):
+        def step(trainable, frozen):
+            value, grads = jax.value_and_grad(loss)(trainable, frozen)
+            return jax.tree.map(lambda p, g: p - 1e-3 * g, trainable, grads), value
+
+        return step
+
+    steps = {"lifted": sgd_step(lifted_loss), "hand-written": sgd_step(hand_loss)}
+
+    def trace(name):
+        # A new function each time: JAX would remember the trace of the old one.
+        return jax.jit(lambda *args: steps[name](*args)).trace(trainable, frozen)
+
+    trace_s = in_turn({name: lambda name=name: trace(name) for name in steps}, times=9)
+    compiled = {name: trace(name).lower().compile() for name in steps}
+    results = {name: program(trainable, frozen) for name, program in compiled.items()}
+    difference = max(
+        float(jnp.max(jnp.abs(x - y)))
+        for x, y in zip(*(jax.tree.leaves(result) for result in results.values()), strict=True)
+    )
+    step_s = in_turn(
+        {
+            name: lambda program=program: jax.block_until_ready(program(trainable, frozen))
+            for name, program in compiled.items()
+        },
+        times=options.steps,
+    )
+    flops = {name: program.cost_analysis()["flops"] for name, program in compiled.items()}
+    memory = {name: program.memory_analysis().temp_size_in_bytes for name, program in compiled.items()}
+    record = {
+        "what": f"{options.layers} layers of width {options.width}, batch {options.batch} × "
+        f"{options.tokens} tokens, r={RANK} on q,v",
+        "flops_ratio": flops["lifted"] / flops["hand-written"],
+        "temporary_bytes_ratio": memory["lifted"] / memory["hand-written"],
+        "step_time": step_s,
+        "trace_time": trace_s,
+        "largest_difference_of_results": difference,
+    }
+    write_record("hand_written", record, options.out)
+
+
+def _flat(tree, prefix=""):
+    for name, value in tree.items():
+        if isinstance(value, dict):
+            yield from _flat(value, f"{prefix}{name}/")
+        elif hasattr(value, "shape"):
+            yield f"{prefix}{name}", value
+
+
+if __name__ == "__main__":
+    main()
+

@@ -1,0 +1,48 @@
+"""How a benchmark is taken and kept: in turn, as a ratio of medians, with its machine."""
+
+from __future__ import annotations
+
+import gc
+import json
+import statistics
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+from lora_jax.formats.atomic import write_json
+from lora_jax.train.card import device_description, versions
+
+
+def in_turn(functions: Mapping[str, Callable[[], object]], *, times: int) -> dict:
+    """Times two functions alternately: seconds each, and the first's ratio to the second.
+
+    `ratio` is that of the medians; `ratio_quartiles` are those of the pairs' ratios. One call of
+    each goes before, untimed.
+    """
+    (first, run_first), (second, run_second) = functions.items()
+    seconds: dict[str, list[float]] = {first: [], second: []}
+    run_first(), run_second()
+    gc.collect()
+    for number in range(times):
+        pair = [(first, run_first), (second, run_second)]
+        for name, run in pair if number % 2 else reversed(pair):
+            start = time.perf_counter()
+            run()
+            seconds[name].append(time.perf_counter() - start)
+    ratios = [x / y for x, y in zip(seconds[first], seconds[second], strict=True)]
+    low, _, high = statistics.quantiles(ratios, n=4)
+    medians = {name: statistics.median(values) for name, values in seconds.items()}
+    return {
+        "median_seconds": medians,
+        "ratio": medians[first] / medians[second],
+        "ratio_quartiles": [low, high],
+        "times": times,
+    }
+
+
+def write_record(name: str, record: dict, folder: str | None) -> None:
+    """Prints the record, and keeps it as `folder/name.json` with versions and device."""
+    record = {**record, "device": device_description(), "versions": versions()}
+    print(json.dumps(record, indent=2))
+    if folder is not None:
+        write_json(Path(folder) / f"{name}.json", record)

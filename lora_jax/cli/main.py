@@ -1,0 +1,88 @@
+"""`lora-jax COMMAND …`: parse, call, print."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from collections.abc import Sequence
+
+from lora_jax.core.errors import RequestError
+from lora_jax.core.trees import nearest
+
+COMMANDS = {
+    "train": "train one cell: a method on a model and data; resumes where it stopped",
+    "sweep": "train every cell of a sweep, one after another",
+    "evaluate": "loss and accuracy of a trained cell",
+    "merge": "fold a trained adapter into its base and write the model's folder",
+    "inspect": "what a method adapts: path, shape, rank, scale, trainable parameters",
+    "report": "one self-contained page: table, curves, accuracy and loss by method and rank",
+}
+
+EXAMPLES = """\
+Start here:
+  lora-jax inspect --config=experiments/reviews_minilm.py:lora
+  lora-jax train   --config=experiments/reviews_minilm.py:lora --workdir=runs/first
+  lora-jax report  runs/first
+
+On your own texts (jsonl, csv, tsv or parquet; split and hashed for you):
+  lora-jax train --config=experiments/reviews_minilm.py:lora --workdir=runs/mine \\
+      --config.data.source=csv --config.data.path=reviews.csv \\
+      --config.data.text=body --config.data.label=stars --config.model.num_labels=5
+
+Exit codes: 0 success; 1 "no, it differs"; 2 an error in the request; 130 stopped and saved.
+"""
+
+
+def usage() -> str:
+    width = max(map(len, COMMANDS))
+    lines = [f"  {name.ljust(width)}  {what}" for name, what in COMMANDS.items()]
+    return "\n".join(
+        [
+            "usage: lora-jax COMMAND [options]",
+            "",
+            "LoRA as a laboratory, in JAX.",
+            "",
+            *lines,
+            "",
+            "`lora-jax COMMAND --help` teaches each by example.",
+            "",
+            EXAMPLES,
+        ]
+    )
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs one command; returns the exit code. A bad request is one line on stderr and code 2."""
+    argv = list(sys.argv[1:] if argv is None else argv)
+    if not argv or argv[0] in ("-h", "--help", "help"):
+        print(usage())
+        return 0
+    if argv[0] == "--version":
+        import lora_jax
+
+        print(lora_jax.__version__)
+        return 0
+    try:
+        if argv[0] not in COMMANDS:
+            raise RequestError(
+                f"there is no command {argv[0]!r}; {nearest(argv[0], COMMANDS)}; "
+                "see `lora-jax --help`"
+            )
+        # Each command imports what it needs: `--help` and a typo should not wait for JAX.
+        return importlib.import_module(f"lora_jax.cli.{argv[0]}").run(argv[1:])
+    except RequestError as error:
+        print(f"lora-jax: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("lora-jax: stopped", file=sys.stderr)
+        return 130
+    except Exception as error:
+        # Only the trainer's request to stop carries an exit code; all else is our defect.
+        if (code := getattr(error, "exit_code", None)) is None:
+            raise
+        print(f"lora-jax: {error}", file=sys.stderr)
+        return code
+
+
+if __name__ == "__main__":
+    sys.exit(main())

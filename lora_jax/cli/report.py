@@ -1,0 +1,46 @@
+"""`lora-jax report`."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+from lora_jax.cli.requests import Parser, add_json, say
+
+EXAMPLES = """\
+Examples:
+  lora-jax report runs/first
+  lora-jax report runs/first --out=~/page.html
+
+The page needs no network and no server: open it as a file. Beside it: table.md and table.csv.
+Intervals are 95% bootstrap intervals over test examples, and over seeds where there are several.
+"""
+
+
+def run(argv: Sequence[str]) -> int:
+    parser = Parser(
+        "report",
+        description="One self-contained page of a workdir: table, curves, figures.",
+        epilog=EXAMPLES,
+    )
+    parser.add_argument("workdir", help="the folder that holds cells/")
+    parser.add_argument("--out", help="an .html path or a folder (default: the workdir)")
+    add_json(parser)
+    options = parser.parse_args(argv)
+
+    from rich.console import Console
+
+    from lora_jax.report.page import write_report
+    from lora_jax.report.rendering import to_json, to_terminal
+    from lora_jax.report.runs import read_runs
+    from lora_jax.report.tables import summarise
+
+    page = write_report(options.workdir, options.out and Path(options.out).expanduser())
+    summary = summarise(read_runs(options.workdir))
+    if options.json:
+        say(json.dumps({"page": str(page), **json.loads(to_json(summary))}))
+    else:
+        Console().print(to_terminal(summary))
+        say(f"the page: {page.resolve().as_uri()}")
+    return 0

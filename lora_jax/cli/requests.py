@@ -1,0 +1,150 @@
+"""What all commands share: reading a config with its overrides, and an error in one line."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from absl import flags
+from ml_collections import ConfigDict, config_flags
+
+from lora_jax.core.errors import RequestError
+from lora_jax.core.trees import nearest
+
+OVERRIDES = (
+    "Any setting of the config is a flag: --config.method.rank=4 --config.data.path=my.jsonl"
+)
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse, whose errors are `RequestError`s like all others."""
+
+    def __init__(self, command: str, **options):
+        super().__init__(
+            prog=f"lora-jax {command}",
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+            allow_abbrev=False,
+            **options,
+        )
+
+    def error(self, message: str):
+        raise RequestError(f"{message}; see `{self.prog} --help`")
+
+    def parse_with_config(self, argv: Sequence[str]):
+        """`(options, config)`: `--config…` arguments make the config, the rest the options."""
+        mine, configs, taking = [], [], False
+        for arg in argv:
+            is_config = arg == "--config" or arg.startswith(("--config=", "--config."))
+            if is_config or (taking and not arg.startswith("--")):
+                configs.append(arg)
+                taking = is_config and "=" not in arg
+            else:
+                mine.append(arg)
+                taking = False
+        return self.parse_args(mine), read_config(configs) if configs else None
+
+    def parse_args(self, args=None, namespace=None):
+        known, unknown = self.parse_known_args(args, namespace)
+        if unknown:
+            options = [name for action in self._actions for name in action.option_strings]
+            self.error(f"unknown argument {unknown[0]!r}; {nearest(unknown[0], options)}")
+        return known
+
+
+def read_config(args: Sequence[str]) -> ConfigDict:
+    """The config of `--config=FILE.py:arg` with `--config.key=value` overrides, locked.
+
+    Raises `RequestError` for a missing file, an unknown key (nearest named) or a value of another
+    type.
+    """
+    name, file = _config_name(args), config_file(args)
+    if not Path(file).is_file():
+        beside = sorted(str(p) for p in Path("experiments").glob("*.py"))
+        raise RequestError(f"config file {file!r} does not exist; {nearest(file, beside)}")
+    values = flags.FlagValues()
+    argv = ["lora-jax", *args]
+    config_flags.DEFINE_config_file("config", None, flag_values=values, sys_argv=argv)
+    try:
+        rest = values(argv)
+    except (AttributeError, KeyError) as error:
+        raise RequestError(_unknown_key(name, args, error)) from error
+    except (flags.Error, OSError) as error:
+        # A config file that refuses its own argument arrives as the text of a traceback.
+        _, ours, message = str(error).rpartition(f"{RequestError.__name__}: ")
+        raise RequestError(
+            message.strip() if ours else " ".join(str(error).split())[-400:]
+        ) from error
+    if len(rest) > 1:
+        raise RequestError(f"unknown argument {rest[1]!r}; settings look like --config.key=value")
+    return values.config
+
+
+def config_file(args: Sequence[str]) -> str:
+    """The path in `--config=FILE.py[:arg]`."""
+    return _config_name(args).partition(":")[0]
+
+
+def _config_name(args: Sequence[str]) -> str:
+    for place, arg in enumerate(args):
+        if arg.startswith("--config="):
+            return arg.removeprefix("--config=")
+        if arg == "--config" and place + 1 < len(args):
+            return args[place + 1]
+    raise RequestError(f"{args[0]} needs the file it changes: --config=FILE.py[:arg]")
+
+
+def _unknown_key(name: str, args: Sequence[str], error: Exception) -> str:
+    """The override that the config does not know, and those it does."""
+    config = read_config([f"--config={name}"])
+    known = [key for key, _ in flat_items(config)]
+    for arg in args:
+        if not arg.startswith("--config."):
+            continue
+        key = arg.removeprefix("--config.").partition("=")[0]
+        if key not in known:
+            return f"the config has no setting {key!r}; {nearest(key, known)}"
+    return f"cannot set {error} in {name}"
+
+
+def flat_items(config: ConfigDict, prefix: str = ""):
+    """("method.rank", 8), … of every setting."""
+    for key, value in config.items():
+        if isinstance(value, ConfigDict):
+            yield from flat_items(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value
+
+
+def add_json(parser: Parser) -> None:
+    parser.add_argument("--json", action="store_true", help="print the result as one JSON object")
+
+
+def needs_config(config: ConfigDict | None, command: str) -> ConfigDict:
+    if config is None:
+        raise RequestError(
+            f"{command} needs a config: --config=experiments/reviews_minilm.py:lora "
+            "(experiments/ holds them, or write your own)"
+        )
+    return config
+
+
+def cell_of(path: str | os.PathLike) -> Path:
+    """The folder of a finished cell: itself, or the only one of a workdir."""
+    folder = Path(path)
+    if not folder.is_dir():
+        raise RequestError(f"there is no folder {folder}; give a run's WORKDIR/cells/NAME")
+    if (folder / "config.json").exists():
+        return folder
+    cells = sorted(p.parent for p in folder.glob("cells/*/config.json"))
+    if len(cells) == 1:
+        return cells[0]
+    if cells:
+        raise RequestError(f"{folder} holds {len(cells)} cells; name one, such as {cells[0]}")
+    raise RequestError(f"{folder} holds no run; give a run's WORKDIR/cells/NAME")
+
+
+def say(text: str) -> None:
+    print(text, file=sys.stdout, flush=True)

@@ -1,0 +1,68 @@
+"""`lora-jax train`."""
+
+from __future__ import annotations
+
+import json
+import shlex
+from collections.abc import Sequence
+
+from lora_jax.cli.requests import OVERRIDES, Parser, add_json, needs_config, say
+
+EXAMPLES = f"""\
+{OVERRIDES}
+
+Examples:
+  LoRA of rank 8 on query and value, on the embedded model and reviews:
+    lora-jax train --config=experiments/reviews_minilm.py:lora --workdir=runs/first
+
+  Rank 1 on every linear layer:
+    lora-jax train --config=experiments/reviews_minilm.py:lora --workdir=runs/first --name=r1 \\
+        --config.method.targets=all-linear --config.method.rank=1
+
+  Your own model folder (Hugging Face layout) and texts:
+    lora-jax train --config=experiments/reviews_minilm.py:lora --workdir=runs/mine \\
+        --config.model.name=path/to/model --config.model.num_labels=3 \\
+        --config.data.source=jsonl --config.data.path=texts.jsonl
+
+Stop it with Ctrl-C, or kill it: the same command goes on where it was, and the weights at the end
+are those of a run that was never stopped. Results: WORKDIR/cells/NAME/card.json, metrics.jsonl,
+adapter/; TensorBoard: tensorboard --logdir WORKDIR.
+"""
+
+
+def run(argv: Sequence[str]) -> int:
+    parser = Parser(
+        "train",
+        description="Train one cell: a method on a model and data. Resumes where it stopped.",
+        epilog=EXAMPLES,
+    )
+    parser.add_argument("--config", metavar="FILE.py[:arg]", help="the experiment (required)")
+    parser.add_argument("--workdir", required=True, help="folder of the runs")
+    parser.add_argument("--name", default="run", help="the cell's name in it (default: run)")
+    parser.add_argument("--no-progress", action="store_true", help="no progress bar")
+    add_json(parser)
+    options, config = parser.parse_with_config(argv)
+    config = needs_config(config, "train")
+
+    from lora_jax.train import train
+
+    again = shlex.join(["lora-jax", "train", *argv])
+    progress = not options.no_progress
+    card = train(config, options.workdir, options.name, progress=progress, command=again)
+    say(json.dumps(card) if options.json else summary(card, options.workdir, options.name))
+    return 0
+
+
+def summary(card, workdir: str, name: str) -> str:
+    """The result in three lines, and where to look next."""
+    metrics, counts = card["metrics"], card["counts"]
+    test, best = metrics["test"], metrics["validation"]["best_step"]
+    return "\n".join(
+        [
+            f"{name}: test loss {test['loss']:.4f}, accuracy {test['accuracy']:.4f} "
+            f"({test['n']:,} examples), with the weights of step {best}",
+            f"{counts['adapter']:,} adapter parameters and {counts['head']:,} of the head, "
+            f"{metrics['adapter_bytes']:,} bytes; {metrics['stopped']}",
+            f"in {workdir}/cells/{name}; see it: lora-jax report {shlex.quote(str(workdir))}",
+        ]
+    )

@@ -1,0 +1,45 @@
+"""A finished cell evaluated again, on any split of its data."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from ml_collections import ConfigDict
+
+from lora_jax.core.errors import RequestError
+from lora_jax.data import bucket_lengths, encode_examples, eval_batches, load_splits
+from lora_jax.train.build import load_adapter
+from lora_jax.train.evaluate import Evaluation, evaluate, make_scores
+from lora_jax.train.workdir import read_json_file
+
+
+def evaluate_cell(
+    cell: Path, *, split: str = "test", merged: bool = False
+) -> tuple[Evaluation, str]:
+    """Scores the adapter of `cell` on a split of the data it was trained with.
+
+    With `merged` the adapter is folded into the base first and the plain model is run. Returns the
+    scores and the hash of the data. Raises `RequestError` if the data have changed since.
+    """
+    config = ConfigDict(read_json_file(cell / "config.json"))
+    adapted = load_adapter(cell / "adapter")
+    splits = load_splits(config.data)
+    trained_on = adapted.description["data_hash"]
+    if splits.data_hash != trained_on:
+        raise RequestError(
+            f"the data have changed since {cell.name} was trained (hash {trained_on[:12]}, now "
+            f"{splits.data_hash[:12]}); put the old data back or train again"
+        )
+    encoded = encode_examples(
+        adapted.model.tokenizer, getattr(splits, split), max_length=config.data.max_length
+    )
+    batches = eval_batches(
+        encoded,
+        batch_size=config.train.eval_batch_size,
+        buckets=bucket_lengths(config.data.buckets, config.data.max_length),
+    )
+    trainable, frozen = adapted.trainable, adapted.frozen
+    if merged:
+        trainable, frozen = {}, adapted.method.merge(trainable, frozen)
+    scores = make_scores(adapted.model.apply, adapted.method)
+    return evaluate(scores, trainable, frozen, batches), splits.data_hash

@@ -1,0 +1,142 @@
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from ml_collections import ConfigDict
+
+from lora_jax.core.errors import RequestError
+from lora_jax.train.optimizer import make_optimizer, make_schedule
+
+DEFAULTS = {
+    "lr": 1e-2,
+    "schedule": "linear",
+    "warmup_ratio": 0.1,
+    "weight_decay": 0.1,
+    "beta1": 0.9,
+    "beta2": 0.999,
+    "eps": 1e-8,
+    "clip_norm": 1.0,
+}
+
+
+def settings(**changes):
+    return ConfigDict(DEFAULTS | changes)
+
+
+def reference_lr(step, *, lr, schedule, warmup_ratio, num_steps):
+    """The rates of `transformers.get_scheduler`, from its documentation."""
+    warmup = math.ceil(warmup_ratio * num_steps)
+    if step < warmup:
+        return lr * step / warmup
+    done = (step - warmup) / max(1, num_steps - warmup)
+    factor = {
+        "linear": 1.0 - done,
+        "cosine": 0.5 * (1.0 + math.cos(math.pi * done)),
+        "constant": 1.0,
+    }[schedule]
+    return lr * factor
+
+
+def reference_adamw(params, gradients, rates, s):
+    """AdamW with global-norm clipping in float64 NumPy; yields the parameters after each step."""
+    m = {name: np.zeros_like(value) for name, value in params.items()}
+    v = {name: np.zeros_like(value) for name, value in params.items()}
+    for count, (grads, lr) in enumerate(zip(gradients, rates, strict=True), 1):
+        norm = math.sqrt(sum(float(np.sum(g * g)) for g in grads.values()))
+        shrink = min(1.0, s.clip_norm / norm) if s.clip_norm else 1.0
+        for name, g in grads.items():
+            g = g * shrink
+            m[name] = s.beta1 * m[name] + (1 - s.beta1) * g
+            v[name] = s.beta2 * v[name] + (1 - s.beta2) * g * g
+            m_hat, v_hat = m[name] / (1 - s.beta1**count), v[name] / (1 - s.beta2**count)
+            step = m_hat / (np.sqrt(v_hat) + s.eps) + s.weight_decay * params[name]
+            params[name] = params[name] - lr * step
+        yield dict(params)
+
+
+@pytest.mark.parametrize("schedule", ["linear", "cosine", "constant"])
+@pytest.mark.parametrize("warmup_ratio", [0.0, 0.06, 1.0])
+def test_schedule_is_that_of_transformers(schedule, warmup_ratio):
+    num_steps = 37
+    made = make_schedule(settings(schedule=schedule, warmup_ratio=warmup_ratio), num_steps)
+    for step in range(num_steps):
+        wanted = reference_lr(
+            step, lr=1e-2, schedule=schedule, warmup_ratio=warmup_ratio, num_steps=num_steps
+        )
+        assert float(made(step)) == pytest.approx(wanted, rel=1e-5, abs=1e-9)
+
+
+@pytest.mark.parametrize("clip_norm", [0.0, 0.5])
+def test_optimizer_is_adamw_with_clipping(clip_norm):
+    s = settings(clip_norm=clip_norm, warmup_ratio=0.3)
+    generator = np.random.default_rng(0)
+    start = {"a": generator.standard_normal((3, 2)), "b": generator.standard_normal(4)}
+    gradients = [
+        {name: generator.standard_normal(value.shape) for name, value in start.items()}
+        for _ in range(10)
+    ]
+    rates = [
+        reference_lr(i, lr=s.lr, schedule="linear", warmup_ratio=0.3, num_steps=10)
+        for i in range(10)
+    ]
+    tx = make_optimizer(s, 10)
+    params = jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), start)
+    state = tx.init(params)
+    for grads, wanted in zip(
+        gradients, reference_adamw(dict(start), gradients, rates, s), strict=True
+    ):
+        updates, state = tx.update(jax.tree.map(jnp.float32, grads), state, params)
+        params = optax.apply_updates(params, updates)
+        for name in wanted:
+            np.testing.assert_allclose(params[name], wanted[name], rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
+def test_moments_of_narrow_parameters_are_float32(dtype):
+    params = {"narrow": jnp.ones((4, 3), dtype), "wide": jnp.ones(2)}
+    tx = make_optimizer(settings(), 10)
+    state = tx.init(params)
+    for _ in range(2):
+        updates, state = tx.update(jax.tree.map(jnp.ones_like, params), state, params)
+    floats = [x for x in jax.tree.leaves(state) if jnp.issubdtype(x.dtype, jnp.floating)]
+    assert len(floats) == 4  # both moments of both parameters
+    assert all(x.dtype == jnp.float32 for x in floats)
+    assert {name: x.dtype for name, x in optax.apply_updates(params, updates).items()} == {
+        "narrow": dtype,
+        "wide": jnp.float32,
+    }
+
+
+def test_bfloat16_second_moment_keeps_falling():
+    """In bfloat16, 0.999 * v rounds back to v; in float32 it does not."""
+    params = {"w": jnp.ones((), jnp.bfloat16)}
+    tx = make_optimizer(settings(clip_norm=0.0), 100)
+    _, state = tx.update({"w": jnp.ones((), jnp.bfloat16)}, tx.init(params), params)
+    for _ in range(50):
+        _, state = tx.update({"w": jnp.zeros((), jnp.bfloat16)}, state, params)
+    nu = optax.tree_utils.tree_get(state, "nu")["w"]
+    assert float(nu) == pytest.approx(0.001 * 0.999**50, rel=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"lr": -1e-3}, "optimizer.lr=-0.001"),
+        ({"lr": math.nan}, "optimizer.lr=nan"),
+        ({"schedule": "linaer"}, "'linear'"),
+        ({"warmup_ratio": 1.5}, "optimizer.warmup_ratio=1.5"),
+        ({"beta1": 1.0}, "optimizer.beta1=1.0"),
+        ({"beta2": -0.1}, "optimizer.beta2=-0.1"),
+        ({"eps": 0.0}, "optimizer.eps=0.0"),
+        ({"weight_decay": -1.0}, "optimizer.weight_decay=-1.0"),
+        ({"clip_norm": -1.0}, "optimizer.clip_norm=-1.0"),
+    ],
+)
+def test_value_out_of_range_is_named(changes, words):
+    with pytest.raises(RequestError) as caught:
+        make_optimizer(settings(**changes), 10)
+    assert words in str(caught.value)
+    assert "\n" not in str(caught.value)
