@@ -13,9 +13,9 @@ Two sweeps of it:
 The second is the measured result: every method at six learning rates and three seeds.
 
 The paper has no such experiment; its nearest is RoBERTa-base on SST-2 (Table 2): LoRA 95.1, full
-94.8. One run in torch at T = 32, 2 epochs, without a validation split (8,516 training and 2,252 test
-snippets of other movies): accuracy 0.727 for the probe, 0.815 for LoRA r = 8 on all linears, 0.819
-for full fine-tuning. Measured here: experiments/results/reviews_minilm/README.md.
+94.8. One run in torch at T = 32, 2 epochs, without a validation split (8,516 training and 2,252
+test snippets of other movies): accuracy 0.727 for the probe, 0.815 for LoRA r = 8 on all linears,
+0.819 for full fine-tuning. Measured here: experiments/results/reviews_minilm/README.md.
 """
 
 from ml_collections import ConfigDict

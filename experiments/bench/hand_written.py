@@ -63,9 +63,7 @@ def main() -> None:
         intermediate_size=4 * options.width,
         max_position_embeddings=options.tokens,
     )
-    shapes, plain = functional(
-        lambda: Bert(config, num_labels=2, pooling="mean", rngs=nnx.Rngs(0))
-    )
+    shapes, plain = functional(lambda: Bert(config, num_labels=2, pooling="mean", rngs=nnx.Rngs(0)))
     hand_shapes, by_hand = functional(lambda: hand_written(config, rngs=nnx.Rngs(0)))
 
     key = jax.random.key(0)
@@ -78,8 +76,10 @@ def main() -> None:
     method = lj.LoRA(targets="q,v", rank=RANK, alpha=ALPHA, train="head/.*", aliases=ALIASES)
     trainable, frozen = method.init(jax.random.key(1), params)
     trainable = {
-        path: {name: leaf if name != "b" else 0.02 * jax.random.normal(key, leaf.shape)
-               for name, leaf in entry.items()}
+        path: {
+            name: leaf if name != "b" else 0.02 * jax.random.normal(key, leaf.shape)
+            for name, leaf in entry.items()
+        }
         for path, entry in trainable.items()
     }
     ids = jax.random.randint(key, (options.batch, options.tokens), 0, 1000)
@@ -130,7 +130,9 @@ def main() -> None:
         times=options.steps,
     )
     flops = {name: program.cost_analysis()["flops"] for name, program in compiled.items()}
-    memory = {name: program.memory_analysis().temp_size_in_bytes for name, program in compiled.items()}
+    memory = {
+        name: program.memory_analysis().temp_size_in_bytes for name, program in compiled.items()
+    }
     record = {
         "what": f"{options.layers} layers of width {options.width}, batch {options.batch} × "
         f"{options.tokens} tokens, r={RANK} on q,v",
@@ -153,4 +155,3 @@ def _flat(tree, prefix=""):
 
 if __name__ == "__main__":
     main()
-

@@ -51,6 +51,17 @@ def sub_jaxprs(eqn) -> list[Any]:
     return found
 
 
+def last_uses(jaxpr) -> dict[Any, int]:
+    """`{variable: number of the last equation that reads it}`; results count as read at the end."""
+    uses = {
+        atom: number
+        for number, eqn in enumerate(jaxpr.eqns)
+        for atom in eqn.invars
+        if not is_literal(atom)
+    }
+    return uses | {atom: len(jaxpr.eqns) for atom in jaxpr.outvars if not is_literal(atom)}
+
+
 def is_literal(atom) -> bool:
     return isinstance(atom, Literal)
 

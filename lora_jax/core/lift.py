@@ -21,6 +21,7 @@ import jax
 
 from lora_jax.core import jaxprs
 from lora_jax.core.errors import RequestError
+from lora_jax.core.segments import Segments
 from lora_jax.core.weights import is_adapted, materialise
 
 
@@ -70,6 +71,7 @@ class Interpreter:
     def __init__(self, *, strict: bool):
         self.strict = strict
         self._uses: collections.Counter[str] = collections.Counter()
+        self._segments = Segments()
 
     def count_use(self, path: str) -> int:
         """How often the weight was used before: so that dropout differs from use to use."""
@@ -104,14 +106,27 @@ class Interpreter:
 
         env.update(zip(jaxpr.constvars, consts, strict=True))
         env.update(zip(jaxpr.invars, args, strict=True))
-        for eqn in jaxpr.eqns:
+        last_use = jaxprs.last_uses(jaxpr)
+        run: list[Any] = []  # equations without adapted operands, not bound yet
+
+        def bind_run(end: int):
+            if run:
+                env.update(self._segments.bind(run, read, lambda var: last_use.get(var, -1) >= end))
+                run.clear()
+
+        for number, eqn in enumerate(jaxpr.eqns):
+            adapted = any(
+                not jaxprs.is_literal(atom) and is_adapted(env.get(atom)) for atom in eqn.invars
+            )
+            if not adapted and not eqn.effects:
+                run.append(eqn)
+                continue
+            bind_run(number)
             values = [read(atom) for atom in eqn.invars]
             with jaxprs.equation_context(eqn):
-                if any(is_adapted(value) for value in values):
-                    outs = self._apply_rule(eqn, values)
-                else:
-                    outs = jaxprs.bind(eqn, values)
+                outs = self._apply_rule(eqn, values) if adapted else jaxprs.bind(eqn, values)
             env.update(zip(eqn.outvars, outs, strict=True))
+        bind_run(len(jaxpr.eqns))
         return [read(atom) for atom in jaxpr.outvars]
 
     def _apply_rule(self, eqn, values) -> list[Any]:

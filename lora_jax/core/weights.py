@@ -129,7 +129,9 @@ class LoRAWeight(AdaptedValue):
         for axis, size in zip(where, self.scale.shape, strict=True):
             shape[axis] = size
         in_order = sorted(range(len(where)), key=where.__getitem__)
-        return x * _permute(self.scale, in_order).reshape(shape).astype(x.dtype)
+        scale = lax.reshape(_permute(jnp.asarray(self.scale), in_order), shape)
+        # lax, not jnp: this runs once per product while the user waits for a trace.
+        return lax.mul(x, lax.broadcast_in_dim(_cast(scale, x.dtype), x.shape, range(x.ndim)))
 
     def with_kernel(self, kernel) -> LoRAWeight:
         return dataclasses.replace(self, kernel=kernel)
@@ -243,16 +245,16 @@ class LoRAWeight(AdaptedValue):
         compute = x.dtype if jnp.issubdtype(x.dtype, jnp.inexact) else first[0].dtype
         wide = jnp.promote_types(compute, jnp.float32)
         hidden, hidden_axes = _product(
-            (first[0].astype(compute), first[1]),
-            (x.astype(compute), other_axes),
+            (_cast(first[0], compute), first[1]),
+            (_cast(x, compute), other_axes),
             [*out, *second[1]],
             on_left=on_left,
             precision=precision,
             preferred=wide,
         )
-        hidden = self._scaled(hidden, hidden_axes).astype(compute)
+        hidden = _cast(self._scaled(hidden, hidden_axes), compute)
         delta, delta_axes = _product(
-            (second[0].astype(compute), second[1]),
+            (_cast(second[0], compute), second[1]),
             (hidden, hidden_axes),
             out,
             on_left=on_left,
@@ -260,7 +262,7 @@ class LoRAWeight(AdaptedValue):
             preferred=base.dtype if jnp.issubdtype(base.dtype, jnp.inexact) else wide,
         )
         delta = _permute(delta, [delta_axes.index(axis) for axis in out])
-        return base + delta.astype(base.dtype)
+        return lax.add(base, _cast(delta, base.dtype))
 
     def _dropped(self, x, uses: int):
         """Inverted dropout on the adapter's input; the mask differs at each use of the weight."""
@@ -280,7 +282,11 @@ def _product(factor, other, keep, *, on_left: bool, precision, preferred):
 
 
 def _permute(x, permutation):
-    return x if list(permutation) == list(range(x.ndim)) else x.transpose(permutation)
+    return x if list(permutation) == list(range(x.ndim)) else lax.transpose(x, permutation)
+
+
+def _cast(x, dtype):
+    return x if x.dtype == dtype else lax.convert_element_type(x, dtype)
 
 
 def _segments(old_shape, new_shape, roles) -> list[tuple[str, int]] | None:

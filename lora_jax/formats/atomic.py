@@ -79,6 +79,4 @@ def write_json(path: str | os.PathLike, value) -> None:
 
 def _write_error(path: Path, error: OSError) -> RequestError:
     reason = error.strerror or str(error)
-    return RequestError(
-        f"cannot write {path}: {reason}; free some space or choose another folder"
-    )
+    return RequestError(f"cannot write {path}: {reason}; free some space or choose another folder")

@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from lora_jax.core import trees
 from lora_jax.core.apply import scale_of
@@ -127,7 +128,7 @@ class LoRA(Method):
         stack = tuple(n for n, role in zip(kernel.shape, roles, strict=True) if role == "s")
         if key is not None:
             key = jax.random.split(_path_key(key, path), stack) if stack else _path_key(key, path)
-        scale = jnp.full(stack, scale_of(rule.alpha, rule.rank), entry["a"].dtype)
+        scale = np.full(stack, scale_of(rule.alpha, rule.rank), entry["a"].dtype)
         return LoRAWeight(
             kernel=kernel,
             a=entry["a"],

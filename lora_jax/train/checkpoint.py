@@ -55,10 +55,8 @@ class Checkpoints:
         Copying is all that the caller waits for, so buffers may be donated right after. A write
         that failed since the last call is raised here.
         """
-        host = {name: _to_host(tree) for name, tree in groups.items()}
-        manifest = {name: _manifest(tree, host[name]) for name, tree in groups.items()}
+        packed, manifest = _pack(groups)
         facts = {"facts": dict(facts), "manifest": manifest}
-        packed = np.concatenate([_bytes_of(leaf) for leaves in host.values() for leaf in leaves])
         try:
             self._orbax.save(
                 step,
@@ -155,12 +153,26 @@ class Checkpoints:
         )
 
 
-def _to_host(tree: PyTree) -> list[np.ndarray]:
+def _pack(groups: Mapping[str, PyTree]) -> tuple[np.ndarray, dict[str, list]]:
+    """All arrays as one of bytes, and rows of name, shape, dtype and SHA-256 for each group."""
+    keyed = {name: jax.tree_util.tree_flatten_with_path(tree)[0] for name, tree in groups.items()}
     leaves = [
-        jax.random.key_data(leaf) if _is_key(leaf) else leaf for leaf in jax.tree.leaves(tree)
+        jax.random.key_data(x) if _is_key(x) else x for rows in keyed.values() for _, x in rows
     ]
+    packed = np.empty(sum(leaf.nbytes for leaf in leaves), np.uint8)
     # A CPU array's host view is its buffer, which the next step takes back: hence the copy.
-    return [np.array(leaf, copy=True) for leaf in jax.device_get(leaves)]
+    host, start = iter(jax.device_get(leaves)), 0
+    manifest: dict[str, list] = {}
+    for group, rows in keyed.items():
+        manifest[group] = []
+        for keys, _ in rows:
+            array = np.asarray(next(host))
+            part = packed[start : start + array.nbytes]
+            part[:] = np.ascontiguousarray(array).reshape(-1).view(np.uint8)
+            start += array.nbytes
+            digest = hashlib.sha256(part).hexdigest()
+            manifest[group].append([_name(keys), list(array.shape), str(array.dtype), digest])
+    return packed, manifest
 
 
 def _from_host(leaf: np.ndarray, like: Any) -> jax.Array:
@@ -191,20 +203,6 @@ def _name(keys) -> str:
     return jax.tree_util.keystr(keys, simple=True, separator="/")
 
 
-def _manifest(tree: PyTree, host: list[np.ndarray]) -> list[list]:
-    """Rows of name, shape, dtype, SHA-256, in the tree's order."""
-    keyed, _ = jax.tree_util.tree_flatten_with_path(tree)
-    return [
-        [
-            _name(keys),
-            list(array.shape),
-            str(array.dtype),
-            hashlib.sha256(_bytes_of(array)).hexdigest(),
-        ]
-        for (keys, _), array in zip(keyed, host, strict=True)
-    ]
-
-
 def _unpack(packed: np.ndarray, manifest: Mapping[str, list]) -> dict[str, list[np.ndarray]]:
     """The arrays by group. Raises `ValueError` naming the first that is not what was saved."""
     groups, start = {}, 0
@@ -217,10 +215,6 @@ def _unpack(packed: np.ndarray, manifest: Mapping[str, list]) -> dict[str, list[
                 raise ValueError(f"{group}/{name} is not what was saved")
             groups[group].append(part.view(dtype).reshape(shape))
     return groups
-
-
-def _bytes_of(array: np.ndarray) -> np.ndarray:
-    return np.ascontiguousarray(array).reshape(-1).view(np.uint8)
 
 
 def _digest_json(value: Any) -> str:
