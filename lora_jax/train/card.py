@@ -27,7 +27,11 @@ def versions() -> dict[str, str]:
 
 
 def git_commit() -> str:
-    """The commit of the working tree that holds this package ("+dirty" if edited), or "unknown"."""
+    """The commit of the working tree that holds this package ("+dirty" if edited).
+
+    Where there is none, LORA_JAX_COMMIT, which a launcher sets on machines that get the files
+    without their history; else "unknown".
+    """
     folder = Path(__file__).resolve().parent
 
     def git(*arguments: str) -> str:
@@ -44,7 +48,7 @@ def git_commit() -> str:
             f"{commit}+dirty" if git("status", "--porcelain", "--", str(folder.parent)) else commit
         )
     except (OSError, subprocess.SubprocessError):
-        return "unknown"
+        return os.environ.get("LORA_JAX_COMMIT", "unknown")
 
 
 def device_description() -> dict[str, Any]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -32,17 +32,22 @@ def make_schedule(settings: Any, num_steps: int) -> optax.Schedule:
             f"optimizer.schedule={settings.schedule!r} is unknown; "
             f"{nearest(settings.schedule, SCHEDULES)}"
         )
-    lr = float(settings.lr)
+    shape, peak = _shape_of_schedule(settings, num_steps), float(settings.lr)
+    return lambda step: peak * shape(step)
+
+
+def _shape_of_schedule(settings: Any, num_steps: int) -> optax.Schedule:
+    """The schedule of a learning rate whose peak is 1."""
     warmup = math.ceil(settings.warmup_ratio * num_steps)
     decay = max(1, num_steps - warmup)
     after = {
-        "linear": optax.linear_schedule(lr, 0.0, decay),
-        "cosine": optax.cosine_decay_schedule(lr, decay),
-        "constant": optax.constant_schedule(lr),
+        "linear": optax.linear_schedule(1.0, 0.0, decay),
+        "cosine": optax.cosine_decay_schedule(1.0, decay),
+        "constant": optax.constant_schedule(1.0),
     }[settings.schedule]
     if warmup == 0:
         return after
-    return optax.join_schedules([optax.linear_schedule(0.0, lr, warmup), after], [warmup])
+    return optax.join_schedules([optax.linear_schedule(0.0, 1.0, warmup), after], [warmup])
 
 
 def make_optimizer(settings: Any, num_steps: int) -> optax.GradientTransformation:
@@ -52,21 +57,45 @@ def make_optimizer(settings: Any, num_steps: int) -> optax.GradientTransformatio
     in, which is the trainable one. Weight decay reaches every trainable parameter, as in
     `torch.optim.AdamW`. Raises `RequestError` for a value out of range.
     """
-    schedule = make_schedule(settings, num_steps)
+    make_schedule(settings, num_steps)  # for its checks
     _check_range("beta1", settings.beta1, low=0.0, below=1.0)
     _check_range("beta2", settings.beta2, low=0.0, below=1.0)
     _check_range("eps", settings.eps, above=0.0)
     _check_range("weight_decay", settings.weight_decay, low=0.0)
     _check_range("clip_norm", settings.clip_norm, low=0.0)
     clip = optax.clip_by_global_norm(settings.clip_norm) if settings.clip_norm else optax.identity()
-    adamw = optax.adamw(
-        schedule,
-        b1=settings.beta1,
-        b2=settings.beta2,
-        eps=settings.eps,
-        weight_decay=settings.weight_decay,
+    return in_float32(
+        optax.chain(
+            clip,
+            optax.scale_by_adam(settings.beta1, settings.beta2, settings.eps),
+            optax.add_decayed_weights(settings.weight_decay),
+            _scale_by_rate(float(settings.lr), _shape_of_schedule(settings, num_steps)),
+        )
     )
-    return in_float32(optax.chain(clip, adamw))
+
+
+class RateState(NamedTuple):
+    """Steps taken, () int32, and the highest learning rate, () float32."""
+
+    count: jax.Array
+    peak: jax.Array
+
+
+def _scale_by_rate(peak: float, shape: optax.Schedule) -> optax.GradientTransformation:
+    """Updates times `-peak * shape(step)`, the peak kept in the state.
+
+    So runs that differ in their learning rate alone compile to one program.
+    """
+
+    def init(params):
+        return RateState(jnp.zeros((), jnp.int32), jnp.asarray(peak, jnp.float32))
+
+    def update(updates, state, params=None):
+        rate = -state.peak * shape(state.count)
+        updates = jax.tree.map(lambda u: (rate * u).astype(u.dtype), updates)
+        return updates, RateState(optax.safe_increment(state.count), state.peak)
+
+    return optax.GradientTransformation(init, update)
 
 
 def in_float32(tx: optax.GradientTransformation) -> optax.GradientTransformation:

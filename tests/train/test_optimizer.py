@@ -101,7 +101,8 @@ def test_moments_of_narrow_parameters_are_float32(dtype):
     state = tx.init(params)
     for _ in range(2):
         updates, state = tx.update(jax.tree.map(jnp.ones_like, params), state, params)
-    floats = [x for x in jax.tree.leaves(state) if jnp.issubdtype(x.dtype, jnp.floating)]
+    moments = [optax.tree_utils.tree_get(state, name) for name in ("mu", "nu")]
+    floats = jax.tree.leaves(moments)
     assert len(floats) == 4  # both moments of both parameters
     assert all(x.dtype == jnp.float32 for x in floats)
     assert {name: x.dtype for name, x in optax.apply_updates(params, updates).items()} == {
@@ -119,6 +120,16 @@ def test_bfloat16_second_moment_keeps_falling():
         _, state = tx.update({"w": jnp.zeros((), jnp.bfloat16)}, state, params)
     nu = optax.tree_utils.tree_get(state, "nu")["w"]
     assert float(nu) == pytest.approx(0.001 * 0.999**50, rel=1e-4)
+
+
+def test_runs_that_differ_in_their_rate_share_a_program():
+    params = {"w": jnp.ones((3, 2))}
+
+    def lowered(lr):
+        tx = make_optimizer(settings(lr=lr), 10)
+        return jax.jit(tx.update).lower(params, tx.init(params), params).as_text()
+
+    assert lowered(1e-2) == lowered(3e-4)
 
 
 @pytest.mark.parametrize(
