@@ -53,8 +53,8 @@ parity: $(VENV)/ready .venv-torch/ready ## make the fixtures of transformers and
 	$(PY) -m pytest -q tests/parity
 
 bench: $(VENV)/ready .venv-torch/ready ## step time beside hand-written LoRA, full fine-tuning and torch
-	$(PY) experiments/bench/hand_written.py
-	$(PY) experiments/bench/torch_pair.py --torch=.venv-torch/bin/python
+	$(PY) -m experiments.bench.hand_written --out=experiments/results/bench
+	$(PY) -m experiments.bench.torch_pair --torch=.venv-torch/bin/python --out=experiments/results/bench
 
 clean: ## remove environments and caches, never runs/
 	rm -rf .venv-* .cache .pytest_cache .ruff_cache

@@ -13,7 +13,6 @@ from the end, because scan and vmap take leading axes away without telling us.
 from __future__ import annotations
 
 import dataclasses
-import math
 from typing import Any
 
 import jax
@@ -21,6 +20,8 @@ import jax.numpy as jnp
 from jax import lax
 
 from lora_jax.core.contract import contract
+from lora_jax.core.reshapes import reshape_roles
+from lora_jax.core.thin import is_thin_case, thin_products
 
 RANK = "r"
 
@@ -165,7 +166,7 @@ class LoRAWeight(AdaptedValue):
 
     def reshape(self, shape) -> LoRAWeight | None:
         """Follows a reshape that merges or splits axes of one role; else None."""
-        segments = _segments(self.kernel.shape, shape, self.current_roles)
+        segments = reshape_roles(self.kernel.shape, shape, self.current_roles)
         if segments is None:
             return None
         roles = "".join(role for role, _ in segments)
@@ -244,6 +245,20 @@ class LoRAWeight(AdaptedValue):
         # Low-precision inputs meet the factors in their own dtype and accumulate in float32.
         compute = x.dtype if jnp.issubdtype(x.dtype, jnp.inexact) else first[0].dtype
         wide = jnp.promote_types(compute, jnp.float32)
+        preferred = base.dtype if jnp.issubdtype(base.dtype, jnp.inexact) else wide
+        dtypes = {"compute": compute, "wide": wide, "preferred": preferred}
+        where = (contracting[mine], batch[mine], contracting[theirs], other.ndim)
+        if not on_left and is_thin_case(self.current_roles, *where):
+            delta = thin_products(
+                x,
+                first[0],
+                second[0],
+                jnp.asarray(self.scale),
+                first_is_a=first[0] is self.a,
+                precision=precision,
+                **dtypes,
+            )
+            return lax.add(base, _cast(lax.reshape(delta, base.shape), base.dtype))
         hidden, hidden_axes = _product(
             (_cast(first[0], compute), first[1]),
             (_cast(x, compute), other_axes),
@@ -259,7 +274,7 @@ class LoRAWeight(AdaptedValue):
             out,
             on_left=on_left,
             precision=precision,
-            preferred=base.dtype if jnp.issubdtype(base.dtype, jnp.inexact) else wide,
+            preferred=preferred,
         )
         delta = _permute(delta, [delta_axes.index(axis) for axis in out])
         return lax.add(base, _cast(delta, base.dtype))
@@ -287,34 +302,3 @@ def _permute(x, permutation):
 
 def _cast(x, dtype):
     return x if x.dtype == dtype else lax.convert_element_type(x, dtype)
-
-
-def _segments(old_shape, new_shape, roles) -> list[tuple[str, int]] | None:
-    """Role and size of each new axis if every merged or split run of axes has one role."""
-    old = [(size, role) for size, role in zip(old_shape, roles, strict=True) if size != 1]
-    segments: list[tuple[str, int]] = []
-    pending: list[int] = []
-    product, begun = 1, 0
-    for size in new_shape:
-        if size == 1:
-            # A new axis of size one belongs to any role; "o" puts it into b alone.
-            (pending if pending else segments).append(1 if pending else ("o", 1))
-            continue
-        pending.append(size)
-        product *= size
-        run = begun
-        covered = 1
-        while run < len(old) and covered < product:
-            covered *= old[run][0]
-            run += 1
-        if covered != product:
-            continue  # the new axes so far split an old one: read on
-        names = {role for _, role in old[begun:run]}
-        if len(names) != 1:
-            return None
-        (role,) = names
-        segments.extend((role, size) for size in pending)
-        pending, product, begun = [], 1, run
-    if pending or begun != len(old):
-        return None
-    return segments if math.prod(size for _, size in segments) == math.prod(new_shape) else None

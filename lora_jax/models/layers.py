@@ -26,9 +26,21 @@ class Linear(nnx.Module):
         self.bias = nnx.Param(jnp.zeros((out_features,)))
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        y = x @ self.kernel[...]
+        y = matmul(x, self.kernel[...])
         # A bias trained in float32 must not widen a bfloat16 stream.
         return y + self.bias[...].astype(y.dtype)
+
+
+def matmul(x: jax.Array, kernel: jax.Array) -> jax.Array:
+    """`x (…, in) @ kernel (in, out)`.
+
+    On CPU the rows are one axis: XLA's gradient of the kernel is up to 1.5 times faster so. Other
+    backends choose layouts themselves, and a flattened batch could cost them a reshard.
+    """
+    if x.ndim == 2 or jax.default_backend() != "cpu":
+        return x @ kernel
+    rows = x.reshape(-1, x.shape[-1])
+    return (rows @ kernel).reshape(*x.shape[:-1], kernel.shape[-1])
 
 
 class Embedding(nnx.Module):
