@@ -1,0 +1,103 @@
+"""The command line: each bad request is one line that names the value and the way out, code 2."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from lora_jax.cli.main import COMMANDS, main
+
+ROOT = Path(__file__).resolve().parents[2]
+CONFIG = f"--config={ROOT}/experiments/reviews_minilm.py:lora,smoke"
+
+
+@pytest.fixture(scope="module")
+def texts(tmp_path_factory):
+    path = tmp_path_factory.mktemp("data") / "texts.jsonl"
+    rows = [
+        {"text": f"{word} film number {n}", "label": word}
+        for n in range(20)
+        for word in ("good", "bad")
+    ]
+    path.write_text("\n".join(map(json.dumps, rows)))
+    return [CONFIG, "--config.data.source=jsonl", f"--config.data.path={path}"]
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_help_teaches_by_example(command, capsys):
+    with pytest.raises(SystemExit) as ended:
+        main([command, "--help"])
+    assert ended.value.code == 0
+    out = capsys.readouterr().out
+    assert f"lora-jax {command}" in out
+    assert "Example" in out
+
+
+def test_train_evaluate_merge_inspect_report(texts, tmp_path, capsys):
+    workdir = str(tmp_path / "run")
+    assert main(["train", *texts, f"--workdir={workdir}", "--no-progress", "--json"]) == 0
+    card = json.loads(capsys.readouterr().out)
+    for extra in ([], ["--merged"]):
+        assert main(["evaluate", workdir, "--json", *extra]) == 0
+        found = json.loads(capsys.readouterr().out)
+        assert found["loss"] == pytest.approx(card["metrics"]["test"]["loss"], abs=1e-5)
+    assert main(["merge", workdir, f"--out={tmp_path / 'merged'}"]) == 0
+    assert (tmp_path / "merged" / "model.safetensors").exists()
+    assert main(["merge", workdir, f"--out={tmp_path / 'merged'}"]) == 2
+    capsys.readouterr()
+    assert main(["inspect", workdir, "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["trainable"] == card["counts"]["total"]
+    assert main(["report", workdir]) == 0
+    assert (tmp_path / "run" / "report.html").exists()
+
+
+BAD = {
+    "unknown command": (["trian"], "'train'"),
+    "unknown argument": (["train", CONFIG, "--wrkdir=x", "--workdir=w"], "--wrkdir"),
+    "no config": (["train", "--workdir=w"], "--config="),
+    "no such config": (["train", "--config=experiments/reviws.py", "--workdir=w"], "reviws.py"),
+    "unknown size": (["inspect", CONFIG.replace("smoke", "smok")], "'smoke'"),
+    "unknown key": (["inspect", CONFIG, "--config.method.rnak=4"], "'method.rank'"),
+    "wrong type": (["inspect", CONFIG, "--config.method.rank=four"], "four"),
+    "unmatched rule": (["inspect", CONFIG, "--config.method.targets=.*/qery"], "query/kernel"),
+    "rank 0": (["inspect", CONFIG, "--config.method.rank=0"], "rank is 0"),
+    "rank above the matrix": (["inspect", CONFIG, "--config.method.rank=33"], "at most 32"),
+    "missing folder": (["inspect", CONFIG, "--config.model.name=/no/such"], "/no/such"),
+    "missing run": (["evaluate", "/no/such/run"], "/no/such/run"),
+    "report of nothing": (["report", "/no/such/run"], "/no/such/run"),
+    "unknown sweep": (["sweep", CONFIG, "--sweep=dmo", "--workdir=w"], "'demo'"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_a_bad_request_is_one_line_and_writes_nothing(name, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    argv, words = BAD[name]
+    assert main(argv) == 2
+    captured = capsys.readouterr()
+    assert captured.err.count("\n") == 1
+    assert words in captured.err
+    assert not captured.out
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_sweep_runs_the_others_when_one_cell_fails_and_finished_cells_stay(
+    texts, tmp_path, capsys
+):
+    file = tmp_path / "mine.py"
+    source = (ROOT / "experiments" / "reviews_minilm.py").read_text()
+    file.write_text(
+        source
+        + '\n\ndef sweep_mine(add):\n    add("good", **{"method.rank": 2})\n'
+        + '    add("impossible", **{"method.rank": 99})\n'
+    )
+    args = [f"--config={file}:lora,smoke", *texts[1:], "--sweep=mine", "--no-progress"]
+    args = ["sweep", *args, f"--workdir={tmp_path / 'w'}"]
+    assert main(args) == 2
+    assert "rank 99" in capsys.readouterr().err
+    card = tmp_path / "w" / "cells" / "good" / "card.json"
+    before = card.stat().st_mtime_ns
+    assert main(args) == 2
+    assert card.stat().st_mtime_ns == before
