@@ -18,7 +18,7 @@ from transformers import BertConfig, BertModel
 class Classifier(torch.nn.Module):
     def __init__(self, folder: str):
         super().__init__()
-        config = BertConfig.from_pretrained(folder, attn_implementation="sdpa")
+        config = BertConfig.from_pretrained(folder, attn_implementation="eager")
         config.hidden_dropout_prob = config.attention_probs_dropout_prob = 0.0
         self.bert = BertModel.from_pretrained(folder, config=config, add_pooling_layer=False)
         self.head = torch.nn.Linear(config.hidden_size, 2)

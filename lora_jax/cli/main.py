@@ -68,7 +68,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                 f"there is no command {argv[0]!r}; {nearest(argv[0], COMMANDS)}; "
                 "see `lora-jax --help`"
             )
-        # Each command imports what it needs: `--help` and a typo should not wait for JAX.
+        # Each command imports what it needs: a typo should not wait for models and checkpoints.
         return importlib.import_module(f"lora_jax.cli.{argv[0]}").run(argv[1:])
     except RequestError as error:
         print(f"lora-jax: {error}", file=sys.stderr)

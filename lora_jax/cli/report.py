@@ -36,8 +36,9 @@ def run(argv: Sequence[str]) -> int:
     from lora_jax.report.runs import read_runs
     from lora_jax.report.tables import summarise
 
-    page = write_report(options.workdir, options.out and Path(options.out).expanduser())
     summary = summarise(read_runs(options.workdir))
+    out = options.out and Path(options.out).expanduser()
+    page = write_report(options.workdir, out, summary=summary)
     if options.json:
         say(json.dumps({"page": str(page), **json.loads(to_json(summary))}))
     else:

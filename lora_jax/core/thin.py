@@ -9,8 +9,6 @@ products out themselves, and there a flattened batch could cost a reshard.
 
 from __future__ import annotations
 
-import math
-
 import jax
 from jax import lax
 
@@ -33,13 +31,11 @@ def thin_products(x, first, second, scale, *, first_is_a, compute, wide, precisi
     `first` and `second` are the weight's `a (in…, r)` and `b (r, out…)`, or the other way round for
     the transposed use.
     """
-    rank = first.shape[-1] if first_is_a else first.shape[0]
-    if first_is_a:
-        narrow = lax.optimization_barrier(lax.transpose(_matrix(first, -1, rank), (1, 0)))
-        wide_out = _matrix(second, rank, -1)
-    else:
-        narrow = _matrix(first, rank, -1)
-        wide_out = lax.optimization_barrier(lax.transpose(_matrix(second, -1, rank), (1, 0)))
+    a, b = (first, second) if first_is_a else (second, first)
+    rank = a.shape[-1]
+    a_rI = lax.optimization_barrier(lax.reshape(a, (a.size // rank, rank)).T)
+    b_rO = lax.reshape(b, (rank, b.size // rank))
+    narrow, wide_out = (a_rI, b_rO) if first_is_a else (b_rO, a_rI)
     rows = lax.reshape(x, (x.size // narrow.shape[1], narrow.shape[1]))
     hidden = lax.dot_general(
         rows.astype(compute),
@@ -56,10 +52,3 @@ def thin_products(x, first, second, scale, *, first_is_a, compute, wide, precisi
         precision=precision,
         preferred_element_type=preferred,
     )
-
-
-def _matrix(x, rows: int, columns: int):
-    rows = x.size // columns if rows == -1 else rows
-    columns = x.size // rows if columns == -1 else columns
-    assert rows * columns == math.prod(x.shape)
-    return lax.reshape(x, (rows, columns))

@@ -18,12 +18,13 @@ from lora_jax.report.tables import Row, Summary, summarise
 _POLICY = "default-src 'none'; style-src 'unsafe-inline'; img-src data:"
 
 
-def write_report(folder, out=None) -> Path:
+def write_report(folder, out=None, *, summary: Summary | None = None) -> Path:
     """Writes report.html, and table.md and table.csv beside it; returns the page's path.
 
     Args:
       folder: a training run's working folder (holding cells/*).
       out: where the page goes: a path that ends in .html, or a folder; `folder` by default.
+      summary: that of the folder's runs, where the caller has it: the bootstrap takes seconds.
 
     Raises:
       RequestError: no runs there, a malformed file of a run, or a place that cannot be written.
@@ -34,7 +35,7 @@ def write_report(folder, out=None) -> Path:
         if out.exists() and not out.is_dir():
             raise RequestError(f"{out} is a file; give a folder, or a path that ends in .html")
         out = out / "report.html"
-    summary = summarise(read_runs(folder))
+    summary = summary or summarise(read_runs(folder))
     page = to_page(summary, folder)
     write_text(out, page)
     write_text(out.with_name("table.md"), to_markdown(summary))
