@@ -12,6 +12,8 @@ EXAMPLES = """\
 Examples:
   lora-jax report runs/first
   lora-jax report runs/first --out=~/page.html
+  lora-jax report runs/demo --beside=experiments/results/reviews_minilm    earlier runs, for scale
+  lora-jax report runs/mine --keep=results/mine    a copy without weights, small enough to commit
 
 The page needs no network and no server: open it as a file. Beside it: table.md and table.csv.
 Intervals are 95% bootstrap intervals over test examples, and over seeds where there are several.
@@ -26,22 +28,34 @@ def run(argv: Sequence[str]) -> int:
     )
     parser.add_argument("workdir", help="the folder that holds cells/")
     parser.add_argument("--out", help="an .html path or a folder (default: the workdir)")
+    parser.add_argument("--beside", metavar="DIR", help="other runs, whose table is shown after")
+    parser.add_argument(
+        "--keep", metavar="DIR", help="copy cards, metrics and predictions there, without weights"
+    )
     add_json(parser)
     options = parser.parse_args(argv)
 
     from rich.console import Console
 
-    from lora_jax.report.page import write_report
+    from lora_jax.report.keep import keep_runs
+    from lora_jax.report.page import Beside, write_report
     from lora_jax.report.rendering import to_json, to_terminal
     from lora_jax.report.runs import read_runs
     from lora_jax.report.tables import summarise
 
     summary = summarise(read_runs(options.workdir))
     out = options.out and Path(options.out).expanduser()
-    page = write_report(options.workdir, out, summary=summary)
+    beside = options.beside and Beside(Path(options.beside), summarise(read_runs(options.beside)))
+    page = write_report(options.workdir, out, summary=summary, beside=beside or None)
+    kept = options.keep and keep_runs(options.workdir, options.keep)
     if options.json:
         say(json.dumps({"page": str(page), **json.loads(to_json(summary))}))
     else:
         Console().print(to_terminal(summary))
+        if beside:
+            say(f"{beside.label}:")
+            Console().print(to_terminal(beside.summary))
+        if kept:
+            say(f"{kept} runs kept in {options.keep}")
         say(f"the page: {page.resolve().as_uri()}")
     return 0

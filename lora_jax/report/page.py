@@ -1,5 +1,6 @@
 """One self-contained page for a working folder's runs; it opens as a file, without a network."""
 
+from dataclasses import dataclass
 from html import escape
 from importlib.resources import files
 from pathlib import Path
@@ -18,13 +19,16 @@ from lora_jax.report.tables import Row, Summary, summarise
 _POLICY = "default-src 'none'; style-src 'unsafe-inline'; img-src data:"
 
 
-def write_report(folder, out=None, *, summary: Summary | None = None) -> Path:
+def write_report(
+    folder, out=None, *, summary: Summary | None = None, beside: "Beside | None" = None
+) -> Path:
     """Writes report.html, and table.md and table.csv beside it; returns the page's path.
 
     Args:
       folder: a training run's working folder (holding cells/*).
       out: where the page goes: a path that ends in .html, or a folder; `folder` by default.
       summary: that of the folder's runs, where the caller has it: the bootstrap takes seconds.
+      beside: other runs whose table is shown after, labelled as theirs.
 
     Raises:
       RequestError: no runs there, a malformed file of a run, or a place that cannot be written.
@@ -36,14 +40,28 @@ def write_report(folder, out=None, *, summary: Summary | None = None) -> Path:
             raise RequestError(f"{out} is a file; give a folder, or a path that ends in .html")
         out = out / "report.html"
     summary = summary or summarise(read_runs(folder))
-    page = to_page(summary, folder)
+    page = to_page(summary, folder, beside)
     write_text(out, page)
     write_text(out.with_name("table.md"), to_markdown(summary))
     write_text(out.with_name("table.csv"), to_csv(summary))
     return out
 
 
-def to_page(summary: Summary, folder) -> str:
+@dataclass(frozen=True)
+class Beside:
+    """Other runs to look at beside a report's own: earlier, longer, or on another machine."""
+
+    folder: Path
+    summary: Summary
+
+    @property
+    def label(self) -> str:
+        """What tells these runs from the report's own, in one line."""
+        done = sum(run.finished for run in self.summary.runs)
+        return f"{done} other runs, kept in {self.folder}; not part of those above"
+
+
+def to_page(summary: Summary, folder, beside: Beside | None = None) -> str:
     """The page as HTML; everything that came from outside is escaped."""
     name = Path(folder).resolve().name
     style = files("lora_jax.report").joinpath("page.css").read_text(encoding="utf-8")
@@ -52,8 +70,10 @@ def to_page(summary: Summary, folder) -> str:
         *(f'<p class="lead">{escape(line)}</p>' for line in headline(summary)),
         f'<p class="quiet">{escape(setting_line(summary.runs))} <a href="#what">in full</a></p>',
         _warnings(summary),
+        '<h2 id="table">Results</h2>' if summary.rows else "",
         _table(summary),
         _reading_notes(summary),
+        _beside(beside),
         '<h2 id="figures">Figures</h2>' if summary.rows else "",
         *(
             _figure(drawing) + (_rates(summary) if drawing.name == "rates" else "")
@@ -128,6 +148,21 @@ def _warnings(summary: Summary) -> str:
     return f'<div class="warnings" role="note">{lines}</div>'
 
 
+def _beside(beside: Beside | None) -> str:
+    if beside is None:
+        return ""
+    return "\n".join(
+        [
+            f'<h2 id="beside">Beside it: {escape(beside.folder.resolve().name)}</h2>',
+            f'<p class="quiet">{escape(beside.label)}: '
+            f"{escape(setting_line(beside.summary.runs))}</p>",
+            _warnings(beside.summary),
+            _table(beside.summary),
+            _reading_notes(beside.summary),
+        ]
+    )
+
+
 def _table(summary: Summary) -> str:
     if not summary.rows:
         return ""
@@ -147,7 +182,7 @@ def _table(summary: Summary) -> str:
             cells.append(f'<{tag} class="{kind}">{content}</{tag.split()[0]}>')
         lines.append(f"<tr>{''.join(cells)}</tr>")
     return (
-        '<h2 id="table">Results</h2>\n<div class="scroll" tabindex="0" role="region" '
+        '<div class="scroll" tabindex="0" role="region" '
         f'aria-label="results"><table>\n<thead><tr>{head}</tr></thead>\n<tbody>\n'
         + "\n".join(lines)
         + "\n</tbody></table></div>"

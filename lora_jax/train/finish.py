@@ -94,7 +94,7 @@ def write_predictions(path: Path, evaluation: Evaluation) -> None:
     """loss (N,) float32, correct (N,) bool, label (N,) int32, index (N,) int64; by index."""
     order = np.argsort(evaluation.index, kind="stable")
     with atomic_path(path) as temporary, open(temporary, "wb") as file:
-        np.savez(
+        np.savez_compressed(
             file,
             loss=evaluation.losses[order],
             correct=evaluation.correct[order],

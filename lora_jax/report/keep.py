@@ -1,0 +1,38 @@
+"""Finished runs without their weights: small enough to commit, all that a report needs."""
+
+import os
+import shutil
+from pathlib import Path
+
+from lora_jax.core.errors import RequestError
+from lora_jax.formats.atomic import atomic_folder
+from lora_jax.report.runs import read_runs
+
+KEPT = ("card.json", "metrics.jsonl", "test_predictions.npz")
+
+
+def keep_runs(workdir: str | os.PathLike, folder: str | os.PathLike) -> int:
+    """Copies card, metrics and predictions of each finished run to `folder`/cells; counts them.
+
+    Checkpoints and adapters stay behind: `folder` is a workdir for `read_runs` of some 20 KB a run.
+    A run that `folder` has already, with the same card, is passed over.
+
+    Raises:
+      RequestError: no finished run in `workdir`, or `folder` holds another run of that name; then
+        nothing is copied.
+    """
+    finished = {run.name: run.folder for run in read_runs(workdir) if run.finished}
+    if not finished:
+        raise RequestError(f"no run in {workdir} has finished; there is nothing to keep yet")
+    cells = Path(folder) / "cells"
+    there = {name for name in finished if (cells / name).exists()}
+    for name in there:
+        kept, found = cells / name / "card.json", finished[name] / "card.json"
+        if not kept.exists() or kept.read_bytes() != found.read_bytes():
+            raise RequestError(f"{cells / name} is another run; remove it or keep to a new folder")
+    for name in finished.keys() - there:
+        with atomic_folder(cells / name) as temporary:
+            for file in KEPT:
+                if (finished[name] / file).exists():
+                    shutil.copyfile(finished[name] / file, temporary / file)
+    return len(finished)
