@@ -27,4 +27,8 @@ def __getattr__(name: str):
         from lora_jax.models.load import load_model
 
         return load_model
+    if name == "sweep":
+        from lora_jax.sweeps.api import sweep
+
+        return sweep
     raise AttributeError(f"module 'lora_jax' has no attribute {name!r}")

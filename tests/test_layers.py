@@ -13,7 +13,7 @@ LAYERS = {
     "methods": 1, "quant": 1,
     "models": 2, "formats": 2,
     "data": 3, "train": 3, "parallel": 3,
-    "sweep": 4, "serve": 4, "analysis": 4,
+    "sweeps": 4, "serve": 4, "analysis": 4,
     "report": 5,
     "cli": 6,
 }  # fmt: skip

@@ -41,7 +41,7 @@ def run(argv: Sequence[str]) -> int:
     options, config = parser.parse_with_config(argv)
     config = needs_config(config, "sweep")
 
-    from lora_jax.sweep import read_sweep, run_sweep
+    from lora_jax.sweeps import read_sweep, run_sweep
 
     cells = read_sweep(config_file(argv), options.sweep, config)
     if options.only:

@@ -78,8 +78,9 @@ class LoRAWeight(AdaptedValue):
 
     Fields: `kernel` any float dtype; `a (stack…, in…, r)`, `b (stack…, r, out…)`; `scale (stack…)`
     float, data and not trained; `key` None or random keys `(stack…)`: present means that adapter
-    dropout is on; `roles` one letter per kernel axis; `dropout` the probability of dropping an
-    entry of the adapter's input (Hu et al. 2021 code: on the adapter path only).
+    dropout is on; `dropout` None or `(stack…)` float, the probability of dropping an entry of the
+    adapter's input (Hu et al. 2021 code: on the adapter path only), data like the scale, so that
+    adapters which differ in it share a program; `roles` one letter per kernel axis.
     """
 
     kernel: Any
@@ -89,7 +90,7 @@ class LoRAWeight(AdaptedValue):
     key: Any
     roles: str = dataclasses.field(metadata={"static": True})
     path: str = dataclasses.field(metadata={"static": True})
-    dropout: float = dataclasses.field(metadata={"static": True}, default=0.0)
+    dropout: Any = None
 
     @property
     def current_roles(self) -> str:
@@ -161,6 +162,7 @@ class LoRAWeight(AdaptedValue):
             b=_permute(self.b, [b_axes.index(axis) for axis in b_order]),
             scale=_permute(self.scale, stack_order),
             key=None if self.key is None else _permute(self.key, stack_order),
+            dropout=None if self.dropout is None else _permute(self.dropout, stack_order),
             roles="".join(roles[axis] for axis in permutation),
         )
 
@@ -179,6 +181,7 @@ class LoRAWeight(AdaptedValue):
             b=self.b.reshape(*sizes["s"], rank, *sizes["o"]),
             scale=self.scale.reshape(sizes["s"]),
             key=None if self.key is None else self.key.reshape(sizes["s"]),
+            dropout=None if self.dropout is None else self.dropout.reshape(sizes["s"]),
             roles=roles,
         )
 
@@ -208,6 +211,7 @@ class LoRAWeight(AdaptedValue):
             b=cut(self.b, b_axes),
             scale=cut(self.scale, self.axes("s")),
             key=cut(self.key, self.axes("s")),
+            dropout=cut(self.dropout, self.axes("s")),
         )
 
     def dot(self, other, dimension_numbers, *, kernel_side: str, bind, uses: int, precision=None):
@@ -281,11 +285,13 @@ class LoRAWeight(AdaptedValue):
 
     def _dropped(self, x, uses: int):
         """Inverted dropout on the adapter's input; the mask differs at each use of the weight."""
-        if self.key is None or self.dropout == 0.0:
+        if self.key is None:
             return x
-        key = self.key if self.key.ndim == 0 else self.key.reshape(-1)[0]
-        keep = jax.random.bernoulli(jax.random.fold_in(key, uses), 1.0 - self.dropout, x.shape)
-        return jnp.where(keep, x / (1.0 - self.dropout), jnp.zeros_like(x))
+        # Matrices stacked in one kernel and used at once share the first one's mask and rate.
+        key, rate = (leaf.reshape(-1)[0] for leaf in (self.key, jnp.asarray(self.dropout)))
+        kept = 1.0 - rate
+        keep = jax.random.bernoulli(jax.random.fold_in(key, uses), kept, x.shape)
+        return jnp.where(keep, x / kept.astype(x.dtype), jnp.zeros_like(x))
 
 
 def _product(factor, other, keep, *, on_left: bool, precision, preferred):

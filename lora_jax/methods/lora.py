@@ -128,16 +128,17 @@ class LoRA(Method):
         stack = tuple(n for n, role in zip(kernel.shape, roles, strict=True) if role == "s")
         if key is not None:
             key = jax.random.split(_path_key(key, path), stack) if stack else _path_key(key, path)
-        scale = np.full(stack, scale_of(rule.alpha, rule.rank), entry["a"].dtype)
+        dtype = entry["a"].dtype
+        dropped = key is not None and rule.dropout > 0.0
         return LoRAWeight(
             kernel=kernel,
             a=entry["a"],
             b=entry["b"],
-            scale=scale,
-            key=key if rule.dropout else None,
+            scale=np.full(stack, scale_of(rule.alpha, rule.rank), dtype),
+            key=key if dropped else None,
+            dropout=np.full(stack, rule.dropout, dtype) if dropped else None,
             roles=roles,
             path=path,
-            dropout=rule.dropout,
         )
 
     def _rule_of(self, path: str) -> Rule:

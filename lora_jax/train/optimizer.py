@@ -68,7 +68,7 @@ def make_optimizer(settings: Any, num_steps: int) -> optax.GradientTransformatio
         optax.chain(
             clip,
             optax.scale_by_adam(settings.beta1, settings.beta2, settings.eps),
-            optax.add_decayed_weights(settings.weight_decay),
+            _decay_weights(float(settings.weight_decay)),
             _scale_by_rate(float(settings.lr), _shape_of_schedule(settings, num_steps)),
         )
     )
@@ -84,7 +84,7 @@ class RateState(NamedTuple):
 def _scale_by_rate(peak: float, shape: optax.Schedule) -> optax.GradientTransformation:
     """Updates times `-peak * shape(step)`, the peak kept in the state.
 
-    So runs that differ in their learning rate alone compile to one program.
+    So runs that differ in their learning rate alone compile to one program, and may share it.
     """
 
     def init(params):
@@ -94,6 +94,25 @@ def _scale_by_rate(peak: float, shape: optax.Schedule) -> optax.GradientTransfor
         rate = -state.peak * shape(state.count)
         updates = jax.tree.map(lambda u: (rate * u).astype(u.dtype), updates)
         return updates, RateState(optax.safe_increment(state.count), state.peak)
+
+    return optax.GradientTransformation(init, update)
+
+
+class DecayState(NamedTuple):
+    """The weight decay, () float32."""
+
+    rate: jax.Array
+
+
+def _decay_weights(rate: float) -> optax.GradientTransformation:
+    """Updates plus `rate * parameter`, the rate kept in the state for the same reason."""
+
+    def init(params):
+        return DecayState(jnp.asarray(rate, jnp.float32))
+
+    def update(updates, state, params):
+        add = lambda u, p: u + (state.rate * p).astype(u.dtype)  # noqa: E731
+        return jax.tree.map(add, updates, params), state
 
     return optax.GradientTransformation(init, update)
 

@@ -19,8 +19,14 @@ def make_train_step(loss_fn: LossFunction, tx: optax.GradientTransformation) -> 
 
     Gradients are taken with respect to `state.trainable` alone: the tree was split before, so no
     gradient of a frozen parameter is ever computed. `metrics` are scalars on the device: the mean
-    `loss`, `correct` and `weight` (sums over the batch) and `grad_norm` before clipping.
+    `loss`, `grad_norm` before clipping, and what `loss_fn` gives beside (`correct` and `weight`,
+    sums over the batch).
     """
+    return jax.jit(step_function(loss_fn, tx), donate_argnums=0)
+
+
+def step_function(loss_fn: LossFunction, tx: optax.GradientTransformation) -> TrainStep:
+    """The step itself, for whoever maps it over many states before compiling."""
 
     def step(state: TrainState, frozen: Any, batch: Any):
         key = jax.random.fold_in(state.key, state.step)
@@ -31,4 +37,4 @@ def make_train_step(loss_fn: LossFunction, tx: optax.GradientTransformation) -> 
         metrics = {"loss": loss, "grad_norm": optax.global_norm(gradients), **sums}
         return TrainState(state.step + 1, trainable, opt_state, state.key), metrics
 
-    return jax.jit(step, donate_argnums=0)
+    return step

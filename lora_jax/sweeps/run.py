@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from lora_jax.core.errors import RequestError
-from lora_jax.sweep.cells import Cell
+from lora_jax.sweeps.cells import Cell
 from lora_jax.train import train_cell
 from lora_jax.train.workdir import lock_workdir
 

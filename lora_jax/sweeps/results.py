@@ -1,0 +1,112 @@
+"""What came out of a sweep: one row a cell, as a tidy table or one by one."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+
+@dataclasses.dataclass(frozen=True)
+class CellResult:
+    """One cell: its settings, its curves, and what it trained.
+
+    `losses` (steps,) float32: the training loss of each step that was taken. `validation`: pairs of
+    step and loss, in order. `best_step`, `best_loss`: of the lowest validation loss (of the last
+    step, where there is no validation; then `best_loss` is None). `trainable`: the cell's own tree
+    at that step, true ranks and targets; None if there never was a good one. `method` binds and
+    merges it. `stopped` says why it ended; `error`, "" if all went well, what went wrong.
+    `seconds` is the cell's share of its pack's; `pack` numbers the pack, `width` its cells.
+    """
+
+    name: str
+    settings: Mapping[str, Any]
+    method: Any
+    losses: np.ndarray
+    validation: tuple[tuple[int, float], ...]
+    best_step: int
+    best_loss: float | None
+    trainable: Any
+    stopped: str
+    error: str
+    seconds: float
+    pack: int
+    width: int
+
+    @property
+    def num_trainable(self) -> int:
+        """Trained parameters, those trained whole included."""
+        if self.trainable is None:
+            return 0
+        return sum(leaf.size for entry in self.trainable.values() for leaf in entry.values())
+
+
+class SweepResults(Sequence):
+    """The cells' results in the order of the cells; `results["name"]` finds one by name."""
+
+    def __init__(self, rows: Sequence[CellResult], plan: str):
+        self._rows = tuple(rows)
+        self.plan = plan
+
+    def __getitem__(self, key: int | str) -> CellResult:
+        if isinstance(key, str):
+            found = [row for row in self._rows if row.name == key]
+            if not found:
+                raise KeyError(f"no cell {key!r}; there are {[row.name for row in self._rows][:8]}")
+            return found[0]
+        return self._rows[key]
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def __iter__(self) -> Iterator[CellResult]:
+        return iter(self._rows)
+
+    def best(self) -> CellResult:
+        """The cell with the lowest validation loss (the last training loss, where there is none).
+
+        Raises `ValueError` if every cell failed.
+        """
+        good = [row for row in self._rows if row.trainable is not None and not row.error]
+        if not good:
+            raise ValueError("every cell failed; see each result's `error`")
+        return min(good, key=_score)
+
+    def to_pandas(self):
+        """One row a cell: every setting, losses, steps, parameters, seconds, what went wrong."""
+        import pandas as pd
+
+        return pd.DataFrame([_record(row) for row in self._rows])
+
+    def __str__(self) -> str:
+        columns = ["name", "best_loss", "last_train_loss", "steps", "num_trainable", "stopped"]
+        frame = self.to_pandas()
+        return frame[columns].to_string(index=False)
+
+    def __repr__(self) -> str:
+        return f"SweepResults({len(self)} cells)\n{self}"
+
+
+def _record(row: CellResult) -> dict[str, Any]:
+    settings = {k: v for k, v in row.settings.items() if k != "name"}
+    return {
+        "name": row.name,
+        **settings,
+        "best_loss": row.best_loss,
+        "best_step": row.best_step,
+        "last_train_loss": float(row.losses[-1]) if len(row.losses) else None,
+        "steps": len(row.losses),
+        "num_trainable": row.num_trainable,
+        "seconds": row.seconds,
+        "pack": row.pack,
+        "width": row.width,
+        "stopped": row.error or row.stopped,
+    }
+
+
+def _score(row: CellResult) -> float:
+    if row.best_loss is not None:
+        return row.best_loss
+    return float(row.losses[-1]) if len(row.losses) else float("inf")

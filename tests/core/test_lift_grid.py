@@ -1,0 +1,175 @@
+"""The full grid and fuzzing of `lift` against merge-then-apply, in float64: `make test-slow`.
+
+The grid puts every construct under every transformation, at rank one and at full rank. The fuzzer
+draws products at random: any axes of any role in any order, either side, and what may lie between
+the kernel and its product.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+
+import jax
+import jax.numpy as jnp
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+import lora_jax as lj
+from tests.core.constructs import ALL
+from tests.core.test_lift import largest_difference, random_like
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.filterwarnings("ignore::lora_jax.MaterialisedWarning"),
+]
+
+
+@pytest.fixture(autouse=True)
+def float64():
+    before = jax.config.jax_enable_x64
+    jax.config.update("jax_enable_x64", True)
+    yield
+    jax.config.update("jax_enable_x64", before)
+
+
+def scanned(f):
+    """`f` three times over in a scan, its results summed."""
+
+    def run(params, x):
+        return jax.lax.scan(lambda s, n: (s + f(params, x * n), None), f(params, x), x[:2, 0])[0]
+
+    return run
+
+
+def under_cond(f):
+    return lambda params, x: jax.lax.cond(
+        x[0, 0] > -100, f, lambda params, x: -f(params, x), params, x
+    )
+
+
+# Each takes apply(params, x) to another apply(params, x); they act inside `lift`.
+AROUND = {
+    "jit": jax.jit,
+    "remat": jax.checkpoint,
+    "remat, dots saved": functools.partial(
+        jax.checkpoint, policy=jax.checkpoint_policies.dots_saveable
+    ),
+    "scan": scanned,
+    "cond": under_cond,
+    "vmap": lambda f: lambda params, x: jax.vmap(f, in_axes=(None, 0))(params, jnp.stack([x, -x])),
+}
+# vmap of a loop with a condition, of a mesh or of a kernel in interpret mode is JAX's own business.
+NOT_VMAPPED = ("while", "shard", "sharding", "pallas")
+
+
+@pytest.mark.parametrize("around", AROUND)
+@pytest.mark.parametrize("rank", [1, 4])
+@pytest.mark.parametrize("name", ALL)
+def test_every_construct_under_every_transformation(name, rank, around):
+    if around == "vmap" and name.startswith(NOT_VMAPPED):
+        pytest.skip(f"vmap over {name} is not JAX's to promise")
+    shapes, inner = ALL[name].shapes, ALL[name].apply
+    apply = AROUND[around](inner)
+    params = random_like({path: jnp.zeros(shape) for path, shape in shapes.items()}, seed=1)
+    x = jax.random.normal(jax.random.key(2), (5, 6))
+    axes = lj.kernel_axes(inner, params, x)
+    axes = {path: axes.get(path) or lj.KernelAxes((), (-2,), (-1,)) for path in params}
+    method = lj.LoRA(targets=".*", rank=rank, alpha=3.0, axes=axes)
+    check_against_merge(apply, method, params, x, forward_only=name == "while_loop")
+
+
+def check_against_merge(apply, method, params, x, *, forward_only=False):
+    trainable, frozen = method.init(jax.random.key(0), params)
+    trainable = random_like(trainable, seed=3)
+
+    def both(f):
+        if forward_only:
+            tangents = (random_like(trainable, 4), random_like(x, 5))
+            return jax.jit(lambda *primals: jax.jvp(f, primals, tangents))(trainable, x)
+
+        def loss(trainable, x):
+            y = f(trainable, x)
+            return jnp.sum(jnp.sin(y)), y
+
+        return jax.jit(jax.value_and_grad(loss, argnums=(0, 1), has_aux=True))(trainable, x)
+
+    found = both(lambda t, x: lj.lift(apply)(method.bind(t, frozen), x))
+    expected = both(lambda t, x: apply(method.merge(t, frozen), x))
+    assert largest_difference(found, expected) < 1e-9
+
+
+@dataclasses.dataclass(frozen=True)
+class Product:
+    """An einsum of `x` with a kernel that reached it through transposes, reshapes and slices."""
+
+    kernel: str  # axes as letters: s and t stacked, i, j, k contracted, o, p, q kept
+    x: str
+    out: str
+    sizes: dict[str, int]
+    kernel_first: bool
+    steps: tuple[str, ...]
+
+    @property
+    def subscripts(self) -> str:
+        left, right = (self.kernel, self.x) if self.kernel_first else (self.x, self.kernel)
+        return f"{left},{right}->{self.out}"
+
+    def shape(self, letters: str) -> tuple[int, ...]:
+        return tuple(self.sizes[letter] for letter in letters)
+
+    def apply(self, params, x):
+        w = params["w"]
+        for step in self.steps:
+            w = _STEPS[step](w)
+        operands = (w, x) if self.kernel_first else (x, w)
+        return jnp.einsum(self.subscripts, *operands)
+
+
+# What a model does to a kernel on its way to the product, each leaving it as it was.
+_STEPS = {
+    "there and back": lambda w: jnp.moveaxis(jnp.moveaxis(w, 0, -1), -1, 0),
+    "new axis": lambda w: jnp.expand_dims(w, 1).squeeze(1),
+    "cast": lambda w: w.astype(jnp.float64),
+    "padded, sliced": lambda w: w[:],
+    "constraint": lambda w: jax.lax.optimization_barrier(w),
+    "jit": lambda w: jax.jit(lambda w: w.T)(w).T,
+}
+
+
+@st.composite
+def products(draw):
+    stack = "st"[: draw(st.integers(0, 2))]
+    inputs = "ijk"[: draw(st.integers(1, 3))]
+    kept = "opq"[: draw(st.integers(1, 2))]
+    batch = "bc"[: draw(st.integers(0, 2))]
+    mix = lambda letters: "".join(draw(st.permutations(list(letters))))  # noqa: E731
+    letters = stack + inputs + kept + batch
+    return Product(
+        kernel=mix(stack + inputs + kept),
+        x=mix(batch + stack + inputs),
+        out=mix(batch + stack + kept),
+        sizes={letter: draw(st.integers(1, 4)) for letter in letters},
+        kernel_first=draw(st.booleans()),
+        steps=tuple(draw(st.lists(st.sampled_from(sorted(_STEPS)), max_size=3))),
+    )
+
+
+@given(product=products(), rank=st.integers(1, 4), around=st.sampled_from([None, "jit", "remat"]))
+@settings(max_examples=100, deadline=None, suppress_health_check=list(HealthCheck))
+def test_any_product_of_any_axes(product, rank, around):
+    params = {"w": jax.random.normal(jax.random.key(1), product.shape(product.kernel))}
+    x = jax.random.normal(jax.random.key(2), product.shape(product.x))
+    apply = AROUND[around](product.apply) if around else product.apply
+    axes = lj.kernel_axes(apply, params, x)["w"]
+    roles = axes.roles(params["w"].ndim, "w")
+    sizes = {
+        role: math.prod(n for n, r in zip(params["w"].shape, roles, strict=True) if r == role)
+        for role in "io"
+    }
+    method = lj.LoRA(targets="w", rank=min(rank, *sizes.values()), alpha=3.0, axes={"w": axes})
+    with lj.watch_materialised() as events:
+        check_against_merge(apply, method, params, x)
+    assert not events, [str(event) for event in events]
