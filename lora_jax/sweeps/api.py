@@ -121,13 +121,14 @@ def sweep(
             halves = plan.cells[:half], plan.cells[half:]
             waiting = [*(plan_pack(cells, params) for cells in halves), *waiting]
             continue
-        lines.append(f"pack {len(lines)}: {plan} ({needed / 2**20:,.1f} MiB)")
-        name = f"pack {len(lines) - 1} of {len(lines) + len(waiting)}"
+        number = len(lines) + 1
+        lines.append(f"pack {number}: {plan} ({needed / 2**20:,.1f} MiB)")
+        name = f"pack {number} of {number + len(waiting)}"
         with show_progress(name, num_steps, enabled=progress) as show:
             if progress:
                 print(lines[-1])
             training.run(lambda cells: _stream(source, cells), lambda n, loss: show(n, loss, None))
-        found |= {row.name: row for row in training.results(len(lines) - 1)}
+        found |= {row.name: row for row in training.results(number)}
     rows = [found.get(cell.name) or _refused(cell, refused[cell.name]) for cell in named]
     return SweepResults(rows, "\n".join(lines))
 
@@ -143,7 +144,7 @@ def _refused(cell: CellSettings, why: str) -> CellResult:
         stopped="",
         error=why,
         seconds=0.0,
-        pack=-1,
+        pack=0,
         width=0,
         **nothing,
     )

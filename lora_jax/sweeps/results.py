@@ -18,7 +18,8 @@ class CellResult:
     step, where there is no validation; then `best_loss` is None). `trainable`: the cell's own tree
     at that step, true ranks and targets; None if there never was a good one. `method` binds and
     merges it. `stopped` says why it ended; `error`, "" if all went well, what went wrong.
-    `seconds` is the cell's share of its pack's; `pack` numbers the pack, `width` its cells.
+    `seconds` is the cell's share of its pack's; `pack` numbers the pack
+    from 1 (0: never begun), `width` counts its cells.
     """
 
     name: str

@@ -249,7 +249,7 @@ def test_plain_jax_in_a_few_lines():
     cells = [{"targets": "w1", "rank": r, "lr": lr} for r in (1, 4) for lr in (1e-3, 3e-2)]
     results = lj.sweep(loss, params, [x], cells, num_steps=30, progress=False)
     table = results.to_pandas()
-    assert list(table["rank"]) == [1, 1, 4, 4] and set(table["pack"]) == {0}
+    assert list(table["rank"]) == [1, 1, 4, 4] and set(table["pack"]) == {1}
     assert results.best().settings["lr"] == 3e-2
     assert results.best().losses[-1] < 0.7 * results.best().losses[0]
 
@@ -292,7 +292,7 @@ def test_methods_without_factors_stand_beside_in_packs_of_their_own():
         {"targets": "up", "rank": 9, "lr": 1e-2, "train": "head"},
     ]
     found = sweep(loss_fn, base(), batches_of(0), cells, num_steps=5, axes=AXES, progress=False)
-    assert [row.pack for row in found] == [0, 1, 2, 3]
+    assert [row.pack for row in found] == [1, 2, 3, 4]
     assert not any(row.error for row in found)
     assert found[1].num_trainable == sum(leaf.size for leaf in jax.tree.leaves(base()))
     assert "padded to rank 9" in found.plan
