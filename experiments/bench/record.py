@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from lora_jax.formats.atomic import write_json
-from lora_jax.train.card import device_description, versions
+from lora_jax.train.card import device_description, git_commit, versions
 
 
 def in_turn(functions: Mapping[str, Callable[[], object]], *, times: int) -> dict:
@@ -42,7 +42,12 @@ def in_turn(functions: Mapping[str, Callable[[], object]], *, times: int) -> dic
 
 def write_record(name: str, record: dict, folder: str | None) -> None:
     """Prints the record, and keeps it as `folder/name.json` with versions and device."""
-    record = {**record, "device": device_description(), "versions": versions()}
+    record = {
+        **record,
+        "device": device_description(),
+        "versions": versions(),
+        "commit": git_commit(),
+    }
     print(json.dumps(record, indent=2))
     if folder is not None:
         write_json(Path(folder) / f"{name}.json", record)

@@ -88,6 +88,8 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=64)
     parser.add_argument("--out", help="folder of the record (default: print only)")
     options = parser.parse_args()
+    if options.rounds < 2:
+        parser.error(f"--rounds={options.rounds}: quartiles need at least 2")
     rng, shape = np.random.default_rng(0), (options.batch, options.tokens)
     batch = {
         "input_ids": rng.integers(1000, 20000, shape).astype(np.int32),

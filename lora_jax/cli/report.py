@@ -43,19 +43,25 @@ def run(argv: Sequence[str]) -> int:
     from lora_jax.report.runs import read_runs
     from lora_jax.report.tables import summarise
 
+    place = lambda given: given and Path(given).expanduser()  # noqa: E731
+    keep, beside = place(options.keep), place(options.beside)
     summary = summarise(read_runs(options.workdir))
-    out = options.out and Path(options.out).expanduser()
-    beside = options.beside and Beside(Path(options.beside), summarise(read_runs(options.beside)))
-    page = write_report(options.workdir, out, summary=summary, beside=beside or None)
-    kept = options.keep and keep_runs(options.workdir, options.keep)
+    beside = Beside(beside, summarise(read_runs(beside))) if beside else None
+    kept = keep_runs(options.workdir, keep) if keep else 0
+    page = write_report(options.workdir, place(options.out), summary=summary, beside=beside)
     if options.json:
-        say(json.dumps({"page": str(page), **json.loads(to_json(summary))}))
+        found = {"page": str(page), **json.loads(to_json(summary))}
+        if beside:
+            found["beside"] = json.loads(to_json(beside.summary))
+        if keep:
+            found["kept"] = kept
+        say(json.dumps(found))
     else:
         Console().print(to_terminal(summary))
         if beside:
             say(f"{beside.label}:")
             Console().print(to_terminal(beside.summary))
-        if kept:
-            say(f"{kept} runs kept in {options.keep}")
+        if keep:
+            say(f"{kept} runs kept in {keep}")
         say(f"the page: {page.resolve().as_uri()}")
     return 0

@@ -33,6 +33,16 @@ class KernelAxes:
     ops: tuple[str, ...] = ()
     conflicts: tuple[str, ...] = ()
 
+    @classmethod
+    def from_roles(cls, roles: str) -> KernelAxes:
+        """The axes that these roles, a letter per axis, stand for.
+
+        >>> KernelAxes.from_roles("sio")
+        KernelAxes(stack=(-3,), in_=(-2,), out=(-1,), ops=(), conflicts=())
+        """
+        of = {r: tuple(n - len(roles) for n, x in enumerate(roles) if x == r) for r in "sio"}
+        return cls(of["s"], of["i"], of["o"])
+
     def roles(self, ndim: int, path: str) -> str:
         """One letter per axis: "s", "i" or "o". Raises `RequestError` if they do not cover it."""
         named = dict.fromkeys(self.stack, "s")

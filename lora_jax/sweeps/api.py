@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
-import itertools
+import math
 import os
 import types
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from lora_jax.core.errors import RequestError
 from lora_jax.core.lift import lift
+from lora_jax.sweeps.batches import OwnBatches, SharedBatches
 from lora_jax.sweeps.engine import PackTraining, Schedule
-from lora_jax.sweeps.plan import Planned, make_plan, plan_pack
+from lora_jax.sweeps.plan import Planned, make_plan
+from lora_jax.sweeps.program import Program
 from lora_jax.sweeps.results import CellResult, SweepResults
 from lora_jax.sweeps.settings import CellSettings, read_cells
 from lora_jax.train.optimizer import make_optimizer
@@ -48,23 +51,25 @@ def sweep(
       loss_fn: `loss_fn(params, batch) -> ()` of any JAX model; it need know nothing of adapters.
       params: the frozen base: dict, `nnx.State`, module tree.
       batches: a sequence that all cells go through in order, over and over; or `batches(seed)`, an
-        iterable of `num_steps` batches or more for each cell's own order (same shapes for all).
+        iterable of `num_steps` batches or more: each cell's own order, opened once, in which batch
+        n has the same shapes for all.
       cells: dicts of `targets`, `rank`, `alpha`, `dropout`, `init` (see `LoRA`), `lr` (the peak
         rate), `weight_decay`, `seed`, `train` (parameters trained whole), `name`, and `method`:
         "lora" (default), "head", "bitfit", "full", or a `Method`.
-      num_steps: optimizer steps. `eval_every` steps (and at the last) the mean loss over
-        `validation` is taken; the best one's trainable is kept, and a cell whose loss did not get
-        better `patience` times in a row stops (0: never).
+      num_steps: optimizer steps of each cell.
+      validation: batches for all; the mean of their losses chooses the trainable that is kept.
+      eval_every: steps between looks at `validation`; 0 for one look, after the last step.
+      patience: looks without a better loss after which a cell stops; 0 for never.
       schedule, warmup_ratio, clip_norm, beta1, beta2, eps: as in `train.make_optimizer`; clipping
         is by the norm of each cell's own gradients, 0 for none.
       axes, aliases: as in `LoRA`.
-      memory_bytes: what a program may hold; packs are split until they fit. By default what the
-        device has, or half of the host's memory.
+      memory_bytes: what a program may hold; packs are narrowed until they fit, and a cell that does
+        not fit alone fails. By default what the device has, or half of the host's memory.
       progress: show a bar and print the plan.
 
     Returns one result a cell. A cell that fails (an impossible rank, a loss that is not a number)
-    has its `error`; the others are not affected. Raises `RequestError` for what is wrong with the
-    sweep as a whole.
+    has its `error`, and the others go on; so do those of a pack that cannot be run after another
+    was, or that Ctrl-C cut short. Raises `RequestError` for what is wrong with the whole sweep.
 
     >>> import jax.numpy as jnp, lora_jax as lj
     >>> base = {"w": jnp.eye(4), "v": jnp.ones((4, 1))}
@@ -80,9 +85,7 @@ def sweep(
         )
     if patience and not (validation and eval_every):
         raise RequestError(f"patience={patience} needs validation batches and eval_every")
-    source = batches if callable(batches) else tuple(batches)
-    if source == ():
-        raise RequestError("batches is empty; give a sequence of batches or a function of a seed")
+    source = OwnBatches(batches) if callable(batches) else SharedBatches(batches)
     named = read_cells(cells, axes=axes, aliases=aliases)
     planned, refused = make_plan(named, params)
     shared = {
@@ -98,55 +101,97 @@ def sweep(
         own = {"lr": cell.lr, "weight_decay": cell.weight_decay}
         return make_optimizer(types.SimpleNamespace(**shared, **own), num_steps)
 
-    def train(plan: Planned) -> PackTraining:
-        return PackTraining(
-            plan.pack,
-            plan.cells,
-            params,
-            lift(loss_fn),
-            tx_of,
-            batch_axis=0 if callable(source) else None,
-            validation=tuple(validation),
-            schedule=Schedule(num_steps, eval_every, patience),
-        )
-
+    loss = lift(loss_fn)
     budget = memory_bytes or device_memory_bytes()
-    waiting, found, lines = list(planned), {}, []
-    while waiting:
-        plan = waiting.pop(0)
-        training = train(plan)
-        needed = training.bytes_needed(next(_stream(source, plan.cells)))
-        if needed > budget and len(plan.cells) > 1:
-            half = len(plan.cells) // 2
-            halves = plan.cells[:half], plan.cells[half:]
-            waiting = [*(plan_pack(cells, params) for cells in halves), *waiting]
-            continue
-        number = len(lines) + 1
-        lines.append(f"pack {number}: {plan} ({needed / 2**20:,.1f} MiB)")
-        name = f"pack {number} of {number + len(waiting)}"
-        with show_progress(name, num_steps, enabled=progress) as show:
-            if progress:
-                print(lines[-1])
-            training.run(lambda cells: _stream(source, cells), lambda n, loss: show(n, loss, None))
-        found |= {row.name: row for row in training.results(number)}
+    found: dict[str, CellResult] = {}
+    lines: list[str] = []
+    say = print if progress else (lambda line: None)
+    looked_at = [jax.tree.map(jnp.asarray, batch) for batch in validation]
+    for group in planned:
+        try:
+            tx = tx_of(group.cells[0])
+            program = Program(group.pack, loss, tx_of, tx, batch_axis=source.axis)
+            frozen = group.cells[0].method.init(jax.random.key(0), params)[1]
+            width, needed = _fitting_width(program, group, params, frozen, source, budget)
+            count = math.ceil(len(group.cells) / width)
+            for places in np.array_split(np.arange(len(group.cells)), count):
+                part = group.take(places.tolist())
+                number = len(lines) + 1
+                lines.append(f"pack {number}: {part} ({needed / 2**20:,.4g} MiB)")
+                say(lines[-1])
+                training = PackTraining(
+                    part,
+                    program,
+                    params,
+                    frozen,
+                    source,
+                    looked_at,
+                    Schedule(num_steps, eval_every, patience),
+                )
+                with show_progress(f"pack {number}", num_steps, enabled=progress) as show:
+                    training.run(lambda step, loss, show=show: show(step, loss, None))
+                found |= {row.name: row for row in training.results(number)}
+                del training  # before the next one takes its place in memory
+        except KeyboardInterrupt:
+            if not found:
+                raise
+            refused |= {cell.name: "stopped by Ctrl-C" for cell in named}
+            break
+        except _DoesNotFit as error:
+            refused |= {cell.name: str(error) for cell in group.cells}
+        except Exception as error:
+            # What is wrong for all shows in the first pack; later, what is finished must not go.
+            if not found:
+                raise
+            why = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
+            refused |= {cell.name: why for cell in group.cells}
     rows = [found.get(cell.name) or _refused(cell, refused[cell.name]) for cell in named]
     return SweepResults(rows, "\n".join(lines))
 
 
+class _DoesNotFit(Exception):
+    """One cell alone needs more than the budget."""
+
+
+def _fitting_width(program, group: Planned, params, frozen, source, budget) -> tuple[int, int]:
+    """The widest pack of the group's first cells that the budget holds, and its bytes.
+
+    Only shapes are used: nothing is allocated.
+    """
+    width = len(group.cells)
+    while True:
+        part = group.take(range(width))
+        state = jax.eval_shape(lambda part=part: program.init(part.pack, part.cells, params))
+        batch = source.widest(part.cells)
+        needed = program.bytes_needed(state, (part.pack.data(), frozen), batch)
+        if needed <= budget:
+            return width, needed
+        if width == 1:
+            raise _DoesNotFit(
+                f"one cell alone needs {needed / 2**20:,.1f} MiB of {budget / 2**20:,.1f} MiB; use "
+                "smaller batches or raise memory_bytes"
+            )
+        width = math.ceil(width / 2)
+
+
 def _refused(cell: CellSettings, why: str) -> CellResult:
-    """The result of a cell that was never begun."""
-    nothing = {"validation": (), "best_step": 0, "best_loss": None, "trainable": None}
+    """The result of a cell that was never begun, or not brought to an end."""
     return CellResult(
-        cell.name,
-        cell.given,
-        cell.method,
+        name=cell.name,
+        settings=cell.settings,
+        method=cell.method,
         losses=np.zeros(0, np.float32),
+        validation=(),
+        best_step=0,
+        best_loss=None,
+        trainable=None,
+        num_trainable=0,
         stopped="",
         error=why,
         seconds=0.0,
+        compile_seconds=0.0,
         pack=0,
         width=0,
-        **nothing,
     )
 
 
@@ -156,19 +201,3 @@ def device_memory_bytes() -> int:
     if limit:
         return int(0.9 * limit)
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
-
-
-def _stream(source, cells: Sequence[CellSettings]) -> Iterator[Any]:
-    """Batches for these cells: the shared sequence over and over, or each cell's own, stacked."""
-    if not callable(source):
-        return itertools.cycle(source)
-    each = [iter(source(cell.seed)) for cell in cells]
-
-    def stacked():
-        count = 0
-        for own in zip(*each, strict=False):
-            count += 1
-            yield jax.tree.map(lambda *leaves: np.stack(leaves), *own)
-        raise RequestError(f"batches(seed) gave {count} batches; a sweep needs one for each step")
-
-    return stacked()

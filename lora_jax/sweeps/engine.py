@@ -1,31 +1,30 @@
-"""Training a pack: K cells in one program over one copy of the base."""
+"""Training a pack: K cells in one program over one copy of the base, each with its own end."""
 
 from __future__ import annotations
 
 import dataclasses
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lora_jax.sweeps.pack import Pack
+from lora_jax.sweeps.plan import Planned
+from lora_jax.sweeps.program import Program
 from lora_jax.sweeps.results import CellResult
 from lora_jax.sweeps.settings import CellSettings
 from lora_jax.train.bookkeeping import Bookkeeping
-from lora_jax.train.build import keys_of
-from lora_jax.train.state import TrainState
-from lora_jax.train.step import step_function
 
 FETCH_EVERY = 50  # steps between looks at the losses, where no evaluation asks for one
+FEWEST_STEPS = 20  # a narrower program is not compiled for fewer steps than that
 
 
 @dataclasses.dataclass(frozen=True)
 class Schedule:
-    """What all cells of a sweep share: how long, and when to look."""
+    """What all cells of a sweep share: how long, when to look, and how long to hope."""
 
     num_steps: int
     eval_every: int
@@ -33,16 +32,17 @@ class Schedule:
 
 
 @dataclasses.dataclass
-class _Progress:
+class _Cell:
     """What one cell has done so far."""
 
-    cell: CellSettings
+    settings: CellSettings
     books: Bookkeeping = dataclasses.field(default_factory=Bookkeeping)
     losses: list[float] = dataclasses.field(default_factory=list)
     validation: list[tuple[int, float]] = dataclasses.field(default_factory=list)
     trainable: Any = None
     error: str = ""
     seconds: float = 0.0
+    compile_seconds: float = 0.0
 
     @property
     def ended(self) -> bool:
@@ -50,118 +50,76 @@ class _Progress:
 
 
 class PackTraining:
-    """The cells of one pack under way.
-
-    `loss(params, batch)` is a lifted scalar function, `tx_of(cell)` the optimizer of one cell (one
-    structure for all; what differs is in its state), `batches(cells)` yields batches: shared by all
-    cells, or with a leading axis K where `batch_axis` is 0.
-    """
+    """The cells of one pack under way. `slots[place]` is the cell in a place of the axis K."""
 
     def __init__(
         self,
-        pack: Pack,
-        cells: Sequence[CellSettings],
+        plan: Planned,
+        program: Program,
         params: Any,
-        loss: Callable[[Any, Any], jax.Array],
-        tx_of: Callable[[CellSettings], Any],
-        *,
-        batch_axis: int | None,
+        frozen: Any,
+        batches: Any,
         validation: Sequence[Any],
         schedule: Schedule,
     ):
-        self.pack = pack
+        self.plan = plan
         self.schedule = schedule
-        self.progress = [_Progress(cell) for cell in cells]
-        self.slots = list(range(len(cells)))  # which cell sits in each place of the leading axis
-        self._validation = validation
-        keys = [keys_of(cell.seed) for cell in cells]
-        trainable, self.bundle = pack.init([key[1] for key in keys], params)
-        own = [jax.tree.map(lambda leaf, k=k: leaf[k], trainable) for k in range(len(cells))]
-        opt_states = [tx_of(cell).init(one) for cell, one in zip(cells, own, strict=True)]
-        self.state = TrainState(
-            step=jnp.zeros(len(cells), jnp.int32),
-            trainable=trainable,
-            opt_state=jax.tree.map(lambda *leaves: jnp.stack(leaves), *opt_states),
-            key=jnp.stack([key[2] for key in keys]),
-        )
-        self.best = None
-        self._compiled: dict[Any, Any] = {}
+        self.cells = [_Cell(settings) for settings in plan.cells]
+        self.slots = list(range(len(self.cells)))
+        self._program, self._batches, self._validation = program, batches, validation
+        self.state = program.init(plan.pack, plan.cells, params)
+        self._frozen = (plan.pack.data(), frozen)
+        self._best: Any = None
 
-        def loss_of(trainable, bundle, batch, key=None):
-            return loss(pack.bind(trainable, bundle, key=key), batch), {}
-
-        def score_of(trainable, bundle, batch):
-            return loss_of(trainable, bundle, batch)[0]
-
-        axes = pack.bundle_axes
-        step = step_function(loss_of, tx_of(cells[0]))
-        self.step = jax.jit(jax.vmap(step, in_axes=(0, axes, batch_axis)), donate_argnums=0)
-        self.score = jax.jit(jax.vmap(score_of, in_axes=(0, axes, None)))
-
-    def compiled(self, batch: Any):
-        """The step compiled for this batch's shapes and the cells that are left."""
-        shapes = [(leaf.shape, str(leaf.dtype)) for leaf in jax.tree.leaves(batch)]
-        key = (len(self.slots), *shapes)
-        if key not in self._compiled:
-            self._compiled[key] = self.step.lower(self.state, self.bundle, batch).compile()
-        return self._compiled[key]
-
-    def bytes_needed(self, batch: Any) -> int:
-        """What the compiled step holds at once: arguments, temporaries, results not in place."""
-        memory = self.compiled(batch).memory_analysis()
-        kept = memory.output_size_in_bytes - memory.alias_size_in_bytes
-        return memory.argument_size_in_bytes + memory.temp_size_in_bytes + kept
-
-    def run(self, batches: Callable[[Sequence[CellSettings]], Iterator[Any]], show) -> None:
+    def run(self, show) -> None:
         """Trains until every cell has ended; `show(step, loss)` is told of the way."""
-        pending, stream = [], batches([progress.cell for progress in self.progress])
-        mark = time.perf_counter()
+        pending: list[dict[str, jax.Array]] = []
+        mark = (time.perf_counter(), self._program.compile_seconds)
         for step in range(1, self.schedule.num_steps + 1):
-            batch = next(stream)
-            self.state, metrics = self.compiled(batch)(self.state, self.bundle, batch)
-            pending.append(metrics["loss"])
-            looked = self._evaluation_due(step)
-            if looked or len(pending) >= FETCH_EVERY:
-                self._take(pending, step)
-                pending = []
-            if looked:
+            batch = self._batches.at(step - 1, [self.plan.cells[k] for k in self.slots])
+            self.state, metrics = self._program.step(self.state, self._frozen, batch)
+            pending.append(metrics)
+            look = self._evaluation_due(step)
+            if not look and len(pending) < FETCH_EVERY:
+                continue
+            paying = self._going()
+            self._take(pending, step)
+            pending = []
+            if look:
                 self._evaluate(step)
-            if looked or not pending:
-                now = time.perf_counter()
-                for place in self._going():
-                    self._at(place).seconds += (now - mark) / max(1, len(self._going()))
-                mark = now
-                show(step, self._mean_loss())
-                if not self._going():
-                    return
-                if self._repack():
-                    stream = self._from(batches, step)
+            mark = self._share(mark, paying)
+            show(step, self._mean_loss())
+            if not self._going():
+                return
+            self._repack(step)
 
     def results(self, number: int) -> list[CellResult]:
         """One result a cell, in their order."""
-        return [self._result(k, number) for k in range(len(self.progress))]
+        return [
+            CellResult(
+                name=cell.settings.name,
+                settings=cell.settings.settings,
+                method=cell.settings.method,
+                losses=np.asarray(cell.losses, np.float32),
+                validation=tuple(cell.validation),
+                best_step=cell.books.best_step,
+                best_loss=cell.books.best_loss if self._validation else None,
+                trainable=None
+                if cell.trainable is None
+                else self.plan.pack.unpack(cell.trainable, k),
+                num_trainable=self.plan.counts[k],
+                stopped=cell.books.stopped,
+                error=cell.error,
+                seconds=cell.seconds,
+                compile_seconds=cell.compile_seconds,
+                pack=number,
+                width=len(self.cells),
+            )
+            for k, cell in enumerate(self.cells)
+        ]
 
-    def _result(self, k: int, number: int) -> CellResult:
-        progress = self.progress[k]
-        own = progress.trainable
-        return CellResult(
-            name=progress.cell.name,
-            settings=progress.cell.given,
-            method=progress.cell.method,
-            losses=np.asarray(progress.losses, np.float32),
-            validation=tuple(progress.validation),
-            best_step=progress.books.best_step,
-            best_loss=progress.books.best_loss if self._validation else None,
-            trainable=None if own is None else self.pack.unpack(own, k),
-            stopped=progress.books.stopped,
-            error=progress.error,
-            seconds=progress.seconds,
-            pack=number,
-            width=len(self.progress),
-        )
-
-    def _at(self, place: int) -> _Progress:
-        return self.progress[self.slots[place]]
+    def _at(self, place: int) -> _Cell:
+        return self.cells[self.slots[place]]
 
     def _going(self) -> list[int]:
         return [place for place in range(len(self.slots)) if not self._at(place).ended]
@@ -170,75 +128,92 @@ class PackTraining:
         every = self.schedule.eval_every
         return step == self.schedule.num_steps or bool(every and step % every == 0)
 
-    def _take(self, pending: list[jax.Array], step: int) -> None:
+    def _take(self, pending: list[dict[str, jax.Array]], step: int) -> None:
         """Books the losses of the last steps; a cell whose loss is not a number ends there."""
-        losses = np.stack(jax.device_get(pending))  # (steps, K)
-        first = step - len(losses) + 1
+        fetched = jax.device_get(pending)
+        first = step - len(fetched) + 1
         for place in self._going():
-            progress, mine = self._at(place), losses[:, place]
-            bad = np.flatnonzero(~np.isfinite(mine))
-            progress.losses += mine[: bad[0] + 1 if bad.size else None].tolist()
-            if bad.size:
-                self._fail(place, f"loss is {mine[bad[0]]} at step {first + bad[0]}")
+            cell = self._at(place)
+            for number, metrics in enumerate(fetched, first):
+                loss, norm = float(metrics["loss"][place]), float(metrics["grad_norm"][place])
+                cell.losses.append(loss)
+                # The loss is from before the step's update, the gradient is what goes into it.
+                what, value = ("loss", loss) if not math.isfinite(loss) else ("gradient norm", norm)
+                if not math.isfinite(value):
+                    self._fail(place, what, value, number)
+                    break
 
     def _evaluate(self, step: int) -> None:
-        scores = [self.score(self.state.trainable, self.bundle, b) for b in self._validation]
+        trainable = self.state.trainable
+        scores = [self._program.score(trainable, self._frozen, b) for b in self._validation]
         means = np.mean(np.asarray(jax.device_get(scores), np.float64), axis=0) if scores else None
         better = np.zeros(len(self.slots), bool)
         for place in self._going():
-            progress = self._at(place)
+            cell = self._at(place)
             # Without validation the last step is the best: nothing chooses among them.
-            loss = float(means[place]) if scores else -float(step)
+            loss = -float(step) if means is None else float(means[place])
             if not math.isfinite(loss):
-                self._fail(place, f"validation loss is {loss} at step {step}")
+                self._fail(place, "validation loss", loss, step)
                 continue
-            if scores:
-                progress.validation.append((step, loss))
-            books = dataclasses.replace(progress.books, step=step)
-            progress.books = books.after_evaluation(
+            if means is not None:
+                cell.validation.append((step, loss))
+            books = dataclasses.replace(cell.books, step=step)
+            cell.books = books.after_evaluation(
                 loss, math.nan, patience=self.schedule.patience, num_steps=self.schedule.num_steps
             )
-            better[place] = progress.books.best_step == step
-        if self.best is None:
-            self.best = jax.tree.map(jnp.copy, self.state.trainable)
+            better[place] = cell.books.best_step == step
+        if self._best is None:
+            self._best = jax.tree.map(jnp.copy, trainable)
         else:
-            self.best = _choose(jnp.asarray(better), self.state.trainable, self.best)
+            self._best = _choose(jnp.asarray(better), trainable, self._best)
         for place in range(len(self.slots)):
-            progress = self._at(place)
-            if progress.ended and progress.trainable is None and progress.books.best_step:
-                progress.trainable = jax.tree.map(lambda leaf, k=place: leaf[k], self.best)
+            if self._at(place).books.stopped:
+                self._keep_best(place)
 
-    def _fail(self, place: int, what: str) -> None:
-        progress = self._at(place)
-        progress.error = f"{what} (learning rate {progress.cell.lr:g}); lower lr"
-        if self.best is not None and progress.books.best_step:
-            progress.trainable = jax.tree.map(lambda leaf: leaf[place], self.best)
+    def _fail(self, place: int, what: str, value: float, step: int) -> None:
+        cell = self._at(place)
+        cause = (
+            f"learning rate {cell.settings.lr:g}; lower lr"
+            if step > 1
+            else "before any update; look at the data and the model"
+        )
+        cell.error = f"{what} is {value} at step {step} ({cause})"
+        self._keep_best(place)
 
-    def _repack(self) -> bool:
+    def _keep_best(self, place: int) -> None:
+        cell = self._at(place)
+        if cell.trainable is None and cell.books.best_step:
+            cell.trainable = jax.tree.map(lambda leaf: leaf[place], self._best)
+
+    def _repack(self, step: int) -> None:
         """Takes ended cells out once half of the places are theirs: then a narrower program pays.
 
-        The rule looks at nothing but the cells' own ends, so that the same sweep repacks the same.
+        The rule looks at nothing but steps and the cells' own ends, so that the same sweep repacks
+        the same way.
         """
         going = self._going()
-        if not going or 2 * len(going) > len(self.slots):
-            return False
+        left = self.schedule.num_steps - step
+        if 2 * len(going) > len(self.slots) or left < FEWEST_STEPS:
+            return
         places = jnp.asarray(going)
-        take = lambda leaf: jnp.take(leaf, places, axis=0)  # noqa: E731
-        self.state = jax.tree.map(take, self.state)
-        self.best = None if self.best is None else jax.tree.map(take, self.best)
-        data, frozen = self.bundle
-        self.bundle = (jax.tree.map(take, data), frozen)
+        data, frozen = self._frozen
+        self.state, self._best, data = jax.tree.map(
+            lambda leaf: jnp.take(leaf, places, axis=0), (self.state, self._best, data)
+        )
+        self._frozen = (data, frozen)
         self.slots = [self.slots[place] for place in going]
-        return True
 
-    def _from(self, batches, step: int) -> Iterator[Any]:
-        stream = batches([self.progress[k].cell for k in self.slots])
-        for _ in range(step):
-            next(stream)
-        return stream
+    def _share(self, mark: tuple[float, float], paying: list[int]) -> tuple[float, float]:
+        """Books the time since `mark` in equal parts to the cells that were at work in it."""
+        now = (time.perf_counter(), self._program.compile_seconds)
+        compiling = now[1] - mark[1]
+        for place in paying:
+            self._at(place).compile_seconds += compiling / len(paying)
+            self._at(place).seconds += (now[0] - mark[0] - compiling) / len(paying)
+        return now
 
     def _mean_loss(self) -> float | None:
-        last = [self._at(place).losses[-1] for place in self._going() if self._at(place).losses]
+        last = [self._at(place).losses[-1] for place in self._going()]
         return float(np.mean(last)) if last else None
 
 

@@ -1,4 +1,4 @@
-"""A pack: cells whose adapters differ in rank, targets and scale, as one method.
+"""A pack: cells whose adapters differ in rank, targets and scale, bound by one method.
 
 Low-rank factors are padded with zeros to the widest rank of the pack, and a target that a cell does
 not use has zeros for both. Zeros stay zeros: the gradient of a padded column of `a` passes through
@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -18,128 +18,142 @@ import jax.numpy as jnp
 
 from lora_jax.core import trees
 from lora_jax.core.apply import scale_of
+from lora_jax.core.axes import KernelAxes
 from lora_jax.core.rules import Rule
 from lora_jax.core.weights import is_adapted
 from lora_jax.methods import LoRA, Method
 from lora_jax.methods.base import PyTree, Trainable
 
-_UNUSED = (0, 0.0, 0.0, 0)
+
+@dataclasses.dataclass(frozen=True)
+class Factors:
+    """What one cell does with one kernel; `roles` has a letter for each of the kernel's axes."""
+
+    rank: int
+    scale: float
+    dropout: float
+    roles: str
+
+    @property
+    def rank_axis_of_b(self) -> int:
+        return self.roles.count("s")
 
 
 @dataclasses.dataclass(frozen=True)
 class Pack:
-    """K methods that train as one. `union` binds any of them: padded ranks, all their targets.
+    """K methods that train as one.
 
-    `adapted` holds, for each member, `{path: (rank, scale, dropout, number of stack axes)}`.
+    `union` binds any of them: padded ranks, all their targets. `factors` holds, for each member,
+    `{path: Factors}`; `ranks` the padded rank of each path.
     """
 
     members: tuple[Method, ...]
     union: Method
-    adapted: tuple[dict[str, tuple[int, float, float, int]], ...]
-    ranks: dict[str, int]
+    factors: tuple[Mapping[str, Factors], ...]
+    ranks: Mapping[str, int]
 
-    def init(self, keys: Sequence[jax.Array], params: PyTree) -> tuple[Trainable, Any]:
-        """`(trainable, bundle)`: leaves with a leading axis K, each cell as it starts alone.
+    def take(self, places: Sequence[int]) -> Pack:
+        """The same pack with these members only: same union, so the same shapes for each."""
+        members, factors = ([of[k] for k in places] for of in (self.members, self.factors))
+        return dataclasses.replace(self, members=tuple(members), factors=tuple(factors))
 
-        `keys[k]` is the init key of cell k; `bundle` is what `bind` takes in the place of `frozen`,
-        of which only the first part has the axis K (`bundle_axes`).
+    def init(self, keys: Sequence[jax.Array], params: PyTree) -> Trainable:
+        """The trainable trees of all, leaves with a leading axis K, each as it starts alone.
+
+        `keys[k]` is the init key of member k.
         """
-        cells = []
-        for member, adapted, key in zip(self.members, self.adapted, keys, strict=True):
-            trainable, frozen = member.init(key, params)
-            cells.append(self._padded(trainable, adapted))
         shapes = jax.eval_shape(lambda: self.union.init(keys[0], params)[0])
-        cells = [self._completed(cell, shapes) for cell in cells]
-        return jax.tree.map(lambda *leaves: jnp.stack(leaves), *cells), (self._data(), frozen)
-
-    @property
-    def bundle_axes(self) -> tuple[int, None]:
-        """`in_axes` of the bundle: the cells' own data along the first axis, the base shared."""
-        return (0, None)
-
-    def bind(self, trainable: Trainable, bundle: Any, *, key: jax.Array | None = None) -> PyTree:
-        """One cell's params tree, inside a vmap over the cells. A `key` turns dropout on."""
-        data, frozen = bundle
-        if not data:
-            return self.union.bind(trainable, frozen, key=key)
-        tree = trees.flatten(self.union.bind(trainable, frozen, key=key), is_leaf=is_adapted)
-        return tree.unflatten([_with_data(leaf, data) for leaf in tree.leaves])
-
-    def unpack(self, trainable: Trainable, k: int) -> Trainable:
-        """Cell k's own trainable tree, at its true ranks and targets, out of its padded one."""
-        own = {}
-        for path, entry in trainable.items():
-            if "value" in entry:
-                own[path] = entry
-            elif path in self.adapted[k]:
-                rank, _, _, stack = self.adapted[k][path]
-                own[path] = {
-                    "a": entry["a"][..., :rank],
-                    "b": jax.lax.slice_in_dim(entry["b"], 0, rank, axis=stack),
+        cells = []
+        for member, factors, key in zip(self.members, self.factors, keys, strict=True):
+            own, _ = member.init(key, params)
+            cells.append(
+                {
+                    path: self._padded(path, own[path], factors)
+                    if path in own
+                    else jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), entry)
+                    for path, entry in shapes.items()
                 }
-        return own
+            )
+        return jax.tree.map(lambda *leaves: jnp.stack(leaves), *cells)
 
-    def padding(self, trainable: Trainable, k: int) -> list[jax.Array]:
-        """What of cell k's padded tree is not its own: all of it must be zero, for ever."""
-        rest = []
-        for path, entry in trainable.items():
-            if "value" in entry:
-                continue
-            rank, _, _, stack = self.adapted[k].get(path, (0, 0.0, 0.0, entry["b"].ndim - 2))
-            rest.append(entry["a"][..., rank:])
-            rest.append(jax.lax.slice_in_dim(entry["b"], rank, entry["b"].shape[stack], axis=stack))
-        return [part for part in rest if part.size]
-
-    def _padded(self, trainable: Trainable, adapted) -> Trainable:
-        padded = {}
-        for path, entry in trainable.items():
-            if "value" not in entry:
-                rank, _, _, stack = adapted[path]
-                more = self.ranks[path] - rank
-                entry = {
-                    "a": _pad(entry["a"], entry["a"].ndim - 1, more),
-                    "b": _pad(entry["b"], stack, more),
-                }
-            padded[path] = entry
-        return padded
-
-    def _completed(self, cell: Trainable, shapes) -> Trainable:
-        zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
-        return {path: cell.get(path, zeros[path]) for path in shapes}
-
-    def _data(self) -> dict[str, dict[str, jax.Array]]:
-        """`{path: {"scale": (K,), "dropout": (K,)}}`, 0 where a cell does not use the path."""
+    def data(self) -> dict[str, dict[str, jax.Array]]:
+        """`{path: {"scale": (K,), "dropout": (K,)}}`, 0 where a member does not use the path."""
+        unused = Factors(0, 0.0, 0.0, "")
         return {
             path: {
-                name: jnp.array([cell.get(path, _UNUSED)[place] for cell in self.adapted])
-                for name, place in (("scale", 1), ("dropout", 2))
+                name: jnp.array([getattr(f.get(path, unused), name) for f in self.factors])
+                for name in ("scale", "dropout")
             }
             for path in self.ranks
         }
 
+    def bind(self, trainable: Trainable, data: Any, frozen: PyTree, *, key=None) -> PyTree:
+        """One member's params tree, inside a vmap over the members, from its slice of `data()`.
+
+        `frozen` is the base, shared by all. A `key` turns dropout on.
+        """
+        bound = self.union.bind(trainable, frozen, key=key)
+        if not data:
+            return bound
+        tree = trees.flatten(bound, is_leaf=is_adapted)
+        return tree.unflatten([_with_data(leaf, data) for leaf in tree.leaves])
+
+    def unpack(self, trainable: Trainable, k: int) -> Trainable:
+        """Member k's own trainable tree, at its true ranks and targets, out of its padded one."""
+        own = {}
+        for path, entry in trainable.items():
+            if "value" in entry:
+                own[path] = entry
+            elif path in self.factors[k]:
+                factors = self.factors[k][path]
+                own[path] = {
+                    "a": entry["a"][..., : factors.rank],
+                    "b": jax.lax.slice_in_dim(
+                        entry["b"], 0, factors.rank, axis=factors.rank_axis_of_b
+                    ),
+                }
+        return own
+
+    def _padded(self, path: str, entry, factors):
+        if "value" in entry:
+            return entry
+        more = self.ranks[path] - factors[path].rank
+        return {
+            "a": _pad(entry["a"], entry["a"].ndim - 1, more),
+            "b": _pad(entry["b"], factors[path].rank_axis_of_b, more),
+        }
+
 
 def make_pack(methods: Sequence[Method], params: PyTree) -> Pack:
-    """The pack of `methods`, which all are LoRA, or all equal. Raises what their rules raise."""
-    if not isinstance(methods[0], LoRA):
+    """The pack of `methods`: all plain LoRA, with one view of each kernel's axes, or all equal.
+
+    Raises `RequestError` as their rules do.
+    """
+    if type(methods[0]) is not LoRA:
         return Pack(tuple(methods), methods[0], tuple({} for _ in methods), {})
-    whole = methods[0].whole_paths(params)
-    adapted, ranks, dropout = [], {}, 0.0
-    for method in methods:
-        cell = {}
-        for path, (rule, roles) in method.adapted(params).items():
-            scale = scale_of(rule.alpha, rule.rank)
-            cell[path] = (rule.rank, scale, rule.dropout, roles.count("s"))
-            ranks[path] = max(rule.rank, ranks.get(path, 0))
-            dropout = max(dropout, rule.dropout)
-        adapted.append(cell)
+    factors = tuple(factors_of(method, params) for method in methods)
+    ranks: dict[str, int] = {}
+    axes: dict[str, KernelAxes] = {}
+    for path, own in ((path, own) for cell in factors for path, own in cell.items()):
+        ranks[path] = max(own.rank, ranks.get(path, 0))
+        axes[path] = KernelAxes.from_roles(own.roles)
     # The union's own alpha and dropout never count: each cell's are data. A dropout above 0 says
     # that masks are drawn at all.
+    dropout = max(own.dropout for cell in factors for own in cell.values())
     union = LoRA(
         rules=[Rule(re.escape(path), rank, 1.0, dropout) for path, rank in ranks.items()],
-        axes=methods[0].axes,
-        train=[re.escape(path) for path in whole],
+        axes=axes,
+        train=[re.escape(path) for path in methods[0].whole_paths(params)],
     )
-    return Pack(tuple(methods), union, tuple(adapted), ranks)
+    return Pack(tuple(methods), union, factors, ranks)
+
+
+def factors_of(method: LoRA, params: PyTree) -> dict[str, Factors]:
+    """`{path: Factors}` of a LoRA on `params`. Raises `RequestError` as its rules do."""
+    return {
+        path: Factors(rule.rank, scale_of(rule.alpha, rule.rank), rule.dropout, roles)
+        for path, (rule, roles) in method.adapted(params).items()
+    }
 
 
 def _with_data(leaf, data):
@@ -153,5 +167,4 @@ def _with_data(leaf, data):
 
 
 def _pad(x: jax.Array, axis: int, more: int) -> jax.Array:
-    widths = [(0, more if n == axis else 0) for n in range(x.ndim)]
-    return jnp.pad(x, widths)
+    return jnp.pad(x, [(0, more if n == axis else 0) for n in range(x.ndim)])

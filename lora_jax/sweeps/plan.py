@@ -8,7 +8,7 @@ from typing import Any
 
 from lora_jax.core.errors import RequestError
 from lora_jax.methods import LoRA
-from lora_jax.sweeps.pack import Pack, make_pack
+from lora_jax.sweeps.pack import Pack, factors_of, make_pack
 from lora_jax.sweeps.settings import CellSettings
 
 NARROWEST_BUCKET = 8  # below it, padding a rank costs nothing that could be measured
@@ -16,19 +16,31 @@ NARROWEST_BUCKET = 8  # below it, padding a rank costs nothing that could be mea
 
 @dataclasses.dataclass(frozen=True)
 class Planned:
-    """Cells that train together, and the share of their padded factors that is their own."""
+    """Cells that may train together, their pack, and what each trains (`counts`, parameters).
+
+    `padding_efficiency` is the share of the padded factors that is the cells' own.
+    """
 
     cells: tuple[CellSettings, ...]
     pack: Pack
+    counts: tuple[int, ...]
     padding_efficiency: float
+
+    def take(self, places: Sequence[int]) -> Planned:
+        """The same plan with these cells only."""
+        cells, counts = ([of[k] for k in places] for of in (self.cells, self.counts))
+        return dataclasses.replace(
+            self, cells=tuple(cells), pack=self.pack.take(places), counts=tuple(counts)
+        )
 
     def __str__(self) -> str:
         names = [cell.name for cell in self.cells]
         shown = ", ".join(names if len(names) <= 4 else [*names[:3], f"… {len(names) - 3} more"])
         ranks = sorted(set(self.pack.ranks.values()))
         padded = (
-            f"; padded to rank {', '.join(map(str, ranks))} on {len(self.pack.ranks)} targets, "
-            f"{self.padding_efficiency:.0%} of it their own"
+            f"; padded to rank {', '.join(map(str, ranks))} on {len(self.pack.ranks)} "
+            f"parameter{'' if len(self.pack.ranks) == 1 else 's'}, {self.padding_efficiency:.0%} "
+            "of it their own"
             if ranks
             else ""
         )
@@ -53,36 +65,63 @@ def make_plan(cells: Sequence[CellSettings], params: Any) -> tuple[list[Planned]
     A cell whose rules do not fit `params` (a rank above the matrix, no such target) is left out;
     the others still run.
     """
-    groups: dict[Any, list[CellSettings]] = {}
+    groups: list[_Group] = []
     refused = {}
     for cell in cells:
         if cell.refused:
             refused[cell.name] = cell.refused
             continue
         try:
-            key = _what_must_agree(cell, params)
+            shape = _shape_of(cell, params)
         except RequestError as error:
             refused[cell.name] = str(error)
-        else:
-            groups.setdefault(key, []).append(cell)
-    return [plan_pack(group, params) for group in groups.values()], refused
+            continue
+        group = next((group for group in groups if group.takes(cell, shape)), None)
+        if group is None:
+            groups.append(group := _Group(shape))
+        group.add(cell, shape)
+    return [_planned(group.cells, params) for group in groups], refused
 
 
-def plan_pack(cells: Sequence[CellSettings], params: Any) -> Planned:
-    """One pack of all of `cells`."""
-    pack = make_pack([cell.method for cell in cells], params)
-    own = sum(_num_factors(cell, params) for cell in cells)
-    padded = len(cells) * sum(row.num_trainable for row in pack.union.table(params) if row.rank)
-    return Planned(tuple(cells), pack, own / padded if padded else 1.0)
+@dataclasses.dataclass(frozen=True)
+class _Shape:
+    """What decides with whom a cell may share a program."""
+
+    whole: tuple[str, ...]
+    bucket: int
+    roles: dict[str, str]
 
 
-def _num_factors(cell: CellSettings, params) -> int:
-    return sum(row.num_trainable for row in cell.method.table(params) if row.rank)
+class _Group:
+    def __init__(self, first: _Shape):
+        self.cells: list[CellSettings] = []
+        self._first, self._roles = first, dict(first.roles)
+
+    def takes(self, cell: CellSettings, shape: _Shape) -> bool:
+        if type(cell.method) is not LoRA or type(self.cells[0].method) is not LoRA:
+            # Nothing is known of other methods but that equal ones have equal programs.
+            return cell.method == self.cells[0].method
+        same = (shape.whole, shape.bucket) == (self._first.whole, self._first.bucket)
+        return same and all(self._roles.get(p, r) == r for p, r in shape.roles.items())
+
+    def add(self, cell: CellSettings, shape: _Shape) -> None:
+        self.cells.append(cell)
+        self._roles |= shape.roles
 
 
-def _what_must_agree(cell: CellSettings, params):
+def _shape_of(cell: CellSettings, params) -> _Shape:
     whole = tuple(cell.method.whole_paths(params))
-    if not isinstance(cell.method, LoRA):
-        return (type(cell.method).__name__, whole)
-    ranks = [rule.rank for rule, _ in cell.method.adapted(params).values()]
-    return ("LoRA", whole, bucket_of(max(ranks)))
+    if type(cell.method) is not LoRA:
+        return _Shape(whole, 0, {})
+    factors = factors_of(cell.method, params)
+    bucket = bucket_of(max(own.rank for own in factors.values()))
+    return _Shape(whole, bucket, {path: own.roles for path, own in factors.items()})
+
+
+def _planned(cells: Sequence[CellSettings], params: Any) -> Planned:
+    pack = make_pack([cell.method for cell in cells], params)
+    tables = [list(cell.method.table(params)) for cell in cells]
+    own = sum(row.num_trainable for table in tables for row in table if row.rank)
+    padded = len(cells) * sum(row.num_trainable for row in pack.union.table(params) if row.rank)
+    counts = tuple(sum(row.num_trainable for row in table) for table in tables)
+    return Planned(tuple(cells), pack, counts, own / padded if padded else 1.0)

@@ -11,15 +11,16 @@ import numpy as np
 
 @dataclasses.dataclass(frozen=True)
 class CellResult:
-    """One cell: its settings, its curves, and what it trained.
+    """One cell: its settings with their defaults, its curves, and what it trained.
 
     `losses` (steps,) float32: the training loss of each step that was taken. `validation`: pairs of
     step and loss, in order. `best_step`, `best_loss`: of the lowest validation loss (of the last
     step, where there is no validation; then `best_loss` is None). `trainable`: the cell's own tree
     at that step, true ranks and targets; None if there never was a good one. `method` binds and
-    merges it. `stopped` says why it ended; `error`, "" if all went well, what went wrong.
-    `seconds` is the cell's share of its pack's; `pack` numbers the pack
-    from 1 (0: never begun), `width` counts its cells.
+    merges it. `num_trainable` counts its parameters, those trained whole included. `stopped` says
+    why it ended; `error`, "" if all went well, what went wrong. `seconds` is the cell's share of
+    its pack's training, `compile_seconds` of its compilation; `pack` numbers the pack from 1 (0:
+    never begun), `width` counts the cells it began with.
     """
 
     name: str
@@ -30,18 +31,13 @@ class CellResult:
     best_step: int
     best_loss: float | None
     trainable: Any
+    num_trainable: int
     stopped: str
     error: str
     seconds: float
+    compile_seconds: float
     pack: int
     width: int
-
-    @property
-    def num_trainable(self) -> int:
-        """Trained parameters, those trained whole included."""
-        if self.trainable is None:
-            return 0
-        return sum(leaf.size for entry in self.trainable.values() for leaf in entry.values())
 
 
 class SweepResults(Sequence):
@@ -76,7 +72,7 @@ class SweepResults(Sequence):
         return min(good, key=_score)
 
     def to_pandas(self):
-        """One row a cell: every setting, losses, steps, parameters, seconds, what went wrong."""
+        """One row a cell: settings, losses, steps, parameters, seconds, `error` ("" if none)."""
         import pandas as pd
 
         return pd.DataFrame([_record(row) for row in self._rows])
@@ -84,6 +80,7 @@ class SweepResults(Sequence):
     def __str__(self) -> str:
         columns = ["name", "best_loss", "last_train_loss", "steps", "num_trainable", "stopped"]
         frame = self.to_pandas()
+        frame["stopped"] = frame["error"].where(frame["error"] != "", frame["stopped"])
         return frame[columns].to_string(index=False)
 
     def __repr__(self) -> str:
@@ -91,19 +88,20 @@ class SweepResults(Sequence):
 
 
 def _record(row: CellResult) -> dict[str, Any]:
-    settings = {k: v for k, v in row.settings.items() if k != "name"}
     return {
         "name": row.name,
-        **settings,
+        **row.settings,
         "best_loss": row.best_loss,
         "best_step": row.best_step,
         "last_train_loss": float(row.losses[-1]) if len(row.losses) else None,
         "steps": len(row.losses),
         "num_trainable": row.num_trainable,
         "seconds": row.seconds,
+        "compile_seconds": row.compile_seconds,
         "pack": row.pack,
         "width": row.width,
-        "stopped": row.error or row.stopped,
+        "stopped": row.stopped,
+        "error": row.error,
     }
 
 

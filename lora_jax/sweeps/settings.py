@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import numbers
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from lora_jax.core import trees
 from lora_jax.core.errors import RequestError
+from lora_jax.core.rules import Rule
 from lora_jax.methods import BitFit, FullFineTuning, HeadOnly, LoRA, Method
 
 METHODS: Mapping[str, Callable[..., Method]] = {
@@ -23,13 +25,13 @@ OF_ANY = ("name", "method", "train", "lr", "weight_decay", "seed")
 
 @dataclasses.dataclass(frozen=True)
 class CellSettings:
-    """One cell: what it was given, and the method and rates that it means.
+    """One cell: its settings with their defaults, and the method and rates that they mean.
 
     `refused`, "" if all is well, says why no method could be made of it (`method` is None then).
     """
 
     name: str
-    given: Mapping[str, Any]
+    settings: Mapping[str, Any]
     method: Method | None
     lr: float
     weight_decay: float
@@ -43,43 +45,52 @@ def read_cells(
     """The cells in order; one that no method can be made of says so in `refused`.
 
     Raises `RequestError` for what is wrong with the sweep as a whole: an unknown setting, a missing
-    learning rate, two cells of one name or with the same settings.
+    learning rate, two cells that were given one name or the same settings.
     """
-    found, seen = [], {}
+    found: dict[str, CellSettings] = {}
+    seen: dict[str, str] = {}
     for number, given in enumerate(cells):
         for key in given:
             if key not in (*OF_ANY, *OF_LORA):
                 known = trees.nearest(key, (*OF_ANY, *OF_LORA))
                 raise RequestError(f"cell {number} has an unknown setting {key!r}; {known}")
-        name = str(given.get("name") or _name_of(given))
+        name = _name_of(given, number, found)
         same = repr(sorted((k, repr(v)) for k, v in given.items() if k != "name"))
         if same in seen:
             raise RequestError(
                 f"cells {seen[same]!r} and {name!r} have the same settings; remove one, or give "
                 "them different seeds"
             )
-        if name in seen.values():
-            raise RequestError(f"two cells are named {name!r}; give each a name of its own")
         seen[same] = name
         rates = {key: _rate(name, key, given) for key in ("lr", "weight_decay")}
+        seed = given.get("seed", 0)
+        if isinstance(seed, bool) or not isinstance(seed, numbers.Integral):
+            raise RequestError(f"cell {name!r}: seed is {seed!r}; it must be a whole number")
         method, refused = None, ""
         try:
             method = _method_of(given, axes, aliases)
         except RequestError as error:
             refused = str(error)
-        seed = int(given.get("seed", 0))
-        found.append(CellSettings(name, dict(given), method, seed=seed, refused=refused, **rates))
+        settings = _in_full(given, rates, int(seed))
+        found[name] = CellSettings(name, settings, method, **rates, seed=int(seed), refused=refused)
     if not found:
         raise RequestError("cells is empty; a sweep needs at least one")
-    return found
+    return list(found.values())
 
 
 def _method_of(given: Mapping[str, Any], axes, aliases) -> Method:
     kind = given.get("method", "lora")
     if isinstance(kind, Method):
+        useless = [key for key in (*OF_LORA, "train") if key in given]
+        if useless:
+            raise RequestError(
+                f"{useless[0]!r} stands beside a ready method, which has its own; remove it, or "
+                "name the method instead"
+            )
         return kind
-    if kind not in METHODS:
-        raise RequestError(f"method {kind!r} is unknown; {trees.nearest(kind, METHODS)}")
+    if not isinstance(kind, str) or kind not in METHODS:
+        near = trees.nearest(str(kind), METHODS)
+        raise RequestError(f"method {kind!r} is no name and no Method made ready; {near}")
     settings = {"aliases": aliases}
     if "train" in given:
         settings["train"] = given["train"]
@@ -95,18 +106,35 @@ def _method_of(given: Mapping[str, Any], axes, aliases) -> Method:
 
 def _rate(name: str, key: str, given: Mapping[str, Any]) -> float:
     value = given.get(key, 0.0 if key == "weight_decay" else None)
-    good = isinstance(value, int | float) and math.isfinite(value) and value >= 0
-    if not good:
+    if not isinstance(value, numbers.Real) or not math.isfinite(value) or value < 0:
         raise RequestError(f"cell {name!r}: {key} is {value!r}; it must be a number of at least 0")
     return float(value)
 
 
-def _name_of(given: Mapping[str, Any]) -> str:
-    """`lora-w1-rank4-lr0.001-seed0`: a readable name from the settings themselves."""
-    parts = [str(given.get("method", "lora"))]
+def _in_full(given: Mapping[str, Any], rates, seed: int) -> dict[str, Any]:
+    """The settings with the defaults of those that count."""
+    method = given.get("method", "lora")
+    full = {"method": method if isinstance(method, str) else type(method).__name__}
+    if method == "lora" and "rules" not in given:
+        fields = {field.name: field.default for field in dataclasses.fields(Rule)}
+        full |= {key: given.get(key, fields[key]) for key in OF_LORA if key in fields}
+    rest = {key: value for key, value in given.items() if key not in ("name", "method")}
+    return {**full, **rest, **rates, "seed": seed}
+
+
+def _name_of(given: Mapping[str, Any], number: int, taken) -> str:
+    """The name given, or a readable one made of the settings: `lora-w1-rank4-lr0.001`."""
+    if given.get("name"):
+        name = str(given["name"])
+        if name in taken:
+            raise RequestError(f"two cells are named {name!r}; give each a name of its own")
+        return name
+    method = given.get("method", "lora")
+    parts = [method if isinstance(method, str) else type(method).__name__]
     for key, value in given.items():
         if key == "targets":
-            parts.append(str(value))
-        elif key not in ("method", "name", "train"):
-            parts.append(f"{key}{value:g}" if isinstance(value, float) else f"{key}{value}")
-    return "-".join(parts)
+            parts.append(value if isinstance(value, str) else "+".join(map(str, value)))
+        elif key not in ("method", "rules"):
+            parts.append(f"{key}{value}")
+    name = "-".join(parts)
+    return name if name not in taken else f"{name}-cell{number}"

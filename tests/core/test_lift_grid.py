@@ -128,13 +128,14 @@ class Product:
         return jnp.einsum(self.subscripts, *operands)
 
 
-# What a model does to a kernel on its way to the product, each leaving it as it was.
+# What a model does to a kernel on its way to the product, each leaving its values as they were.
 _STEPS = {
-    "there and back": lambda w: jnp.moveaxis(jnp.moveaxis(w, 0, -1), -1, 0),
+    "moved axes": lambda w: jnp.moveaxis(jnp.moveaxis(w, 0, -1), -1, 0),
     "new axis": lambda w: jnp.expand_dims(w, 1).squeeze(1),
-    "cast": lambda w: w.astype(jnp.float64),
-    "padded, sliced": lambda w: w[:],
-    "constraint": lambda w: jax.lax.optimization_barrier(w),
+    # The kernel has values of few bits (below), its factors do not: they must keep theirs.
+    "cast": lambda w: w.astype(jnp.float32).astype(jnp.float64),
+    "split axis": lambda w: w.reshape(*w.shape[:-1], 1, w.shape[-1]).reshape(w.shape),
+    "barrier": jax.lax.optimization_barrier,
     "jit": lambda w: jax.jit(lambda w: w.T)(w).T,
 }
 

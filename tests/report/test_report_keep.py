@@ -1,5 +1,7 @@
 """Runs kept without their weights: a report of them says the same."""
 
+import shutil
+
 import pytest
 
 from lora_jax.core.errors import RequestError
@@ -36,9 +38,12 @@ def test_another_run_of_that_name_is_not_overwritten(tmp_path, write_study):
     card = next((tmp_path / "kept" / "cells").glob("*/card.json"))
     before = card.read_text().replace('"seed": 0', '"seed": 7') + " "
     card.write_text(before)
+    missing = next(p for p in (tmp_path / "kept" / "cells").iterdir() if p != card.parent)
+    shutil.rmtree(missing)
     with pytest.raises(RequestError, match=card.parent.name):
         keep_runs(study, tmp_path / "kept")
     assert card.read_text() == before
+    assert not missing.exists(), "refused means that nothing is copied"
 
 
 def test_nothing_finished_is_said(tmp_path, write_run):

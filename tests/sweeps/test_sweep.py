@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import time
 
 import flax.linen as linen
 import jax
@@ -14,9 +15,10 @@ from flax import nnx
 
 import lora_jax as lj
 from lora_jax.core.lift import lift
+from lora_jax.sweeps import api
 from lora_jax.sweeps.api import sweep
-from lora_jax.sweeps.engine import PackTraining, Schedule
 from lora_jax.sweeps.plan import make_plan
+from lora_jax.sweeps.program import Program
 from lora_jax.sweeps.settings import read_cells
 from lora_jax.train.build import keys_of
 
@@ -67,14 +69,14 @@ CELLS = [
 CELLS = [{**cell, "train": "head"} for cell in CELLS]
 
 
-def alone(cell, *, own_order):
+def alone(cell, batches, tx=None):
     """The cell by itself, at its true rank, in the plainest loop: optax's AdamW, no pack."""
     method = lj.LoRA(
         **{k: v for k, v in cell.items() if k not in ("lr", "weight_decay", "seed")}, axes=AXES
     )
     _, init_key, run_key = keys_of(cell["seed"])
     trainable, frozen = method.init(init_key, base())
-    tx = optax.adamw(cell["lr"], weight_decay=cell.get("weight_decay", 0.0))
+    tx = tx or optax.adamw(cell["lr"], weight_decay=cell.get("weight_decay", 0.0))
     state = tx.init(trainable)
 
     @jax.jit
@@ -87,33 +89,21 @@ def alone(cell, *, own_order):
         return optax.apply_updates(trainable, updates), state, value
 
     losses = []
-    for n, batch in enumerate(batches_of(cell["seed"] if own_order else 0)):
+    for n, batch in enumerate(batches):
         key = jax.random.fold_in(run_key, n)
         trainable, state, value = step(trainable, state, batch, key)
         losses.append(float(value))
     return trainable, np.array(losses)
 
 
-def training_of(cells, *, patience=0, eval_every=0, validation=()):
-    """The one pack of these cells, as `sweep` trains it."""
-    from lora_jax.sweeps import api
-
+def training_of(cells, *, batches=batches_of, **options):
+    """The one pack of these cells, as `sweep` trains it, and its results."""
     made = []
     original = api.PackTraining
+    options = {"num_steps": STEPS, "axes": AXES, "progress": False, **options}
     try:
-        api.PackTraining = lambda *args, **kw: made.append(original(*args, **kw)) or made[-1]
-        results = sweep(
-            loss_fn,
-            base(),
-            batches_of,
-            cells,
-            num_steps=STEPS,
-            axes=AXES,
-            patience=patience,
-            eval_every=eval_every,
-            validation=validation,
-            progress=False,
-        )
+        api.PackTraining = lambda *args: made.append(original(*args)) or made[-1]
+        results = sweep(loss_fn, base(), batches, cells, **options)
     finally:
         api.PackTraining = original
     assert len(made) == 1
@@ -125,16 +115,23 @@ def packed():
     return training_of(CELLS)
 
 
+def differences(found, expected):
+    """Largest differences of losses and of weights from (trainable, losses) of the cell alone."""
+    trainable, losses = expected
+    assert jax.tree.structure(trainable) == jax.tree.structure(found.trainable)
+    pairs = zip(jax.tree.leaves(trainable), jax.tree.leaves(found.trainable), strict=True)
+    weights = [float(jnp.max(jnp.abs(x - y))) for x, y in pairs]
+    return float(np.max(np.abs(losses - found.losses))), max(weights)
+
+
 def test_packed_cells_end_where_they_end_alone(packed, record_property):
+    """Seen: losses within 5e-7, weights within 2e-7."""
     _, results = packed
-    worst_loss = worst_weight = 0.0
-    for cell, found in zip(CELLS, results, strict=True):
-        trainable, losses = alone(cell, own_order=True)
-        worst_loss = max(worst_loss, float(np.max(np.abs(losses - found.losses))))
-        assert jax.tree.structure(trainable) == jax.tree.structure(found.trainable)
-        for x, y in zip(jax.tree.leaves(trainable), jax.tree.leaves(found.trainable), strict=True):
-            assert x.shape == y.shape
-            worst_weight = max(worst_weight, float(jnp.max(jnp.abs(x - y))))
+    of_cells = [
+        differences(found, alone(cell, batches_of(cell["seed"])))
+        for cell, found in zip(CELLS, results, strict=True)
+    ]
+    worst_loss, worst_weight = map(max, zip(*of_cells, strict=True))
     record_property("largest_loss_difference", worst_loss)
     record_property("largest_weight_difference", worst_weight)
     assert worst_loss <= 1e-5
@@ -143,23 +140,64 @@ def test_packed_cells_end_where_they_end_alone(packed, record_property):
     assert all(found.losses[-5:].mean() < found.losses[:5].mean() for found in results)
 
 
+def test_shared_batches_schedule_clipping_and_betas_are_those_of_optax_alone():
+    cells = CELLS[:3]
+    _, results = training_of(
+        cells,
+        batches=batches_of(0),
+        clip_norm=0.3,
+        schedule="linear",
+        warmup_ratio=0.2,
+        beta1=0.8,
+        beta2=0.95,
+        eps=1e-6,
+    )
+    for cell, found in zip(cells, results, strict=True):
+        rate = optax.join_schedules(
+            [
+                optax.linear_schedule(0.0, cell["lr"], STEPS // 5),
+                optax.linear_schedule(cell["lr"], 0.0, STEPS - STEPS // 5),
+            ],
+            [STEPS // 5],
+        )
+        decay = cell.get("weight_decay", 0.0)
+        tx = optax.chain(
+            optax.clip_by_global_norm(0.3), optax.adamw(rate, 0.8, 0.95, 1e-6, weight_decay=decay)
+        )
+        of_loss, of_weight = differences(found, alone(cell, batches_of(0), tx))
+        assert of_loss <= 1e-5 and of_weight <= 1e-4
+
+
+def padding(pack, trainable, k):
+    """What of member k's padded tree is not its own."""
+    rest = []
+    for path, entry in trainable.items():
+        if "value" not in entry:
+            factors = pack.factors[k].get(path)
+            rank = factors.rank if factors else 0
+            axis = factors.rank_axis_of_b if factors else entry["b"].ndim - 2
+            rest.append(entry["a"][..., rank:])
+            rest.append(jnp.moveaxis(entry["b"], axis, 0)[rank:])
+    return [part for part in rest if part.size]
+
+
 def test_padding_is_exactly_zero_at_the_end(packed):
     training, _ = packed
     for place, k in enumerate(training.slots):
         own = jax.tree.map(lambda leaf, p=place: leaf[p], training.state.trainable)
-        padding = training.pack.padding(own, k)
-        assert sum(part.size for part in padding) > 0
-        assert not any(np.asarray(part).any() for part in padding)
+        parts = padding(training.plan.pack, own, k)
+        assert sum(part.size for part in parts) > 0
+        assert not any(np.asarray(part).any() for part in parts)
         for moments in (training.state.opt_state[1].mu, training.state.opt_state[1].nu):
             moments = jax.tree.map(lambda leaf, p=place: leaf[p], moments)
-            assert not any(np.asarray(p).any() for p in training.pack.padding(moments, k))
+            assert not any(np.asarray(p).any() for p in padding(training.plan.pack, moments, k))
 
 
 def test_a_padded_cell_starts_as_its_unpadded_twin():
     planned, _ = make_plan(read_cells(CELLS, axes=AXES), base())
     pack, cells = planned[0].pack, planned[0].cells
     keys = [keys_of(cell.seed)[1] for cell in cells]
-    trainable, _ = pack.init(keys, base())
+    trainable = pack.init(keys, base())
     for k, cell in enumerate(cells):
         own = pack.unpack(jax.tree.map(lambda leaf, k=k: leaf[k], trainable), k)
         twin, _ = cell.method.init(keys[k], base())
@@ -181,8 +219,8 @@ def test_a_cell_that_turns_nan_changes_no_neighbours_bits(packed):
 
 
 def test_early_stops_and_repacking_change_nothing_beyond_rounding():
-    # The first five overshoot at once and stop; the rest go on, repacked.
-    cells = [{**c, "lr": 0.3 if k < 5 else c["lr"] / 5} for k, c in enumerate(CELLS)]
+    # The first five do not learn, so they stop after three looks; the rest go on, repacked.
+    cells = [{**c, "lr": 0.0 if k < 5 else c["lr"] / 5} for k, c in enumerate(CELLS)]
     looked = {"eval_every": 5, "validation": VALIDATION}
     training, results = training_of(cells, patience=2, **looked)
     _, never = training_of(cells, **looked)
@@ -201,6 +239,47 @@ def test_early_stops_and_repacking_change_nothing_beyond_rounding():
         assert score == pytest.approx(found.best_loss, abs=1e-5)
 
 
+def test_half_of_the_cells_diverging_is_survived_and_their_best_is_kept():
+    cells = [{**c, "lr": 1e12 if k % 2 else c["lr"]} for k, c in enumerate(CELLS)]
+    schedule = {"schedule": "linear", "warmup_ratio": 0.5, "eval_every": 1}
+    training, results = training_of(cells, validation=VALIDATION, **schedule)
+    _, good = training_of(
+        [c for k, c in enumerate(cells) if k % 2 == 0], validation=VALIDATION, **schedule
+    )
+    assert len(training.slots) == 4
+    for k, found in enumerate(results):
+        if k % 2:
+            # The rate of the first step of a warm-up is 0, so the weights after it were good.
+            assert "lower lr" in found.error and found.trainable is not None
+            assert found.best_step == 1 and np.isfinite(found.losses[0])
+        else:
+            assert not found.error
+            assert np.max(np.abs(found.losses - good[k // 2].losses)) <= 1e-4
+    assert results.best().error == ""
+
+
+def test_an_update_that_is_not_a_number_is_not_kept():
+    def loss(params, batch):
+        # Finite itself, with a gradient that is not: sqrt at 0.
+        return jnp.sum(jnp.sqrt(jnp.abs(batch @ params["w"]) * 0.0))
+
+    cells = [{"targets": "w", "rank": 1, "lr": 1e-3}]
+    found = lj.sweep(
+        loss, {"w": jnp.eye(4)}, [jnp.ones((2, 4))], cells, num_steps=1, progress=False
+    )
+    assert "gradient norm is nan at step 1" in found[0].error and "data" in found[0].error
+    assert found[0].trainable is None
+
+
+def test_the_cells_seconds_add_up_to_the_sweeps():
+    start = time.perf_counter()
+    _, results = training_of(CELLS[:4])
+    took = time.perf_counter() - start
+    counted = sum(row.seconds + row.compile_seconds for row in results)
+    assert all(row.seconds > 0 for row in results)
+    assert counted <= took
+
+
 def _tensors(text):
     """Shapes of all arrays named in an HLO text."""
     return {tuple(map(int, s.split(","))) for s in re.findall(r"f32\[(\d+(?:,\d+)*)\]", text)}
@@ -214,20 +293,13 @@ def test_the_base_has_no_axis_of_cells_and_arguments_grow_by_the_adapters_only()
         (plan,), refused = make_plan(read_cells(cells, axes=AXES), base())
         assert not refused
         tx = optax.adamw(1e-3)
-        training = PackTraining(
-            plan.pack,
-            plan.cells,
-            base(),
-            lift(loss_fn),
-            lambda cell, tx=tx: tx,
-            batch_axis=None,
-            validation=(),
-            schedule=Schedule(1, 0, 0),
-        )
-        batch = batches_of(0, 1)[0]
-        compiled = training.compiled(batch)
+        program = Program(plan.pack, lift(loss_fn), lambda cell, tx=tx: tx, tx, batch_axis=None)
+        state = program.init(plan.pack, plan.cells, base())
+        _, frozen = plan.cells[0].method.init(jax.random.key(0), base())
+        both = (plan.pack.data(), frozen)
+        compiled = program._get("step", state, both, batches_of(0, 1)[0])
         bytes_of[count] = compiled.memory_analysis().argument_size_in_bytes
-        grown[count] = sum(leaf.nbytes for leaf in jax.tree.leaves(training.state.trainable))
+        grown[count] = sum(leaf.nbytes for leaf in jax.tree.leaves(state.trainable))
         if count == 8:
             kernels = {base()[name].shape for name in ("layers", "up", "down")}
             kernels |= {(D, D), (D, WIDE)[::-1], (WIDE, D)[::-1]}
@@ -281,7 +353,7 @@ def test_nnx_in_a_few_lines():
     cells = [{"targets": "inner/kernel", "rank": r, "lr": 3e-2, "train": "out/.*"} for r in (1, 2)]
     results = lj.sweep(loss, Net(nnx.Rngs(0)), [x], cells, num_steps=30, progress=False)
     assert all(row.losses[-1] < row.losses[0] for row in results)
-    assert results["lora-inner/kernel-rank1-lr0.03"].num_trainable == 4 + 16 + 16 + 1
+    assert results["lora-inner/kernel-rank1-lr0.03-trainout/.*"].num_trainable == 4 + 16 + 16 + 1
 
 
 def test_methods_without_factors_stand_beside_in_packs_of_their_own():
@@ -302,10 +374,34 @@ def test_a_memory_budget_narrows_the_packs():
     cells = [{**CELLS[0], "seed": seed} for seed in range(4)]
     arguments = {"num_steps": 3, "axes": AXES, "progress": False}
     wide = sweep(loss_fn, base(), batches_of(0), cells, **arguments)
-    narrow = sweep(loss_fn, base(), batches_of(0), cells, memory_bytes=1, **arguments)
-    assert [row.width for row in wide] == [4] * 4 and [row.width for row in narrow] == [1] * 4
+    assert [row.width for row in wide] == [4] * 4
+    needed = float(re.search(r"([\d.]+) MiB", wide.plan)[1]) * 2**20
+    narrow = sweep(
+        loss_fn, base(), batches_of(0), cells, memory_bytes=int(0.8 * needed), **arguments
+    )
+    assert [row.width for row in narrow] == [2] * 4 and [row.pack for row in narrow] == [1, 1, 2, 2]
     for x, y in zip(wide, narrow, strict=True):
         assert np.max(np.abs(x.losses - y.losses)) < 1e-5
+    nothing = sweep(loss_fn, base(), batches_of(0), cells, memory_bytes=1000, **arguments)
+    assert all("one cell alone needs" in row.error for row in nothing)
+
+
+def test_a_later_pack_that_cannot_run_leaves_the_finished_ones():
+    def loss(params, batch):
+        if "adapted" in str(type(params["up"])):
+            raise AssertionError
+        return loss_fn(params, batch)
+
+    def batches(seed):
+        return batches_of(seed, 3 if seed == 0 else 1)
+
+    cells = [
+        {"targets": "up", "rank": 2, "lr": 1e-2, "train": "head"},
+        {"targets": "up", "rank": 9, "lr": 1e-2, "train": "head", "seed": 1},
+    ]
+    found = sweep(loss, base(), batches, cells, num_steps=3, axes=AXES, progress=False)
+    assert not found[0].error and len(found[0].losses) == 3
+    assert "gave 1 batches" in found[1].error
 
 
 def test_an_impossible_cell_says_why_and_the_others_run():
@@ -314,7 +410,8 @@ def test_an_impossible_cell_says_why_and_the_others_run():
     assert [bool(row.error) for row in found] == [False, False, True, True]
     assert "rank 13 is above the full rank 12 of 'up'" in found[2].error
     assert "matches no parameter" in found[3].error
-    assert found[2].trainable is None and found.to_pandas()["stopped"].notna().all()
+    assert found[2].trainable is None
+    assert list(found.to_pandas()["error"] != "") == [False, False, True, True]
 
 
 @pytest.mark.parametrize(
@@ -326,11 +423,38 @@ def test_an_impossible_cell_says_why_and_the_others_run():
         ([{**CELLS[0], "rnk": 2}], "'rnk'.*nearest: 'rank'"),
         ([{"targets": "up"}], "lr is None"),
         ([{"targets": "up", "lr": -1.0}], "lr is -1.0"),
+        ([{"targets": "up", "lr": 1e-3, "seed": "a"}], "seed is 'a'"),
     ],
 )
 def test_a_sweep_that_makes_no_sense_is_refused(cells, words):
     with pytest.raises(lj.RequestError, match=words):
         sweep(loss_fn, base(), batches_of(0), cells, num_steps=3, axes=AXES, progress=False)
+
+
+def test_methods_may_be_given_ready_and_nothing_may_stand_beside_them():
+    ready = lj.LoRA(targets="up", rank=2, train="head")
+    other = lj.LoRA(targets="layers", rank=2, train="head", axes=AXES)
+    cells = [
+        {"method": ready, "lr": 1e-2},
+        {"method": other, "lr": 1e-2},
+        {"method": ready, "rank": 4, "lr": 1e-2},
+        {"method": lj.LoRA, "lr": 1e-2},
+    ]
+    found = sweep(loss_fn, base(), batches_of(0), cells, num_steps=3, progress=False)
+    assert [row.pack for row in found] == [1, 1, 0, 0]
+    assert [set(row.trainable) for row in found[:2]] == [{"up", "head"}, {"layers", "head"}]
+    assert "'rank' stands beside a ready method" in found[2].error
+    assert "no Method made ready" in found[3].error
+
+
+def test_cells_without_names_get_names_of_their_own():
+    cells = [
+        {"targets": "up", "rank": 2, "lr": 1e-3},
+        {"targets": "up", "rank": 2, "lr": 1e-3, "train": "head"},
+        {"targets": ("up",), "rank": 2, "lr": 1e-3},
+        {"targets": "up", "rank": 2, "lr": 0.0010000001},
+    ]
+    assert len({cell.name for cell in read_cells(cells)}) == 4
 
 
 def test_too_few_batches_of_a_seed_are_told():
