@@ -74,7 +74,8 @@ class PackTraining:
     def run(self, show) -> None:
         """Trains until every cell has ended; `show(step, loss)` is told of the way."""
         pending: list[dict[str, jax.Array]] = []
-        mark = (time.perf_counter(), self._program.compile_seconds)
+        self._share_compilation(self._going())  # of finding out how many fit
+        mark = time.perf_counter()
         for step in range(1, self.schedule.num_steps + 1):
             batch = self._batches.at(step - 1, [self.plan.cells[k] for k in self.slots])
             self.state, metrics = self._program.step(self.state, self._frozen, batch)
@@ -203,14 +204,19 @@ class PackTraining:
         self._frozen = (data, frozen)
         self.slots = [self.slots[place] for place in going]
 
-    def _share(self, mark: tuple[float, float], paying: list[int]) -> tuple[float, float]:
+    def _share(self, mark: float, paying: list[int]) -> float:
         """Books the time since `mark` in equal parts to the cells that were at work in it."""
-        now = (time.perf_counter(), self._program.compile_seconds)
-        compiling = now[1] - mark[1]
+        compiling = self._share_compilation(paying)
+        now = time.perf_counter()
         for place in paying:
-            self._at(place).compile_seconds += compiling / len(paying)
-            self._at(place).seconds += (now[0] - mark[0] - compiling) / len(paying)
+            self._at(place).seconds += (now - mark - compiling) / len(paying)
         return now
+
+    def _share_compilation(self, paying: list[int]) -> float:
+        seconds = self._program.take_compile_seconds()
+        for place in paying:
+            self._at(place).compile_seconds += seconds / len(paying)
+        return seconds
 
     def _mean_loss(self) -> float | None:
         last = [self._at(place).losses[-1] for place in self._going()]

@@ -22,7 +22,7 @@ class Program:
 
     `loss(params, batch)` is a lifted scalar function; `tx_of(cell)` makes one cell's optimizer, of
     one structure for all, since what differs is in its state; `batch_axis` is 0 where each cell has
-    batches of its own, None where all share them. `compile_seconds` adds up.
+    batches of its own, None where all share them.
     """
 
     def __init__(
@@ -36,7 +36,7 @@ class Program:
     ):
         self._tx_of = tx_of
         self._compiled: dict[Any, Any] = {}
-        self.compile_seconds = 0.0
+        self._compile_seconds = 0.0
 
         def loss_of(trainable, frozen, batch, key=None):
             data, base = frozen
@@ -84,6 +84,11 @@ class Program:
         best = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(state.trainable))
         return memory.argument_size_in_bytes + memory.temp_size_in_bytes + kept + best
 
+    def take_compile_seconds(self) -> float:
+        """Seconds spent compiling since this was asked last."""
+        taken, self._compile_seconds = self._compile_seconds, 0.0
+        return taken
+
     def _get(self, name: str, first: Any, frozen: Any, batch: Any):
         leaves, treedef = jax.tree.flatten((first, batch))
         key = (name, treedef, *((np.shape(leaf), str(leaf.dtype)) for leaf in leaves))
@@ -91,5 +96,5 @@ class Program:
             start = time.perf_counter()
             lowered = self._functions[name].lower(first, frozen, batch)
             self._compiled[key] = lowered.compile()
-            self.compile_seconds += time.perf_counter() - start
+            self._compile_seconds += time.perf_counter() - start
         return self._compiled[key]
