@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -57,10 +58,12 @@ def run(argv: Sequence[str]) -> int:
             found["kept"] = kept
         say(json.dumps(found))
     else:
-        Console().print(to_terminal(summary))
+        # A file or a pipe has no width of its own; 80 columns would cut the table short.
+        console = Console(width=None if sys.stdout.isatty() else 110)
+        console.print(to_terminal(summary))
         if beside:
             say(f"{beside.label}:")
-            Console().print(to_terminal(beside.summary))
+            console.print(to_terminal(beside.summary))
         if keep:
             say(f"{kept} runs kept in {keep}")
         say(f"the page: {page.resolve().as_uri()}")
