@@ -59,7 +59,7 @@ SIZES = {
     "": {},
     "demo": {
         "train.num_steps": DEMO_STEPS,
-        "train.eval_every_steps": 40,
+        "train.eval_every_steps": 60,
         "train.patience": 1,
     },
     "smoke": {
