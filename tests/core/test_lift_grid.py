@@ -13,6 +13,7 @@ import math
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -81,7 +82,7 @@ def test_every_construct_under_every_transformation(name, rank, around):
     check_against_merge(apply, method, params, x, forward_only=name == "while_loop")
 
 
-def check_against_merge(apply, method, params, x, *, forward_only=False):
+def check_against_merge(apply, method, params, x, *, forward_only=False, tolerance=1e-9):
     trainable, frozen = method.init(jax.random.key(0), params)
     trainable = random_like(trainable, seed=3)
 
@@ -98,7 +99,7 @@ def check_against_merge(apply, method, params, x, *, forward_only=False):
 
     found = both(lambda t, x: lj.lift(apply)(method.bind(t, frozen), x))
     expected = both(lambda t, x: apply(method.merge(t, frozen), x))
-    assert largest_difference(found, expected) < 1e-9
+    assert largest_difference(found, expected) < tolerance
 
 
 @dataclasses.dataclass(frozen=True)
@@ -132,7 +133,7 @@ class Product:
 _STEPS = {
     "moved axes": lambda w: jnp.moveaxis(jnp.moveaxis(w, 0, -1), -1, 0),
     "new axis": lambda w: jnp.expand_dims(w, 1).squeeze(1),
-    # The kernel has values of few bits (below), its factors do not: they must keep theirs.
+    # Merged, W + ΔW is rounded to float32 as one; lifted, W alone is: the factors keep their bits.
     "cast": lambda w: w.astype(jnp.float32).astype(jnp.float64),
     "split axis": lambda w: w.reshape(*w.shape[:-1], 1, w.shape[-1]).reshape(w.shape),
     "barrier": jax.lax.optimization_barrier,
@@ -148,13 +149,16 @@ def products(draw):
     batch = "bc"[: draw(st.integers(0, 2))]
     mix = lambda letters: "".join(draw(st.permutations(list(letters))))  # noqa: E731
     letters = stack + inputs + kept + batch
+    steps = tuple(draw(st.lists(st.sampled_from(sorted(_STEPS)), max_size=3)))
+    # A reshape may put an axis of size one anywhere, so `kernel_axes` cannot follow those.
+    smallest = 2 if "split axis" in steps else 1
     return Product(
         kernel=mix(stack + inputs + kept),
         x=mix(batch + stack + inputs),
         out=mix(batch + stack + kept),
-        sizes={letter: draw(st.integers(1, 4)) for letter in letters},
+        sizes={letter: draw(st.integers(smallest, 4)) for letter in letters},
         kernel_first=draw(st.booleans()),
-        steps=tuple(draw(st.lists(st.sampled_from(sorted(_STEPS)), max_size=3))),
+        steps=steps,
     )
 
 
@@ -172,5 +176,11 @@ def test_any_product_of_any_axes(product, rank, around):
     }
     method = lj.LoRA(targets="w", rank=min(rank, *sizes.values()), alpha=3.0, axes={"w": axes})
     with lj.watch_materialised() as events:
-        check_against_merge(apply, method, params, x)
+        check_against_merge(
+            apply,
+            method,
+            params,
+            x,
+            tolerance=30 * np.finfo(np.float32).eps if "cast" in product.steps else 1e-9,
+        )
     assert not events, [str(event) for event in events]
