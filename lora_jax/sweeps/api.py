@@ -68,8 +68,9 @@ def sweep(
       progress: show a bar and print the plan.
 
     Returns one result a cell. A cell that fails (an impossible rank, a loss that is not a number)
-    has its `error`, and the others go on; so do those of a pack that cannot be run after another
-    was, or that Ctrl-C cut short. Raises `RequestError` for what is wrong with the whole sweep.
+    has its `error`, and the others go on. What has finished is never thrown away: a later pack that
+    cannot run, or Ctrl-C, leaves its cells with an `error`. Raises `RequestError` for what is wrong
+    with the sweep as a whole.
 
     >>> import jax.numpy as jnp, lora_jax as lj
     >>> base = {"w": jnp.eye(4), "v": jnp.ones((4, 1))}
