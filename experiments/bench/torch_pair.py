@@ -7,9 +7,9 @@ fine-tuning. In a round each of the six takes STEPS steps in a row, of which the
 in a training a step follows one of its own, not one of another program that left the caches and the
 large pages cold (seen: 0.75 s became 1.19 s). That was decided after two runs with single steps in
 turn, in which here / torch was 0.86 on q,v, 1.17 on all linears and 1.15 for full fine-tuning (the
-second; the first had 0.82 for full), so both protocols should be known. The ratios are those of the medians, with the
-quartiles of the rounds' ratios. torch runs the attention that is faster there ("eager": 0.73, 1.06,
-1.14 s where "sdpa" took 0.82, 1.12, 1.19 s).
+second; the first had 0.82 for full), so both protocols should be known. The ratios are those of the
+medians, with the quartiles of the rounds' ratios. torch runs the attention that was faster there in
+one short run each ("eager": 0.73, 1.06, 1.14 s; "sdpa": 0.82, 1.12, 1.19 s).
 """
 
 from __future__ import annotations
