@@ -12,7 +12,7 @@ Three sweeps of it:
     lora-jax sweep --config=experiments/reviews_minilm.py --sweep=rates --workdir=runs/full
     lora-jax sweep --config=experiments/reviews_minilm.py --sweep=full_size --workdir=runs/full
 `rates` tunes: five learning rates for each contestant, one seed. `full_size` is the measured
-result: three seeds at the rates in METHODS, which are those with the best validation loss. In one
+result: five seeds at the rates in METHODS, which are those with the best validation loss. In one
 workdir they share the cells that both name; `lora-jax report runs/full` makes the table.
 
 The paper has no such experiment; its nearest is RoBERTa-base on SST-2 (Table 2): LoRA 95.1, full
@@ -52,7 +52,7 @@ RATES = {
 }
 # Twice an epoch: the default, four times, costs a probe a third of its time.
 FULL_SIZE = {"train.eval_every_steps": 116}
-NUM_SEEDS = 3
+NUM_SEEDS = 5
 
 DEMO_STEPS = 120
 SIZES = {
@@ -86,7 +86,7 @@ def sweep_rates(add):
 
 
 def sweep_full_size(add):
-    """Each contestant at the rate that METHODS gives it, three seeds: what the table reports."""
+    """Each contestant at the rate that METHODS gives it, five seeds: what the table reports."""
     for name, settings in CONTESTANTS.items():
         rate = settings["optimizer.lr"]
         for seed in range(NUM_SEEDS):
