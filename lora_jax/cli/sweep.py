@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import shlex
 import sys
@@ -15,6 +16,8 @@ EXAMPLES = f"""\
 
 Examples:
   lora-jax sweep --config=experiments/reviews_minilm.py:lora,demo --sweep=demo --workdir=runs/demo
+  lora-jax sweep --config=experiments/reviews_minilm.py --sweep=full_size --workdir=w --plan
+  lora-jax sweep --status --workdir=runs/demo        from another terminal, while it runs
   lora-jax report runs/demo
 
 A sweep is a function in the config's file:
@@ -22,52 +25,68 @@ A sweep is a function in the config's file:
     for rank in (1, 2, 4, 8):
       add(f"r{{rank}}", **{{"method.rank": rank}})
 
-A finished cell is not run again; a stopped one goes on where it was.
+With tune, a contestant runs once for each value; the one with the best validation loss then runs
+with more seeds. What was chosen, and from what, is in WORKDIR/tuned.json:
+      add("full", tune=("optimizer.lr", (1e-5, 1e-4)), more_seeds=(1, 2), **{{"method.name": "full"}})
+
+Cells that differ in targets, rank, alpha, dropout, init, learning rate, weight decay and seed alone
+train as one program over one copy of the base (ranks padded to 8, 16, 32, …); the rest, and full
+fine-tuning, one after another. --plan says which. A finished cell is not run again; a stopped sweep
+goes on where it was.
 """
 
 
 def run(argv: Sequence[str]) -> int:
     parser = Parser(
         "sweep",
-        description="Train every cell of a sweep, one after another.",
+        description="Train every cell of a sweep, those whose shapes agree as one program.",
         epilog=EXAMPLES,
     )
     parser.add_argument("--config", metavar="FILE.py[:arg]", help="the experiment (required)")
-    parser.add_argument("--sweep", required=True, help="NAME of a sweep_NAME in that file")
+    parser.add_argument("--sweep", help="NAME of a sweep_NAME in that file (required)")
     parser.add_argument("--workdir", required=True, help="folder of the runs")
     parser.add_argument("--only", metavar="TEXT", help="only cells whose name contains TEXT")
+    parser.add_argument("--add", action="store_true", help="beside another sweep in the workdir")
+    parser.add_argument(
+        "--memory-gib",
+        type=float,
+        metavar="N",
+        help="what a pack may hold (default: 90%% of the device's memory, on CPU half the host's)",
+    )
+    parser.add_argument("--plan", action="store_true", help="say what shares a program, and stop")
+    parser.add_argument(
+        "--status", action="store_true", help="say how far the workdir is, and stop"
+    )
     parser.add_argument("--no-progress", action="store_true", help="no progress bars")
     add_json(parser)
     options, config = parser.parse_with_config(argv)
+    if options.status:
+        return _status(options)
     config = needs_config(config, "sweep")
+    if not options.sweep:
+        parser.error("--sweep is missing: NAME of a sweep_NAME in the config's file")
+    if options.memory_gib is not None and not options.memory_gib > 0:
+        parser.error(f"--memory-gib is {options.memory_gib:g}; it must be above 0")
 
-    from lora_jax.sweeps import read_sweep, run_sweep
+    from lora_jax.sweeps import plan_sweep, read_sweep, run_sweep
 
-    cells = read_sweep(config_file(argv), options.sweep, config)
+    file = config_file(argv)
+    sweep = read_sweep(file, options.sweep, config)
     if options.only:
-        names = [cell.name for cell in cells]
-        cells = [cell for cell in cells if options.only in cell.name]
-        if not cells:
-            raise RequestError(f"no cell's name contains {options.only!r}; there are {names[:8]}")
-
-    def report(number, cell, result):
-        if isinstance(result, RequestError):
-            text = f"failed: {result}"
-        else:
-            test, metrics = result["metrics"]["test"], result["metrics"]
-            text = (
-                f"test loss {test['loss']:.4f}, accuracy {test['accuracy']:.4f}; "
-                f"{metrics['steps']} steps, {metrics['stopped']}"
-            )
-        print(f"[{number + 1}/{len(cells)}] {cell.name}: {text}", file=sys.stderr, flush=True)
-
+        sweep = sweep.only(options.only)
+    if options.plan:
+        lines = plan_sweep(sweep, options.workdir)
+        say(json.dumps(lines) if options.json else "\n".join(lines))
+        return 0
     again = shlex.join(["lora-jax", "sweep", *argv])
     results = run_sweep(
-        cells,
+        sweep,
         options.workdir,
+        source=file,
+        add=options.add,
+        memory_bytes=options.memory_gib and int(options.memory_gib * 2**30),
         progress=not options.no_progress,
         command=again,
-        on_cell=report,
     )
     failed = [name for name, result in results.items() if isinstance(result, RequestError)]
     if options.json:
@@ -76,4 +95,34 @@ def run(argv: Sequence[str]) -> int:
         say(f"{len(results) - len(failed)} of {len(results)} cells done in {options.workdir}")
     if failed:
         raise RequestError(f"{len(failed)} cells failed: {', '.join(failed)}; see above")
+    return 0
+
+
+def _status(options) -> int:
+    from lora_jax.sweeps.status import STATES, seconds_left, sweep_status
+
+    cells = sweep_status(options.workdir)
+    left = seconds_left(cells)
+    counts = {state: sum(cell.state == state for cell in cells) for state in STATES}
+    if options.json:
+        rows = [dataclasses.asdict(cell) for cell in cells]
+        say(json.dumps({"counts": counts, "seconds_left": left, "cells": rows}))
+        return 0
+    from rich.console import Console
+    from rich.table import Table
+
+    from lora_jax.train.progress import clock_time
+
+    table = Table(box=None, pad_edge=False)
+    for heading, side in (
+        ("cell", "left"), ("state", "left"), ("step", "right"), ("loss", "right"), ("", "left"),
+    ):  # fmt: skip
+        table.add_column(heading, justify=side)
+    for cell in cells:
+        of = f"/{cell.num_steps}" if cell.num_steps else ""
+        loss = "" if cell.loss is None else f"{cell.loss:.4f}"
+        table.add_row(cell.name, cell.state, f"{cell.step}{of}", loss, cell.note)
+    Console(width=None if sys.stdout.isatty() else 120, markup=False).print(table)
+    words = ", ".join(f"{count} {state}" for state, count in counts.items() if count)
+    say(words + (f"; {clock_time(left)} left for those running" if left is not None else ""))
     return 0

@@ -1,5 +1,6 @@
 """`load_model`: from a folder, a hub id or a name to a `Model`."""
 
+import dataclasses
 import os
 from typing import Any
 
@@ -10,7 +11,7 @@ from flax import nnx
 
 from lora_jax.core.errors import RequestError
 from lora_jax.models.checkpoint import HEAD_FILE, Checkpoint, read_checkpoint
-from lora_jax.models.functional import functional, unflatten
+from lora_jax.models.functional import flatten, functional, unflatten
 from lora_jax.models.model import Model
 from lora_jax.models.sources import TINY_BERT, find_folder
 from lora_jax.models.tiny import make_tiny_bert
@@ -69,7 +70,25 @@ def load_model(
         pooling=pooling,
         head=head,
         num_labels=num_labels,
+        head_is_new=head is not None and stored is None,
     )
+
+
+def redraw_head(model: Model, head_key: jax.Array) -> Model:
+    """`model` as `load_model` would have made it with another `head_key`; the base is shared.
+
+    A head that came from a file, and a model without one, stay as they are.
+    """
+    if not model.head_is_new:
+        return model
+    flat = flatten(model.params)
+    kernel = flat["head/kernel"]
+    new = _new_head(*kernel.shape, head_key)
+    flat |= {path: jnp.array(x, dtype=kernel.dtype) for path, x in new.items()}
+    redrawn = dataclasses.replace(model, params=unflatten(flat))
+    # They do not depend on the head, and take seconds to find: found once for all.
+    redrawn.__dict__.update(axes=model.axes, base_hash=model.base_hash)
+    return redrawn
 
 
 def _check_num_labels(head: str | None, num_labels: Any) -> None:

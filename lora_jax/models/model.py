@@ -23,7 +23,8 @@ class Model:
     dropout_key=None)` is pure; `params` are nested plain dicts, kernels (in, out). With `head=None`
     it returns the last hidden state (B, T, D), with "classification" logits (B, num_labels);
     `output_hidden_states=True` returns them with the tuple of hidden states. `aliases` are regexes
-    of parameter paths by short name, `head_pattern` the one of the task head's.
+    of parameter paths by short name, `head_pattern` the one of the task head's; `head_is_new` says
+    that the head was drawn, not loaded.
     """
 
     name: str
@@ -36,6 +37,7 @@ class Model:
     head: str | None = None
     num_labels: int | None = None
     head_pattern: str = r"head/.*"
+    head_is_new: bool = False
 
     @functools.cached_property
     def axes(self) -> dict[str, KernelAxes]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
 import types
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
@@ -15,8 +14,11 @@ import numpy as np
 from lora_jax.core.errors import RequestError
 from lora_jax.core.lift import lift
 from lora_jax.sweeps.batches import OwnBatches, SharedBatches
+from lora_jax.sweeps.curves import Curves
 from lora_jax.sweeps.engine import PackTraining, Schedule
-from lora_jax.sweeps.plan import Planned, make_plan
+from lora_jax.sweeps.memory import DoesNotFit, device_memory_bytes, fitting_width
+from lora_jax.sweeps.pack import Pack
+from lora_jax.sweeps.plan import make_plan
 from lora_jax.sweeps.program import Program
 from lora_jax.sweeps.results import CellResult, SweepResults
 from lora_jax.sweeps.settings import CellSettings, read_cells
@@ -111,34 +113,40 @@ def sweep(
     for group in planned:
         try:
             tx = tx_of(group.cells[0])
-            program = Program(group.pack, loss, tx_of, tx, batch_axis=source.axis)
+            program = Program(
+                *_loss_and_scores(group.pack, loss), tx_of, tx, batch_axis=source.axis
+            )
             frozen = group.cells[0].method.init(jax.random.key(0), params)[1]
-            width, needed = _fitting_width(program, group, params, frozen, source, budget)
+            width, needed = fitting_width(
+                program, group, lambda cell: params, frozen, source, budget
+            )
             count = math.ceil(len(group.cells) / width)
             for places in np.array_split(np.arange(len(group.cells)), count):
                 part = group.take(places.tolist())
                 number = len(lines) + 1
                 lines.append(f"pack {number}: {part} ({needed / 2**20:,.4g} MiB)")
                 say(lines[-1])
-                training = PackTraining(
-                    part,
-                    program,
-                    params,
-                    frozen,
-                    source,
-                    looked_at,
-                    Schedule(num_steps, eval_every, patience),
-                )
                 with show_progress(f"pack {number}", num_steps, enabled=progress) as show:
-                    training.run(lambda step, loss, show=show: show(step, loss, None))
-                found |= {row.name: row for row in training.results(number)}
+                    curves = Curves(part, show)
+                    training = PackTraining(
+                        part,
+                        program,
+                        program.init(part.pack, part.cells, [params] * len(part.cells)),
+                        frozen,
+                        source,
+                        _validation(program, looked_at),
+                        Schedule(num_steps, eval_every, patience),
+                        curves,
+                    )
+                    training.run()
+                found |= {row.name: row for row in curves.results(training, number)}
                 del training  # before the next one takes its place in memory
         except KeyboardInterrupt:
             if not found:
                 raise
             refused |= {cell.name: "stopped by Ctrl-C" for cell in named}
             break
-        except _DoesNotFit as error:
+        except DoesNotFit as error:
             refused |= {cell.name: str(error) for cell in group.cells}
         except Exception as error:
             # What is wrong for all shows in the first pack; later, what is finished must not go.
@@ -150,29 +158,30 @@ def sweep(
     return SweepResults(rows, "\n".join(lines))
 
 
-class _DoesNotFit(Exception):
-    """One cell alone needs more than the budget."""
+def _loss_and_scores(pack: Pack, loss: Callable[[Any, Any], jax.Array]):
+    """The user's loss as `Program` takes it: the batch counts as one example."""
+
+    def loss_of(trainable, frozen, batch, key=None):
+        value = loss(pack.bind(trainable, frozen, key=key), batch)
+        return value, {"correct": jnp.zeros(()), "weight": jnp.ones(())}
+
+    def scores_of(trainable, frozen, batch):
+        return loss_of(trainable, frozen, batch)[0]
+
+    return loss_of, scores_of
 
 
-def _fitting_width(program, group: Planned, params, frozen, source, budget) -> tuple[int, int]:
-    """The widest pack of the group's first cells that the budget holds, and its bytes.
+def _validation(program: Program, batches: Sequence[Any]):
+    """Each cell's mean loss over `batches`, as `PackTraining` asks for it."""
 
-    Only shapes are used: nothing is allocated.
-    """
-    width = len(group.cells)
-    while True:
-        part = group.take(range(width))
-        state = jax.eval_shape(lambda part=part: program.init(part.pack, part.cells, params))
-        batch = source.widest(part.cells)
-        needed = program.bytes_needed(state, (part.pack.data(), frozen), batch)
-        if needed <= budget:
-            return width, needed
-        if width == 1:
-            raise _DoesNotFit(
-                f"one cell alone needs {needed / 2**20:,.1f} MiB of {budget / 2**20:,.1f} MiB; use "
-                "smaller batches or raise memory_bytes"
-            )
-        width = math.ceil(width / 2)
+    def validate(trainable, frozen):
+        if not batches:
+            return None
+        scores = [program.scores(trainable, frozen, batch) for batch in batches]
+        means = np.mean(np.asarray(jax.device_get(scores), np.float64), axis=0)
+        return [(float(loss), math.nan) for loss in means]
+
+    return validate
 
 
 def _refused(cell: CellSettings, why: str) -> CellResult:
@@ -194,11 +203,3 @@ def _refused(cell: CellSettings, why: str) -> CellResult:
         pack=0,
         width=0,
     )
-
-
-def device_memory_bytes() -> int:
-    """What a program may use: nine tenths of the device's memory, on CPU half of the host's."""
-    limit = (jax.devices()[0].memory_stats() or {}).get("bytes_limit")
-    if limit:
-        return int(0.9 * limit)
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import runpy
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +12,10 @@ from ml_collections import ConfigDict
 
 from lora_jax.core.errors import RequestError
 from lora_jax.core.trees import nearest
-from lora_jax.train.workdir import flat_config
+from lora_jax.train.workdir import config_hash, flat_config, plain_config
 
 PREFIX = "sweep_"
+MIN_VALUES = 2
 
 
 @dataclasses.dataclass(frozen=True)
@@ -24,30 +25,135 @@ class Cell:
     name: str
     config: ConfigDict
 
+    @property
+    def hash(self) -> str:
+        """The config's hash."""
+        return config_hash(plain_config(self.config))
 
-def read_sweep(path: str, sweep: str, config: ConfigDict) -> list[Cell]:
+
+@dataclasses.dataclass(frozen=True)
+class Tuning:
+    """One contestant, tuned: a cell for each value of `key`, then more seeds with the best.
+
+    `config` is the contestant's, without the value.
+    """
+
+    name: str
+    key: str
+    values: tuple[Any, ...]
+    config: ConfigDict
+    more_seeds: tuple[int, ...] = ()
+
+    def cell(self, value: Any, seed: int | None = None) -> Cell:
+        """The cell of one value: `NAME-lr0.001-s0`."""
+        seed = self.config.seed if seed is None else seed
+        short = self.key.rpartition(".")[2]
+        text = f"{value:g}" if isinstance(value, float) else str(value)
+        config = overridden(self.config, {self.key: value, "seed": seed})
+        return Cell(f"{self.name}-{short}{text}-s{seed}", config)
+
+    @property
+    def first(self) -> list[Cell]:
+        """The cells that the choice is made from."""
+        return [self.cell(value) for value in self.values]
+
+
+@dataclasses.dataclass(frozen=True)
+class Sweep:
+    """A named sweep: its plain cells, and the contestants that are tuned."""
+
+    name: str
+    cells: tuple[Cell, ...]
+    tunings: tuple[Tuning, ...] = ()
+
+    @property
+    def first(self) -> list[Cell]:
+        """All cells that are known before any has run; each once."""
+        cells = [*self.cells, *(cell for tuning in self.tunings for cell in tuning.first)]
+        return list({cell.name: cell for cell in cells}.values())
+
+    def only(self, text: str) -> Sweep:
+        """The cells whose name contains `text`, of a tuned contestant all or none.
+
+        Raises `RequestError` where there is none.
+        """
+        cells = tuple(cell for cell in self.cells if text in cell.name)
+        whole = [t for t in self.tunings if all(text in cell.name for cell in t.first)]
+        some = [c for t in self.tunings if t not in whole for c in t.first if text in c.name]
+        chosen = Sweep(self.name, (*cells, *some), tuple(whole))
+        if not chosen.first:
+            names = [cell.name for cell in self.first]
+            raise RequestError(f"no cell's name contains {text!r}; there are {names[:8]}")
+        return chosen
+
+
+def read_sweep(path: str, sweep: str, config: ConfigDict) -> Sweep:
     """Calls `sweep_<sweep>(add)` of the config file `path`; each `add` is `config` overridden.
 
-    `add(name, **{"method.rank": 4, "seed": 1})` adds a cell. Raises `RequestError` for a sweep the
-    file does not have, a name given twice, or a setting the config does not know.
+    `add(name, **{"method.rank": 4, "seed": 1})` adds a cell. `add(name, tune=("optimizer.lr",
+    rates), more_seeds=(1, 2), …)` adds a tuned contestant: a cell for each rate, and when all have
+    ended, the rate with the best validation loss runs with the other seeds too. Raises
+    `RequestError` for a sweep the file does not have, a name given twice, two cells with the same
+    settings, or a setting the config does not know.
     """
     functions = runpy.run_path(str(Path(path)))
     known = [name.removeprefix(PREFIX) for name in functions if name.startswith(PREFIX)]
     if sweep not in known:
         raise RequestError(f"{path} has no sweep {sweep!r}; {nearest(sweep, known)}")
-    cells: dict[str, Cell] = {}
+    cells: list[Cell] = []
+    tunings: list[Tuning] = []
 
-    def add(name: str, **overrides: Any) -> None:
-        if name in cells:
+    def add(name: str, *, tune=None, more_seeds: Iterable[int] = (), **overrides: Any) -> None:
+        taken = {cell.name for cell in cells} | {tuning.name for tuning in tunings}
+        if name in taken:
             raise RequestError(f"sweep {sweep!r} adds the cell {name!r} twice; name them apart")
         if not name or name != Path(name).name or name.startswith("."):
             raise RequestError(f"cell name {name!r} cannot be a folder's; use letters, digits, -")
-        cells[name] = Cell(name, overridden(config, overrides))
+        made = overridden(config, overrides)
+        if tune is not None:
+            tunings.append(_tuning(name, tune, made, tuple(more_seeds)))
+        elif tuple(more_seeds):
+            raise RequestError(f"cell {name!r}: more_seeds needs tune; or add a cell for each seed")
+        else:
+            cells.append(Cell(name, made))
 
     functions[PREFIX + sweep](add)
-    if not cells:
+    found = Sweep(sweep, tuple(cells), tuple(tunings))
+    if not found.first:
         raise RequestError(f"sweep {sweep!r} of {path} adds no cell")
-    return list(cells.values())
+    _refuse_twins(found)
+    return found
+
+
+def _tuning(name: str, tune: Any, config: ConfigDict, more_seeds: tuple[int, ...]) -> Tuning:
+    try:
+        key, values = tune
+        values = tuple(values)
+    except (TypeError, ValueError):
+        raise RequestError(
+            f"cell {name!r}: tune is {tune!r}; give a setting and its values: "
+            '("optimizer.lr", (1e-4, 1e-3))'
+        ) from None
+    if len(set(values)) < max(MIN_VALUES, len(values)):
+        raise RequestError(
+            f"cell {name!r}: tune has the values {values}; give {MIN_VALUES} or more, all different"
+        )
+    seeds = (config.seed, *more_seeds)
+    if len(set(seeds)) < len(seeds):
+        raise RequestError(f"cell {name!r}: the seeds {seeds} repeat one; name each once")
+    return Tuning(name, key, values, config, more_seeds)
+
+
+def _refuse_twins(sweep: Sweep) -> None:
+    """Raises `RequestError` where two cells would be the same run under two names."""
+    seen: dict[str, Cell] = {}
+    for cell in [*sweep.cells, *(cell for tuning in sweep.tunings for cell in tuning.first)]:
+        twin = seen.setdefault(cell.hash, cell)
+        if twin.name != cell.name:
+            raise RequestError(
+                f"sweep {sweep.name!r}: cells {twin.name!r} and {cell.name!r} have the same "
+                "settings; remove one, or give them different seeds"
+            )
 
 
 def overridden(config: ConfigDict, overrides: Mapping[str, Any]) -> ConfigDict:
@@ -62,3 +168,20 @@ def overridden(config: ConfigDict, overrides: Mapping[str, Any]) -> ConfigDict:
     except TypeError as error:
         raise RequestError(f"a setting has another type than the config's: {error}") from error
     return copy
+
+
+def choose_value(tuning: Tuning, losses: Sequence[float]) -> dict[str, Any]:
+    """What a tuning found, as JSON values: the basin, and the value with the lowest loss.
+
+    `losses` are the best validation losses of the values, inf where a cell failed.
+    """
+    best = min(range(len(losses)), key=losses.__getitem__)
+    order = sorted(range(len(losses)), key=lambda i: tuning.values[i])
+    return {
+        "key": tuning.key,
+        "values": list(tuning.values),
+        "validation_losses": list(losses),
+        "seed": tuning.config.seed,
+        "chosen": tuning.values[best],
+        "at_edge": best in (order[0], order[-1]),
+    }

@@ -5,171 +5,250 @@ from __future__ import annotations
 import dataclasses
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from lora_jax.sweeps.keeping import Keeper, PackedCell, Schedule
 from lora_jax.sweeps.plan import Planned
 from lora_jax.sweeps.program import Program
-from lora_jax.sweeps.results import CellResult
-from lora_jax.sweeps.settings import CellSettings
 from lora_jax.train.bookkeeping import Bookkeeping
+from lora_jax.train.run import StopRequested
+from lora_jax.train.state import TrainState
 
-FETCH_EVERY = 50  # steps between looks at the losses, where no evaluation asks for one
+REPACK_EVERY = 50  # steps between chances to take ended cells out; at evaluations there is one too
 FEWEST_STEPS = 20  # a narrower program is not compiled for fewer steps than that
 
 
-@dataclasses.dataclass(frozen=True)
-class Schedule:
-    """What all cells of a sweep share: how long, when to look, and how long to hope."""
-
-    num_steps: int
-    eval_every: int
-    patience: int
-
-
-@dataclasses.dataclass
-class _Cell:
-    """What one cell has done so far."""
-
-    settings: CellSettings
-    books: Bookkeeping = dataclasses.field(default_factory=Bookkeeping)
-    losses: list[float] = dataclasses.field(default_factory=list)
-    validation: list[tuple[int, float]] = dataclasses.field(default_factory=list)
-    trainable: Any = None
-    error: str = ""
-    seconds: float = 0.0
-    compile_seconds: float = 0.0
-
-    @property
-    def ended(self) -> bool:
-        return bool(self.books.stopped or self.error)
+# (trainable, frozen) with an axis of cells -> (loss, accuracy) of each, or None: nothing to look at
+Validate = Callable[[Any, Any], Sequence[tuple[float, float]] | None]
 
 
 class PackTraining:
-    """The cells of one pack under way. `slots[place]` is the cell in a place of the axis K."""
+    """The cells of one pack under way. `slots[place]` is the cell in a place of the axis of cells.
+
+    `best` has a place for every cell, ended or not. What is due is decided from `step` and
+    `looked` alone, and the cells' places change at looks only, so that a pack that was saved at any
+    step and restored does what one that was not does.
+    """
 
     def __init__(
         self,
         plan: Planned,
         program: Program,
-        params: Any,
+        state: TrainState,
         frozen: Any,
         batches: Any,
-        validation: Sequence[Any],
+        validate: Validate,
         schedule: Schedule,
+        keeper: Keeper,
     ):
         self.plan = plan
         self.schedule = schedule
-        self.cells = [_Cell(settings) for settings in plan.cells]
+        self.cells = [PackedCell(settings) for settings in plan.cells]
         self.slots = list(range(len(self.cells)))
-        self._program, self._batches, self._validation = program, batches, validation
-        self.state = program.init(plan.pack, plan.cells, params)
+        self.step, self.looked, self.saved = 0, 0, 0
+        self.state = state
+        self.best: Any = None
+        self._program, self._batches = program, batches
+        self._validate, self._keeper = validate, keeper
+        self._base = frozen
         self._frozen = (plan.pack.data(), frozen)
-        self._best: Any = None
+        self._pending: list[dict[str, jax.Array]] = []
+        self._mark = time.perf_counter()
 
-    def run(self, show) -> None:
-        """Trains until every cell has ended; `show(step, loss)` is told of the way."""
-        pending: list[dict[str, jax.Array]] = []
-        self._share_compilation(self._going())  # of finding out how many fit
-        mark = time.perf_counter()
-        for step in range(1, self.schedule.num_steps + 1):
-            batch = self._batches.at(step - 1, [self.plan.cells[k] for k in self.slots])
-            self.state, metrics = self._program.step(self.state, self._frozen, batch)
-            pending.append(metrics)
-            look = self._evaluation_due(step)
-            if not look and len(pending) < FETCH_EVERY:
-                continue
-            paying = self._going()
-            self._take(pending, step)
-            pending = []
-            if look:
-                self._evaluate(step)
-            mark = self._share(mark, paying)
-            show(step, self._mean_loss())
-            if not self._going():
+    def begin(self, keeper: Keeper, started: float) -> None:
+        """Who is told from here on, and when (`time.perf_counter`) its preparation began."""
+        self._keeper, self._mark = keeper, started
+
+    def run(self) -> None:
+        """Trains until every cell has ended. Raises `StopRequested`, after saving."""
+        self.lap("setup")
+        while True:
+            try:
+                if self._look_due():
+                    self._look()
+            except StopRequested:
+                # The look is not booked, so it is the first thing done on resuming.
+                self.save()
+                raise
+            if self._save_due():
+                self.save()
+            if not self.going():
                 return
-            self._repack(step)
+            if self._keeper.stop_requested():
+                self.save()
+                raise StopRequested
+            self._take_step()
 
-    def results(self, number: int) -> list[CellResult]:
-        """One result a cell, in their order."""
-        return [
-            CellResult(
-                name=cell.settings.name,
-                settings=cell.settings.settings,
-                method=cell.settings.method,
-                losses=np.asarray(cell.losses, np.float32),
-                validation=tuple(cell.validation),
-                best_step=cell.books.best_step,
-                best_loss=cell.books.best_loss if self._validation else None,
-                trainable=None
-                if cell.trainable is None
-                else self.plan.pack.unpack(cell.trainable, k),
-                num_trainable=self.plan.counts[k],
-                stopped=cell.books.stopped,
-                error=cell.error,
-                seconds=cell.seconds,
-                compile_seconds=cell.compile_seconds,
-                pack=number,
-                width=len(self.cells),
-            )
-            for k, cell in enumerate(self.cells)
-        ]
-
-    def _at(self, place: int) -> _Cell:
-        return self.cells[self.slots[place]]
-
-    def _going(self) -> list[int]:
+    def going(self) -> list[int]:
+        """The places of the cells that have not ended."""
         return [place for place in range(len(self.slots)) if not self._at(place).ended]
 
-    def _evaluation_due(self, step: int) -> bool:
+    def save(self) -> None:
+        """Has the keeper save the pack as it is."""
+        self._fetch()
+        self.lap("train")
+        self._keeper.save(self)
+        self.saved = self.step
+        self.lap("save")
+
+    def groups(self) -> dict[str, Any]:
+        """The arrays of a checkpoint."""
+        return {"state": self.state, **({} if self.best is None else {"best": self.best})}
+
+    def facts(self) -> dict[str, Any]:
+        """What a checkpoint says beside its arrays, as JSON values."""
+        cells = [{"books": cell.books.to_json(), "error": cell.error} for cell in self.cells]
+        return {"step": self.step, "looked": self.looked, "slots": self.slots, "cells": cells}
+
+    def like(self, facts: dict[str, Any]) -> dict[str, Any]:
+        """Arrays of the shapes that the checkpoint of these facts holds."""
+        whole = self.state.trainable
+        return {"state": _take(self.state, facts["slots"]), "best": whole}
+
+    def restore(self, groups: dict[str, Any], facts: dict[str, Any]) -> None:
+        """Goes on from a checkpoint."""
+        self.step, self.looked = facts["step"], facts["looked"]
+        self.saved, self.slots = self.step, list(facts["slots"])
+        self.state, self.best = groups["state"], groups.get("best")
+        self._frozen = (_take(self.plan.pack.data(), self.slots), self._base)
+        for cell, told in zip(self.cells, facts["cells"], strict=True):
+            cell.books, cell.error = Bookkeeping.from_json(told["books"]), told["error"]
+
+    def trainable_of(self, k: int) -> Any:
+        """Cell k's best trainable, at its own rank and targets; None if there never was one."""
+        if not self.cells[k].books.best_step:
+            return None
+        return self.plan.pack.unpack(jax.tree.map(lambda leaf: leaf[k], self.best), k)
+
+    def lap(self, kind: str, cells: Sequence[PackedCell] = ()) -> None:
+        """Books the time since the last lap under `kind`, in equal parts, to `cells`.
+
+        By default to those at work. What went into compiling is booked apart.
+        """
+        compiling = self._program.take_compile_seconds()
+        now = time.perf_counter()
+        passed, self._mark = max(0.0, now - self._mark - compiling), now
+        cells = cells or [self._at(place) for place in self.going()] or self.cells
+        for cell in cells:
+            seconds = dict(cell.books.seconds)
+            for name, value in ((kind, passed), ("compile", compiling)):
+                seconds[name] = seconds.get(name, 0.0) + value / len(cells)
+            cell.books = dataclasses.replace(cell.books, seconds=seconds)
+
+    def mean_loss(self) -> float | None:
+        """The mean of the running cells' last training losses that are known."""
+        losses = [self._at(place).books.train_loss for place in self.going()]
+        known = [loss for loss in losses if loss is not None]
+        return float(np.mean(known)) if known else None
+
+    def _at(self, place: int) -> PackedCell:
+        return self.cells[self.slots[place]]
+
+    def _take_step(self) -> None:
+        batch = self._batches.at(self.step, [self.plan.cells[k] for k in self.slots])
+        self.state, metrics = self._program.step(self.state, self._frozen, batch)
+        self._pending.append(metrics)
+        self.step += 1
+        self._keeper.show(self)
+
+    def _evaluation_due(self) -> bool:
         every = self.schedule.eval_every
-        return step == self.schedule.num_steps or bool(every and step % every == 0)
+        return self.step == self.schedule.num_steps or bool(every and self.step % every == 0)
 
-    def _take(self, pending: list[dict[str, jax.Array]], step: int) -> None:
-        """Books the losses of the last steps; a cell whose loss is not a number ends there."""
-        fetched = jax.device_get(pending)
-        first = step - len(fetched) + 1
-        for place in self._going():
-            cell = self._at(place)
-            for number, metrics in enumerate(fetched, first):
-                loss, norm = float(metrics["loss"][place]), float(metrics["grad_norm"][place])
-                cell.losses.append(loss)
+    def _look_due(self) -> bool:
+        return self.step > self.looked and (
+            self.step % self.schedule.log_every == 0 or self._repack_due()
+        )
+
+    def _repack_due(self) -> bool:
+        # Not when logging alone is due: how often a run logs must not decide its rounding.
+        return self.step % REPACK_EVERY == 0 or self._evaluation_due()
+
+    def _save_due(self) -> bool:
+        every = self.schedule.checkpoint_every
+        due = bool(every) and (self.step % every == 0 or not self.going())
+        return due and self.step != self.saved
+
+    def _look(self) -> None:
+        self._fetch()
+        self.lap("train")
+        if self.step % self.schedule.log_every == 0:
+            for place in self.going():
+                self._log(place)
+        self.lap("log")
+        if self._evaluation_due():
+            self._evaluate()
+        if self._repack_due():
+            self._repack()
+        self.looked = self.step
+
+    def _fetch(self) -> None:
+        """Brings the pending steps' metrics to the host; a cell that is no number ends there."""
+        fetched, self._pending = jax.device_get(self._pending), []
+        first = self.step - len(fetched) + 1
+        for place in self.going():
+            rows, wrong = [], None
+            for step, metrics in enumerate(fetched, first):
+                names = ("loss", "correct", "weight", "grad_norm")
+                row = (step, *(float(metrics[name][place]) for name in names))
+                rows.append(row)
                 # The loss is from before the step's update, the gradient is what goes into it.
-                what, value = ("loss", loss) if not math.isfinite(loss) else ("gradient norm", norm)
-                if not math.isfinite(value):
-                    self._fail(place, what, value, number)
+                wrong = next(
+                    (
+                        (what, value, step)
+                        for what, value in (("loss", row[1]), ("gradient norm", row[4]))
+                        if not math.isfinite(value)
+                    ),
+                    None,
+                )
+                if wrong:
                     break
+            cell = self._at(place)
+            self._keeper.stepped(self.slots[place], rows)
+            step = int(rows[-1][0]) if rows else cell.books.step
+            cell.books = dataclasses.replace(
+                cell.books, window=cell.books.window + tuple(rows), step=step
+            )
+            if wrong:
+                self._fail(place, *wrong)
 
-    def _evaluate(self, step: int) -> None:
+    def _log(self, place: int) -> None:
+        cell = self._at(place)
+        if cell.books.window:
+            cell.books, values = cell.books.after_logging()
+            self._keeper.logged(self, self.slots[place], values)
+
+    def _evaluate(self) -> None:
         trainable = self.state.trainable
-        scores = [self._program.score(trainable, self._frozen, b) for b in self._validation]
-        means = np.mean(np.asarray(jax.device_get(scores), np.float64), axis=0) if scores else None
+        scores = self._validate(trainable, self._frozen)
+        # The time goes to all that took part, those that end with it too.
+        places = self.going()
+        self.lap("evaluate")
         better = np.zeros(len(self.slots), bool)
-        for place in self._going():
+        for place in places:
             cell = self._at(place)
             # Without validation the last step is the best: nothing chooses among them.
-            loss = -float(step) if means is None else float(means[place])
+            loss, accuracy = (-float(self.step), math.nan) if scores is None else scores[place]
             if not math.isfinite(loss):
-                self._fail(place, "validation loss", loss, step)
+                self._fail(place, "validation loss", loss, self.step)
                 continue
-            if means is not None:
-                cell.validation.append((step, loss))
-            books = dataclasses.replace(cell.books, step=step)
-            cell.books = books.after_evaluation(
-                loss, math.nan, patience=self.schedule.patience, num_steps=self.schedule.num_steps
+            schedule = self.schedule
+            cell.books = cell.books.after_evaluation(
+                loss, accuracy, patience=schedule.patience, num_steps=schedule.num_steps
             )
-            better[place] = cell.books.best_step == step
-        if self._best is None:
-            self._best = jax.tree.map(jnp.copy, trainable)
-        else:
-            self._best = _choose(jnp.asarray(better), trainable, self._best)
-        for place in range(len(self.slots)):
-            if self._at(place).books.stopped:
-                self._keep_best(place)
+            better[place] = cell.books.best_step == self.step
+            if cell.books.stopped:
+                self._log(place)
+            if scores is not None:
+                self._keeper.validated(self, self.slots[place], loss, accuracy)
+        if self.best is None:
+            self.best = _with_places(trainable, len(self.cells))
+        self.best = _keep(self.best, trainable, jnp.asarray(self.slots), jnp.asarray(better))
 
     def _fail(self, place: int, what: str, value: float, step: int) -> None:
         cell = self._at(place)
@@ -179,55 +258,37 @@ class PackTraining:
             else "before any update; look at the data and the model"
         )
         cell.error = f"{what} is {value} at step {step} ({cause})"
-        self._keep_best(place)
 
-    def _keep_best(self, place: int) -> None:
-        cell = self._at(place)
-        if cell.trainable is None and cell.books.best_step:
-            cell.trainable = jax.tree.map(lambda leaf: leaf[place], self._best)
-
-    def _repack(self, step: int) -> None:
+    def _repack(self) -> None:
         """Takes ended cells out once half of the places are theirs: then a narrower program pays.
 
         The rule looks at nothing but steps and the cells' own ends, so that the same sweep repacks
         the same way.
         """
-        going = self._going()
-        left = self.schedule.num_steps - step
-        if 2 * len(going) > len(self.slots) or left < FEWEST_STEPS:
+        going = self.going()
+        left = self.schedule.num_steps - self.step
+        if not going or 2 * len(going) > len(self.slots) or left < FEWEST_STEPS:
             return
-        places = jnp.asarray(going)
-        data, frozen = self._frozen
-        self.state, self._best, data = jax.tree.map(
-            lambda leaf: jnp.take(leaf, places, axis=0), (self.state, self._best, data)
-        )
-        self._frozen = (data, frozen)
+        self.state = _take(self.state, going)
+        self._frozen = (_take(self._frozen[0], going), self._base)
         self.slots = [self.slots[place] for place in going]
 
-    def _share(self, mark: float, paying: list[int]) -> float:
-        """Books the time since `mark` in equal parts to the cells that were at work in it."""
-        compiling = self._share_compilation(paying)
-        now = time.perf_counter()
-        for place in paying:
-            self._at(place).seconds += (now - mark - compiling) / len(paying)
-        return now
 
-    def _share_compilation(self, paying: list[int]) -> float:
-        seconds = self._program.take_compile_seconds()
-        for place in paying:
-            self._at(place).compile_seconds += seconds / len(paying)
-        return seconds
+def _take(tree: Any, places: Sequence[int]) -> Any:
+    index = jnp.asarray(places, jnp.int32)
+    return jax.tree.map(lambda leaf: jnp.take(leaf, index, axis=0), tree)
 
-    def _mean_loss(self) -> float | None:
-        last = [self._at(place).losses[-1] for place in self._going()]
-        return float(np.mean(last)) if last else None
+
+def _with_places(tree: Any, count: int) -> Any:
+    return jax.tree.map(lambda leaf: jnp.zeros((count, *leaf.shape[1:]), leaf.dtype), tree)
 
 
 @jax.jit
-def _choose(better: jax.Array, new: Any, old: Any) -> Any:
-    """`new` for the cells that are better, `old` for the rest; leaves have a leading axis K."""
+def _keep(best: Any, new: Any, slots: jax.Array, better: jax.Array) -> Any:
+    """`best` (K, …) with `new` (places, …) in the slots of the cells that are better."""
 
-    def choose(x, y):
-        return jnp.where(better.reshape(-1, *[1] * (x.ndim - 1)), x, y)
+    def keep(old, x):
+        chosen = better.reshape(-1, *[1] * (x.ndim - 1))
+        return old.at[slots].set(jnp.where(chosen, x, old[slots]))
 
-    return jax.tree.map(choose, new, old)
+    return jax.tree.map(keep, best, new)

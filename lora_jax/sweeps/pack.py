@@ -57,15 +57,18 @@ class Pack:
         members, factors = ([of[k] for k in places] for of in (self.members, self.factors))
         return dataclasses.replace(self, members=tuple(members), factors=tuple(factors))
 
-    def init(self, keys: Sequence[jax.Array], params: PyTree) -> Trainable:
+    def init(self, keys: Sequence[jax.Array], params: Sequence[PyTree]) -> Trainable:
         """The trainable trees of all, leaves with a leading axis K, each as it starts alone.
 
-        `keys[k]` is the init key of member k.
+        `keys[k]` is the init key of member k, `params[k]` its tree; trees may differ in what is
+        trained whole.
         """
-        shapes = jax.eval_shape(lambda: self.union.init(keys[0], params)[0])
+        shapes = jax.eval_shape(lambda: self.union.init(keys[0], params[0])[0])
         cells = []
-        for member, factors, key in zip(self.members, self.factors, keys, strict=True):
-            own, _ = member.init(key, params)
+        for member, factors, key, tree in zip(
+            self.members, self.factors, keys, params, strict=True
+        ):
+            own, _ = member.init(key, tree)
             cells.append(
                 {
                     path: self._padded(path, own[path], factors)
@@ -87,11 +90,12 @@ class Pack:
             for path in self.ranks
         }
 
-    def bind(self, trainable: Trainable, data: Any, frozen: PyTree, *, key=None) -> PyTree:
-        """One member's params tree, inside a vmap over the members, from its slice of `data()`.
+    def bind(self, trainable: Trainable, frozen: tuple[Any, PyTree], *, key=None) -> PyTree:
+        """One member's params tree, inside a vmap over the members; as `Method.bind`.
 
-        `frozen` is the base, shared by all. A `key` turns dropout on.
+        `frozen` is its slice of `data()` with the base, which all share. A `key` turns dropout on.
         """
+        data, frozen = frozen
         bound = self.union.bind(trainable, frozen, key=key)
         if not data:
             return bound

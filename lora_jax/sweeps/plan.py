@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from lora_jax.core.errors import RequestError
-from lora_jax.methods import LoRA
+from lora_jax.methods import FullFineTuning, LoRA
 from lora_jax.sweeps.pack import Pack, factors_of, make_pack
 from lora_jax.sweeps.settings import CellSettings
 
@@ -98,6 +98,8 @@ class _Group:
         self._first, self._roles = first, dict(first.roles)
 
     def takes(self, cell: CellSettings, shape: _Shape) -> bool:
+        if isinstance(cell.method, FullFineTuning):
+            return False  # each trains a base of its own: nothing to share
         if type(cell.method) is not LoRA or type(self.cells[0].method) is not LoRA:
             # Nothing is known of other methods but that equal ones have equal programs.
             return cell.method == self.cells[0].method

@@ -13,6 +13,8 @@ import numpy as np
 from lora_jax.sweeps.pack import Pack
 from lora_jax.sweeps.settings import CellSettings
 from lora_jax.train.build import keys_of
+from lora_jax.train.compilation import memory_of
+from lora_jax.train.loss import LossFunction
 from lora_jax.train.state import TrainState
 from lora_jax.train.step import step_function
 
@@ -20,15 +22,16 @@ from lora_jax.train.step import step_function
 class Program:
     """What packs with the same union share: the step and the score, mapped over the cells.
 
-    `loss(params, batch)` is a lifted scalar function; `tx_of(cell)` makes one cell's optimizer, of
-    one structure for all, since what differs is in its state; `batch_axis` is 0 where each cell has
-    batches of its own, None where all share them.
+    `loss(trainable, frozen, batch, key) -> (loss, sums)` and `scores(trainable, frozen, batch)` are
+    of one cell, where `frozen` is what `Pack.bind` takes; `tx_of(cell)` makes one cell's optimizer,
+    of one structure for all, since what differs is in its state; `batch_axis` is 0 where each cell
+    has batches of its own, None where all share them.
     """
 
     def __init__(
         self,
-        pack: Pack,
-        loss: Callable[[Any, Any], jax.Array],
+        loss: LossFunction,
+        scores: Callable[[Any, Any, Any], Any],
         tx_of: Callable[[CellSettings], Any],
         tx: Any,
         *,
@@ -37,22 +40,18 @@ class Program:
         self._tx_of = tx_of
         self._compiled: dict[Any, Any] = {}
         self._compile_seconds = 0.0
-
-        def loss_of(trainable, frozen, batch, key=None):
-            data, base = frozen
-            return loss(pack.bind(trainable, data, base, key=key), batch), {}
-
-        def score_of(trainable, frozen, batch):
-            return loss_of(trainable, frozen, batch)[0]
-
+        self._shapes: set[tuple[int, ...]] = set()
         # The cells' own data have their axis, the base has none: one copy of it serves all.
         frozen_axes = (0, None)
-        step = jax.vmap(step_function(loss_of, tx), in_axes=(0, frozen_axes, batch_axis))
-        score = jax.vmap(score_of, in_axes=(0, frozen_axes, None))
-        self._functions = {"step": jax.jit(step, donate_argnums=0), "score": jax.jit(score)}
+        step = jax.vmap(step_function(loss, tx), in_axes=(0, frozen_axes, batch_axis))
+        scores = jax.vmap(scores, in_axes=(0, frozen_axes, None))
+        self._functions = {"step": jax.jit(step, donate_argnums=0), "scores": jax.jit(scores)}
 
-    def init(self, pack: Pack, cells: Sequence[CellSettings], params: Any) -> TrainState:
-        """The cells' states before the first step, leaves with a leading axis K."""
+    def init(self, pack: Pack, cells: Sequence[CellSettings], params: Sequence[Any]) -> TrainState:
+        """The cells' states before the first step, leaves with a leading axis K.
+
+        `params` has a tree for each cell, which differ at most in what is trained whole.
+        """
         keys = [keys_of(cell.seed) for cell in cells]
         trainable = pack.init([key[1] for key in keys], params)
         opt_states = [
@@ -70,19 +69,24 @@ class Program:
         """`(state, metrics)`, both with the axis K; `state` is donated."""
         return self._get("step", state, frozen, batch)(state, frozen, batch)
 
-    def score(self, trainable: Any, frozen: Any, batch: Any) -> jax.Array:
-        """Each cell's loss (K,) on a batch that all share, without dropout."""
-        return self._get("score", trainable, frozen, batch)(trainable, frozen, batch)
+    def scores(self, trainable: Any, frozen: Any, batch: Any) -> Any:
+        """Each cell's scores on a batch that all share, with the axis K."""
+        return self._get("scores", trainable, frozen, batch)(trainable, frozen, batch)
 
     def bytes_needed(self, state: Any, frozen: Any, batch: Any) -> int:
-        """What a step holds at once, and the copy of the best trainable beside; arrays or structs.
-
-        Arguments, temporaries, and results that do not take an argument's place.
-        """
-        memory = self._get("step", state, frozen, batch).memory_analysis()
-        kept = memory.output_size_in_bytes - memory.alias_size_in_bytes
+        """What a step holds, and the copy of the best trainable beside; arrays or structs."""
         best = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(state.trainable))
-        return memory.argument_size_in_bytes + memory.temp_size_in_bytes + kept + best
+        return memory_of(self._get("step", state, frozen, batch)) + best
+
+    @property
+    def memory_bytes(self) -> int:
+        """What the largest program compiled so far holds at once."""
+        return max(map(memory_of, self._compiled.values()), default=0)
+
+    @property
+    def batch_shapes(self) -> list[tuple[int, ...]]:
+        """The batch shapes (K, B, T) that steps were compiled for."""
+        return sorted(self._shapes)
 
     def take_compile_seconds(self) -> float:
         """Seconds spent compiling since this was asked last."""
@@ -93,6 +97,8 @@ class Program:
         leaves, treedef = jax.tree.flatten((first, batch))
         key = (name, treedef, *((np.shape(leaf), str(leaf.dtype)) for leaf in leaves))
         if key not in self._compiled:
+            if name == "step" and isinstance(batch, dict) and "input_ids" in batch:
+                self._shapes.add(tuple(batch["input_ids"].shape))
             start = time.perf_counter()
             lowered = self._functions[name].lower(first, frozen, batch)
             self._compiled[key] = lowered.compile()

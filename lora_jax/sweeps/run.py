@@ -1,40 +1,136 @@
-"""Running the cells of a sweep, one after another: finished cells are not run again."""
+"""Running the cells of a sweep: packs and cells alone; what is finished is not run again."""
 
 from __future__ import annotations
 
+import math
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 from lora_jax.core.errors import RequestError
-from lora_jax.sweeps.cells import Cell
-from lora_jax.train import train_cell
-from lora_jax.train.workdir import lock_workdir
+from lora_jax.formats.atomic import write_json
+from lora_jax.sweeps.cells import Cell, Sweep, Tuning, choose_value
+from lora_jax.sweeps.memory import device_memory_bytes
+from lora_jax.sweeps.runner import Result, Runner, by_base
+from lora_jax.sweeps.view import SweepView
+from lora_jax.train import enable_compilation_cache
+from lora_jax.train.build import load_base
+from lora_jax.train.run import Diverged
+from lora_jax.train.workdir import check_cell, lock_workdir, plain_config, read_json_file
 
 
 def run_sweep(
-    cells: Sequence[Cell],
+    sweep: Sweep,
     workdir: str | os.PathLike,
     *,
+    source: str = "",
+    add: bool = False,
+    memory_bytes: int | None = None,
     progress: bool = True,
     command: str = "",
-    on_cell: Callable[[int, Cell, dict[str, Any] | RequestError], None] | None = None,
-) -> dict[str, dict[str, Any] | RequestError]:
-    """Trains each cell into `workdir/cells/NAME`; returns `{name: card, or the cell's error}`.
+) -> dict[str, Result]:
+    """Trains every cell into `workdir/cells/NAME`; returns `{name: card, or the cell's error}`.
 
-    A cell that cannot be run is reported and the others still run. `on_cell(number, cell, result)`
-    is called as each ends. Raises what concerns them all: a workdir in use, an interruption.
+    Cells whose shapes agree train as one program (see `groups`), those of full fine-tuning one
+    after another. Stopped in whatever way, the same call goes on where it was: finished cells are
+    not run again, packs keep their cells and slots. A cell that cannot be run, or whose loss turns
+    into no number, is reported and the others still run. `source` (the config's file) and the
+    sweep's name are noted in the workdir; `add` lets another sweep in. `memory_bytes` is what a
+    pack may hold (default: what the device has, half of the host's memory on CPU). Raises what
+    concerns all: a workdir in use or of another sweep, cells begun with other settings, an
+    interruption.
     """
-    results: dict[str, dict[str, Any] | RequestError] = {}
-    with lock_workdir(workdir):
-        for number, cell in enumerate(cells):
-            folder = Path(workdir) / "cells" / cell.name
-            try:
-                result = train_cell(cell.config, folder, progress=progress, command=command)
-            except RequestError as error:
-                result = error
-            results[cell.name] = result
-            if on_cell is not None:
-                on_cell(number, cell, result)
-    return results
+    workdir = Path(workdir)
+    with lock_workdir(workdir), SweepView(enabled=progress) as view:
+        check_sweep(sweep, workdir, source=source, add=add)
+        enable_compilation_cache()
+        runner = Runner(workdir, view, memory_bytes or device_memory_bytes(), command, progress)
+        note_sweep(sweep, workdir, source)
+        runner.run(sweep.first)
+        more = []
+        for tuning in sweep.tunings:
+            more += _more_cells(tuning, runner.results, workdir, view)
+        known = set(runner.results)
+        runner.run([cell for cell in more if cell.name not in known])
+        note_sweep(sweep, workdir, source, runner.results)
+        return runner.results
+
+
+def plan_sweep(sweep: Sweep, workdir: str | os.PathLike) -> list[str]:
+    """What would run, as lines: which cells share a program, which run alone, which are done.
+
+    Nothing is trained or written. Raises `RequestError` as `run_sweep` would.
+    """
+    workdir = Path(workdir)
+    check_sweep(sweep, workdir, source="", add=True)
+    runner = Runner(workdir, SweepView(enabled=False), device_memory_bytes(), "", False)
+    waiting = runner.take_finished(sweep.first)
+    lines = [f"finished: {name}" for name in runner.results]
+    for cells in by_base(waiting):
+        try:
+            groups, refused = runner.groups_of(cells, load_base(cells[0].config))
+        except RequestError as error:
+            groups, refused = [], {cell.name: error for cell in cells}
+        lines += [str(group) for group in groups]
+        lines += [f"refused: {name}: {why}" for name, why in refused.items()]
+    for tuning in sweep.tunings:
+        if tuning.more_seeds:
+            count = len(tuning.more_seeds)
+            lines.append(f"later: {tuning.name}, the best {tuning.key}, {count} more seeds")
+    return lines
+
+
+def check_sweep(sweep: Sweep, workdir: Path, *, source: str, add: bool) -> None:
+    """Raises `RequestError` if `workdir` belongs to another sweep or config."""
+    for cell in sweep.first:
+        check_cell(workdir / "cells" / cell.name, plain_config(cell.config))
+    if add or not (workdir / "sweep.json").exists():
+        return
+    there = read_json_file(workdir / "sweep.json")["sweeps"]
+    if {"name": sweep.name, "source": Path(source).name} not in there:
+        names = ", ".join(f"{one['name']!r} of {one['source']}" for one in there)
+        raise RequestError(
+            f"workdir {workdir} is of another sweep, {names}; choose another workdir, or --add to "
+            f"put {sweep.name!r} beside it"
+        )
+
+
+def note_sweep(
+    sweep: Sweep, workdir: Path, source: str, results: Mapping[str, Result] | None = None
+) -> None:
+    """Notes in `sweep.json` which sweeps the workdir holds, their cells, and who was refused."""
+    path = workdir / "sweep.json"
+    there = read_json_file(path) if path.exists() else {"sweeps": [], "cells": [], "refused": {}}
+    one = {"name": sweep.name, "source": Path(source).name}
+    there["sweeps"] += [] if one in there["sweeps"] else [one]
+    names = [cell.name for cell in sweep.first] + list(results or ())
+    there["cells"] = list(dict.fromkeys([*there["cells"], *names]))
+    for name, result in (results or {}).items():
+        there["refused"].pop(name, None)
+        if isinstance(result, RequestError) and not isinstance(result, Diverged):
+            there["refused"][name] = str(result)
+    write_json(path, there)
+
+
+def _more_cells(
+    tuning: Tuning, results: Mapping[str, Result], workdir: Path, view: SweepView
+) -> list[Cell]:
+    """The tuned contestant's cells of the other seeds; notes what was chosen and from what."""
+    losses = []
+    for cell in tuning.first:
+        result = results[cell.name]
+        if isinstance(result, RequestError) and not isinstance(result, Diverged):
+            view.say(f"{tuning.name}: nothing chosen, since {cell.name} was not run")
+            return []
+        bad = isinstance(result, RequestError)
+        losses.append(math.inf if bad else result["metrics"]["validation"]["loss"])
+    if not any(map(math.isfinite, losses)):
+        view.say(f"{tuning.name}: no {tuning.key} gave a number; nothing chosen")
+        return []
+    choice = choose_value(tuning, losses)
+    path = workdir / "tuned.json"
+    tuned = read_json_file(path) if path.exists() else {}
+    write_json(path, {**tuned, tuning.name: choice})
+    edge = "; at the edge of those tried: a better one may lie beyond" if choice["at_edge"] else ""
+    view.say(f"{tuning.name}: {tuning.key} {choice['chosen']:g} is best on validation{edge}")
+    return [tuning.cell(choice["chosen"], seed) for seed in tuning.more_seeds]

@@ -37,6 +37,20 @@ class Bookkeeping:
         window = tuple(tuple(row) for row in values["window"])
         return cls(**{**values, "window": window})
 
+    def after_logging(self) -> tuple[Bookkeeping, dict[str, float]]:
+        """The books with the window emptied, and what it came to: loss, accuracy, grad_norm.
+
+        Loss and accuracy are means over examples, the norm over steps.
+        """
+        weight = max(sum(row[3] for row in self.window), 1e-9)
+        loss = sum(row[1] * row[3] for row in self.window) / weight
+        values = {
+            "loss": loss,
+            "accuracy": sum(row[2] for row in self.window) / weight,
+            "grad_norm": sum(row[4] for row in self.window) / len(self.window),
+        }
+        return dataclasses.replace(self, train_loss=loss, window=()), values
+
     def after_evaluation(
         self, loss: float, accuracy: float, *, patience: int, num_steps: int
     ) -> Bookkeeping:

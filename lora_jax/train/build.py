@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import os
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -14,6 +15,7 @@ import optax
 from lora_jax.core.errors import RequestError
 from lora_jax.core.trees import nearest
 from lora_jax.data import (
+    EncodedExamples,
     EvalBatches,
     Splits,
     TrainIterator,
@@ -26,6 +28,7 @@ from lora_jax.data import (
 from lora_jax.formats.adapter import load_trainable
 from lora_jax.methods import BitFit, FullFineTuning, HeadOnly, LoRA, Method
 from lora_jax.models import Model, load_model
+from lora_jax.models.load import redraw_head
 from lora_jax.train.compilation import CompiledByShape
 from lora_jax.train.evaluate import make_scores
 from lora_jax.train.loss import make_loss
@@ -57,35 +60,73 @@ class Setup:
     patience: int
 
 
-def build(config: Any) -> tuple[Setup, TrainState]:
-    """Loads and prepares all that `config` names, and the state before the first step.
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Base:
+    """A model and the data for it, loaded and encoded once for any number of cells."""
 
-    `config.seed` decides the new head, the adapters, dropout and which examples meet in a batch;
-    `config.data.seed` the shapes of the batches and their order. Raises `RequestError`.
-    """
-    head_key, init_key, run_key = keys_of(config.seed)
+    model: Model
+    splits: Splits
+    encoded: Mapping[str, EncodedExamples]
+    buckets: tuple[int, ...]
+    _models: dict[int, Model] = dataclasses.field(default_factory=dict, repr=False)
+
+    def model_of(self, seed: int) -> Model:
+        """The model as a run of this seed begins with it: the base shared, a new head its own."""
+        if seed not in self._models:
+            self._models[seed] = redraw_head(self.model, keys_of(seed)[0])
+        return self._models[seed]
+
+    def train_batches_of(self, config: Any) -> TrainIterator:
+        """The training batches of one run."""
+        return train_batches(
+            self.encoded["train"],
+            batch_size=config.data.batch_size,
+            buckets=self.buckets,
+            seed=config.data.seed,
+            order_seed=config.seed,
+        )
+
+    def eval_batches_of(self, config: Any) -> dict[str, EvalBatches]:
+        """`{"validation": …, "test": …}`."""
+        return {
+            name: eval_batches(
+                self.encoded[name], batch_size=config.train.eval_batch_size, buckets=self.buckets
+            )
+            for name in ("validation", "test")
+        }
+
+
+def load_base(config: Any) -> Base:
+    """Loads what the `model` and `data` sections of `config` name. Raises `RequestError`."""
     splits = load_splits(config.data)
-    model = make_model(config.model, head_key)
+    model = make_model(config.model, keys_of(config.seed)[0])
     if len(splits.label_names) != model.num_labels:
         raise RequestError(
             f"model.num_labels={model.num_labels}, but the data have {len(splits.label_names)} "
             f"labels ({', '.join(map(repr, splits.label_names[:5]))}); set model.num_labels to it"
         )
-    method = make_method(config.method, model)
-    buckets = bucket_lengths(config.data.buckets, config.data.max_length)
     encoded = {
         name: encode_examples(
             model.tokenizer, getattr(splits, name), max_length=config.data.max_length
         )
         for name in ("train", "validation", "test")
     }
-    batches = train_batches(
-        encoded["train"],
-        batch_size=config.data.batch_size,
-        buckets=buckets,
-        seed=config.data.seed,
-        order_seed=config.seed,
-    )
+    buckets = bucket_lengths(config.data.buckets, config.data.max_length)
+    return Base(model=model, splits=splits, encoded=encoded, buckets=buckets)
+
+
+def build(config: Any, base: Base | None = None) -> tuple[Setup, TrainState]:
+    """Loads and prepares all that `config` names, and the state before the first step.
+
+    `config.seed` decides the new head, the adapters, dropout and which examples meet in a batch;
+    `config.data.seed` the shapes of the batches and their order. `base` is what `load_base` gave
+    for the same model and data, where they are loaded already. Raises `RequestError`.
+    """
+    _, init_key, run_key = keys_of(config.seed)
+    base = base or load_base(config)
+    model = base.model_of(config.seed)
+    method = make_method(config.method, model)
+    batches = base.train_batches_of(config)
     plan = plan_steps(config.train, batches.steps_per_epoch)
     tx = make_optimizer(config.optimizer, plan["num_steps"])
     loss = make_loss(model.apply, method, label_smoothing=config.train.label_smoothing)
@@ -96,18 +137,12 @@ def build(config: Any) -> tuple[Setup, TrainState]:
         model=model,
         method=method,
         frozen=frozen,
-        splits=splits,
+        splits=base.splits,
         batches=batches,
-        **{
-            name: eval_batches(
-                encoded[name], batch_size=config.train.eval_batch_size, buckets=buckets
-            )
-            for name in ("validation", "test")
-        },
+        **base.eval_batches_of(config),
         schedule=make_schedule(config.optimizer, plan["num_steps"]),
         step=CompiledByShape(make_train_step(loss, tx)),
         scores=CompiledByShape(make_scores(model.apply, method)),
-        patience=_at_least(config.train, "patience", 0),
         **plan,
     )
     return setup, init_state(trainable, tx, run_key)
@@ -158,7 +193,7 @@ def make_method(settings: Any, model: Model) -> Method:
 
 
 def plan_steps(settings: Any, steps_per_epoch: int) -> dict[str, int]:
-    """How many steps, and every how many to evaluate, save and log, from the `train` section."""
+    """How long, how often to evaluate, save and log, and the patience, from the `train` section."""
     num_steps = _at_least(settings, "num_steps", 0)
     if not num_steps:
         if not 0.0 < settings.num_epochs < math.inf:
@@ -170,6 +205,7 @@ def plan_steps(settings: Any, steps_per_epoch: int) -> dict[str, int]:
         "eval_every": eval_every,
         "checkpoint_every": _at_least(settings, "checkpoint_every_steps", 0) or eval_every,
         "log_every": _at_least(settings, "log_every_steps", 1),
+        "patience": _at_least(settings, "patience", 0),
     }
 
 

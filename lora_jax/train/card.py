@@ -6,7 +6,7 @@ import importlib.metadata
 import os
 import platform
 import subprocess
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -58,26 +58,47 @@ def device_description() -> dict[str, Any]:
         "platform": device.platform,
         "kind": device.device_kind,
         "count": jax.device_count(),
-        "threads": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 0,
+        "threads": num_threads(),
         "machine": platform.machine(),
+        "cpu": cpu_name(),
     }
 
 
-def describe_program(
-    table: Iterable[Any], batch_shapes: Sequence[Sequence[int]], *, threads: int
-) -> dict[str, Any]:
-    """What was compiled: one adapter alone (K = 1), its ranks and targets, batch shapes, flags.
+def num_threads() -> int:
+    """Processors of the host that this process may use, 0 where the system does not say."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 0
 
-    `table` is a method's table; a row without a rank is a parameter trained whole.
+
+def cpu_name() -> str:
+    """The host's processor, as Linux names it: XLA compiles for what it can do."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return platform.processor() or "unknown"
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or "unknown"
+
+
+def describe_program(
+    table: Iterable[Any],
+    batch_shapes: Sequence[Sequence[int]],
+    *,
+    memory_bytes: int,
+    pack: Mapping[str, Any] | None = None,
+) -> dict[str, Any]:
+    """What was compiled: ranks and targets, batch shapes, memory, threads, flags.
+
+    `table` is a method's table (of a pack, the union's); a row without a rank is a parameter
+    trained whole. `pack` says of a packed cell: `K`, `slot`, `pack` (its name), `cells`.
     """
     adapted = [row for row in table if row.rank]
     return {
-        "K": 1,
-        "slot": 0,
+        **(pack or {"K": 1, "slot": 0}),
         "ranks": sorted({row.rank for row in adapted}),
         "targets": [row.path for row in adapted],
         "batch_shapes": [list(shape) for shape in batch_shapes],
-        "threads": threads,
+        "memory_bytes": memory_bytes,
+        "threads": num_threads(),
         "xla_flags": os.environ.get("XLA_FLAGS", ""),
         "matmul_precision": str(jax.config.jax_default_matmul_precision),
     }

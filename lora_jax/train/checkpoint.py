@@ -14,7 +14,7 @@ import json
 import logging
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -77,12 +77,15 @@ class Checkpoints:
         except Exception as error:
             raise self._write_error("write the last checkpoint in", error) from error
 
-    def restore(self, like: Mapping[str, PyTree]) -> tuple[dict[str, PyTree], dict] | None:
+    def restore(
+        self, like: Mapping[str, PyTree] | Callable[[dict], Mapping[str, PyTree]]
+    ) -> tuple[dict[str, PyTree], dict] | None:
         """The latest checkpoint as `(groups, facts)`, bit for bit what was saved; None if none is.
 
-        `like` gives the structure, shapes and dtypes of each group (arrays or shape structs); a
-        group that was not saved is left out. Raises `RequestError` naming the step and the way out
-        if a byte was changed or the arrays are not like `like`.
+        `like` gives the structure, shapes and dtypes of each group (arrays or shape structs), or is
+        a function that makes them of the facts; a group that was not saved is left out. Raises
+        `RequestError` naming the step and the way out if a byte was changed or the arrays are not
+        like `like`.
         """
         step = self.latest_step
         if step is None:
@@ -100,6 +103,8 @@ class Checkpoints:
                 f"checkpoint {self.folder / str(step)} is damaged ({_one_line(error)}); "
                 f"{self._way_out(step)}"
             ) from error
+        if callable(like):
+            like = like(facts["facts"])
         return {
             name: self._rebuild(step, name, leaves, facts["manifest"][name], like[name])
             for name, leaves in groups.items()

@@ -25,6 +25,13 @@ def enable_compilation_cache() -> None:
     compilation_cache.reset_cache()
 
 
+def memory_of(compiled: Any) -> int:
+    """Bytes of arguments, temporaries, and results that take no argument's place (XLA's count)."""
+    memory = compiled.memory_analysis()
+    kept = memory.output_size_in_bytes - memory.alias_size_in_bytes
+    return memory.argument_size_in_bytes + memory.temp_size_in_bytes + kept
+
+
 class CompiledByShape:
     """A jitted `function(state, frozen, batch)`, compiled ahead for each batch shape it meets.
 
@@ -39,6 +46,11 @@ class CompiledByShape:
     @property
     def shapes(self) -> list[tuple[int, ...]]:
         return sorted(self._compiled)
+
+    @property
+    def memory_bytes(self) -> int:
+        """What the largest of the programs holds at once, arguments included."""
+        return max(map(memory_of, self._compiled.values()), default=0)
 
     def __call__(self, state: Any, frozen: Any, batch: dict[str, Any]):
         shape = tuple(batch["input_ids"].shape)

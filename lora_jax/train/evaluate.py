@@ -58,20 +58,38 @@ def evaluate(
 
     Raises `RequestError` if there is no such example.
     """
+    return _as_evaluation(*_scored(scores, trainable, frozen, batches))
+
+
+def evaluate_stacked(
+    scores: ScoreFunction, trainable: Any, frozen: Any, batches: Iterable[dict[str, np.ndarray]]
+) -> list[Evaluation]:
+    """`evaluate` for K trainables at once: `trainable` and what `scores` gives have an axis K."""
+    losses, correct, *examples = _scored(scores, trainable, frozen, batches)
+    return [_as_evaluation(*own, *examples) for own in zip(losses, correct, strict=True)]
+
+
+def _scored(scores, trainable, frozen, batches):
+    """Losses and correct (…, N) of the examples that count; their labels, index, weights (N,)."""
     device_scores, rows = [], []
     for batch in batches:
         inputs = {key: value for key, value in batch.items() if key not in ("index", "weights")}
         # Nothing is fetched here: the device works on while the next batch is made.
         device_scores.append(scores(trainable, frozen, inputs))
-        rows.append((batch["weights"], batch["labels"], batch["index"]))
-    weights = np.concatenate([row[0] for row in rows] or [np.zeros(0)]).astype(np.float64)
+        rows.append((batch["labels"], batch["index"], batch["weights"]))
+    labels, index, weights = (
+        np.concatenate([row[i] for row in rows] or [np.zeros(0)]) for i in range(3)
+    )
     kept = weights > 0
     if not kept.any():
         raise RequestError("nothing to evaluate: the split holds no example")
     fetched = jax.device_get(device_scores)
-    losses, correct = (np.concatenate([pair[i] for pair in fetched])[kept] for i in (0, 1))
-    labels, index = (np.concatenate([row[i] for row in rows])[kept] for i in (1, 2))
-    weights = weights[kept]
+    of_examples = (np.concatenate([pair[i] for pair in fetched], axis=-1) for i in (0, 1))
+    return (*(array[..., kept] for array in of_examples), labels[kept], index[kept], weights[kept])
+
+
+def _as_evaluation(losses, correct, labels, index, weights) -> Evaluation:
+    weights = weights.astype(np.float64)
     return Evaluation(
         loss=float(np.average(losses.astype(np.float64), weights=weights)),
         accuracy=float(np.average(correct.astype(np.float64), weights=weights)),

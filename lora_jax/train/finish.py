@@ -6,52 +6,66 @@ import os
 import re
 import shutil
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 
+from lora_jax.data import Splits
 from lora_jax.formats.adapter import TENSORS, save_trainable
 from lora_jax.formats.atomic import atomic_path, write_json
+from lora_jax.methods import Method
 from lora_jax.methods.table import MethodTable
+from lora_jax.models import Model
+from lora_jax.models.model import hash_params
 from lora_jax.train.bookkeeping import Bookkeeping
-from lora_jax.train.build import Setup
-from lora_jax.train.card import describe_program, device_description, make_card
+from lora_jax.train.card import device_description, make_card
 from lora_jax.train.evaluate import Evaluation
 from lora_jax.train.workdir import config_hash
+
+
+class Subject(Protocol):
+    """What was trained on what: a `Setup`, or a pack's own record."""
+
+    model: Model
+    method: Method
+    splits: Splits
 
 
 def write_results(
     cell: Path,
     config: dict[str, Any],
-    setup: Setup,
+    subject: Subject,
     books: Bookkeeping,
     trainable: Any,
     test: Evaluation,
+    program: dict[str, Any],
 ) -> dict[str, Any]:
     """Writes adapter/, test_predictions.npz and card.json into `cell`; returns the card.
 
-    The card comes last: where it is, all is. What a killed process left of the others is replaced.
+    `program` is what `describe_program` gave. The card comes last: where it is, all is. What a
+    killed process left of the others is replaced.
     """
     shutil.rmtree(cell / "adapter", ignore_errors=True)
-    save_trainable(cell / "adapter", trainable, describe_adapter(config, setup))
+    save_trainable(cell / "adapter", trainable, describe_adapter(config, subject))
     write_predictions(cell / "test_predictions.npz", test)
-    table = setup.method.table(setup.model.params)
-    device = device_description()
+    table = subject.method.table(subject.model.params)
     seconds = books.seconds
     card = make_card(
         config=config,
         config_hash=config_hash(config),
-        base_hash=setup.model.base_hash,
-        data_hash=setup.splits.data_hash,
+        base_hash=subject.model.base_hash,
+        data_hash=subject.splits.data_hash,
         seeds={"seed": config["seed"], "data": config["data"]["seed"]},
-        device=device,
-        program=describe_program(table, setup.step.shapes, threads=device["threads"]),
-        counts=count_trainable(table, setup.model.head_pattern),
+        device=device_description(),
+        program=program,
+        counts=count_trainable(table, subject.model.head_pattern),
         seconds={
             **seconds,
             "total": sum(seconds.values()),
             "per_step": seconds.get("train", 0.0) / max(1, books.step),
             "compile": seconds.get("compile", 0.0),
+            # Of a packed cell they are its share of the pack's.
+            "shared_by": program["K"],
         },
         metrics={
             "train": {"loss": books.train_loss},
@@ -64,22 +78,29 @@ def write_results(
             "stopped": books.stopped,
             "steps": books.step,
             "adapter_bytes": os.path.getsize(cell / "adapter" / TENSORS),
+            "weights_sha256": hash_trainable(trainable),
         },
     )
     write_json(cell / "card.json", card)
     return card
 
 
-def describe_adapter(config: dict[str, Any], setup: Setup) -> dict[str, Any]:
+def hash_trainable(trainable: Any) -> str:
+    """sha256 (hex) of `{path: {part: array}}`: names, dtypes, shapes and bytes."""
+    flat = {f"{path}:{part}": x for path, entry in trainable.items() for part, x in entry.items()}
+    return hash_params(flat)
+
+
+def describe_adapter(config: dict[str, Any], subject: Subject) -> dict[str, Any]:
     """What `load_adapter` needs to put the tensors back, and what a reader wants to know."""
     return {
         "format": "lora_jax adapter 1",
         "model": config["model"],
         "method": config["method"],
         "seed": config["seed"],
-        "base_hash": setup.model.base_hash,
-        "data_hash": setup.splits.data_hash,
-        "label_names": list(setup.splits.label_names),
+        "base_hash": subject.model.base_hash,
+        "data_hash": subject.splits.data_hash,
+        "label_names": list(subject.splits.label_names),
         "max_length": config["data"]["max_length"],
     }
 

@@ -10,12 +10,13 @@ from typing import Any
 
 from lora_jax.core.errors import RequestError
 from lora_jax.train.bookkeeping import Bookkeeping
-from lora_jax.train.build import Setup, build
+from lora_jax.train.build import Base, Setup, build
+from lora_jax.train.card import describe_program
 from lora_jax.train.checkpoint import Checkpoints
 from lora_jax.train.compilation import enable_compilation_cache
 from lora_jax.train.finish import write_results
 from lora_jax.train.metrics import MetricsWriter
-from lora_jax.train.progress import show_progress
+from lora_jax.train.progress import ShowWith, show_progress
 from lora_jax.train.run import Run, StopRequested, copy_arrays
 from lora_jax.train.signals import Interrupted, stop_requests
 from lora_jax.train.state import TrainState
@@ -51,9 +52,18 @@ def train(
 
 
 def train_cell(
-    config: Any, cell: str | os.PathLike, *, progress: bool = True, command: str = ""
+    config: Any,
+    cell: str | os.PathLike,
+    *,
+    progress: bool = True,
+    command: str = "",
+    base: Base | None = None,
+    show_with: ShowWith = show_progress,
 ) -> dict[str, Any]:
-    """`train` for the folder `cell` of a workdir whose lock the caller holds."""
+    """`train` for the folder `cell` of a workdir whose lock the caller holds.
+
+    `base` saves loading model and data again; `show_with` shows the way in place of a bar.
+    """
     cell, plain = Path(cell), plain_config(config)
     check_cell(cell, plain)
     if (cell / "card.json").exists():
@@ -61,8 +71,8 @@ def train_cell(
     started = time.perf_counter()
     enable_compilation_cache()
     # All that a request can have wrong shows itself here, before anything is written.
-    setup, state = build(config)
-    if progress:
+    setup, state = build(config, base)
+    if progress and base is None:
         for note in setup.splits.notes:
             print(f"{cell.name}: {note}", file=sys.stderr)
     claim_cell(cell, plain)
@@ -70,7 +80,7 @@ def train_cell(
         books, state, best = _resume(checkpoints, setup, state)
         with (
             MetricsWriter(cell, num_lines=books.metrics_lines, step=books.step) as metrics,
-            show_progress(cell.name, setup.num_steps, start=books.step, enabled=progress) as show,
+            show_with(cell.name, setup.num_steps, start=books.step, enabled=progress) as show,
         ):
             run = Run(setup, books, state, best, checkpoints, metrics, show, stop_requested)
             run.seconds["setup"] = run.seconds.get("setup", 0.0) + time.perf_counter() - started
@@ -86,7 +96,12 @@ def train_cell(
                 ) from None
         # On the disk before the results say that the run is over.
         checkpoints.wait()
-        return write_results(cell, plain, setup, run.books, run.best, test)
+        program = describe_program(
+            setup.method.table(setup.model.params),
+            setup.step.shapes,
+            memory_bytes=max(setup.step.memory_bytes, setup.scores.memory_bytes),
+        )
+        return write_results(cell, plain, setup, run.books, run.best, test, program)
 
 
 def _resume(

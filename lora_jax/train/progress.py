@@ -13,6 +13,8 @@ import rich.progress
 
 # (step, loss, examples per second): loss and rate may be None where they are not known yet
 Show = Callable[[int, float | None, float | None], None]
+# (name, num_steps, *, start, enabled) -> a context manager that gives a Show
+ShowWith = Callable[..., contextlib.AbstractContextManager[Show]]
 
 
 @contextlib.contextmanager
@@ -74,7 +76,7 @@ def _lines(name, num_steps, start, stream, every_s, clock) -> Show:
         words = [
             f"{name}: step {step}/{num_steps}",
             _values(loss, rate),
-            f"{_clock_time(left)} left",
+            f"{clock_time(left)} left",
         ]
         print("  ".join(word for word in words if word), file=stream, flush=True)
 
@@ -90,7 +92,7 @@ def _values(loss: float | None, rate: float | None) -> str:
     return "  ".join(words)
 
 
-def _clock_time(seconds: float) -> str:
+def clock_time(seconds: float) -> str:
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"

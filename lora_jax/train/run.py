@@ -26,6 +26,10 @@ class StopRequested(Exception):
     """A signal asked to stop, and all that must not be lost is being saved."""
 
 
+class Diverged(RequestError):
+    """A loss, gradient or weight is not a number: running the cell again would end there too."""
+
+
 class Run:
     """A training under way: what changes from step to step."""
 
@@ -162,9 +166,7 @@ class Run:
     def _log(self) -> None:
         self._fetch()
         self._lap("train")
-        window = self.books.window
-        weight = max(sum(row[3] for row in window), 1e-9)
-        loss = sum(row[1] * row[3] for row in window) / weight
+        self.books, values = self.books.after_logging()
         seconds, examples = self.seconds["train"], self._num_examples
         elapsed = seconds - self._rate_from[0]
         self._rate = (examples - self._rate_from[1]) / elapsed if elapsed > 0 else None
@@ -172,14 +174,11 @@ class Run:
         self._metrics.write(
             step=self.books.step,
             split="train",
-            loss=loss,
-            accuracy=sum(row[2] for row in window) / weight,
-            grad_norm=sum(row[4] for row in window) / len(window),
+            **values,
             lr=float(self.setup.schedule(self.books.step - 1)),
             examples_per_s=self._rate,
             seconds=sum(self.seconds.values()),
         )
-        self._note(train_loss=loss, window=())
         self._lap("log")
 
     def _save(self) -> None:
@@ -213,7 +212,7 @@ class Run:
     def _compile_seconds(self) -> float:
         return self.setup.step.seconds + self.setup.scores.seconds
 
-    def _not_finite(self, what: str, value: float, step: int) -> RequestError:
+    def _not_finite(self, what: str, value: float, step: int) -> Diverged:
         with contextlib.suppress(RequestError):
             self._checkpoints.wait()
         good = self._checkpoints.latest_step
@@ -223,7 +222,7 @@ class Run:
             else f"the checkpoint of step {good} is kept"
         )
         lr = float(self.setup.schedule(max(0, step - 1)))
-        return RequestError(
+        return Diverged(
             f"{what} is {value} at step {step} (learning rate {lr:g}); {kept}. Lower optimizer.lr "
             "or optimizer.clip_norm and train in another workdir"
         )

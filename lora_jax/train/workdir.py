@@ -94,6 +94,19 @@ def lock_workdir(workdir: str | os.PathLike) -> Iterator[None]:
                 path.parent.rmdir()
 
 
+def is_locked(workdir: str | os.PathLike) -> bool:
+    """Whether a process is at work in `workdir`; nothing is changed."""
+    path = Path(workdir) / ".lock"
+    if not path.exists():
+        return False
+    with open(path, encoding="utf-8") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return True
+        return False
+
+
 def _lock(path: Path):
     """The open and locked file at `path`. Raises `BlockingIOError` if another process has it."""
     while True:

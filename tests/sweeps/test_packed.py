@@ -13,6 +13,7 @@ import pytest
 
 import lora_jax as lj
 from lora_jax.core.lift import lift
+from lora_jax.sweeps import api
 from lora_jax.sweeps.plan import make_plan
 from lora_jax.sweeps.program import Program
 from lora_jax.sweeps.settings import read_cells
@@ -119,7 +120,7 @@ def test_a_padded_cell_starts_as_its_unpadded_twin():
     planned, _ = make_plan(read_cells(CELLS, axes=AXES), base())
     pack, cells = planned[0].pack, planned[0].cells
     keys = [keys_of(cell.seed)[1] for cell in cells]
-    trainable = pack.init(keys, base())
+    trainable = pack.init(keys, [base()] * len(keys))
     for k, cell in enumerate(cells):
         own = pack.unpack(jax.tree.map(lambda leaf, k=k: leaf[k], trainable), k)
         twin, _ = cell.method.init(keys[k], base())
@@ -215,8 +216,9 @@ def test_the_base_has_no_axis_of_cells_and_arguments_grow_by_the_adapters_only()
         (plan,), refused = make_plan(read_cells(cells, axes=AXES), base())
         assert not refused
         tx = optax.adamw(1e-3)
-        program = Program(plan.pack, lift(loss_fn), lambda cell, tx=tx: tx, tx, batch_axis=None)
-        state = program.init(plan.pack, plan.cells, base())
+        both = api._loss_and_scores(plan.pack, lift(loss_fn))
+        program = Program(*both, lambda cell, tx=tx: tx, tx, batch_axis=None)
+        state = program.init(plan.pack, plan.cells, [base()] * count)
         _, frozen = plan.cells[0].method.init(jax.random.key(0), base())
         both = (plan.pack.data(), frozen)
         compiled = program._get("step", state, both, batches_of(0, 1)[0])

@@ -1,0 +1,166 @@
+"""Cells of a command-line sweep, grouped by what must agree before they can share a program."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from lora_jax.core import trees
+from lora_jax.core.errors import RequestError
+from lora_jax.formats.atomic import write_json
+from lora_jax.models import Model
+from lora_jax.sweeps.cells import Cell
+from lora_jax.sweeps.plan import Planned, make_plan
+from lora_jax.sweeps.settings import CellSettings
+from lora_jax.train.build import Base, make_method, plan_steps
+from lora_jax.train.optimizer import make_optimizer
+from lora_jax.train.workdir import flat_config, plain_config, read_json_file
+
+# What each cell of a pack has of its own; all other settings must agree.
+OWN = (
+    "method.targets",
+    "method.rank",
+    "method.alpha",
+    "method.dropout",
+    "method.init",
+    "optimizer.lr",
+    "optimizer.weight_decay",
+    "seed",
+)
+LEFT_OUT = ("workdir", "name")
+
+
+def base_key(cell: Cell) -> str:
+    """Cells of one key share model and data."""
+    config = plain_config(cell.config)
+    return json.dumps([config["model"], config["data"]], sort_keys=True)
+
+
+@dataclasses.dataclass(frozen=True)
+class Group:
+    """Cells that train as one program, or one cell that trains alone (`plan` is None then)."""
+
+    cells: tuple[Cell, ...]
+    plan: Planned | None
+    num_steps: int
+
+    @property
+    def is_pack(self) -> bool:
+        """Whether it is more than one cell."""
+        return len(self.cells) > 1
+
+    def __str__(self) -> str:
+        if self.plan is not None and self.is_pack:
+            return str(self.plan)
+        return f"alone: {self.cells[0].name}"
+
+
+def make_groups(cells: Sequence[Cell], base: Base) -> tuple[list[Group], dict[str, RequestError]]:
+    """The groups of cells that share `base`, in order of their first cells; and who is refused.
+
+    A cell that cannot be run (an impossible rank, a bad rate) is refused, the others still run.
+    """
+    refused: dict[str, RequestError] = {}
+    families: dict[str, list[tuple[Cell, CellSettings]]] = {}
+    num_steps: dict[str, int] = {}
+    for cell in cells:
+        try:
+            steps = _num_steps(cell, base)
+            settings = cell_settings(cell, base.model_of(cell.config.seed), steps)
+        except RequestError as error:
+            refused[cell.name] = error
+            continue
+        key = shared_key(cell, base.model, settings)
+        families.setdefault(key, []).append((cell, settings))
+        num_steps[cell.name] = steps
+    groups = []
+    for family in families.values():
+        by_name = {cell.name: cell for cell, _ in family}
+        planned, impossible = make_plan([settings for _, settings in family], base.model.params)
+        refused |= {name: RequestError(why) for name, why in impossible.items()}
+        for plan in planned:
+            members = tuple(by_name[settings.name] for settings in plan.cells)
+            groups.append(Group(members, plan, num_steps[members[0].name]))
+    order = {cell.name: place for place, cell in enumerate(cells)}
+    return sorted(groups, key=lambda group: order[group.cells[0].name]), refused
+
+
+def cell_settings(cell: Cell, model: Model, num_steps: int) -> CellSettings:
+    """A config's cell as packs take them. Raises `RequestError` for settings out of range."""
+    config = cell.config
+    make_optimizer(config.optimizer, num_steps)  # for its checks
+    return CellSettings(
+        name=cell.name,
+        settings=flat_config(plain_config(config)),
+        method=make_method(config.method, model),
+        lr=config.optimizer.lr,
+        weight_decay=config.optimizer.weight_decay,
+        seed=config.seed,
+    )
+
+
+def shared_key(cell: Cell, model: Model, settings: CellSettings) -> str:
+    """Cells of one key may share a program, if their shapes agree."""
+    flat = flat_config(plain_config(cell.config))
+    own = set(OWN)
+    if not _whole_head(model, settings):
+        own.remove("seed")  # a new head that stays frozen differs by seed
+    kept = {
+        name: value
+        for name, value in flat.items()
+        if name not in own and name.split(".")[0] not in LEFT_OUT
+    }
+    return json.dumps(kept, sort_keys=True)
+
+
+def _whole_head(model: Model, settings: CellSettings) -> bool:
+    if not model.head_is_new:
+        return True
+    whole = set(settings.method.whole_paths(model.params))
+    heads = [p for p in trees.flatten(model.params).paths if re.fullmatch(model.head_pattern, p)]
+    return whole.issuperset(heads)
+
+
+def _num_steps(cell: Cell, base: Base) -> int:
+    batches = base.train_batches_of(cell.config)
+    return plan_steps(cell.config.train, batches.steps_per_epoch)["num_steps"]
+
+
+@dataclasses.dataclass(frozen=True)
+class PackRecord:
+    """Which cells a pack has, in the order of their slots, and the hashes of their configs."""
+
+    cells: tuple[str, ...]
+    config_hashes: tuple[str, ...]
+
+    @classmethod
+    def of(cls, cells: Sequence[Cell]) -> PackRecord:
+        return cls(tuple(cell.name for cell in cells), tuple(cell.hash for cell in cells))
+
+    @property
+    def name(self) -> str:
+        """The folder's name: the same cells in the same slots are the same pack."""
+        text = "\n".join(map(" ".join, zip(self.cells, self.config_hashes, strict=True)))
+        return f"pack-{hashlib.sha256(text.encode()).hexdigest()[:10]}"
+
+    def write(self, workdir: Path) -> None:
+        """Writes `packs/NAME/pack.json`, atomically."""
+        write_json(workdir / "packs" / self.name / "pack.json", dataclasses.asdict(self))
+
+
+def read_packs(workdir: Path) -> list[PackRecord]:
+    """The packs that were begun in `workdir`. Raises `RequestError` for a damaged record."""
+    found = []
+    for path in sorted((workdir / "packs").glob("*/pack.json")):
+        told: Any = read_json_file(path)
+        try:
+            record = PackRecord(tuple(told["cells"]), tuple(told["config_hashes"]))
+        except (KeyError, TypeError) as error:
+            raise RequestError(f"{path} is no pack's record; remove its folder") from error
+        found.append(record)
+    return found

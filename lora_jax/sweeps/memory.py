@@ -1,0 +1,58 @@
+"""How many cells fit into a pack: from the compiled program's own memory analysis."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Callable
+from typing import Any
+
+import jax
+
+from lora_jax.sweeps.plan import Planned
+from lora_jax.sweeps.program import Program
+from lora_jax.sweeps.settings import CellSettings
+
+
+class DoesNotFit(Exception):
+    """One cell alone needs more than the budget."""
+
+
+def fitting_width(
+    program: Program,
+    group: Planned,
+    params_of: Callable[[CellSettings], Any],
+    frozen: Any,
+    source: Any,
+    budget: int,
+) -> tuple[int, int]:
+    """The widest pack of the group's first cells that the budget holds, and its bytes.
+
+    `source.widest(cells)` gives the largest batch. Only shapes are used: nothing is allocated.
+    Raises `DoesNotFit` if the budget does not hold one cell.
+    """
+    width = len(group.cells)
+    while True:
+        part = group.take(range(width))
+        params = [params_of(cell) for cell in part.cells]
+        state = jax.eval_shape(
+            lambda part=part, params=params: program.init(part.pack, part.cells, params)
+        )
+        batch = source.widest(part.cells)
+        needed = program.bytes_needed(state, (part.pack.data(), frozen), batch)
+        if needed <= budget:
+            return width, needed
+        if width == 1:
+            raise DoesNotFit(
+                f"one cell alone needs {needed / 2**20:,.1f} MiB of {budget / 2**20:,.1f} MiB; use "
+                "smaller batches or raise the memory budget"
+            )
+        width = math.ceil(width / 2)
+
+
+def device_memory_bytes() -> int:
+    """What a program may use: nine tenths of the device's memory, on CPU half of the host's."""
+    limit = (jax.devices()[0].memory_stats() or {}).get("bytes_limit")
+    if limit:
+        return int(0.9 * limit)
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2

@@ -1,0 +1,87 @@
+"""What training a pack of configs needs: its program, its frozen base, its batches."""
+
+from __future__ import annotations
+
+import dataclasses
+import types
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import numpy as np
+
+from lora_jax.sweeps.cells import Cell
+from lora_jax.sweeps.groups import Group
+from lora_jax.sweeps.program import Program
+from lora_jax.sweeps.settings import CellSettings
+from lora_jax.train.build import Base
+from lora_jax.train.evaluate import make_scores
+from lora_jax.train.loss import make_loss
+from lora_jax.train.optimizer import make_optimizer
+
+
+class PackBatches:
+    """Each cell's own training batches, stacked: in one schedule of shapes, with data of its own.
+
+    Step n's are a function of n, so a resumed pack needs no position.
+    """
+
+    def __init__(self, cells: Sequence[Cell], base: Base):
+        self._sources = {cell.name: base.train_batches_of(cell.config).source for cell in cells}
+        self._longest = base.buckets[-1]
+
+    @property
+    def fingerprints(self) -> list[str]:
+        """Of all that decides each cell's schedule."""
+        return [source.fingerprint for source in self._sources.values()]
+
+    def at(self, step: int, cells: Sequence[CellSettings]) -> dict[str, np.ndarray]:
+        """The batches of the step that comes after `step` others, with an axis of cells."""
+        each = [self._sources[cell.name][step] for cell in cells]
+        return {name: np.stack([batch[name] for batch in each]) for name in each[0]}
+
+    def widest(self, cells: Sequence[CellSettings]) -> dict[str, jax.ShapeDtypeStruct]:
+        """The shapes of the longest bucket's batch."""
+        batch = self.at(0, cells)
+        token = {"input_ids", "attention_mask"}
+        return {
+            name: jax.ShapeDtypeStruct(
+                (*array.shape[:2], self._longest) if name in token else array.shape, array.dtype
+            )
+            for name, array in batch.items()
+        }
+
+
+@dataclasses.dataclass(frozen=True)
+class Ready:
+    """A group with its program and data, ready to train at any width."""
+
+    group: Group
+    base: Base
+    program: Program
+    frozen: Any
+    batches: PackBatches
+
+    def params_of(self, cell: CellSettings) -> Any:
+        """The params tree that a cell begins with."""
+        return self.base.model_of(cell.seed).params
+
+
+def make_ready(group: Group, base: Base) -> Ready:
+    """What training `group` needs; nothing is compiled yet."""
+    first, plan = group.cells[0].config, group.plan
+    loss = make_loss(base.model.apply, plan.pack, label_smoothing=first.train.label_smoothing)
+
+    def tx_of(cell: CellSettings):
+        settings = {
+            key.removeprefix("optimizer."): value
+            for key, value in cell.settings.items()
+            if key.startswith("optimizer.")
+        }
+        return make_optimizer(types.SimpleNamespace(**settings), group.num_steps)
+
+    program = Program(
+        loss, make_scores(base.model.apply, plan.pack), tx_of, tx_of(plan.cells[0]), batch_axis=0
+    )
+    frozen = plan.cells[0].method.init(jax.random.key(0), base.model.params)[1]
+    return Ready(group, base, program, frozen, PackBatches(group.cells, base))

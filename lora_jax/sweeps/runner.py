@@ -1,0 +1,232 @@
+"""Runs the cells of a workdir: what is finished is passed over, what was begun is gone on with."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from ml_collections import ConfigDict
+
+from lora_jax.core.errors import RequestError
+from lora_jax.sweeps.cells import Cell
+from lora_jax.sweeps.groups import OWN, Group, base_key, make_groups, read_packs
+from lora_jax.sweeps.memory import DoesNotFit, fitting_width
+from lora_jax.sweeps.ready import Ready, make_ready
+from lora_jax.sweeps.stored import read_failure, train_pack, write_failure
+from lora_jax.sweeps.view import SweepView
+from lora_jax.train import train_cell
+from lora_jax.train.build import Base, load_base
+from lora_jax.train.run import Diverged
+from lora_jax.train.workdir import flat_config, plain_config, read_json_file
+
+Result = dict[str, Any] | RequestError
+
+
+@dataclasses.dataclass
+class Runner:
+    """Runs cells of one workdir; every result goes into `results`."""
+
+    workdir: Path
+    view: SweepView
+    memory_bytes: int
+    command: str
+    progress: bool
+    results: dict[str, Result] = dataclasses.field(default_factory=dict)
+    bases: dict[str, Base] = dataclasses.field(default_factory=dict)
+    ready: list[Ready] = dataclasses.field(default_factory=list)
+
+    def run(self, cells: Sequence[Cell]) -> None:
+        """Runs what is not finished, and puts every result in `results`."""
+        if not cells:
+            return
+        self.view.expect(len(cells))
+        waiting = self.take_finished(cells)
+        if self.results and len(waiting) < len(cells):
+            self.view.say(f"{len(cells) - len(waiting)} of {len(cells)} cells are finished already")
+        for same in by_base(waiting):
+            try:
+                base = self._base_of(same[0])
+            except RequestError as error:
+                self._take({cell.name: error for cell in same})
+                continue
+            groups, refused = self.groups_of(same, base)
+            self._take(refused)
+            for number, group in enumerate(groups, 1):
+                self.view.expect(0, len(group.cells) * group.num_steps)
+                self.view.say(f"program {number} of {len(groups)}: {group}")
+            for group in groups:
+                self._run_group(group, base)
+
+    def take_finished(self, cells: Sequence[Cell]) -> list[Cell]:
+        """Puts what is finished, or failed for good, into `results`; returns the rest."""
+        waiting = []
+        for cell in cells:
+            folder = self.workdir / "cells" / cell.name
+            if (folder / "card.json").exists():
+                self.results[cell.name] = read_json_file(folder / "card.json")
+            elif (failure := read_failure(folder)) is not None:
+                self.results[cell.name] = failure
+            else:
+                waiting.append(cell)
+                continue
+            self.view.ended(failed=isinstance(self.results[cell.name], RequestError))
+        return waiting
+
+    def groups_of(self, cells: Sequence[Cell], base: Base):
+        """Packs that were begun as they were begun, cells begun alone alone, the rest anew."""
+        waiting = {cell.name: cell for cell in cells}
+        groups: list[Group] = []
+        refused: dict[str, RequestError] = {}
+
+        def plan(some: Sequence[Cell]) -> None:
+            made, impossible = make_groups(some, base)
+            groups.extend(made)
+            refused.update(impossible)
+
+        for record in read_packs(self.workdir):
+            hashes = zip(record.cells, record.config_hashes, strict=True)
+            if any(name in waiting and waiting[name].hash == h for name, h in hashes):
+                plan([waiting.pop(name, None) or self._begun(name) for name in record.cells])
+        for name in list(waiting):
+            if (self.workdir / "cells" / name / "checkpoints").exists():
+                plan([waiting.pop(name)])
+        plan(list(waiting.values()))
+        return groups, refused
+
+    def _begun(self, name: str) -> Cell:
+        """A cell that its pack needs and nobody asked for, or that has its card already."""
+        config = read_json_file(self.workdir / "cells" / name / "config.json")
+        return Cell(name, ConfigDict(config, convert_dict=True))
+
+    def _base_of(self, cell: Cell) -> Base:
+        key = base_key(cell)
+        if key not in self.bases:
+            self.bases.clear()  # one model in memory at a time
+            self.ready.clear()
+            self.bases[key] = load_base(cell.config)
+            for note in self.bases[key].splits.notes:
+                self.view.say(note)
+        return self.bases[key]
+
+    def _run_group(self, group: Group, base: Base) -> None:
+        try:
+            if not group.is_pack:
+                (cell,) = group.cells
+                with self.view.running(1, group.num_steps):
+                    self._take({cell.name: self._run_alone(cell, base)})
+                return
+            for part, ready in self._fitted(group, base):
+                if not part.is_pack:
+                    self._run_group(part, base)
+                    continue
+                with self.view.running(len(part.cells), part.num_steps):
+                    self._take(
+                        train_pack(
+                            ready,
+                            part.plan,
+                            part.cells,
+                            self.workdir,
+                            command=self.command,
+                            show_with=self.view.show_with,
+                        )
+                    )
+        except (RequestError, DoesNotFit) as error:
+            why = error if isinstance(error, RequestError) else RequestError(str(error))
+            self._take({c.name: why for c in group.cells if c.name not in self.results})
+
+    def _run_alone(self, cell: Cell, base: Base) -> Result:
+        folder = self.workdir / "cells" / cell.name
+        try:
+            return train_cell(
+                cell.config,
+                folder,
+                progress=self.progress,
+                command=self.command,
+                base=base,
+                show_with=self.view.show_with,
+            )
+        except Diverged as error:
+            return write_failure(folder, str(error))
+
+    def _fitted(self, group: Group, base: Base) -> Iterator[tuple[Group, Ready]]:
+        """The group's parts that fit into the budget, with what trains them.
+
+        A pack that was begun stays as it is, whatever the budget.
+        """
+        ready = self._ready(group, base)
+        begun = {record.cells for record in read_packs(self.workdir)}
+        names = tuple(cell.name for cell in group.cells)
+        if names in begun:
+            yield group, ready
+            return
+        width, _ = fitting_width(
+            ready.program,
+            group.plan,
+            ready.params_of,
+            ready.frozen,
+            ready.batches,
+            self.memory_bytes,
+        )
+        if width == len(group.cells):
+            yield group, ready
+            return
+        count = math.ceil(len(group.cells) / width)
+        self.view.say(
+            f"{count} packs of up to {width} cells instead: what fits into "
+            f"{self.memory_bytes / 2**20:,.0f} MiB"
+        )
+        for number in range(count):
+            some = group.cells[number * width : (number + 1) * width]
+            (part,), _ = make_groups(some, base)
+            yield part, self._ready(part, base)
+
+    def _ready(self, group: Group, base: Base) -> Ready:
+        """With the program of an earlier pack where it is the same."""
+        made = make_ready(group, base)
+        for other in self.ready:
+            if _same_program(other.group, group):
+                return dataclasses.replace(made, program=other.program)
+        self.ready.append(made)
+        return made
+
+    def _take(self, results: Mapping[str, Result]) -> None:
+        for name, result in results.items():
+            if name in self.results:  # a card of before, of a cell that its pack needed again
+                continue
+            self.results[name] = result
+            failed = isinstance(result, RequestError)
+            self.view.ended(failed=failed)
+            self.view.say(f"{name}: {f'failed: {result}' if failed else _one_line(result)}")
+
+
+def _same_program(one: Group, other: Group) -> bool:
+    """Whether two packs of one base compile to one program at equal widths."""
+
+    def rest(group: Group):
+        flat = flat_config(plain_config(group.cells[0].config))
+        return {key: value for key, value in flat.items() if key not in OWN}
+
+    return (
+        one.plan.pack.union == other.plan.pack.union
+        and one.num_steps == other.num_steps
+        and rest(one) == rest(other)
+    )
+
+
+def _one_line(card: Mapping[str, Any]) -> str:
+    metrics = card["metrics"]
+    return (
+        f"test loss {metrics['test']['loss']:.4f}, accuracy {metrics['test']['accuracy']:.4f}; "
+        f"{metrics['steps']} steps, {metrics['stopped']}"
+    )
+
+
+def by_base(cells: Sequence[Cell]) -> list[list[Cell]]:
+    """The cells, those of one model and data together."""
+    found: dict[str, list[Cell]] = {}
+    for cell in cells:
+        found.setdefault(base_key(cell), []).append(cell)
+    return list(found.values())

@@ -1,0 +1,82 @@
+"""How far a sweep is, from its workdir's files alone."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from pathlib import Path
+from typing import Any
+
+from lora_jax.core.errors import RequestError
+from lora_jax.train.metrics import read_metrics
+from lora_jax.train.workdir import is_locked, read_json_file
+
+STATES = ("done", "running", "stopped", "failed", "waiting")
+
+
+@dataclasses.dataclass(frozen=True)
+class CellStatus:
+    """One cell. `state` is one of STATES; a "stopped" one was begun and nobody is at work.
+
+    `step` of `num_steps` (None where its config does not say), `loss`: the last training loss that
+    was logged; `seconds` spent so far, a packed cell's share; `note`: why it ended or failed.
+    """
+
+    name: str
+    state: str
+    step: int
+    num_steps: int | None
+    loss: float | None
+    seconds: float
+    note: str
+
+
+def sweep_status(workdir: str | os.PathLike) -> list[CellStatus]:
+    """The cells of `workdir`, in the order of the sweep.
+
+    Raises `RequestError` if it holds no sweep.
+    """
+    workdir = Path(workdir)
+    if not (workdir / "sweep.json").exists():
+        raise RequestError(f"{workdir} holds no sweep (no sweep.json); give a sweep's --workdir")
+    told = read_json_file(workdir / "sweep.json")
+    folders = sorted(path.name for path in (workdir / "cells").glob("[!.]*"))
+    names = list(dict.fromkeys([*told["cells"], *folders]))
+    at_work = is_locked(workdir)
+    return [_status(workdir / "cells" / n, told["refused"].get(n, ""), at_work) for n in names]
+
+
+def seconds_left(cells: list[CellStatus]) -> float | None:
+    """What the cells that are under way still need, at their pace so far; None if unknown."""
+    running = [c for c in cells if c.state == "running" and c.num_steps and c.step and c.seconds]
+    if not running:
+        return None
+    return sum(c.seconds / c.step * (c.num_steps - c.step) for c in running)
+
+
+def _status(folder: Path, refused: str, at_work: bool) -> CellStatus:
+    rows = read_metrics(folder / "metrics.jsonl")
+    trained = [row for row in rows if row["split"] == "train"]
+    config = read_json_file(folder / "config.json") if (folder / "config.json").exists() else {}
+    begun = bool(config)
+    state, note = ("running" if at_work else "stopped") if begun else "waiting", ""
+    num_steps = config.get("train", {}).get("num_steps") or None
+    step = max((row["step"] for row in rows), default=0)
+    if (folder / "card.json").exists():
+        card: dict[str, Any] = read_json_file(folder / "card.json")
+        metrics = card["metrics"]
+        state, step = "done", metrics["steps"]
+        note = f"test loss {metrics['test']['loss']:.4f}, {metrics['stopped']}"
+    elif (folder / "failure.json").exists():
+        state, note = "failed", read_json_file(folder / "failure.json")["error"]
+    elif refused and not begun:
+        state, note = "failed", refused
+    return CellStatus(
+        name=folder.name,
+        state=state,
+        step=step,
+        num_steps=num_steps,
+        loss=trained[-1]["loss"] if trained else None,
+        seconds=max((row.get("seconds") or 0.0 for row in rows), default=0.0),
+        note=note,
+    )
