@@ -27,7 +27,7 @@ A sweep is a function in the config's file:
 
 With tune, a contestant runs once for each value; the one with the best validation loss then runs
 with more seeds. What was chosen, and from what, is in WORKDIR/tuned.json:
-      add("full", tune=("optimizer.lr", (1e-5, 1e-4)), more_seeds=(1, 2), **{{"method.name": "full"}})
+      add("r8", tune=("optimizer.lr", (1e-4, 1e-3)), more_seeds=(1, 2), **{{"method.rank": 8}})
 
 Cells that differ in targets, rank, alpha, dropout, init, learning rate, weight decay and seed alone
 train as one program over one copy of the base (ranks padded to 8, 16, 32, …); the rest, and full

@@ -19,7 +19,7 @@ from lora_jax.sweeps.engine import PackTraining, Schedule
 from lora_jax.sweeps.memory import DoesNotFit, device_memory_bytes, fitting_width
 from lora_jax.sweeps.pack import Pack
 from lora_jax.sweeps.plan import make_plan
-from lora_jax.sweeps.program import Program
+from lora_jax.sweeps.program import Program, default_at_once
 from lora_jax.sweeps.results import CellResult, SweepResults
 from lora_jax.sweeps.settings import CellSettings, read_cells
 from lora_jax.train.optimizer import make_optimizer
@@ -45,6 +45,7 @@ def sweep(
     axes: Mapping[str, Any] | None = None,
     aliases: Mapping[str, str] | None = None,
     memory_bytes: int | None = None,
+    at_once: int | None = None,
     progress: bool = True,
 ) -> SweepResults:
     """Trains every cell with AdamW; cells whose shapes agree train as one compiled program.
@@ -67,6 +68,8 @@ def sweep(
       axes, aliases: as in `LoRA`.
       memory_bytes: what a program may hold; packs are narrowed until they fit, and a cell that does
         not fit alone fails. By default what the device has, or half of the host's memory.
+      at_once: cells of a pack that are computed side by side, chunk after chunk in one program; 0
+        for all. By default all, and 1 on CPU, which is faster there and needs less memory.
       progress: show a bar and print the plan.
 
     Returns one result a cell. A cell that fails (an impossible rank, a loss that is not a number)
@@ -82,9 +85,10 @@ def sweep(
     >>> [row.trainable["w"]["a"].shape for row in found]
     [(4, 1), (4, 2)]
     """
-    if num_steps < 1 or eval_every < 0 or patience < 0:
+    if num_steps < 1 or eval_every < 0 or patience < 0 or (at_once or 0) < 0:
         raise RequestError(
-            f"num_steps={num_steps}, eval_every={eval_every}, patience={patience}: at least 1, 0, 0"
+            f"num_steps={num_steps}, eval_every={eval_every}, patience={patience}, "
+            f"at_once={at_once}: at least 1, 0, 0, 0"
         )
     if patience and not (validation and eval_every):
         raise RequestError(f"patience={patience} needs validation batches and eval_every")
@@ -114,7 +118,11 @@ def sweep(
         try:
             tx = tx_of(group.cells[0])
             program = Program(
-                *_loss_and_scores(group.pack, loss), tx_of, tx, batch_axis=source.axis
+                *_loss_and_scores(group.pack, loss),
+                tx_of,
+                tx,
+                batch_axis=source.axis,
+                at_once=default_at_once() if at_once is None else at_once,
             )
             frozen = group.cells[0].method.init(jax.random.key(0), params)[1]
             width, needed = fitting_width(

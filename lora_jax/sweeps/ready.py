@@ -67,8 +67,8 @@ class Ready:
         return self.base.model_of(cell.seed).params
 
 
-def make_ready(group: Group, base: Base) -> Ready:
-    """What training `group` needs; nothing is compiled yet."""
+def make_ready(group: Group, base: Base, *, at_once: int) -> Ready:
+    """What training `group` needs; nothing is compiled yet. `at_once` as in `Program`."""
     first, plan = group.cells[0].config, group.plan
     loss = make_loss(base.model.apply, plan.pack, label_smoothing=first.train.label_smoothing)
 
@@ -81,7 +81,12 @@ def make_ready(group: Group, base: Base) -> Ready:
         return make_optimizer(types.SimpleNamespace(**settings), group.num_steps)
 
     program = Program(
-        loss, make_scores(base.model.apply, plan.pack), tx_of, tx_of(plan.cells[0]), batch_axis=0
+        loss,
+        make_scores(base.model.apply, plan.pack),
+        tx_of,
+        tx_of(plan.cells[0]),
+        batch_axis=0,
+        at_once=at_once,
     )
     frozen = plan.cells[0].method.init(jax.random.key(0), base.model.params)[1]
     return Ready(group, base, program, frozen, PackBatches(group.cells, base))

@@ -14,6 +14,7 @@ from lora_jax.core.errors import RequestError
 from lora_jax.sweeps.cells import Cell
 from lora_jax.sweeps.groups import OWN, Group, base_key, make_groups, read_packs
 from lora_jax.sweeps.memory import DoesNotFit, fitting_width
+from lora_jax.sweeps.program import default_at_once
 from lora_jax.sweeps.ready import Ready, make_ready
 from lora_jax.sweeps.stored import read_failure, train_pack, write_failure
 from lora_jax.sweeps.view import SweepView
@@ -34,6 +35,7 @@ class Runner:
     memory_bytes: int
     command: str
     progress: bool
+    at_once: int = dataclasses.field(default_factory=default_at_once)
     results: dict[str, Result] = dataclasses.field(default_factory=dict)
     bases: dict[str, Base] = dataclasses.field(default_factory=dict)
     ready: list[Ready] = dataclasses.field(default_factory=list)
@@ -185,7 +187,7 @@ class Runner:
 
     def _ready(self, group: Group, base: Base) -> Ready:
         """With the program of an earlier pack where it is the same."""
-        made = make_ready(group, base)
+        made = make_ready(group, base, at_once=self.at_once)
         for other in self.ready:
             if _same_program(other.group, group):
                 return dataclasses.replace(made, program=other.program)

@@ -236,7 +236,13 @@ def _write_results(
         elif k not in tests:
             results[cell.name] = write_failure(folder, training.cells[k].error)
         else:
-            own = {"K": len(cells), "slot": k, "pack": record.name, "cells": list(record.cells)}
+            own = {
+                "K": len(cells),
+                "slot": k,
+                "pack": record.name,
+                "cells": list(record.cells),
+                "at_once": ready.program.at_once,
+            }
             program = describe_program(
                 union, shapes, memory_bytes=ready.program.memory_bytes, pack=own
             )

@@ -89,7 +89,8 @@ def describe_program(
     """What was compiled: ranks and targets, batch shapes, memory, threads, flags.
 
     `table` is a method's table (of a pack, the union's); a row without a rank is a parameter
-    trained whole. `pack` says of a packed cell: `K`, `slot`, `pack` (its name), `cells`.
+    trained whole. `pack` says of a packed cell: `K`, `slot`, `pack` (its name), `cells` (by
+    slot), `at_once` (cells computed side by side, 0: all).
     """
     adapted = [row for row in table if row.rank]
     return {

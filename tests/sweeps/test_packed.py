@@ -33,9 +33,9 @@ from tests.sweeps.problem import (
 )
 
 
-@pytest.fixture(scope="module")
-def packed():
-    return training_of(CELLS)
+@pytest.fixture(scope="module", params=[0, 1, 3], ids=["side-by-side", "one-by-one", "by-threes"])
+def packed(request):
+    return training_of(CELLS, at_once=request.param)
 
 
 def differences(found, expected):
@@ -129,10 +129,10 @@ def test_a_padded_cell_starts_as_its_unpadded_twin():
 
 
 def test_a_cell_that_turns_nan_changes_no_neighbours_bits(packed):
-    _, good = packed
+    trained, good = packed
     cells = [dict(cell) for cell in CELLS]
     cells[2] = {**cells[2], "lr": 1e30}
-    _, results = training_of(cells)
+    _, results = training_of(cells, at_once=trained._program.at_once)
     assert "loss is" in results[2].error and "lower lr" in results[2].error
     for k in set(range(8)) - {2}:
         assert not results[k].error
@@ -141,10 +141,11 @@ def test_a_cell_that_turns_nan_changes_no_neighbours_bits(packed):
         assert jax.tree.all(same)
 
 
-def test_early_stops_and_repacking_change_nothing_beyond_rounding():
+@pytest.mark.parametrize("at_once", [0, 1])
+def test_early_stops_and_repacking_change_nothing_beyond_rounding(at_once):
     # The first five do not learn, so they stop after three looks; the rest go on, repacked.
     cells = [{**c, "lr": 0.0 if k < 5 else c["lr"] / 5} for k, c in enumerate(CELLS)]
-    looked = {"eval_every": 5, "validation": VALIDATION}
+    looked = {"eval_every": 5, "validation": VALIDATION, "at_once": at_once}
     training, results = training_of(cells, patience=2, **looked)
     _, never = training_of(cells, **looked)
     assert len(training.slots) < 8, "no repacking was seen"
@@ -208,7 +209,8 @@ def _tensors(text):
     return {tuple(map(int, s.split(","))) for s in re.findall(r"f32\[(\d+(?:,\d+)*)\]", text)}
 
 
-def test_the_base_has_no_axis_of_cells_and_arguments_grow_by_the_adapters_only():
+@pytest.mark.parametrize("at_once", [0, 1])
+def test_the_base_has_no_axis_of_cells_and_arguments_grow_by_the_adapters_only(at_once):
     bytes_of, grown = {}, {}
     for count in (1, 8, 64):
         cells = [{**CELLS[k % 8], "seed": k, "lr": 1e-3} for k in range(count)]
@@ -217,7 +219,7 @@ def test_the_base_has_no_axis_of_cells_and_arguments_grow_by_the_adapters_only()
         assert not refused
         tx = optax.adamw(1e-3)
         both = api._loss_and_scores(plan.pack, lift(loss_fn))
-        program = Program(*both, lambda cell, tx=tx: tx, tx, batch_axis=None)
+        program = Program(*both, lambda cell, tx=tx: tx, tx, batch_axis=None, at_once=at_once)
         state = program.init(plan.pack, plan.cells, [base()] * count)
         _, frozen = plan.cells[0].method.init(jax.random.key(0), base())
         both = (plan.pack.data(), frozen)

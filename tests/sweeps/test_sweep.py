@@ -78,7 +78,7 @@ def test_methods_without_factors_stand_beside_in_packs_of_their_own():
 
 def test_a_memory_budget_narrows_the_packs():
     cells = [{**CELLS[0], "seed": seed} for seed in range(4)]
-    arguments = {"num_steps": 3, "axes": AXES, "progress": False}
+    arguments = {"num_steps": 3, "axes": AXES, "progress": False, "at_once": 0}
     wide = sweep(loss_fn, base(), batches_of(0), cells, **arguments)
     assert [row.width for row in wide] == [4] * 4
     needed = float(re.search(r"([\d.]+) MiB", wide.plan)[1]) * 2**20
