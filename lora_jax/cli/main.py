@@ -11,10 +11,12 @@ from lora_jax.core.trees import nearest
 
 COMMANDS = {
     "train": "train one cell: a method on a model and data; resumes where it stopped",
-    "sweep": "train every cell of a sweep, one after another",
+    "sweep": "train every cell of a sweep, those whose shapes agree as one program",
     "evaluate": "loss and accuracy of a trained cell",
     "merge": "fold a trained adapter into its base and write the model's folder",
     "inspect": "what a method adapts: path, shape, rank, scale, trainable parameters",
+    "verify": "train a finished cell again and compare, bit for bit",
+    "cite": "BibTeX for a finished run or sweep, with its hash",
     "report": "one self-contained page: table, curves, accuracy and loss by method and rank",
 }
 

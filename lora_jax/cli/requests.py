@@ -131,12 +131,12 @@ def needs_config(config: ConfigDict | None, command: str) -> ConfigDict:
     return config
 
 
-def cell_of(path: str | os.PathLike) -> Path:
-    """The folder of a finished cell: itself, or the only one of a workdir."""
+def cell_of(path: str | os.PathLike, *, having: str = "config.json") -> Path:
+    """The folder of a cell with that file: itself, or the only one of a workdir."""
     folder = Path(path)
     if not folder.is_dir():
         raise RequestError(f"there is no folder {folder}; give a run's WORKDIR/cells/NAME")
-    if (folder / "config.json").exists():
+    if (folder / having).exists():
         return folder
     cells = sorted(p.parent for p in folder.glob("cells/*/config.json"))
     if len(cells) == 1:

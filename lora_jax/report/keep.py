@@ -15,13 +15,17 @@ def keep_runs(workdir: str | os.PathLike, folder: str | os.PathLike) -> int:
     """Copies card, metrics and predictions of each finished run to `folder`/cells; counts them.
 
     Checkpoints and adapters stay behind: `folder` is a workdir for `read_runs` of some 20 KB a run.
-    A run that `folder` has already, with the same card, is passed over.
+    Of a cell that failed, its config and why stay beside. A run that `folder` has already, with the
+    same card, is passed over.
 
     Raises:
       RequestError: no finished run in `workdir`, or `folder` holds another run of that name; then
         nothing is copied.
     """
-    finished = {run.name: run.folder for run in read_runs(workdir) if run.finished}
+    runs = read_runs(workdir)
+    finished = {run.name: run.folder for run in runs if run.finished}
+    # A cell that failed has no result, but its pack cannot be trained again without it.
+    failed = {run.name: run.folder for run in runs if (run.folder / "failure.json").exists()}
     if not finished:
         raise RequestError(f"no run in {workdir} has finished; there is nothing to keep yet")
     cells = Path(folder) / "cells"
@@ -30,6 +34,11 @@ def keep_runs(workdir: str | os.PathLike, folder: str | os.PathLike) -> int:
         kept, found = cells / name / "card.json", finished[name] / "card.json"
         if not kept.exists() or kept.read_bytes() != found.read_bytes():
             raise RequestError(f"{cells / name} is another run; remove it or keep to a new folder")
+    for name, folder_of in failed.items():
+        if not (cells / name).exists():
+            with atomic_folder(cells / name) as temporary:
+                for file in ("config.json", "failure.json"):
+                    shutil.copyfile(folder_of / file, temporary / file)
     for name in finished.keys() - there:
         with atomic_folder(cells / name) as temporary:
             for file in KEPT:

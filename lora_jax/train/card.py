@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime
 import importlib.metadata
 import os
 import platform
@@ -106,11 +107,15 @@ def describe_program(
 
 
 def make_card(**parts: Any) -> dict[str, Any]:
-    """The card from its parts, with versions and commit added. Raises `TypeError` for a gap."""
+    """The card from its parts, with versions, commit and time added.
+
+    Raises `TypeError` for a gap.
+    """
     wanted = {
         "config", "config_hash", "base_hash", "data_hash", "seeds", "device", "program", "counts",
         "seconds", "metrics",
     }  # fmt: skip
     if wanted != parts.keys():
         raise TypeError(f"a card needs {sorted(wanted)}, got {sorted(parts)}")
-    return {**parts, "versions": versions(), "commit": git_commit()}
+    now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+    return {**parts, "versions": versions(), "commit": git_commit(), "finished": now}

@@ -1,0 +1,30 @@
+"""`lora-jax cite`."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+
+from lora_jax.cli.requests import Parser, add_json, say
+
+EXAMPLES = """\
+Examples:
+  lora-jax cite runs/demo/cells/lora-qv-r8     one run, by the hash of its config
+  lora-jax cite runs/demo                      all its finished runs together
+
+The hash does not depend on the order of the settings, nor on workdir, mesh, or how often a run
+logs. `lora-jax verify` trains a run again and compares.
+"""
+
+
+def run(argv: Sequence[str]) -> int:
+    parser = Parser("cite", description="BibTeX for a finished run or sweep.", epilog=EXAMPLES)
+    parser.add_argument("run", help="a run's WORKDIR/cells/NAME, or a workdir")
+    add_json(parser)
+    options = parser.parse_args(argv)
+
+    from lora_jax.report.cite import cite
+
+    text = cite(options.run)
+    say(json.dumps({"bibtex": text}) if options.json else text.rstrip())
+    return 0

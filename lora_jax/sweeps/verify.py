@@ -1,0 +1,195 @@
+"""Training a finished cell again and comparing: with its pack bit for bit, or alone."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from ml_collections import ConfigDict
+
+from lora_jax.core.errors import RequestError
+from lora_jax.sweeps.cells import Cell
+from lora_jax.sweeps.groups import make_groups
+from lora_jax.sweeps.ready import make_ready
+from lora_jax.sweeps.stored import FAILURE, train_pack
+from lora_jax.sweeps.view import SweepView
+from lora_jax.train import enable_compilation_cache, train_cell
+from lora_jax.train.build import load_base
+from lora_jax.train.card import device_description, versions
+from lora_jax.train.workdir import config_hash, lock_workdir, read_json_file
+
+# Largest difference of validation and of test loss, in nats, that rounding may make between a cell
+# in its pack and the same cell alone, or on another kind of device.
+TOLERANCE = 0.01
+COMPARED_VERSIONS = ("jax", "jaxlib", "numpy", "flax", "optax")
+COMPARED_METRICS = ("train", "validation", "test", "stopped", "steps", "weights_sha256")
+
+
+@dataclasses.dataclass(frozen=True)
+class Verdict:
+    """How a cell came out the second time.
+
+    `same`: every bit of the weights, predictions and metrics (`exact`), or the losses within
+    `tolerance`. `differences` names what is not the same, bit for bit; `conditions` what is
+    different about this machine; `loss_differences` those of the validation and test loss, in nats.
+    """
+
+    cell: str
+    same: bool
+    exact: bool
+    tolerance: float
+    differences: tuple[str, ...]
+    conditions: tuple[str, ...]
+    loss_differences: Mapping[str, float]
+
+
+def verify(
+    run: str | Path, *, alone: bool = False, tolerance: float = TOLERANCE, progress: bool = True
+) -> list[Verdict]:
+    """Trains what the cell folder `run` says again, in a folder of its own, and compares.
+
+    With its whole pack, if it had one, and then each cell of the pack is compared; `alone` trains
+    this cell alone, at its true rank. On the same kind of device with the same versions every bit
+    must agree; elsewhere, and `alone` for a packed cell, the losses must within `tolerance`. `run`
+    is untouched. Raises `RequestError` for a cell that is not finished or whose card, model or data
+    are not what they were.
+    """
+    run = Path(run)
+    card = _read_card(run)
+    packed = card["program"]["K"] > 1 and not alone
+    names = card["program"]["cells"] if packed else [run.name]
+    folders = [run.parent / name for name in names]
+    cells = [Cell(folder.name, _config_of(folder)) for folder in folders]
+    enable_compilation_cache()
+    base = load_base(cells[0].config)
+    for what, there, here in (
+        ("data", card["data_hash"], base.splits.data_hash),
+        ("base model's weights", card["base_hash"], base.model.base_hash),
+    ):
+        if there != here:
+            raise RequestError(
+                f"the {what} have changed since {run.name} was trained (hash {there[:12]}, now "
+                f"{here[:12]}); put the old ones back"
+            )
+    conditions = tuple(_conditions(card))
+    exact = not conditions and (packed or card["program"]["K"] == 1)
+    with (
+        tempfile.TemporaryDirectory(prefix="lora-jax-verify-") as home,
+        lock_workdir(home),
+        SweepView(enabled=progress) as view,
+    ):
+        again = Path(home)
+        view.expect(len(cells), card["metrics"]["steps"] * len(cells))
+        with view.running(len(cells), card["metrics"]["steps"]):
+            if packed:
+                _train_pack(cells, base, card["program"]["at_once"], again, view)
+            else:
+                folder = again / "cells" / run.name
+                train_cell(cells[0].config, folder, base=base, show_with=view.show_with)
+        return [
+            _compare(folder, again / "cells" / folder.name, exact, tolerance, conditions)
+            for folder in folders
+        ]
+
+
+def _train_pack(cells, base, at_once: int, workdir: Path, view: SweepView) -> None:
+    groups, refused = make_groups(cells, base)
+    if refused or len(groups) != 1:
+        raise RequestError(
+            f"the cells {', '.join(cell.name for cell in cells)} do not share a program in this "
+            "version; use the one that their cards name, or --alone"
+        )
+    ready = make_ready(groups[0], base, at_once=at_once)
+    command = "lora-jax verify again, from the beginning"
+    train_pack(ready, groups[0].plan, cells, workdir, command=command, show_with=view.show_with)
+
+
+def _read_card(cell: Path) -> dict[str, Any]:
+    if not (cell / "card.json").exists():
+        raise RequestError(f"{cell} has no card.json; give a finished run's WORKDIR/cells/NAME")
+    card = read_json_file(cell / "card.json")
+    if config_hash(card["config"]) != card["config_hash"]:
+        raise RequestError(
+            f"the config in {cell / 'card.json'} does not have the hash {card['config_hash'][:12]} "
+            "that stands beside it: one of them was changed"
+        )
+    return card
+
+
+def _config_of(cell: Path) -> ConfigDict:
+    """The config of a cell of the pack, finished or failed."""
+    if (cell / "card.json").exists():
+        return ConfigDict(_read_card(cell)["config"], convert_dict=True)
+    if not (cell / "config.json").exists():
+        raise RequestError(
+            f"{cell} is missing, and its pack cannot be trained without it; put it back, or use "
+            "--alone"
+        )
+    return ConfigDict(read_json_file(cell / "config.json"), convert_dict=True)
+
+
+def _conditions(card: Mapping[str, Any]) -> list[str]:
+    """What is different here from where the card was made, of what decides about rounding."""
+    here = device_description()
+    found = [
+        (f"device {key}", there, here.get(key))
+        for key, there in card["device"].items()
+        if there != here.get(key)
+    ]
+    now = versions()
+    found += [
+        (name, card["versions"].get(name), now[name])
+        for name in COMPARED_VERSIONS
+        if card["versions"].get(name) != now[name]
+    ]
+    flags, now = card["program"]["xla_flags"], os.environ.get("XLA_FLAGS", "")
+    if flags != now:
+        found.append(("XLA_FLAGS", repr(flags), repr(now)))
+    return [f"{what} was {there}, is {now}" for what, there, now in found]
+
+
+def _compare(
+    first: Path, second: Path, exact: bool, tolerance: float, conditions: tuple[str, ...]
+) -> Verdict:
+    if not (first / "card.json").exists() or not (second / "card.json").exists():
+        ends = [path / FAILURE for path in (first, second)]
+        both = all(path.exists() for path in ends)
+        differences = () if both else ("one failed, the other did not",)
+        return Verdict(first.name, both, exact, tolerance, differences, conditions, {})
+    cards = [read_json_file(path / "card.json") for path in (first, second)]
+    metrics = [card["metrics"] for card in cards]
+    differences = [
+        f"metrics.{name} was {metrics[0].get(name)}, is {metrics[1].get(name)}"
+        for name in COMPARED_METRICS
+        if metrics[0].get(name) != metrics[1].get(name)
+    ]
+    if (first / "test_predictions.npz").exists():
+        both = [np.load(path / "test_predictions.npz") for path in (first, second)]
+        differences += [
+            f"predictions: {name} differs in {_num_different(both[0][name], both[1][name])} places"
+            for name in both[0].files
+            if both[0][name].tobytes() != both[1][name].tobytes()
+        ]
+    losses = {
+        split: abs(metrics[0][split]["loss"] - metrics[1][split]["loss"])
+        for split in ("validation", "test")
+    }
+    within = all(difference <= tolerance for difference in losses.values())
+    return Verdict(
+        cell=first.name,
+        same=not differences if exact else within,
+        exact=exact,
+        tolerance=0.0 if exact else tolerance,
+        differences=tuple(differences),
+        conditions=conditions,
+        loss_differences=losses,
+    )
+
+
+def _num_different(first: np.ndarray, second: np.ndarray) -> int:
+    return int(np.sum(first != second)) if first.shape == second.shape else max(len(first), 1)
