@@ -54,13 +54,12 @@ FULL_SIZE = {"train.eval_every_steps": 116}
 MORE_SEEDS = (1, 2, 3, 4)
 
 DEMO_RANKS = (1, 2, 4, 8)
-DEMO_STEPS = 80
+DEMO_STEPS = 60
 SIZES = {
     "": {},
     "demo": {
         "train.num_steps": DEMO_STEPS,
-        "train.eval_every_steps": DEMO_STEPS // 2,
-        "train.patience": 1,
+        "train.eval_every_steps": DEMO_STEPS,  # one look: evaluating is a third of the time
     },
     "smoke": {
         "model.name": "tiny-bert",

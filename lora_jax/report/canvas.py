@@ -2,6 +2,7 @@
 
 import io
 import re
+from dataclasses import dataclass
 
 import matplotlib
 import numpy as np
@@ -45,6 +46,16 @@ _STYLE_SHEET = {
     "axes.facecolor": "none",
     "savefig.facecolor": "none",
 }
+
+
+@dataclass(frozen=True)
+class Drawing:
+    """One figure: a name for its anchor, a title and a caption in plain text, and the SVG."""
+
+    name: str
+    title: str
+    caption: str
+    svg: str
 
 
 def style_sheet():

@@ -1,7 +1,6 @@
 """The report's figures, as inline SVG that takes its ink from the page, light or dark."""
 
 import math
-from dataclasses import dataclass
 
 import numpy as np
 from matplotlib.figure import Figure
@@ -11,6 +10,7 @@ from lora_jax.report.canvas import (
     INK,
     LINES,
     WIDTH,
+    Drawing,
     label_points,
     method_styles,
     style_sheet,
@@ -18,20 +18,11 @@ from lora_jax.report.canvas import (
 )
 from lora_jax.report.groups import Basin
 from lora_jax.report.quantities import count_text, rate_text
+from lora_jax.report.ranks import draw_ranks, ranks_by_targets
 from lora_jax.report.runs import Run
 from lora_jax.report.tables import Row, Summary
 
 MAX_PANELS = 24
-
-
-@dataclass(frozen=True)
-class Drawing:
-    """One figure: a name for its anchor, a title and a caption in plain text, and the SVG."""
-
-    name: str
-    title: str
-    caption: str
-    svg: str
 
 
 def draw_figures(summary: Summary) -> list[Drawing]:
@@ -43,6 +34,9 @@ def draw_figures(summary: Summary) -> list[Drawing]:
     with style_sheet():
         if summary.rows:
             drawings.append(_draw_results(summary.rows))
+        ranks = ranks_by_targets(summary.rows)
+        if ranks:
+            drawings.append(draw_ranks(summary.rows, ranks))
         if len(summary.rows) > 1:
             drawings.append(_draw_size(summary.rows))
         if summary.basins:

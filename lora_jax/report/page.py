@@ -11,7 +11,7 @@ from lora_jax.report.details import reproduction, run_details, setting_line, wha
 from lora_jax.report.figures import draw_figures
 from lora_jax.report.groups import BASIN_MARGIN
 from lora_jax.report.quantities import count_text, number_text, rate_text
-from lora_jax.report.rendering import columns, to_csv, to_markdown
+from lora_jax.report.rendering import columns, to_csv, to_latex, to_markdown
 from lora_jax.report.runs import read_runs
 from lora_jax.report.tables import Row, Summary, summarise
 
@@ -22,7 +22,7 @@ _POLICY = "default-src 'none'; style-src 'unsafe-inline'; img-src data:"
 def write_report(
     folder, out=None, *, summary: Summary | None = None, beside: "Beside | None" = None
 ) -> Path:
-    """Writes report.html, and table.md and table.csv beside it; returns the page's path.
+    """Writes report.html, and table.md, .tex and .csv beside it; returns the page's path.
 
     Args:
       folder: a training run's working folder (holding cells/*).
@@ -43,6 +43,7 @@ def write_report(
     page = to_page(summary, folder, beside)
     write_text(out, page)
     write_text(out.with_name("table.md"), to_markdown(summary))
+    write_text(out.with_name("table.tex"), to_latex(summary))
     write_text(out.with_name("table.csv"), to_csv(summary))
     return out
 
@@ -87,7 +88,7 @@ def to_page(summary: Summary, folder, beside: Beside | None = None) -> str:
         '<h2 id="reproduce">Reproduce</h2>',
         reproduction(summary.runs, folder),
         '<footer class="quiet">Written by lora-jax. This file holds all it shows and asks nothing '
-        "of the network; table.md and table.csv beside it hold the table.</footer>",
+        "of the network; table.md, table.tex and table.csv beside it hold the table.</footer>",
     ]
     body = "\n".join(part for part in parts if part)
     return (
@@ -201,6 +202,11 @@ def _reading_notes(summary: Summary) -> str:
         "be sure where two intervals overlap; one that holds 0 leaves open which is better.",
         "Loss is the primary measure, accuracy the second.",
     ]
+    if any(max(row.cells) > 1 for row in summary.rows):
+        sentences.append(
+            "Cells that trained as one program have an equal share of its time while they were at "
+            "work; memory is the whole program's, by XLA's count."
+        )
     if any(len(row.seeds) == 1 for row in summary.rows):
         sentences.append(
             "A row with one seed says nothing of how much another seed would change it."

@@ -49,6 +49,7 @@ def columns(summary: Summary) -> list[Column]:
         Column("test accuracy, %", _accuracy),
         *(Column(versus[name], _versus(name)) for name in summary.references),
         Column("steps and time, and why it ended", _ended_in, numeric=False),
+        *([Column("memory", _memory)] if any(row.memory_bytes for row in summary.rows) else []),
     ]
 
 
@@ -139,6 +140,8 @@ def to_records(summary: Summary) -> list[dict]:
             "steps": " ".join(str(steps) for steps in row.steps),
             "stopped": "; ".join(dict.fromkeys(row.stopped)),
             "seconds": row.seconds,
+            "memory_bytes": row.memory_bytes,
+            "cells_in_program": " ".join(str(count) for count in row.cells),
             "runs": " ".join(run.name for run in row.runs),
         }
         records.append({key: _finite(value) for key, value in record.items()})
@@ -220,11 +223,18 @@ def _ended(row: Row) -> tuple[str, str]:
 
 def _ended_in(row: Row) -> tuple[str, str]:
     steps, reasons = _ended(row)
-    return f"{steps} in {seconds_text(row.seconds)}", reasons
+    share = " (its share)" if max(row.cells) > 1 else ""
+    return f"{steps} in {seconds_text(row.seconds)}{share}", reasons
+
+
+def _memory(row: Row) -> tuple[str, str]:
+    most = max(row.cells)
+    return bytes_text(row.memory_bytes), f"for {most} cells" if most > 1 else ""
 
 
 def _ended_briefly(row: Row) -> tuple[str, str]:
     steps, reasons = _ended_in(row)
+    steps = steps.replace(" (its share)", "")
     reasons = reasons.replace("validation stopped improving", "stopped early")
     return steps, re.sub(r"budget of \d+ steps ended", "budget ended", reasons)
 

@@ -23,7 +23,9 @@ class Row:
     """One method at its chosen learning rate, over its seeds.
 
     Losses in nats, accuracies and their differences as fractions, times in seconds, adapter_bytes
-    in bytes; counts are of trained parameters. An interval is None where the predictions it needs
+    in bytes; counts are of trained parameters. memory_bytes is what the largest program of any run
+    held (None on cards that do not say), cells how many trained as one program with each run; a
+    packed run's seconds are its share. An interval is None where the predictions it needs
     are not there; versus holds, per reference in REFERENCES, this row's accuracy minus the
     reference's on the same examples (None for the reference itself).
     """
@@ -50,6 +52,8 @@ class Row:
     steps: tuple[int, ...]
     stopped: tuple[str, ...]
     seconds: float
+    memory_bytes: int | None
+    cells: tuple[int, ...]
     runs: tuple[Run, ...]
 
     @property
@@ -151,8 +155,15 @@ def _row(group: Group, groups, differing, rates_tried: int, seed: int, num_resam
         steps=tuple(run.card["metrics"]["steps"] for run in group.runs),
         stopped=tuple(run.card["metrics"]["stopped"] for run in group.runs),
         seconds=float(np.mean([run.metric("seconds.total") for run in group.runs])),
+        memory_bytes=_memory_bytes(group.runs),
+        cells=tuple((run.card.get("program") or {}).get("K", 1) for run in group.runs),
         runs=group.runs,
     )
+
+
+def _memory_bytes(runs: tuple[Run, ...]) -> int | None:
+    known = [(run.card.get("program") or {}).get("memory_bytes") for run in runs]
+    return max((value for value in known if value), default=None)
 
 
 def _scores(group: Group, quantity: str) -> np.ndarray | None:

@@ -72,10 +72,10 @@ def make_groups(cells: Sequence[Cell], base: Base) -> tuple[list[Group], dict[st
         try:
             steps = _num_steps(cell, base)
             settings = cell_settings(cell, base.model_of(cell.config.seed), steps)
+            key = shared_key(cell, base.model, settings)
         except RequestError as error:
             refused[cell.name] = error
             continue
-        key = shared_key(cell, base.model, settings)
         families.setdefault(key, []).append((cell, settings))
         num_steps[cell.name] = steps
     groups = []

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -140,6 +141,7 @@ def train_pack(
             for batch in split:
                 if stop_requested():
                     raise StopRequested
+                training_shown()
                 yield batch
 
         def validate(trainable, frozen):
@@ -171,6 +173,7 @@ def train_pack(
             stop_requested,
             show,
         )
+        training_shown = functools.partial(keeper.show, training)  # evaluating takes its time too
         training.begin(keeper, started)
         try:
             training.run()

@@ -33,6 +33,7 @@ class SweepView(contextlib.AbstractContextManager):
         self._begun = self._printed = clock()
         self._total = self._running = self._done = self._failed = 0
         self._work = self._worked = self._skipped = 0.0
+        self._told = ""
         self._bars: rich.progress.Progress | None = None
         if enabled and self._stream.isatty():
             self._bars = rich.progress.Progress(
@@ -97,8 +98,9 @@ class SweepView(contextlib.AbstractContextManager):
                 self._bars.update(self._whole, completed=done, values=self._counts(step))
                 return
             now = self._clock()
-            if self._enabled and (step >= num_steps or now - self._printed >= self._every_s):
-                self._printed = now
+            ends = step >= num_steps and told not in self._told
+            if self._enabled and (ends or now - self._printed >= self._every_s):
+                self._printed, self._told = now, told
                 self.say("  ".join(filter(None, [self._counts(step), told, values])))
 
         try:

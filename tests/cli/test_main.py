@@ -67,6 +67,12 @@ BAD = {
     "missing folder": (["inspect", CONFIG, "--config.model.name=/no/such"], "/no/such"),
     "missing run": (["evaluate", "/no/such/run"], "/no/such/run"),
     "report of nothing": (["report", "/no/such/run"], "/no/such/run"),
+    "verify nothing": (["verify", "/no/such/run"], "/no/such/run"),
+    "verify a tolerance": (["verify", "x", "--tolerance=-1"], "--tolerance is -1"),
+    "cite nothing": (["cite", "/no/such/run"], "/no/such/run"),
+    "status of nothing": (["sweep", "--status", "--workdir=w"], "holds no sweep"),
+    "sweep without a name": (["sweep", CONFIG, "--workdir=w"], "--sweep is missing"),
+    "no memory": (["sweep", CONFIG, "--sweep=demo", "--workdir=w", "--memory-gib=0"], "above 0"),
     "unknown sweep": (["sweep", CONFIG, "--sweep=dmo", "--workdir=w"], "'demo'"),
 }  # fmt: skip
 
@@ -101,3 +107,41 @@ def test_a_sweep_runs_the_others_when_one_cell_fails_and_finished_cells_stay(
     before = card.stat().st_mtime_ns
     assert main(args) == 2
     assert card.stat().st_mtime_ns == before
+
+
+def test_sweep_plan_status_verify_and_cite(texts, tmp_path, capsys):
+    file = tmp_path / "mine.py"
+    source = (ROOT / "experiments" / "reviews_minilm.py").read_text()
+    body = 'for r in (1, 2): add(f"r{r}", **{"method.rank": r})'
+    file.write_text(f"{source}\n\ndef sweep_mine(add):\n    {body}\n")
+    workdir = tmp_path / "w"
+    args = [f"--config={file}:lora,smoke", *texts[1:], "--sweep=mine", f"--workdir={workdir}"]
+    assert main(["sweep", *args, "--plan", "--json"]) == 0
+    assert "2 in one program" in json.loads(capsys.readouterr().out)[0]
+    assert not workdir.exists()
+    assert main(["sweep", *args]) == 0
+    seen = capsys.readouterr()
+    assert "program 1 of 1: 2 in one program" in seen.err and "2 of 2 cells" in seen.out
+    assert main(["sweep", "--status", f"--workdir={workdir}", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["counts"]["done"] == 2
+    assert main(["sweep", "--status", f"--workdir={workdir}"]) == 0
+    assert "2 done" in capsys.readouterr().out
+    cell = workdir / "cells" / "r2"
+    assert main(["verify", str(cell), "--no-progress"]) == 0
+    assert capsys.readouterr().out.count("the same, bit for bit") == 2
+    card = json.loads((cell / "card.json").read_text())
+    assert main(["cite", str(cell)]) == 0
+    bibtex = capsys.readouterr().out
+    assert bibtex.startswith(f"@misc{{lora_jax:{card['config_hash'][:12]},")
+    assert card["config_hash"] in bibtex and "hu2022lora" in bibtex
+    assert main(["cite", str(workdir)]) == 0
+    assert "2 runs" in capsys.readouterr().out
+    # The kept copy has no weights, and is enough to verify.
+    assert main(["report", str(workdir), f"--keep={tmp_path / 'kept'}"]) == 0
+    kept = tmp_path / "kept" / "cells" / "r1"
+    card = json.loads((kept / "card.json").read_text())
+    card["metrics"]["test"]["loss"] += 1e-7
+    (kept / "card.json").write_text(json.dumps(card))
+    capsys.readouterr()
+    assert main(["verify", str(kept), "--no-progress"]) == 1
+    assert "DIFFERS: metrics.test" in capsys.readouterr().out

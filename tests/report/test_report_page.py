@@ -56,6 +56,7 @@ def test_the_page_says_what_was_run_and_what_came_of_it(tmp_path, write_study):
         "report.html",
         "table.csv",
         "table.md",
+        "table.tex",
     ]
     text = " ".join(PageReader(page.read_text()).text)
     for expected in (
@@ -126,7 +127,7 @@ def test_figures_take_the_ink_of_the_page(tmp_path, write_study):
         read_runs(write_study(tmp_path, rates=(0.3, 1.0, 3.0), seeds=(0, 1))), num_resamples=50
     )
     drawings = draw_figures(summary)
-    assert [drawing.name for drawing in drawings] == ["results", "size", "rates", "curves"]
+    assert [drawing.name for drawing in drawings] == ["results", "ranks", "size", "rates", "curves"]
     for drawing in drawings:
         assert drawing.svg.startswith("<svg ") and drawing.svg.rstrip().endswith("</svg>")
         assert "currentColor" in drawing.svg and "viewBox" in drawing.svg

@@ -1,0 +1,96 @@
+"""The figure of the question behind LoRA: what does a higher rank bring, on which matrices?"""
+
+import math
+
+from matplotlib.figure import Figure
+from matplotlib.ticker import NullLocator
+
+from lora_jax.report.canvas import LINES, WIDTH, Drawing, method_styles, to_svg
+from lora_jax.report.tables import Row
+
+_HUES = ("#2f86c9", "#159b78", "#c2699a", "#d1940a", "#7a6fd0", "#4aa3c7")
+
+
+def ranks_by_targets(rows: tuple[Row, ...]) -> dict[tuple, list[Row]]:
+    """Rows that differ by rank only (and its rate), by what they share, in order of rank.
+
+    Only those with two ranks or more.
+    """
+    found: dict[tuple, list[Row]] = {}
+    for row in rows:
+        if row.rank is not None:
+            rest = tuple((k, str(v)) for k, v in row.differing.items())
+            found.setdefault((row.method_name, row.targets, rest), []).append(row)
+    return {
+        key: sorted(series, key=lambda row: row.rank)
+        for key, series in found.items()
+        if len({row.rank for row in series}) > 1
+    }
+
+
+def draw_ranks(rows: tuple[Row, ...], series: dict[tuple, list[Row]]) -> Drawing:
+    """Loss and accuracy against rank, a line per choice of targets, references as bands."""
+    figure = Figure(figsize=(WIDTH, 3.9), layout="constrained")
+    both = figure.subplots(1, 2)
+    ranks = sorted({row.rank for some in series.values() for row in some})
+    shift = 0.06 * math.log2(max(ranks) / min(ranks) * 2)
+    measures = (
+        (both[0], "Test loss", "cross-entropy (nats)", _loss),
+        (both[1], "Test accuracy", "accuracy (%)", _accuracy),
+    )
+    styles = method_styles(row.method for row in rows)
+    for axes, title, label, measure in measures:
+        for row in rows:
+            if row.method in ("full", "head"):
+                value, low, high = measure(row)
+                colour = styles[row.method][0]
+                axes.axhline(value, color=colour, linewidth=1.2, label=row.label)
+                axes.axhspan(low, high, color=colour, alpha=0.12, linewidth=0)
+        for number, ((name, targets, rest), some) in enumerate(series.items()):
+            colour = _HUES[number % len(_HUES)]
+            # Side by side, or their intervals would lie on one another.
+            move = 2 ** (shift * (number - (len(series) - 1) / 2) / 2)
+            places = [row.rank * move for row in some]
+            points = [measure(row) for row in some]
+            extra = "".join(f", {key.rpartition('.')[2]}={value}" for key, value in rest)
+            axes.plot(
+                places,
+                [value for value, _, _ in points],
+                "o",
+                linestyle=LINES[number % len(LINES)],
+                color=colour,
+                markersize=6,
+                linewidth=1.4,
+                label=f"{name} {targets}{extra}",
+            )
+            for place, (_, low, high) in zip(places, points, strict=True):
+                axes.plot([place] * 2, [low, high], color=colour, linewidth=2.4, alpha=0.45)
+        axes.set_xscale("log", base=2)
+        axes.set_xticks(ranks, [str(rank) for rank in ranks])
+        axes.xaxis.set_minor_locator(NullLocator())
+        axes.set_title(title)
+        axes.set_xlabel("rank")
+        axes.set_ylabel(label)
+    lines, names = both[0].get_legend_handles_labels()
+    legend = figure.legend(lines, names, loc="outside lower center", ncols=min(4, len(names)))
+    for text in legend.get_texts():
+        text.set_parse_math(False)
+    caption = (
+        "Each choice of targets at each rank (logarithmic); bars and bands are 95% intervals over "
+        "test examples, and over seeds where there are several. A flat line says that a higher "
+        "rank bought nothing that could be seen here, not that it never does."
+    )
+    return Drawing("ranks", "What a higher rank brings", caption, to_svg(figure, "ranks"))
+
+
+def _loss(row: Row) -> tuple[float, float, float]:
+    interval = row.loss
+    low, high = (interval.low, interval.high) if interval else (row.test_loss, row.test_loss)
+    return row.test_loss, low, high
+
+
+def _accuracy(row: Row) -> tuple[float, float, float]:
+    value = 100 * row.test_accuracy
+    interval = row.accuracy and row.accuracy.scaled(100)
+    low, high = (interval.low, interval.high) if interval else (value, value)
+    return value, low, high

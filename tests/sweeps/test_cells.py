@@ -1,0 +1,186 @@
+"""Sweeps in config files: what `add` takes, tuning, plans, status, and whose a workdir is."""
+
+from __future__ import annotations
+
+import io
+import json
+import re
+
+import pytest
+
+from lora_jax.core.errors import RequestError
+from lora_jax.sweeps import Sweep, plan_sweep, read_sweep, run_sweep
+from lora_jax.sweeps.groups import PackRecord
+from lora_jax.sweeps.status import seconds_left, sweep_status
+from lora_jax.sweeps.view import SweepView
+from lora_jax.train.workdir import lock_workdir
+from tests.sweeps.stored_problem import CELLS, sweep_of
+
+RATES = (1e-4, 3e-3, 1e-2)
+
+
+def sweep_in(tmp_path, config, body):
+    path = tmp_path / "mine.py"
+    path.write_text(f"def sweep_mine(add):\n    {body}\n", encoding="utf-8")
+    return read_sweep(str(path), "mine", config)
+
+
+def run(sweep, workdir, **options):
+    return run_sweep(sweep, workdir, progress=False, **options)
+
+
+@pytest.mark.parametrize(
+    ("body", "words"),
+    [
+        ("add('a'); add('a', seed=1)", "'a' twice"),
+        ("add('a'); add('b')", "'a' and 'b' have the same settings"),
+        ("add('a', **{'method.rnak': 2})", "no setting 'method.rnak'.*'method.rank'"),
+        ("add('a', **{'method.rank': 'two'})", "another type"),
+        ("add('a/b')", "'a/b' cannot be a folder's"),
+        ("pass", "adds no cell"),
+        ("add('a', tune='optimizer.lr')", "tune is 'optimizer.lr'"),
+        ("add('a', tune=('optimizer.lr', (1e-3,)))", "give 2 or more"),
+        ("add('a', tune=('optimizer.lr', (1e-3, 1e-3)))", "all different"),
+        ("add('a', tune=('optimizer.rl', (1e-3, 1e-2)))", "no setting 'optimizer.rl'"),
+        ("add('a', tune=('optimizer.lr', (1e-3, 1e-2)), more_seeds=(0,))", "seeds .* repeat"),
+        ("add('a', more_seeds=(1,))", "more_seeds needs tune"),
+    ],
+)
+def test_a_sweep_that_makes_no_sense_is_refused(make_config, tmp_path, body, words):
+    with pytest.raises(RequestError, match=words):
+        sweep_in(tmp_path, make_config(), body)
+
+
+def test_only_takes_a_tuned_contestant_whole_or_its_cells(make_config, tmp_path):
+    body = f"add('x'); add('t', tune=('optimizer.lr', {RATES}), more_seeds=(1,), seed=4)"
+    sweep = sweep_in(tmp_path, make_config(), body)
+    names = ["x", "t-lr0.0001-s4", "t-lr0.003-s4", "t-lr0.01-s4"]
+    assert [cell.name for cell in sweep.first] == names
+    assert len(sweep.only("t-").tunings) == 1 and not sweep.only("t-").cells
+    assert [c.name for c in sweep.only("0.01").first] == names[3:]
+    assert not sweep.only("0.01").tunings
+    with pytest.raises(RequestError, match="no cell's name contains 'zz'"):
+        sweep.only("zz")
+
+
+def test_tuning_chooses_on_validation_and_runs_more_seeds_with_it(make_config, tmp_path):
+    body = f"add('t', tune=('optimizer.lr', {(*RATES, 1e30)}), more_seeds=(5, 6))"
+    sweep = sweep_in(tmp_path, make_config(), body)
+    results = run(sweep, tmp_path / "w")
+    losses = [results[f"t-lr{rate:g}-s0"]["metrics"]["validation"]["loss"] for rate in RATES]
+    best = RATES[losses.index(min(losses))]
+    tuned = json.loads((tmp_path / "w" / "tuned.json").read_text())["t"]
+    assert tuned["chosen"] == best and tuned["validation_losses"][:3] == losses
+    assert tuned["validation_losses"][3] == float("inf")
+    assert tuned["at_edge"] == (best == RATES[0])
+    assert {f"t-lr{best:g}-s{seed}" for seed in (0, 5, 6)} <= set(results)
+    assert len(results) == 6
+    # Again: the same choice, and nothing is run.
+    assert run(sweep, tmp_path / "w").keys() == results.keys()
+
+
+def test_the_plan_says_what_shares_a_program_and_who_is_refused(make_config, tmp_path):
+    cells = {
+        **CELLS,
+        "r9": {"method.rank": 9},
+        "r99": {"method.rank": 99},
+        "full": {"method.name": "full"},
+        "slow": {"method.rank": 2, "train.num_steps": 13},
+        "frozen-head": {"method.rank": 2, "method.train": "pooler.*"},
+    }
+    lines = plan_sweep(sweep_of(make_config, {}, cells), tmp_path / "w")
+    assert lines[0].startswith("4 in one program; padded to rank 2, 4, 8 on 12 parameters")
+    assert [line for line in lines if line.startswith("alone")] == [
+        "alone: r9", "alone: full", "alone: slow",
+    ]  # fmt: skip
+    refused = sorted(line for line in lines if line.startswith("refused"))
+    assert "pooler" in refused[0] and "rank 99" in refused[1]
+    assert not (tmp_path / "w").exists()
+
+
+def test_cells_of_different_seeds_with_a_frozen_new_head_do_not_share(make_config, tmp_path):
+    own = {"method.rank": 2, "method.train": ""}
+    cells = {
+        "a": {**own, "seed": 1},
+        "b": {**own, "seed": 2},
+        "c": {**own, "seed": 1, "method.alpha": 2.0},
+    }
+    lines = plan_sweep(sweep_of(make_config, {}, cells), tmp_path)
+    assert sorted(lines)[-1] == "alone: b" and "2 in one program" in sorted(lines)[0]
+
+
+def test_a_memory_budget_narrows_packs_and_a_cell_too_large_is_told(make_config, tmp_path):
+    cells = {f"s{seed}": {"seed": seed} for seed in range(3)}
+    sweep = sweep_of(make_config, {"train.num_steps": 2}, cells)
+    few = sweep_of(make_config, {"train.num_steps": 2}, {"a": {}, "b": {"seed": 1}})
+    small = run(few, tmp_path / "none", memory_bytes=1000)
+    assert all("one cell alone needs" in str(result) for result in small.values())
+    wide = run(sweep, tmp_path / "wide")
+    assert {result["program"]["K"] for result in wide.values()} == {3}
+    budget = int(0.99 * wide["s0"]["program"]["memory_bytes"])
+    narrow = run(sweep, tmp_path / "narrow", memory_bytes=budget)
+    assert [result["program"]["K"] for result in narrow.values()] == [2, 2, 1]
+    for name, result in narrow.items():
+        same = result["metrics"]["test"]["loss"]
+        assert same == pytest.approx(wide[name]["metrics"]["test"]["loss"], abs=1e-5)
+
+
+def test_a_workdir_is_of_one_sweep_unless_told_otherwise(make_config, tmp_path):
+    one = sweep_of(make_config, {"train.num_steps": 1}, {"a": {}})
+    other = Sweep("other", sweep_of(make_config, {"train.num_steps": 1}, {"b": {"seed": 1}}).cells)
+    run(one, tmp_path, source="x/mine.py")
+    with pytest.raises(RequestError, match=r"of another sweep, 'test' of mine\.py.*--add"):
+        run(other, tmp_path, source="x/mine.py")
+    assert not (tmp_path / "cells" / "b").exists()
+    assert run(other, tmp_path, source="x/mine.py", add=True).keys() == {"b"}
+    changed = sweep_of(make_config, {"train.num_steps": 2}, {"a": {}})
+    with pytest.raises(RequestError, match=r"train\.num_steps is 1 there, 2 here"):
+        run(changed, tmp_path, source="x/mine.py")
+
+
+def test_status_is_read_from_files(make_config, tmp_path):
+    with pytest.raises(RequestError, match="holds no sweep"):
+        sweep_status(tmp_path)
+    cells = {"a": {}, "bad": {"method.rank": 99}, "nan": {"optimizer.lr": 1e30, "seed": 1}}
+    sweep = sweep_of(make_config, {"train.num_steps": 6}, cells)
+    run(sweep, tmp_path)
+    states = {cell.name: cell for cell in sweep_status(tmp_path)}
+    assert {n: c.state for n, c in states.items()} == {
+        "a": "done",
+        "bad": "failed",
+        "nan": "failed",
+    }
+    assert "rank 99" in states["bad"].note and "loss is nan" in states["nan"].note
+    assert states["a"].step == states["a"].num_steps == 6
+    (tmp_path / "cells" / "a" / "card.json").unlink()
+    (unfinished, *_) = sweep_status(tmp_path)
+    assert unfinished.state == "stopped" and unfinished.seconds > 0
+    with lock_workdir(tmp_path):
+        (unfinished, *_) = sweep_status(tmp_path)
+        assert unfinished.state == "running" and seconds_left([unfinished]) == 0.0
+
+
+def test_the_view_counts_cells_and_says_what_is_left():
+    now, stream = [0.0], io.StringIO()
+    with SweepView(stream=stream, clock=lambda: now[0]) as view:
+        view.expect(4)
+        view.expect(0, 4 * 10)
+        view.ended(failed=True)
+        with view.running(2, 10), view.show_with("pack-1", 10) as show:
+            now[0] = 5.0
+            show(2, None, None)  # not yet: a line each 10 s
+            now[0] = 20.0
+            show(5, 0.5, None)
+    # 10 of 40 cell-steps took 20 s: 60 s for the other 30.
+    assert stream.getvalue() == (
+        "0 done, 2 running, 1 failed, 1 waiting; 1:00 left  pack-1 step 5/10  loss 0.5000\n"
+    )
+
+
+def test_a_packs_name_is_of_its_cells_in_their_slots(make_config):
+    cells = sweep_of(make_config, {}).cells
+    name = PackRecord.of(cells).name
+    assert re.fullmatch(r"pack-[0-9a-f]{10}", name)
+    assert PackRecord.of(sweep_of(make_config, {}).cells).name == name
+    assert PackRecord.of(cells[::-1]).name != name
+    assert PackRecord.of(sweep_of(make_config, {"train.num_steps": 9}).cells).name != name
