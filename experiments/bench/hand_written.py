@@ -16,6 +16,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 import lora_jax as lj
+from experiments.bench.encoder import encoder_config, random_encoder
 from experiments.bench.record import in_turn, write_record
 from lora_jax.models.bert import ALIASES, Bert, BertConfig
 from lora_jax.models.functional import functional, unflatten
@@ -55,24 +56,12 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=25)
     parser.add_argument("--out", help="folder of the record (default: print only)")
     options = parser.parse_args()
-    config = BertConfig(
-        vocab_size=1000,
-        hidden_size=options.width,
-        num_hidden_layers=options.layers,
-        num_attention_heads=options.width // 32,
-        intermediate_size=4 * options.width,
-        max_position_embeddings=options.tokens,
+    config = encoder_config(
+        layers=options.layers, width=options.width, vocabulary=1000, tokens=options.tokens
     )
-    shapes, plain = functional(lambda: Bert(config, num_labels=2, pooling="mean", rngs=nnx.Rngs(0)))
-    hand_shapes, by_hand = functional(lambda: hand_written(config, rngs=nnx.Rngs(0)))
-
     key = jax.random.key(0)
-    flat = {
-        path: 0.02 * jax.random.normal(jax.random.fold_in(key, n), leaf.shape)
-        + (path.endswith("norm/scale"))
-        for n, (path, leaf) in enumerate(shapes.items())
-    }
-    params = unflatten(flat)
+    params, plain = random_encoder(config, key)
+    hand_shapes, by_hand = functional(lambda: hand_written(config, rngs=nnx.Rngs(0)))
     method = lj.LoRA(targets="q,v", rank=RANK, alpha=ALPHA, train="head/.*", aliases=ALIASES)
     trainable, frozen = method.init(jax.random.key(1), params)
     trainable = {

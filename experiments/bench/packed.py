@@ -2,11 +2,12 @@
 
     python -m experiments.bench.packed --cells=16 --out=experiments/results/bench
 
-MiniLM's shapes with random weights, float32, `lj.sweep` either way: once with all cells, once for
-each cell by itself. Ranks 1, 2, 4, 8 on q,v, four learning rates. Packed and alone are taken in
-turn, `--times` times; the ratios are packed over the sum of the runs alone. `pack_against_one` is
-examples a second of the pack over those of one run at the same batch; on a CPU one run fills the
-cores already, so expect about 1 there and the saving in compilation.
+MiniLM's shapes with random weights, float32, `lj.sweep` each way: all cells as one pack, computed
+side by side or one by one (`at_once`), and each cell by itself. Ranks 1, 2, 4, 8 on q,v, four
+learning rates. The three are taken in turn, `--times` times; ratios are of medians, packed over the
+sum of the runs alone. Then one run alone at ever larger batches: the most tokens a second it
+reaches is what the device is worth, and the pack's tokens a second are given over it. A CPU is
+busy with one run already, so expect about 1 there and the saving in compilation.
 """
 
 from __future__ import annotations
@@ -18,12 +19,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from flax import nnx
 
 import lora_jax as lj
+from experiments.bench.encoder import encoder_config, random_encoder
 from experiments.bench.record import write_record
-from lora_jax.models.bert import ALIASES, Bert, BertConfig
-from lora_jax.models.functional import functional, unflatten
+from lora_jax.models.bert import ALIASES
+
+VOCABULARY = 30522
 
 
 def main() -> None:
@@ -35,33 +37,13 @@ def main() -> None:
     parser.add_argument("--width", type=int, default=384)
     parser.add_argument("--steps", type=int, default=8)
     parser.add_argument("--times", type=int, default=3)
+    parser.add_argument("--larger", default="8,16,32,64,128", help="batches of the run alone")
     parser.add_argument("--out", help="folder of the record (default: print only)")
     options = parser.parse_args()
-    config = BertConfig(
-        vocab_size=30522,
-        hidden_size=options.width,
-        num_hidden_layers=options.layers,
-        num_attention_heads=options.width // 32,
-        intermediate_size=4 * options.width,
-        max_position_embeddings=512,
+    config = encoder_config(
+        layers=options.layers, width=options.width, vocabulary=VOCABULARY, tokens=512
     )
-    shapes, apply = functional(lambda: Bert(config, num_labels=2, pooling="mean", rngs=nnx.Rngs(0)))
-    key = jax.random.key(0)
-    flat = {
-        path: 0.02 * jax.random.normal(jax.random.fold_in(key, n), leaf.shape)
-        + path.endswith("norm/scale")
-        for n, (path, leaf) in enumerate(shapes.items())
-    }
-    params = unflatten(flat)
-    rng = np.random.default_rng(0)
-    shape = (options.batch, options.tokens)
-    batches = [
-        {
-            "ids": rng.integers(0, 30000, shape).astype(np.int32),
-            "labels": rng.integers(0, 2, options.batch).astype(np.int32),
-        }
-        for _ in range(options.steps)
-    ]
+    params, apply = random_encoder(config, jax.random.key(0))
 
     def loss(params, batch):
         logits = apply(params, batch["ids"], jnp.ones_like(batch["ids"]))
@@ -78,7 +60,8 @@ def main() -> None:
         for n in range(options.cells)
     ]
 
-    def run(cells):
+    def run(cells, batches, at_once=1):
+        """Seconds of steps and of compiling, of all cells together."""
         rows = lj.sweep(
             loss,
             params,
@@ -86,30 +69,60 @@ def main() -> None:
             cells,
             num_steps=options.steps,
             aliases=ALIASES,
+            at_once=at_once,
             progress=False,
         )
         assert not any(row.error for row in rows)
         return sum(row.seconds for row in rows), sum(row.compile_seconds for row in rows)
 
-    taken = {"packed": [], "alone": []}
+    def batches_of(size):
+        rng = np.random.default_rng(0)
+        return [
+            {
+                "ids": rng.integers(0, VOCABULARY, (size, options.tokens)).astype(np.int32),
+                "labels": rng.integers(0, 2, size).astype(np.int32),
+            }
+            for _ in range(options.steps)
+        ]
+
+    batches = batches_of(options.batch)
+    run(cells[:1], batches)  # the first run of a process pays for more than itself
+    taken = {"side_by_side": [], "one_by_one": [], "alone": []}
     for _ in range(options.times):
-        steps, compiling = run(cells)
-        taken["packed"].append((steps, compiling))
-        each = [run([cell]) for cell in cells]
+        taken["side_by_side"].append(run(cells, batches, at_once=0))
+        taken["one_by_one"].append(run(cells, batches, at_once=1))
+        each = [run([cell], batches) for cell in cells]
         taken["alone"].append(tuple(map(sum, zip(*each, strict=True))))
     medians = {
         name: [statistics.median(part) for part in zip(*values, strict=True)]
         for name, values in taken.items()
     }
-    steps, whole = ([medians[n][0] for n in taken], [sum(medians[n]) for n in taken])
+    sizes = [int(size) for size in options.larger.split(",")]
+    tokens_per_s = {
+        size: options.steps
+        * size
+        * options.tokens
+        / statistics.median(run(cells[:1], batches_of(size))[0] for _ in range(options.times))
+        for size in sizes
+    }
+    most = max(tokens_per_s.values())
+    of_pack = options.cells * options.steps * options.batch * options.tokens
+
+    def ratios(part):
+        return {name: part(medians[name]) / part(medians["alone"]) for name in list(taken)[:2]}
+
     record = {
         "what": f"{options.cells} cells, {options.layers} layers of width {options.width}, batch "
         f"{options.batch} × {options.tokens} tokens, {options.steps} steps, r 1-8 on q,v",
+        "default_at_once": "one_by_one" if jax.default_backend() == "cpu" else "side_by_side",
         "median_step_seconds": {n: medians[n][0] for n in taken},
         "median_compile_seconds": {n: medians[n][1] for n in taken},
-        "packed_over_alone_steps": steps[0] / steps[1],
-        "packed_over_alone_with_compilation": whole[0] / whole[1],
-        "pack_against_one_examples_per_s": steps[1] / steps[0],
+        "packed_over_alone_steps": ratios(lambda m: m[0]),
+        "packed_over_alone_with_compilation": ratios(sum),
+        "one_run_tokens_per_s_by_batch": tokens_per_s,
+        "pack_tokens_per_s_over_the_most_of_one_run": {
+            name: of_pack / medians[name][0] / most for name in list(taken)[:2]
+        },
         "each_time": taken,
     }
     write_record("packed", record, options.out)
