@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import types
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -21,7 +22,7 @@ from lora_jax.sweeps.pack import Pack
 from lora_jax.sweeps.plan import make_plan
 from lora_jax.sweeps.program import Program, default_at_once
 from lora_jax.sweeps.results import CellResult, SweepResults
-from lora_jax.sweeps.settings import CellSettings, read_cells
+from lora_jax.sweeps.settings import CellSettings, read_cells, tuned_cells
 from lora_jax.train.optimizer import make_optimizer
 from lora_jax.train.progress import show_progress
 
@@ -33,6 +34,7 @@ def sweep(
     cells: Sequence[Mapping[str, Any]],
     *,
     num_steps: int,
+    tune: tuple[str, Sequence[Any]] | None = None,
     validation: Sequence[Any] = (),
     eval_every: int = 0,
     patience: int = 0,
@@ -60,6 +62,8 @@ def sweep(
         rate), `weight_decay`, `seed`, `train` (parameters trained whole), `name`, and `method`:
         "lora" (default), "head", "bitfit", "full", or a `Method`.
       num_steps: optimizer steps of each cell.
+      tune: a setting and its values, `("lr", (1e-4, 1e-3))`: each cell runs once for each value, and
+        `results.tuned()` says which is best on validation, with the basin.
       validation: batches for all; the mean of their losses chooses the trainable that is kept.
       eval_every: steps between looks at `validation`; 0 for one look, after the last step.
       patience: looks without a better loss after which a cell stops; 0 for never.
@@ -93,6 +97,9 @@ def sweep(
     if patience and not (validation and eval_every):
         raise RequestError(f"patience={patience} needs validation batches and eval_every")
     source = OwnBatches(batches) if callable(batches) else SharedBatches(batches)
+    if tune is not None and not validation:
+        raise RequestError(f"tune={tune!r} chooses on validation; give validation batches")
+    cells, tuned = tuned_cells(cells, tune)
     named = read_cells(cells, axes=axes, aliases=aliases)
     planned, refused = make_plan(named, params)
     shared = {
@@ -163,7 +170,8 @@ def sweep(
             why = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
             refused |= {cell.name: why for cell in group.cells}
     rows = [found.get(cell.name) or _refused(cell, refused[cell.name]) for cell in named]
-    return SweepResults(rows, "\n".join(lines))
+    rows = [dataclasses.replace(row, group=tuned.get(row.name, "")) for row in rows]
+    return SweepResults(rows, "\n".join(lines), tune[0] if tune else "")
 
 
 def _loss_and_scores(pack: Pack, loss: Callable[[Any, Any], jax.Array]):

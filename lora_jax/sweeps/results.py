@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -20,7 +21,7 @@ class CellResult:
     merges it. `num_trainable` counts its parameters, those trained whole included. `stopped` says
     why it ended; `error`, "" if all went well, what went wrong. `seconds` is the cell's share of
     its pack's training, `compile_seconds` of its compilation; `pack` numbers the pack from 1 (0:
-    never begun), `width` counts the cells it began with.
+    never begun), `width` counts the cells it began with; `group` is what tuning compares it within.
     """
 
     name: str
@@ -38,14 +39,35 @@ class CellResult:
     compile_seconds: float
     pack: int
     width: int
+    group: str = ""
+
+
+@dataclasses.dataclass(frozen=True)
+class Tuned:
+    """What tuning one contestant found: the best of its cells, and the basin it is the bottom of.
+
+    `losses` are the validation losses at `values` (inf where a cell failed). `at_edge` says that
+    `chosen` is the smallest or largest value tried: a better one may lie beyond.
+    """
+
+    name: str
+    best: CellResult
+    chosen: Any
+    values: tuple[Any, ...]
+    losses: tuple[float, ...]
+
+    @property
+    def at_edge(self) -> bool:
+        return self.chosen in (min(self.values), max(self.values))
 
 
 class SweepResults(Sequence):
     """The cells' results in the order of the cells; `results["name"]` finds one by name."""
 
-    def __init__(self, rows: Sequence[CellResult], plan: str):
+    def __init__(self, rows: Sequence[CellResult], plan: str, tuned_by: str = ""):
         self._rows = tuple(rows)
         self.plan = plan
+        self._tuned_by = tuned_by
 
     def __getitem__(self, key: int | str) -> CellResult:
         if isinstance(key, str):
@@ -71,6 +93,25 @@ class SweepResults(Sequence):
             raise ValueError("every cell failed; see each result's `error`")
         return min(good, key=_score)
 
+    def tuned(self) -> list[Tuned]:
+        """For each contestant, the value that `tune` chose on validation, and from what.
+
+        Empty without `tune`; a contestant whose every cell failed is left out.
+        """
+        found = []
+        for group in dict.fromkeys(row.group for row in self._rows if row.group):
+            rows = [row for row in self._rows if row.group == group]
+            losses = tuple(
+                _score(row) if row.trainable is not None and not row.error else math.inf
+                for row in rows
+            )
+            if min(losses) < math.inf:
+                best = rows[losses.index(min(losses))]
+                values = tuple(row.settings[self._tuned_by] for row in rows)
+                chosen = best.settings[self._tuned_by]
+                found.append(Tuned(group, best, chosen, values, losses))
+        return found
+
     def to_pandas(self):
         """One row a cell: settings, losses, steps, parameters, seconds, `error` ("" if none)."""
         import pandas as pd
@@ -90,6 +131,7 @@ class SweepResults(Sequence):
 def _record(row: CellResult) -> dict[str, Any]:
     return {
         "name": row.name,
+        **({"group": row.group} if row.group else {}),
         **row.settings,
         "best_loss": row.best_loss,
         "best_step": row.best_step,

@@ -100,7 +100,8 @@ def note_sweep(
 ) -> None:
     """Notes in `sweep.json` which sweeps the workdir holds, their cells, and who was refused."""
     path = workdir / "sweep.json"
-    there = read_json_file(path) if path.exists() else {"sweeps": [], "cells": [], "refused": {}}
+    empty = {"sweeps": [], "cells": [], "refused": {}, "num_steps": {}}
+    there = read_json_file(path) if path.exists() else empty
     one = {"name": sweep.name, "source": Path(source).name}
     there["sweeps"] += [] if one in there["sweeps"] else [one]
     names = [cell.name for cell in sweep.first] + list(results or ())

@@ -11,6 +11,7 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from lora_jax.core.errors import RequestError
+from lora_jax.formats.atomic import write_json
 from lora_jax.sweeps.cells import Cell
 from lora_jax.sweeps.groups import OWN, Group, base_key, make_groups, read_packs
 from lora_jax.sweeps.memory import DoesNotFit, fitting_width
@@ -56,6 +57,7 @@ class Runner:
                 continue
             groups, refused = self.groups_of(same, base)
             self._take(refused)
+            note_steps(self.workdir, groups)
             for number, group in enumerate(groups, 1):
                 self.view.expect(0, len(group.cells) * group.num_steps)
                 self.view.say(f"program {number} of {len(groups)}: {group}")
@@ -224,6 +226,14 @@ def _one_line(card: Mapping[str, Any]) -> str:
         f"test loss {metrics['test']['loss']:.4f}, accuracy {metrics['test']['accuracy']:.4f}; "
         f"{metrics['steps']} steps, {metrics['stopped']}"
     )
+
+
+def note_steps(workdir: Path, groups: Sequence[Group]) -> None:
+    """Notes in `sweep.json` how many steps each cell will take, for whoever asks for the status."""
+    path = workdir / "sweep.json"
+    told = read_json_file(path)
+    steps = {cell.name: group.num_steps for group in groups for cell in group.cells}
+    write_json(path, {**told, "num_steps": {**told["num_steps"], **steps}})
 
 
 def by_base(cells: Sequence[Cell]) -> list[list[Cell]]:

@@ -78,6 +78,37 @@ def read_cells(
     return list(found.values())
 
 
+def tuned_cells(
+    cells: Sequence[Mapping[str, Any]], tune: tuple[str, Sequence[Any]] | None
+) -> tuple[list[Mapping[str, Any]], dict[str, str]]:
+    """Each cell once for each value of a setting, `tune=(setting, values)`; and `{name: group}`.
+
+    A group are the cells that differ in that setting alone. Raises `RequestError` for a setting
+    that a cell gives itself, or fewer than two values.
+    """
+    if tune is None:
+        return list(cells), {}
+    key, values = tune
+    if len(set(values)) < max(2, len(values)):
+        raise RequestError(f"tune has the values {tuple(values)}; give 2 or more, all different")
+    expanded, groups = [], {}
+    for number, cell in enumerate(cells):
+        if key in cell:
+            raise RequestError(
+                f"cell {number} gives {key}={cell[key]!r}, which tune varies; give it in one place"
+            )
+        group = _name_of(cell, number, set(groups.values()))
+        if group in groups.values():
+            raise RequestError(f"two cells are named {group!r}; give each a name of its own")
+        for value in values:
+            name = (
+                f"{group}-{key}{value:g}" if isinstance(value, float) else f"{group}-{key}{value}"
+            )
+            expanded.append({**cell, key: value, "name": name})
+            groups[name] = group
+    return expanded, groups
+
+
 def _method_of(given: Mapping[str, Any], axes, aliases) -> Method:
     kind = given.get("method", "lora")
     if isinstance(kind, Method):

@@ -18,7 +18,7 @@ STATES = ("done", "running", "stopped", "failed", "waiting")
 class CellStatus:
     """One cell. `state` is one of STATES; a "stopped" one was begun and nobody is at work.
 
-    `step` of `num_steps` (None where its config does not say), `loss`: the last training loss that
+    `step` of `num_steps` (None where it was not planned yet), `loss`: the last training loss that
     was logged; `seconds` spent so far, a packed cell's share; `note`: why it ended or failed.
     """
 
@@ -43,7 +43,15 @@ def sweep_status(workdir: str | os.PathLike) -> list[CellStatus]:
     folders = sorted(path.name for path in (workdir / "cells").glob("[!.]*"))
     names = list(dict.fromkeys([*told["cells"], *folders]))
     at_work = is_locked(workdir)
-    return [_status(workdir / "cells" / n, told["refused"].get(n, ""), at_work) for n in names]
+    return [
+        _status(
+            workdir / "cells" / name,
+            told["num_steps"].get(name),
+            told["refused"].get(name, ""),
+            at_work,
+        )
+        for name in names
+    ]
 
 
 def seconds_left(cells: list[CellStatus]) -> float | None:
@@ -54,13 +62,11 @@ def seconds_left(cells: list[CellStatus]) -> float | None:
     return sum(c.seconds / c.step * (c.num_steps - c.step) for c in running)
 
 
-def _status(folder: Path, refused: str, at_work: bool) -> CellStatus:
+def _status(folder: Path, num_steps: int | None, refused: str, at_work: bool) -> CellStatus:
     rows = read_metrics(folder / "metrics.jsonl")
     trained = [row for row in rows if row["split"] == "train"]
-    config = read_json_file(folder / "config.json") if (folder / "config.json").exists() else {}
-    begun = bool(config)
+    begun = (folder / "config.json").exists()
     state, note = ("running" if at_work else "stopped") if begun else "waiting", ""
-    num_steps = config.get("train", {}).get("num_steps") or None
     step = max((row["step"] for row in rows), default=0)
     if (folder / "card.json").exists():
         card: dict[str, Any] = read_json_file(folder / "card.json")

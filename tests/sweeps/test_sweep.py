@@ -14,7 +14,7 @@ from flax import nnx
 import lora_jax as lj
 from lora_jax.sweeps.api import sweep
 from lora_jax.sweeps.settings import read_cells
-from tests.sweeps.problem import AXES, CELLS, base, batches_of, loss_fn
+from tests.sweeps.problem import AXES, CELLS, VALIDATION, base, batches_of, loss_fn
 
 
 def test_plain_jax_in_a_few_lines():
@@ -169,3 +169,26 @@ def test_too_few_batches_of_a_seed_are_told():
             axes=AXES,
             progress=False,
         )
+
+
+def test_tuning_chooses_within_each_contestant_and_keeps_the_basin():
+    cells = [
+        {"targets": "up", "rank": rank, "train": "head", "name": f"r{rank}"} for rank in (1, 4)
+    ]
+    rates = (1e-5, 1e-2, 1e30)
+    arguments = {"num_steps": 20, "axes": AXES, "progress": False}
+    found = sweep(
+        loss_fn, base(), batches_of, cells, tune=("lr", rates), validation=VALIDATION, **arguments
+    )
+    assert [row.name for row in found][:3] == ["r1-lr1e-05", "r1-lr0.01", "r1-lr1e+30"]
+    for tuned, rank in zip(found.tuned(), (1, 4), strict=True):
+        assert tuned.name == f"r{rank}" and tuned.values == rates
+        assert tuned.chosen == 1e-2 and not tuned.at_edge
+        assert tuned.best is found[f"r{rank}-lr0.01"]
+        assert tuned.losses[1] < tuned.losses[0] < tuned.losses[2] == float("inf")
+    assert set(found.to_pandas()["group"]) == {"r1", "r4"}
+    with pytest.raises(lj.RequestError, match="chooses on validation"):
+        sweep(loss_fn, base(), batches_of, cells, tune=("lr", rates), **arguments)
+    with pytest.raises(lj.RequestError, match="gives lr=0.1"):
+        cells = [{**cells[0], "lr": 0.1}]
+        sweep(loss_fn, base(), batches_of, cells, tune=("lr", rates), validation=VALIDATION, **arguments)  # fmt: skip  # noqa: E501
