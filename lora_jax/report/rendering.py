@@ -223,8 +223,7 @@ def _ended(row: Row) -> tuple[str, str]:
 
 def _ended_in(row: Row) -> tuple[str, str]:
     steps, reasons = _ended(row)
-    share = " (its share)" if max(row.cells) > 1 else ""
-    return f"{steps} in {seconds_text(row.seconds)}{share}", reasons
+    return f"{steps} in {seconds_text(row.seconds)}", reasons
 
 
 def _memory(row: Row) -> tuple[str, str]:
@@ -234,7 +233,6 @@ def _memory(row: Row) -> tuple[str, str]:
 
 def _ended_briefly(row: Row) -> tuple[str, str]:
     steps, reasons = _ended_in(row)
-    steps = steps.replace(" (its share)", "")
     reasons = reasons.replace("validation stopped improving", "stopped early")
     return steps, re.sub(r"budget of \d+ steps ended", "budget ended", reasons)
 

@@ -62,7 +62,7 @@ def sweep(
         rate), `weight_decay`, `seed`, `train` (parameters trained whole), `name`, and `method`:
         "lora" (default), "head", "bitfit", "full", or a `Method`.
       num_steps: optimizer steps of each cell.
-      tune: a setting and its values, `("lr", (1e-4, 1e-3))`: each cell runs once for each value, and
+      tune: a setting and its values, `("lr", (1e-4, 1e-3))`: each cell runs once for each, and
         `results.tuned()` says which is best on validation, with the basin.
       validation: batches for all; the mean of their losses chooses the trainable that is kept.
       eval_every: steps between looks at `validation`; 0 for one look, after the last step.
