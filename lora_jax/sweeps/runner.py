@@ -13,7 +13,7 @@ from ml_collections import ConfigDict
 from lora_jax.core.errors import RequestError
 from lora_jax.formats.atomic import write_json
 from lora_jax.sweeps.cells import Cell
-from lora_jax.sweeps.groups import OWN, Group, base_key, make_groups, read_packs
+from lora_jax.sweeps.groups import OWN, Group, PackRecord, base_key, make_groups, read_packs
 from lora_jax.sweeps.memory import DoesNotFit, fitting_width
 from lora_jax.sweeps.program import default_at_once
 from lora_jax.sweeps.ready import Ready, make_ready
@@ -182,9 +182,13 @@ class Runner:
             f"{count} packs of up to {width} cells instead: what fits into "
             f"{self.memory_bytes / 2**20:,.0f} MiB"
         )
-        for number in range(count):
-            some = group.cells[number * width : (number + 1) * width]
-            (part,), _ = make_groups(some, base)
+        some = [group.cells[n * width : (n + 1) * width] for n in range(count)]
+        parts = [make_groups(cells, base)[0][0] for cells in some]
+        for part in parts:
+            # All now: killed after the first, the rest must not be divided anew.
+            if part.is_pack:
+                PackRecord.of(part.cells).write(self.workdir)
+        for part in parts:
             yield part, self._ready(part, base)
 
     def _ready(self, group: Group, base: Base) -> Ready:
