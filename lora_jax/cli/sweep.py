@@ -65,8 +65,8 @@ def run(argv: Sequence[str]) -> int:
     config = needs_config(config, "sweep")
     if not options.sweep:
         parser.error("--sweep is missing: NAME of a sweep_NAME in the config's file")
-    if options.memory_gib is not None and not options.memory_gib > 0:
-        parser.error(f"--memory-gib is {options.memory_gib:g}; it must be above 0")
+    if options.memory_gib is not None and not 2**-30 <= options.memory_gib < 2**30:
+        parser.error(f"--memory-gib is {options.memory_gib:g}; it must be above 0, and finite")
 
     from lora_jax.sweeps import plan_sweep, read_sweep, run_sweep
 
@@ -75,7 +75,7 @@ def run(argv: Sequence[str]) -> int:
     if options.only:
         sweep = sweep.only(options.only)
     if options.plan:
-        lines = plan_sweep(sweep, options.workdir)
+        lines = plan_sweep(sweep, options.workdir, source=file, add=options.add)
         say(json.dumps(lines) if options.json else "\n".join(lines))
         return 0
     again = shlex.join(["lora-jax", "sweep", *argv])

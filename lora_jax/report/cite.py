@@ -27,7 +27,7 @@ def cite(folder: str | Path) -> str:
     The key and the note carry the hash: the cell's config hash, or that of all of them together.
     Raises `RequestError` where nothing has finished.
     """
-    folder = Path(folder)
+    folder = Path(folder).resolve()
     one = (folder / "card.json").exists()
     runs = read_runs(folder.parent.parent if one else folder)
     runs = [r for r in runs if r.finished and (not one or r.folder.name == folder.name)]
@@ -50,7 +50,7 @@ def _entry(runs: Sequence[Run], folder: Path) -> str:
         result = f"test loss {test['loss']:.6g}, accuracy {test['accuracy']:.6g}"
         config_word = "config"
     else:
-        title = f"lora_jax sweep {folder.resolve().name}: {len(runs)} runs"
+        title = f"lora_jax sweep {folder.name}: {len(runs)} runs"
         result, config_word = "", "configs"
     note = [
         f"{config_word} sha256 {whole}",

@@ -14,7 +14,7 @@ import numpy as np
 
 from lora_jax.core.errors import RequestError
 from lora_jax.core.lift import lift
-from lora_jax.sweeps.batches import OwnBatches, SharedBatches
+from lora_jax.sweeps.batches import OwnBatches, SharedBatches, num_elements
 from lora_jax.sweeps.curves import Curves
 from lora_jax.sweeps.engine import PackTraining, Schedule
 from lora_jax.sweeps.memory import DoesNotFit, device_memory_bytes, fitting_width
@@ -133,7 +133,13 @@ def sweep(
             )
             frozen = group.cells[0].method.init(jax.random.key(0), params)[1]
             width, needed = fitting_width(
-                program, group, lambda cell: params, frozen, source, budget
+                program,
+                group,
+                lambda cell: params,
+                frozen,
+                source,
+                budget,
+                max(looked_at, key=num_elements, default=None),
             )
             count = math.ceil(len(group.cells) / width)
             for places in np.array_split(np.arange(len(group.cells)), count):
@@ -159,7 +165,7 @@ def sweep(
         except KeyboardInterrupt:
             if not found:
                 raise
-            refused |= {cell.name: "stopped by Ctrl-C" for cell in named}
+            refused = {cell.name: "stopped by Ctrl-C" for cell in named} | refused
             break
         except DoesNotFit as error:
             refused |= {cell.name: str(error) for cell in group.cells}

@@ -28,7 +28,7 @@ class SharedBatches:
 
     def widest(self, cells: Sequence[CellSettings]) -> Any:
         """The largest batch."""
-        return _as_arrays(max(self._batches, key=_num_elements))
+        return _as_arrays(max(self._batches, key=num_elements))
 
     def at(self, step: int, cells: Sequence[CellSettings]) -> Any:
         """The batch of the step that comes after `step` others."""
@@ -78,5 +78,6 @@ def _as_arrays(batch: Any) -> Any:
     return jax.tree.map(jnp.asarray, batch)
 
 
-def _num_elements(batch: Any) -> int:
+def num_elements(batch: Any) -> int:
+    """How many numbers a batch holds."""
     return sum(jnp.size(leaf) for leaf in jax.tree.leaves(batch))

@@ -48,14 +48,19 @@ class Tuning:
         """The cell of one value: `NAME-lr0.001-s0`."""
         seed = self.config.seed if seed is None else seed
         short = self.key.rpartition(".")[2]
-        text = f"{value:g}" if isinstance(value, float) else str(value)
         config = overridden(self.config, {self.key: value, "seed": seed})
-        return Cell(f"{self.name}-{short}{text}-s{seed}", config)
+        return Cell(f"{self.name}-{short}{value_text(value)}-s{seed}", config)
 
     @property
     def first(self) -> list[Cell]:
         """The cells that the choice is made from."""
         return [self.cell(value) for value in self.values]
+
+    @property
+    def possible(self) -> list[Cell]:
+        """Those, and each that the choice may lead to."""
+        more = [self.cell(value, seed) for value in self.values for seed in self.more_seeds]
+        return [*self.first, *more]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,14 +73,14 @@ class Sweep:
 
     @property
     def first(self) -> list[Cell]:
-        """All cells that are known before any has run; each once."""
-        cells = [*self.cells, *(cell for tuning in self.tunings for cell in tuning.first)]
-        return list({cell.name: cell for cell in cells}.values())
+        """All cells that are known before any has run."""
+        return [*self.cells, *(cell for tuning in self.tunings for cell in tuning.first)]
 
     def only(self, text: str) -> Sweep:
-        """The cells whose name contains `text`, of a tuned contestant all or none.
+        """The cells whose name contains `text`.
 
-        Raises `RequestError` where there is none.
+        A contestant all of whose cells do is tuned; of one where only some do, these run, and
+        nothing is chosen. Raises `RequestError` where no name contains it.
         """
         cells = tuple(cell for cell in self.cells if text in cell.name)
         whole = [t for t in self.tunings if all(text in cell.name for cell in t.first)]
@@ -107,12 +112,12 @@ def read_sweep(path: str, sweep: str, config: ConfigDict) -> Sweep:
         taken = {cell.name for cell in cells} | {tuning.name for tuning in tunings}
         if name in taken:
             raise RequestError(f"sweep {sweep!r} adds the cell {name!r} twice; name them apart")
-        if not name or name != Path(name).name or name.startswith("."):
-            raise RequestError(f"cell name {name!r} cannot be a folder's; use letters, digits, -")
+        _check_name(name)
         made = overridden(config, overrides)
+        seeds = _seeds(name, more_seeds)
         if tune is not None:
-            tunings.append(_tuning(name, tune, made, tuple(more_seeds)))
-        elif tuple(more_seeds):
+            tunings.append(_tuning(name, tune, made, seeds))
+        elif seeds:
             raise RequestError(f"cell {name!r}: more_seeds needs tune; or add a cell for each seed")
         else:
             cells.append(Cell(name, made))
@@ -127,33 +132,76 @@ def read_sweep(path: str, sweep: str, config: ConfigDict) -> Sweep:
 
 def _tuning(name: str, tune: Any, config: ConfigDict, more_seeds: tuple[int, ...]) -> Tuning:
     try:
-        key, values = tune
-        values = tuple(values)
-    except (TypeError, ValueError):
-        raise RequestError(
-            f"cell {name!r}: tune is {tune!r}; give a setting and its values: "
-            '("optimizer.lr", (1e-4, 1e-3))'
-        ) from None
-    if len(set(values)) < max(MIN_VALUES, len(values)):
-        raise RequestError(
-            f"cell {name!r}: tune has the values {values}; give {MIN_VALUES} or more, all different"
-        )
+        key, values = read_tune(tune)
+    except RequestError as error:
+        raise RequestError(f"cell {name!r}: {error}") from None
     seeds = (config.seed, *more_seeds)
     if len(set(seeds)) < len(seeds):
         raise RequestError(f"cell {name!r}: the seeds {seeds} repeat one; name each once")
     return Tuning(name, key, values, config, more_seeds)
 
 
+def read_tune(tune: Any) -> tuple[str, tuple[Any, ...]]:
+    """`(setting, values)`: two or more different numbers or texts. Raises `RequestError`."""
+    try:
+        key, values = tune
+        values = tuple(values) if not isinstance(values, str) else None
+    except (TypeError, ValueError):
+        values = None
+    if not values or not isinstance(key, str):
+        raise RequestError(
+            f'tune is {tune!r}; give a setting and its values: ("optimizer.lr", (1e-4, 1e-3))'
+        )
+    for value in values:
+        if not isinstance(value, int | float | str):
+            raise RequestError(f"tune has the value {value!r}; give numbers or texts")
+    if len({value_text(value) for value in values}) < max(MIN_VALUES, len(values)):
+        raise RequestError(
+            f"tune has the values {values}; give {MIN_VALUES} or more, all different in their "
+            "first six digits"
+        )
+    return key, values
+
+
+def value_text(value: Any) -> str:
+    """A value as it stands in a cell's name."""
+    return f"{value:g}" if isinstance(value, float) else str(value)
+
+
+def _seeds(name: str, more_seeds: Any) -> tuple[int, ...]:
+    try:
+        seeds = tuple(more_seeds)
+    except TypeError:
+        seeds = (more_seeds,)
+        more_seeds = None
+    if more_seeds is None or any(isinstance(s, bool) or not isinstance(s, int) for s in seeds):
+        raise RequestError(f"cell {name!r}: more_seeds is {seeds}; give whole numbers: (1, 2)")
+    return seeds
+
+
+def _check_name(name: Any) -> None:
+    if not isinstance(name, str) or not name or name != Path(name).name or name.startswith("."):
+        raise RequestError(f"cell name {name!r} cannot be a folder's; use letters, digits, -")
+
+
 def _refuse_twins(sweep: Sweep) -> None:
-    """Raises `RequestError` where two cells would be the same run under two names."""
-    seen: dict[str, Cell] = {}
-    for cell in [*sweep.cells, *(cell for tuning in sweep.tunings for cell in tuning.first)]:
-        twin = seen.setdefault(cell.hash, cell)
+    """Raises `RequestError` where two cells, first or possible, share a name or their settings."""
+    names: dict[str, Cell] = {}
+    hashes: dict[str, Cell] = {}
+    for cell in [*sweep.cells, *(cell for tuning in sweep.tunings for cell in tuning.possible)]:
+        _check_name(cell.name)
+        if cell.name in names:
+            raise RequestError(
+                f"sweep {sweep.name!r}: two cells are named {cell.name!r}, one of them by a tune; "
+                "rename one"
+            )
+        twin = hashes.setdefault(cell.hash, cell)
         if twin.name != cell.name:
             raise RequestError(
                 f"sweep {sweep.name!r}: cells {twin.name!r} and {cell.name!r} have the same "
                 "settings; remove one, or give them different seeds"
             )
+        names[cell.name] = cell
 
 
 def overridden(config: ConfigDict, overrides: Mapping[str, Any]) -> ConfigDict:
@@ -176,12 +224,18 @@ def choose_value(tuning: Tuning, losses: Sequence[float]) -> dict[str, Any]:
     `losses` are the best validation losses of the values, inf where a cell failed.
     """
     best = min(range(len(losses)), key=losses.__getitem__)
-    order = sorted(range(len(losses)), key=lambda i: tuning.values[i])
     return {
         "key": tuning.key,
         "values": list(tuning.values),
         "validation_losses": list(losses),
         "seed": tuning.config.seed,
         "chosen": tuning.values[best],
-        "at_edge": best in (order[0], order[-1]),
+        "at_edge": is_at_edge(tuning.values[best], tuning.values),
     }
+
+
+def is_at_edge(chosen: Any, values: Sequence[Any]) -> bool:
+    """Whether the best of some numbers is their smallest or largest; texts have no edge."""
+    if any(isinstance(value, str) for value in values):
+        return False
+    return chosen in (min(values), max(values))

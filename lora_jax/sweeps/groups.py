@@ -10,6 +10,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from ml_collections import ConfigDict
+
 from lora_jax.core import trees
 from lora_jax.core.errors import RequestError
 from lora_jax.formats.atomic import write_json
@@ -19,7 +21,7 @@ from lora_jax.sweeps.plan import Planned, make_plan
 from lora_jax.sweeps.settings import CellSettings
 from lora_jax.train.build import Base, make_method, plan_steps
 from lora_jax.train.optimizer import make_optimizer
-from lora_jax.train.workdir import flat_config, plain_config, read_json_file
+from lora_jax.train.workdir import flat_config, hashed_settings, plain_config, read_json_file
 
 # What each cell of a pack has of its own; all other settings must agree.
 OWN = (
@@ -32,7 +34,6 @@ OWN = (
     "optimizer.weight_decay",
     "seed",
 )
-LEFT_OUT = ("workdir", "name")
 
 
 def base_key(cell: Cell) -> str:
@@ -106,14 +107,14 @@ def cell_settings(cell: Cell, model: Model, num_steps: int) -> CellSettings:
 
 def shared_key(cell: Cell, model: Model, settings: CellSettings) -> str:
     """Cells of one key may share a program, if their shapes agree."""
-    flat = flat_config(plain_config(cell.config))
+    flat = hashed_settings(plain_config(cell.config))
     own = set(OWN)
     if not _whole_head(model, settings):
         own.remove("seed")  # a new head that stays frozen differs by seed
     kept = {
         name: value
         for name, value in flat.items()
-        if name not in own and name.split(".")[0] not in LEFT_OUT
+        if name not in own and name.split(".")[0] != "name"
     }
     return json.dumps(kept, sort_keys=True)
 
@@ -133,24 +134,29 @@ def _num_steps(cell: Cell, base: Base) -> int:
 
 @dataclasses.dataclass(frozen=True)
 class PackRecord:
-    """Which cells a pack has, in the order of their slots, and the hashes of their configs."""
+    """A pack's cells in the order of their slots, and the memory budget they were divided by."""
 
-    cells: tuple[str, ...]
-    config_hashes: tuple[str, ...]
-
-    @classmethod
-    def of(cls, cells: Sequence[Cell]) -> PackRecord:
-        return cls(tuple(cell.name for cell in cells), tuple(cell.hash for cell in cells))
+    cells: tuple[Cell, ...]
+    memory_bytes: int
 
     @property
     def name(self) -> str:
         """The folder's name: the same cells in the same slots are the same pack."""
-        text = "\n".join(map(" ".join, zip(self.cells, self.config_hashes, strict=True)))
+        text = "\n".join(f"{cell.name} {cell.hash}" for cell in self.cells)
         return f"pack-{hashlib.sha256(text.encode()).hexdigest()[:10]}"
+
+    def folder(self, workdir: Path) -> Path:
+        return workdir / "packs" / self.name
+
+    def has_checkpoint(self, workdir: Path) -> bool:
+        """Whether anything of it was trained and saved."""
+        return any((self.folder(workdir) / "checkpoints").glob("[0-9]*"))
 
     def write(self, workdir: Path) -> None:
         """Writes `packs/NAME/pack.json`, atomically."""
-        write_json(workdir / "packs" / self.name / "pack.json", dataclasses.asdict(self))
+        cells = [{"name": c.name, "config": plain_config(c.config)} for c in self.cells]
+        told = {"cells": cells, "memory_bytes": self.memory_bytes}
+        write_json(self.folder(workdir) / "pack.json", told)
 
 
 def read_packs(workdir: Path) -> list[PackRecord]:
@@ -159,7 +165,11 @@ def read_packs(workdir: Path) -> list[PackRecord]:
     for path in sorted((workdir / "packs").glob("*/pack.json")):
         told: Any = read_json_file(path)
         try:
-            record = PackRecord(tuple(told["cells"]), tuple(told["config_hashes"]))
+            cells = [
+                Cell(one["name"], ConfigDict(one["config"], convert_dict=True))
+                for one in told["cells"]
+            ]
+            record = PackRecord(tuple(cells), told["memory_bytes"])
         except (KeyError, TypeError) as error:
             raise RequestError(f"{path} is no pack's record; remove its folder") from error
         found.append(record)

@@ -25,11 +25,13 @@ def fitting_width(
     frozen: Any,
     source: Any,
     budget: int,
+    look: Any = None,
 ) -> tuple[int, int]:
     """The widest pack of the group's first cells that the budget holds, and its bytes.
 
-    `source.widest(cells)` gives the largest batch. Only shapes are used: nothing is allocated.
-    Raises `DoesNotFit` if the budget does not hold one cell.
+    `source.widest(cells)` gives the largest batch, `look` is the largest one of an evaluation, None
+    without one. Only shapes are used: nothing is allocated. Raises `DoesNotFit` if the budget does
+    not hold one cell.
     """
     width = len(group.cells)
     while True:
@@ -39,7 +41,7 @@ def fitting_width(
             lambda part=part, params=params: program.init(part.pack, part.cells, params)
         )
         batch = source.widest(part.cells)
-        needed = program.bytes_needed(state, (part.pack.data(), frozen), batch)
+        needed = program.bytes_needed(state, (part.pack.data(), frozen), batch, look)
         if needed <= budget:
             return width, needed
         if width == 1:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import time
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -49,6 +50,35 @@ def over_cells(of_cell: Callable, at_once: int, batch_axis: int | None) -> Calla
     return of_all
 
 
+@dataclasses.dataclass
+class Use:
+    """Which programs a pack ran: bytes of the largest, batch shapes (K, B, T) of the steps."""
+
+    memory_bytes: int = 0
+    batch_shapes: set[tuple[int, ...]] = dataclasses.field(default_factory=set)
+    _seen: set[int] = dataclasses.field(default_factory=set)
+
+    def note(self, compiled: Any, batch: Any = None) -> None:
+        if isinstance(batch, dict) and "input_ids" in batch:
+            self.batch_shapes.add(tuple(batch["input_ids"].shape))
+        if id(compiled) not in self._seen:
+            self._seen.add(id(compiled))
+            self.memory_bytes = max(self.memory_bytes, memory_of(compiled))
+
+    def to_json(self) -> dict[str, Any]:
+        shapes = [list(shape) for shape in sorted(self.batch_shapes)]
+        return {"memory_bytes": self.memory_bytes, "batch_shapes": shapes}
+
+    def add(self, told: dict[str, Any]) -> None:
+        """Takes in what another record said."""
+        self.memory_bytes = max(self.memory_bytes, told["memory_bytes"])
+        self.batch_shapes |= {tuple(shape) for shape in told["batch_shapes"]}
+
+
+def _num_bytes(tree: Any) -> int:
+    return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
+
+
 class Program:
     """What packs with the same union share: the step and the score, mapped over the cells.
 
@@ -73,7 +103,7 @@ class Program:
         self._tx_of = tx_of
         self._compiled: dict[Any, Any] = {}
         self._compile_seconds = 0.0
-        self._shapes: set[tuple[int, ...]] = set()
+        self._use = Use()
         step = over_cells(step_function(loss, tx), at_once, batch_axis)
         scores = over_cells(scores, at_once, None)
         self._functions = {"step": jax.jit(step, donate_argnums=0), "scores": jax.jit(scores)}
@@ -98,26 +128,32 @@ class Program:
 
     def step(self, state: TrainState, frozen: Any, batch: Any):
         """`(state, metrics)`, both with the axis K; `state` is donated."""
-        return self._get("step", state, frozen, batch)(state, frozen, batch)
+        compiled = self._get("step", state, frozen, batch)
+        self._use.note(compiled, batch)
+        return compiled(state, frozen, batch)
 
     def scores(self, trainable: Any, frozen: Any, batch: Any) -> Any:
         """Each cell's scores on a batch that all share, with the axis K."""
-        return self._get("scores", trainable, frozen, batch)(trainable, frozen, batch)
+        compiled = self._get("scores", trainable, frozen, batch)
+        self._use.note(compiled)
+        return compiled(trainable, frozen, batch)
 
-    def bytes_needed(self, state: Any, frozen: Any, batch: Any) -> int:
-        """What a step holds, and the copy of the best trainable beside; arrays or structs."""
-        best = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(state.trainable))
-        return memory_of(self._get("step", state, frozen, batch)) + best
+    def bytes_needed(self, state: Any, frozen: Any, batch: Any, look: Any = None) -> int:
+        """What a step or the scores of the batch `look` hold, whichever is more; arrays or structs.
 
-    @property
-    def memory_bytes(self) -> int:
-        """What the largest program compiled so far holds at once."""
-        return max(map(memory_of, self._compiled.values()), default=0)
+        With what lies beside: the best trainables, and for the scores the optimizer's state.
+        """
+        best = _num_bytes(state.trainable)
+        needed = memory_of(self._get("step", state, frozen, batch)) + best
+        if look is not None:
+            scores = memory_of(self._get("scores", state.trainable, frozen, look))
+            needed = max(needed, scores + best + _num_bytes(state.opt_state))
+        return needed
 
-    @property
-    def batch_shapes(self) -> list[tuple[int, ...]]:
-        """The batch shapes (K, B, T) that steps were compiled for."""
-        return sorted(self._shapes)
+    def use(self) -> Use:
+        """From here on, what is called is noted in a new record."""
+        self._use = Use()
+        return self._use
 
     def take_compile_seconds(self) -> float:
         """Seconds spent compiling since this was asked last."""
@@ -128,8 +164,6 @@ class Program:
         leaves, treedef = jax.tree.flatten((first, batch))
         key = (name, treedef, *((np.shape(leaf), str(leaf.dtype)) for leaf in leaves))
         if key not in self._compiled:
-            if name == "step" and isinstance(batch, dict) and "input_ids" in batch:
-                self._shapes.add(tuple(batch["input_ids"].shape))
             start = time.perf_counter()
             lowered = self._functions[name].lower(first, frozen, batch)
             self._compiled[key] = lowered.compile()

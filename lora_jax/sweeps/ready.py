@@ -28,6 +28,7 @@ class PackBatches:
 
     def __init__(self, cells: Sequence[Cell], base: Base):
         self._sources = {cell.name: base.train_batches_of(cell.config).source for cell in cells}
+        self._looks = base.eval_batches_of(cells[0].config)["validation"]
         self._longest = base.buckets[-1]
 
     @property
@@ -37,16 +38,26 @@ class PackBatches:
 
     def at(self, step: int, cells: Sequence[CellSettings]) -> dict[str, np.ndarray]:
         """The batches of the step that comes after `step` others, with an axis of cells."""
+        return self._stacked(step, cells)
+
+    def _stacked(self, step: int, cells: Sequence[CellSettings]) -> dict[str, np.ndarray]:
         each = [self._sources[cell.name][step] for cell in cells]
         return {name: np.stack([batch[name] for batch in each]) for name in each[0]}
 
     def widest(self, cells: Sequence[CellSettings]) -> dict[str, jax.ShapeDtypeStruct]:
         """The shapes of the longest bucket's batch."""
-        batch = self.at(0, cells)
+        return self._longest_of(self._stacked(0, cells))
+
+    def widest_look(self) -> dict[str, jax.ShapeDtypeStruct]:
+        """The shapes of the longest bucket's evaluation batch, which all cells share."""
+        batch = dict(self._looks[0])
+        return self._longest_of({k: x for k, x in batch.items() if k not in ("index", "weights")})
+
+    def _longest_of(self, batch: dict[str, np.ndarray]) -> dict[str, jax.ShapeDtypeStruct]:
         token = {"input_ids", "attention_mask"}
         return {
             name: jax.ShapeDtypeStruct(
-                (*array.shape[:2], self._longest) if name in token else array.shape, array.dtype
+                (*array.shape[:-1], self._longest) if name in token else array.shape, array.dtype
             )
             for name, array in batch.items()
         }
@@ -88,5 +99,7 @@ def make_ready(group: Group, base: Base, *, at_once: int) -> Ready:
         batch_axis=0,
         at_once=at_once,
     )
-    frozen = plan.cells[0].method.init(jax.random.key(0), base.model.params)[1]
+    # A new head that stays frozen is that of the seed, which all cells of the group share then.
+    params = base.model_of(plan.cells[0].seed).params
+    frozen = plan.cells[0].method.init(jax.random.key(0), params)[1]
     return Ready(group, base, program, frozen, PackBatches(group.cells, base))

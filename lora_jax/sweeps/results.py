@@ -9,6 +9,8 @@ from typing import Any
 
 import numpy as np
 
+from lora_jax.sweeps.cells import is_at_edge
+
 
 @dataclasses.dataclass(frozen=True)
 class CellResult:
@@ -58,7 +60,7 @@ class Tuned:
 
     @property
     def at_edge(self) -> bool:
-        return self.chosen in (min(self.values), max(self.values))
+        return is_at_edge(self.chosen, self.values)
 
 
 class SweepResults(Sequence):

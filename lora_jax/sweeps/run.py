@@ -16,6 +16,7 @@ from lora_jax.sweeps.view import SweepView
 from lora_jax.train import enable_compilation_cache
 from lora_jax.train.build import load_base
 from lora_jax.train.run import Diverged
+from lora_jax.train.signals import stop_requests
 from lora_jax.train.workdir import check_cell, lock_workdir, plain_config, read_json_file
 
 
@@ -46,26 +47,33 @@ def run_sweep(
         enable_compilation_cache()
         runner = Runner(workdir, view, memory_bytes or device_memory_bytes(), command, progress)
         note_sweep(sweep, workdir, source)
-        runner.run(sweep.first)
-        more = []
-        for tuning in sweep.tunings:
-            more += _more_cells(tuning, runner.results, workdir, view)
-        known = set(runner.results)
-        runner.run([cell for cell in more if cell.name not in known])
+        # One for all: a signal that comes between two trainings stops the sweep there.
+        with stop_requests():
+            runner.run(sweep.first)
+            more = []
+            for tuning in sweep.tunings:
+                more += _more_cells(tuning, runner.results, workdir, view)
+            runner.run(more)
         note_sweep(sweep, workdir, source, runner.results)
         return runner.results
 
 
-def plan_sweep(sweep: Sweep, workdir: str | os.PathLike) -> list[str]:
+def plan_sweep(
+    sweep: Sweep, workdir: str | os.PathLike, *, source: str = "", add: bool = False
+) -> list[str]:
     """What would run, as lines: which cells share a program, which run alone, which are done.
 
-    Nothing is trained or written. Raises `RequestError` as `run_sweep` would.
+    Nothing is compiled, so a memory budget may divide a program yet; nothing is trained or written.
+    Raises `RequestError` for a workdir as `run_sweep` would.
     """
     workdir = Path(workdir)
-    check_sweep(sweep, workdir, source="", add=True)
+    check_sweep(sweep, workdir, source=source, add=add)
     runner = Runner(workdir, SweepView(enabled=False), device_memory_bytes(), "", False)
     waiting = runner.take_finished(sweep.first)
-    lines = [f"finished: {name}" for name in runner.results]
+    lines = [
+        f"failed: {name}: {result}" if isinstance(result, RequestError) else f"finished: {name}"
+        for name, result in runner.results.items()
+    ]
     for cells in by_base(waiting):
         try:
             groups, refused = runner.groups_of(cells, load_base(cells[0].config))
@@ -133,5 +141,5 @@ def _more_cells(
     tuned = read_json_file(path) if path.exists() else {}
     write_json(path, {**tuned, tuning.name: choice})
     edge = "; at the edge of those tried: a better one may lie beyond" if choice["at_edge"] else ""
-    view.say(f"{tuning.name}: {tuning.key} {choice['chosen']:g} is best on validation{edge}")
+    view.say(f"{tuning.name}: {tuning.key} {choice['chosen']} is best on validation{edge}")
     return [tuning.cell(choice["chosen"], seed) for seed in tuning.more_seeds]

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from ml_collections import ConfigDict
+import jax
 
 from lora_jax.core.errors import RequestError
 from lora_jax.formats.atomic import write_json
@@ -22,6 +22,7 @@ from lora_jax.sweeps.view import SweepView
 from lora_jax.train import train_cell
 from lora_jax.train.build import Base, load_base
 from lora_jax.train.run import Diverged
+from lora_jax.train.signals import Interrupted, stop_requests
 from lora_jax.train.workdir import flat_config, plain_config, read_json_file
 
 Result = dict[str, Any] | RequestError
@@ -52,17 +53,30 @@ class Runner:
         for same in by_base(waiting):
             try:
                 base = self._base_of(same[0])
+                groups, refused = self.groups_of(same, base)
             except RequestError as error:
                 self._take({cell.name: error for cell in same})
                 continue
-            groups, refused = self.groups_of(same, base)
             self._take(refused)
             note_steps(self.workdir, groups)
             for number, group in enumerate(groups, 1):
                 self.view.expect(0, len(group.cells) * group.num_steps)
                 self.view.say(f"program {number} of {len(groups)}: {group}")
             for group in groups:
+                self._stop_if_asked()
                 self._run_group(group, base)
+                self._stop_if_asked()
+
+    def _stop_if_asked(self) -> None:
+        """Between trainings; a training that is under way saves and stops by itself."""
+        with stop_requests() as requested:
+            if requested():
+                done = sum(not isinstance(r, RequestError) for r in self.results.values())
+                again = self.command or "run the sweep again with the same workdir"
+                raise Interrupted(
+                    f"stopped by {requested()} with {done} cells done; all is saved in "
+                    f"{self.workdir}. To go on: {again}"
+                )
 
     def take_finished(self, cells: Sequence[Cell]) -> list[Cell]:
         """Puts what is finished, or failed for good, into `results`; returns the rest."""
@@ -80,7 +94,11 @@ class Runner:
         return waiting
 
     def groups_of(self, cells: Sequence[Cell], base: Base):
-        """Packs that were begun as they were begun, cells begun alone alone, the rest anew."""
+        """Packs that were begun as they were begun, cells begun alone alone, the rest anew.
+
+        A pack counts as begun once it has a checkpoint, and before that while the memory budget is
+        the same: then it was divided off from others that may have ended.
+        """
         waiting = {cell.name: cell for cell in cells}
         groups: list[Group] = []
         refused: dict[str, RequestError] = {}
@@ -91,19 +109,35 @@ class Runner:
             refused.update(impossible)
 
         for record in read_packs(self.workdir):
-            hashes = zip(record.cells, record.config_hashes, strict=True)
-            if any(name in waiting and waiting[name].hash == h for name, h in hashes):
-                plan([waiting.pop(name, None) or self._begun(name) for name in record.cells])
+            if self._is_begun(record, waiting):
+                before = len(groups)
+                plan([waiting.pop(cell.name, None) or cell for cell in record.cells])
+                if len(groups) != before + 1 or len(groups[-1].cells) != len(record.cells):
+                    raise RequestError(
+                        f"{record.folder(self.workdir)} was begun by a version that let its cells "
+                        "share a program, which they do not here; use that version, or remove it "
+                        "and the folders of its cells"
+                    )
         for name in list(waiting):
             if (self.workdir / "cells" / name / "checkpoints").exists():
                 plan([waiting.pop(name)])
         plan(list(waiting.values()))
         return groups, refused
 
-    def _begun(self, name: str) -> Cell:
-        """A cell that its pack needs and nobody asked for, or that has its card already."""
-        config = read_json_file(self.workdir / "cells" / name / "config.json")
-        return Cell(name, ConfigDict(config, convert_dict=True))
+    def _is_begun(self, record: PackRecord, waiting: Mapping[str, Cell]) -> bool:
+        """Whether cells of this pack wait, and it is to be gone on with."""
+        mine = [cell for cell in record.cells if cell.name in waiting]
+        same = [cell for cell in mine if waiting[cell.name].hash == cell.hash]
+        saved = record.has_checkpoint(self.workdir)
+        if same and len(same) < len(mine):
+            if saved:
+                others = [cell.name for cell in mine if cell not in same]
+                self.view.say(
+                    f"{record.name} was begun with other settings of {', '.join(others)}: its "
+                    "unfinished cells begin again"
+                )
+            return False
+        return bool(same) and (saved or record.memory_bytes == self.memory_bytes)
 
     def _base_of(self, cell: Cell) -> Base:
         key = base_key(cell)
@@ -130,15 +164,17 @@ class Runner:
                     self._take(
                         train_pack(
                             ready,
-                            part.plan,
-                            part.cells,
                             self.workdir,
+                            memory_bytes=self.memory_bytes,
                             command=self.command,
                             show_with=self.view.show_with,
                         )
                     )
-        except (RequestError, DoesNotFit) as error:
-            why = error if isinstance(error, RequestError) else RequestError(str(error))
+                self._stop_if_asked()
+        except (RequestError, DoesNotFit, jax.errors.JaxRuntimeError) as error:
+            why = _reason(error)
+            if why is None:
+                raise
             self._take({c.name: why for c in group.cells if c.name not in self.results})
 
     def _run_alone(self, cell: Cell, base: Base) -> Result:
@@ -153,7 +189,7 @@ class Runner:
                 show_with=self.view.show_with,
             )
         except Diverged as error:
-            return write_failure(folder, str(error))
+            return write_failure(folder, str(error), [folder])
 
     def _fitted(self, group: Group, base: Base) -> Iterator[tuple[Group, Ready]]:
         """The group's parts that fit into the budget, with what trains them.
@@ -161,9 +197,8 @@ class Runner:
         A pack that was begun stays as it is, whatever the budget.
         """
         ready = self._ready(group, base)
-        begun = {record.cells for record in read_packs(self.workdir)}
-        names = tuple(cell.name for cell in group.cells)
-        if names in begun:
+        record = PackRecord(group.cells, self.memory_bytes)
+        if record.has_checkpoint(self.workdir):
             yield group, ready
             return
         width, _ = fitting_width(
@@ -173,6 +208,7 @@ class Runner:
             ready.frozen,
             ready.batches,
             self.memory_bytes,
+            ready.batches.widest_look(),
         )
         if width == len(group.cells):
             yield group, ready
@@ -187,7 +223,7 @@ class Runner:
         for part in parts:
             # All now: killed after the first, the rest must not be divided anew.
             if part.is_pack:
-                PackRecord.of(part.cells).write(self.workdir)
+                PackRecord(part.cells, self.memory_bytes).write(self.workdir)
         for part in parts:
             yield part, self._ready(part, base)
 
@@ -208,6 +244,21 @@ class Runner:
             failed = isinstance(result, RequestError)
             self.view.ended(failed=failed)
             self.view.say(f"{name}: {f'failed: {result}' if failed else _one_line(result)}")
+
+
+def _reason(error: Exception) -> RequestError | None:
+    """What to tell of cells that this kept from running; None for what is a defect of ours."""
+    if isinstance(error, RequestError):
+        return error
+    if isinstance(error, DoesNotFit):
+        return RequestError(str(error))
+    text = str(error)
+    if "RESOURCE_EXHAUSTED" in text or "out of memory" in text.lower():
+        return RequestError(
+            f"the device ran out of memory ({text.splitlines()[0][:200]}); run the same command "
+            "with a smaller --memory-gib, or smaller batches"
+        )
+    return None
 
 
 def _same_program(one: Group, other: Group) -> bool:

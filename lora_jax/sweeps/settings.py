@@ -12,6 +12,7 @@ from lora_jax.core import trees
 from lora_jax.core.errors import RequestError
 from lora_jax.core.rules import Rule
 from lora_jax.methods import BitFit, FullFineTuning, HeadOnly, LoRA, Method
+from lora_jax.sweeps.cells import read_tune, value_text
 
 METHODS: Mapping[str, Callable[..., Method]] = {
     "lora": LoRA,
@@ -88,9 +89,7 @@ def tuned_cells(
     """
     if tune is None:
         return list(cells), {}
-    key, values = tune
-    if len(set(values)) < max(2, len(values)):
-        raise RequestError(f"tune has the values {tuple(values)}; give 2 or more, all different")
+    key, values = read_tune(tune)
     expanded, groups = [], {}
     for number, cell in enumerate(cells):
         if key in cell:
@@ -101,9 +100,7 @@ def tuned_cells(
         if group in groups.values():
             raise RequestError(f"two cells are named {group!r}; give each a name of its own")
         for value in values:
-            name = (
-                f"{group}-{key}{value:g}" if isinstance(value, float) else f"{group}-{key}{value}"
-            )
+            name = f"{group}-{key}{value_text(value)}"
             expanded.append({**cell, key: value, "name": name})
             groups[name] = group
     return expanded, groups

@@ -16,10 +16,11 @@ from lora_jax.formats.atomic import write_json
 from lora_jax.methods import Method
 from lora_jax.models import Model
 from lora_jax.sweeps.cells import Cell
-from lora_jax.sweeps.engine import Keeper, PackTraining, Schedule
+from lora_jax.sweeps.engine import PackTraining
 from lora_jax.sweeps.groups import PackRecord
-from lora_jax.sweeps.plan import Planned
-from lora_jax.sweeps.ready import PackBatches, Ready
+from lora_jax.sweeps.keeping import Keeper, PackedCell, Schedule
+from lora_jax.sweeps.program import Use
+from lora_jax.sweeps.ready import Ready
 from lora_jax.train.build import plan_steps
 from lora_jax.train.card import describe_program
 from lora_jax.train.checkpoint import Checkpoints
@@ -48,18 +49,21 @@ class DiskKeeper(Keeper):
     def __init__(
         self,
         cells: Sequence[Cell],
+        under_way: Sequence[PackedCell],
         writers: Sequence[MetricsWriter],
         checkpoints: Checkpoints,
         fingerprints: list[str],
         num_steps: int,
         stop_requested: Callable[[], str],
         show: Show,
+        use: Use,
     ):
         self._writers, self._checkpoints = writers, checkpoints
-        self._fingerprints = fingerprints
+        self._fingerprints, self._use = fingerprints, use
         self._rates = [make_schedule(cell.config.optimizer, num_steps) for cell in cells]
         self._examples = [0.0] * len(cells)
-        self._since: list[tuple[float, float] | None] = [None] * len(cells)
+        # Seconds of training and examples at the last log; a resumed pack counts from here on.
+        self._since = [(cell.books.seconds.get("train", 0.0), 0.0) for cell in under_way]
         self.stop_requested = stop_requested
         self._show = show
 
@@ -69,7 +73,7 @@ class DiskKeeper(Keeper):
     def logged(self, training, k, values):
         seconds, step = training.cells[k].books.seconds, training.step
         now = (seconds.get("train", 0.0), self._examples[k])
-        before, self._since[k] = self._since[k] or (0.0, 0.0), now
+        before, self._since[k] = self._since[k], now
         elapsed = now[0] - before[0]
         self._writers[k].write(
             step=step,
@@ -93,7 +97,11 @@ class DiskKeeper(Keeper):
         for writer, cell in zip(self._writers, training.cells, strict=True):
             writer.sync()
             cell.books = dataclasses.replace(cell.books, metrics_lines=writer.num_lines)
-        facts = {"training": training.facts(), "schedules": self._fingerprints}
+        facts = {
+            "training": training.facts(),
+            "schedules": self._fingerprints,
+            "program": self._use.to_json(),
+        }
         if self._checkpoints.latest_step != training.step:
             self._checkpoints.save(training.step, training.groups(), facts)
 
@@ -102,22 +110,17 @@ class DiskKeeper(Keeper):
 
 
 def train_pack(
-    ready: Ready,
-    part: Planned,
-    cells: Sequence[Cell],
-    workdir: Path,
-    *,
-    command: str,
-    show_with: ShowWith,
+    ready: Ready, workdir: Path, *, memory_bytes: int, command: str, show_with: ShowWith
 ) -> dict[str, dict[str, Any] | RequestError]:
-    """Trains `cells` (those of `part`, in its order) as one pack; `{name: card, or its failure}`.
+    """Trains the cells of a group as one pack; `{name: card, or its failure}`.
 
     A cell whose loss is no number leaves `failure.json` where others leave their card. Raises
     `Interrupted`, after saving, on SIGINT or SIGTERM; `RequestError` for what concerns them all.
     """
     started = time.perf_counter()
-    record, base = PackRecord.of(cells), ready.base
-    home = workdir / "packs" / record.name
+    cells, part, base = ready.group.cells, ready.group.plan, ready.base
+    record = PackRecord(cells, memory_bytes)
+    home = record.folder(workdir)
     folders = [workdir / "cells" / cell.name for cell in cells]
     for cell, folder in zip(cells, folders, strict=True):
         claim_cell(folder, plain_config(cell.config))
@@ -131,8 +134,8 @@ def train_pack(
         log_every=steps["log_every"],
         checkpoint_every=steps["checkpoint_every"],
     )
-    looks = base.eval_batches_of(config)
-    batches = PackBatches(cells, base)
+    looks, batches = base.eval_batches_of(config), ready.batches
+    use = ready.program.use()
     with contextlib.ExitStack() as stack:
         stop_requested = stack.enter_context(stop_requests())
         checkpoints = stack.enter_context(Checkpoints(home / "checkpoints"))
@@ -154,7 +157,7 @@ def train_pack(
         training = PackTraining(
             part, ready.program, state, ready.frozen, batches, validate, schedule, Keeper()
         )
-        _resume(training, checkpoints, batches.fingerprints)
+        _resume(training, checkpoints, batches.fingerprints, use)
         writers = [
             stack.enter_context(
                 MetricsWriter(folder, num_lines=cell.books.metrics_lines, step=training.step)
@@ -166,12 +169,14 @@ def train_pack(
         )
         keeper = DiskKeeper(
             cells,
+            training.cells,
             writers,
             checkpoints,
             batches.fingerprints,
             schedule.num_steps,
             stop_requested,
             show,
+            use,
         )
         training_shown = functools.partial(keeper.show, training)  # evaluating takes its time too
         training.begin(keeper, started)
@@ -194,10 +199,12 @@ def train_pack(
             )
         # On the disk before the results say that the pack is over.
         checkpoints.wait()
-        return _write_results(training, ready, cells, folders, tests, record)
+        return _write_results(training, ready, folders, tests, home, use)
 
 
-def _resume(training: PackTraining, checkpoints: Checkpoints, fingerprints: list[str]) -> None:
+def _resume(
+    training: PackTraining, checkpoints: Checkpoints, fingerprints: list[str], use: Use
+) -> None:
     restored = checkpoints.restore(lambda facts: training.like(facts["training"]))
     if restored is None:
         return
@@ -208,6 +215,7 @@ def _resume(training: PackTraining, checkpoints: Checkpoints, fingerprints: list
             "old data back, or choose another workdir"
         )
     training.restore(groups, facts["training"])
+    use.add(facts["program"])
 
 
 def _test(training: PackTraining, ready: Ready, batches) -> dict[int, Evaluation]:
@@ -224,30 +232,29 @@ def _test(training: PackTraining, ready: Ready, batches) -> dict[int, Evaluation
 def _write_results(
     training: PackTraining,
     ready: Ready,
-    cells: Sequence[Cell],
     folders: Sequence[Path],
     tests: Mapping[int, Evaluation],
-    record: PackRecord,
+    home: Path,
+    use: Use,
 ) -> dict[str, dict[str, Any] | RequestError]:
-    pack = training.plan.pack
-    union = pack.union.table(ready.base.model.params)
-    shapes = ready.program.batch_shapes
+    cells = ready.group.cells
+    union = training.plan.pack.union.table(ready.base.model.params)
     results: dict[str, dict[str, Any] | RequestError] = {}
     for k, (cell, folder) in enumerate(zip(cells, folders, strict=True)):
         if (folder / "card.json").exists():
             results[cell.name] = read_json_file(folder / "card.json")
         elif k not in tests:
-            results[cell.name] = write_failure(folder, training.cells[k].error)
+            results[cell.name] = write_failure(folder, training.cells[k].error, [folder, home])
         else:
             own = {
                 "K": len(cells),
                 "slot": k,
-                "pack": record.name,
-                "cells": list(record.cells),
+                "pack": home.name,
+                "cells": [cell.name for cell in cells],
                 "at_once": ready.program.at_once,
             }
             program = describe_program(
-                union, shapes, memory_bytes=ready.program.memory_bytes, pack=own
+                union, sorted(use.batch_shapes), memory_bytes=use.memory_bytes, pack=own
             )
             settings = training.cells[k].settings
             model = ready.base.model_of(settings.seed)
@@ -263,9 +270,12 @@ def _write_results(
     return results
 
 
-def write_failure(folder: Path, why: str) -> Diverged:
-    """Notes that the cell ended without a result, and why; returns it as an error."""
-    write_json(folder / FAILURE, {"error": why})
+def write_failure(folder: Path, why: str, homes: Sequence[Path]) -> Diverged:
+    """Notes that the cell ended without a result, and why; returns it as an error.
+
+    `homes` are the folders that would have to go before it could run again.
+    """
+    write_json(folder / FAILURE, {"error": why, "homes": [str(home.resolve()) for home in homes]})
     return read_failure(folder)
 
 
@@ -274,5 +284,6 @@ def read_failure(folder: Path) -> Diverged | None:
     path = folder / FAILURE
     if not path.exists():
         return None
-    why = read_json_file(path)["error"]
-    return Diverged(f"{why}; it will not run again unless {folder} is removed")
+    told = read_json_file(path)
+    homes = " and ".join(told["homes"])
+    return Diverged(f"{told['error']}; it will not run again before {homes} are removed")

@@ -5,22 +5,28 @@ from __future__ import annotations
 import dataclasses
 import os
 import tempfile
+import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 from ml_collections import ConfigDict
 
 from lora_jax.core.errors import RequestError
+from lora_jax.formats.adapter import load_trainable
 from lora_jax.sweeps.cells import Cell
 from lora_jax.sweeps.groups import make_groups
 from lora_jax.sweeps.ready import make_ready
-from lora_jax.sweeps.stored import FAILURE, train_pack
+from lora_jax.sweeps.stored import FAILURE, train_pack, write_failure
 from lora_jax.sweeps.view import SweepView
 from lora_jax.train import enable_compilation_cache, train_cell
 from lora_jax.train.build import load_base
 from lora_jax.train.card import device_description, versions
+from lora_jax.train.finish import hash_trainable
+from lora_jax.train.run import Diverged
+from lora_jax.train.signals import Interrupted
 from lora_jax.train.workdir import config_hash, lock_workdir, read_json_file
 
 # Largest difference of validation and of test loss, in nats, that rounding may make between a cell
@@ -59,7 +65,7 @@ def verify(
     is untouched. Raises `RequestError` for a cell that is not finished or whose card, model or data
     are not what they were.
     """
-    run = Path(run)
+    run = Path(run).resolve()
     card = _read_card(run)
     packed = card["program"]["K"] > 1 and not alone
     names = card["program"]["cells"] if packed else [run.name]
@@ -86,11 +92,17 @@ def verify(
         again = Path(home)
         view.expect(len(cells), card["metrics"]["steps"] * len(cells))
         with view.running(len(cells), card["metrics"]["steps"]):
-            if packed:
-                _train_pack(cells, base, card["program"]["at_once"], again, view)
-            else:
-                folder = again / "cells" / run.name
-                train_cell(cells[0].config, folder, base=base, show_with=view.show_with)
+            try:
+                if packed:
+                    _train_pack(cells, base, card["program"]["at_once"], again, view)
+                else:
+                    folder = again / "cells" / run.name
+                    train_cell(cells[0].config, folder, base=base, show_with=view.show_with)
+            except Diverged as error:
+                write_failure(again / "cells" / run.name, str(error), [])
+            except Interrupted:
+                # What it saved goes with its folder.
+                raise Interrupted("stopped; nothing was compared, and nothing is kept") from None
         return [
             _compare(folder, again / "cells" / folder.name, exact, tolerance, conditions)
             for folder in folders
@@ -105,8 +117,7 @@ def _train_pack(cells, base, at_once: int, workdir: Path, view: SweepView) -> No
             "version; use the one that their cards name, or --alone"
         )
     ready = make_ready(groups[0], base, at_once=at_once)
-    command = "lora-jax verify again, from the beginning"
-    train_pack(ready, groups[0].plan, cells, workdir, command=command, show_with=view.show_with)
+    train_pack(ready, workdir, memory_bytes=0, command="", show_with=view.show_with)
 
 
 def _read_card(cell: Path) -> dict[str, Any]:
@@ -147,9 +158,12 @@ def _conditions(card: Mapping[str, Any]) -> list[str]:
         for name in COMPARED_VERSIONS
         if card["versions"].get(name) != now[name]
     ]
-    flags, now = card["program"]["xla_flags"], os.environ.get("XLA_FLAGS", "")
-    if flags != now:
-        found.append(("XLA_FLAGS", repr(flags), repr(now)))
+    for name, key, now in (
+        ("XLA_FLAGS", "xla_flags", os.environ.get("XLA_FLAGS", "")),
+        ("matmul precision", "matmul_precision", str(jax.config.jax_default_matmul_precision)),
+    ):
+        if card["program"][key] != now:
+            found.append((name, repr(card["program"][key]), repr(now)))
     return [f"{what} was {there}, is {now}" for what, there, now in found]
 
 
@@ -157,10 +171,12 @@ def _compare(
     first: Path, second: Path, exact: bool, tolerance: float, conditions: tuple[str, ...]
 ) -> Verdict:
     if not (first / "card.json").exists() or not (second / "card.json").exists():
-        ends = [path / FAILURE for path in (first, second)]
-        both = all(path.exists() for path in ends)
-        differences = () if both else ("one failed, the other did not",)
-        return Verdict(first.name, both, exact, tolerance, differences, conditions, {})
+        ends = [_failure(path) for path in (first, second)]
+        same = all(ends) and (ends[0] == ends[1] or not exact)
+        told = [end or "did not fail" for end in ends]
+        differences = () if ends[0] == ends[1] else (f"failure was: {told[0]}; is: {told[1]}",)
+        allowed = 0.0 if exact else tolerance
+        return Verdict(first.name, same, exact, allowed, differences, conditions, {})
     cards = [read_json_file(path / "card.json") for path in (first, second)]
     metrics = [card["metrics"] for card in cards]
     differences = [
@@ -168,13 +184,16 @@ def _compare(
         for name in COMPARED_METRICS
         if metrics[0].get(name) != metrics[1].get(name)
     ]
-    if (first / "test_predictions.npz").exists():
-        both = [np.load(path / "test_predictions.npz") for path in (first, second)]
-        differences += [
-            f"predictions: {name} differs in {_num_different(both[0][name], both[1][name])} places"
-            for name in both[0].files
-            if both[0][name].tobytes() != both[1][name].tobytes()
-        ]
+    both = [_predictions(path / "test_predictions.npz") for path in (first, second)]
+    differences += [
+        f"predictions: {name} differs in {_num_different(both[0].get(name), value)} places"
+        for name, value in both[1].items()
+        if name not in both[0] or both[0][name].tobytes() != value.tobytes()
+    ]
+    if (first / "adapter").exists():
+        found = hash_trainable(load_trainable(first / "adapter")[0])
+        if found != metrics[1]["weights_sha256"]:
+            differences.append(f"the adapter's weights have the hash {found[:12]}, not those now")
     losses = {
         split: abs(metrics[0][split]["loss"] - metrics[1][split]["loss"])
         for split in ("validation", "test")
@@ -191,5 +210,23 @@ def _compare(
     )
 
 
-def _num_different(first: np.ndarray, second: np.ndarray) -> int:
-    return int(np.sum(first != second)) if first.shape == second.shape else max(len(first), 1)
+def _failure(cell: Path) -> str:
+    """How the cell failed, "" if it did not."""
+    return read_json_file(cell / FAILURE)["error"] if (cell / FAILURE).exists() else ""
+
+
+def _predictions(path: Path) -> dict[str, np.ndarray]:
+    """The arrays of a predictions file. Raises `RequestError` if it is missing or damaged."""
+    try:
+        with np.load(path, allow_pickle=False) as arrays:
+            return {name: arrays[name] for name in arrays.files}
+    except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
+        raise RequestError(
+            f"cannot read {path}: {error}; put it back: without it there is little to compare"
+        ) from error
+
+
+def _num_different(first: np.ndarray | None, second: np.ndarray) -> int:
+    if first is None or first.shape != second.shape:
+        return len(second)
+    return int(np.sum(first != second))

@@ -104,7 +104,7 @@ class SweepView(contextlib.AbstractContextManager):
                 self.say("  ".join(filter(None, [self._counts(step), told, values])))
 
         try:
-            yield show if self._enabled else _nothing
+            yield show if self._enabled and enabled else _nothing
         finally:
             if bar is not None:
                 self._bars.remove_task(bar)

@@ -46,13 +46,19 @@ class MetricsWriter:
     """Appends metrics to `folder/metrics.jsonl` and `folder/tensorboard/`; a context manager.
 
     Opening cuts what is there back to `num_lines` lines, those that the checkpoint of `step` knew,
-    so that a resumed run's file is an uninterrupted run's. Raises `RequestError` if the disk cannot
-    take a line. `num_lines` counts the lines in the file.
+    so that a resumed run's file is an uninterrupted run's. Raises `RequestError` if lines are
+    missing, or the disk cannot take one. `num_lines` counts the lines in the file.
     """
 
     def __init__(self, folder: str | os.PathLike, *, num_lines: int, step: int):
         self._path = Path(folder) / "metrics.jsonl"
         self.num_lines = num_lines
+        there = len(read_metrics(self._path))
+        if there < num_lines:
+            raise RequestError(
+                f"{self._path} has {there} lines, its checkpoint knows {num_lines}; put it back, "
+                "or remove the checkpoint's folder to begin again"
+            )
         cut_metrics(self._path, num_lines)
         try:
             self._path.parent.mkdir(parents=True, exist_ok=True)

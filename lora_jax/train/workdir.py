@@ -9,6 +9,7 @@ import json
 import os
 import shutil
 import socket
+import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -46,11 +47,13 @@ def config_hash(config: Mapping[str, Any]) -> str:
 
     Workdir, mesh and logging are left out, and so is `train.log_every_steps`.
     """
-    canonical = json.dumps(_hashed(config), sort_keys=True, separators=(",", ":"))
+    canonical = json.dumps(hashed_settings(config), sort_keys=True, separators=(",", ":"))
     return hashlib.sha256(canonical.encode()).hexdigest()
 
 
-def _hashed(config: Mapping[str, Any]) -> dict[str, Any]:
+def hashed_settings(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings that make a run what it is, by dotted name; without those in NOT_HASHED."""
+
     def counts(name: str) -> bool:
         return not any(
             name == left_out or name.startswith(f"{left_out}.") for left_out in NOT_HASHED
@@ -109,6 +112,7 @@ def is_locked(workdir: str | os.PathLike) -> bool:
 
 def _lock(path: Path):
     """The open and locked file at `path`. Raises `BlockingIOError` if another process has it."""
+    patience = 5
     while True:
         file = open(path, "a+", encoding="utf-8")  # noqa: SIM115
         try:
@@ -116,6 +120,14 @@ def _lock(path: Path):
             # Its last holder may have removed it between our opening and our locking it.
             if path.exists() and os.path.samestat(os.fstat(file.fileno()), path.stat()):
                 return file
+        except BlockingIOError:
+            # Whoever asks `is_locked` holds it for a moment.
+            file.close()
+            patience -= 1
+            if not patience:
+                raise
+            time.sleep(0.02)
+            continue
         except BaseException:
             file.close()
             raise
@@ -132,7 +144,7 @@ def check_cell(cell: str | os.PathLike, config: Mapping[str, Any]) -> None:
         return
     there = read_json_file(path)
     if config_hash(there) != config_hash(config):
-        differences = "; ".join(_differences(_hashed(there), _hashed(config)))
+        differences = "; ".join(_differences(hashed_settings(there), hashed_settings(config)))
         raise RequestError(
             f"{cell} was begun with another config: {differences}; go on with the old values, "
             "choose another workdir or name, or remove that folder"

@@ -44,6 +44,21 @@ def run(sweep, workdir, **options):
         ("add('a', tune=('optimizer.rl', (1e-3, 1e-2)))", "no setting 'optimizer.rl'"),
         ("add('a', tune=('optimizer.lr', (1e-3, 1e-2)), more_seeds=(0,))", "seeds .* repeat"),
         ("add('a', more_seeds=(1,))", "more_seeds needs tune"),
+        ("add('a', tune=('optimizer.lr', (1e-3, 1e-2)), more_seeds=2)", "give whole numbers"),
+        ("add('a', tune=('optimizer.lr', (1e-3, 1e-2)), more_seeds=('1',))", "whole numbers"),
+        ("add('a', tune=('optimizer.lr', (1e-3, 1.0000001e-3)))", "first six digits"),
+        ("add('a', tune=('method.rank', ([1], [2])))", "give numbers or texts"),
+        ("add('a', tune=('method.targets', ('q', 'layer/.*')))", "cannot be a folder's"),
+        ("add(3)", "cell name 3"),
+        (
+            "add('t-lr0.01-s0'); add('t', tune=('optimizer.lr', (1e-3, 1e-2)))",
+            "named 't-lr0.01-s0'",
+        ),
+        (
+            "add('t-lr0.01-s1', seed=9); "
+            "add('t', tune=('optimizer.lr', (1e-3, 1e-2)), more_seeds=(1,))",
+            "named 't-lr0.01-s1'",
+        ),
     ],
 )
 def test_a_sweep_that_makes_no_sense_is_refused(make_config, tmp_path, body, words):
@@ -77,6 +92,14 @@ def test_tuning_chooses_on_validation_and_runs_more_seeds_with_it(make_config, t
     assert len(results) == 6
     # Again: the same choice, and nothing is run.
     assert run(sweep, tmp_path / "w").keys() == results.keys()
+
+
+def test_a_text_can_be_tuned_and_has_no_edge(make_config, tmp_path):
+    body = "add('t', tune=('method.targets', ('q', 'v')), more_seeds=(3,))"
+    results = run(sweep_in(tmp_path, make_config({"train.num_steps": 2}), body), tmp_path / "w")
+    chosen = json.loads((tmp_path / "w" / "tuned.json").read_text())["t"]
+    assert chosen["chosen"] in ("q", "v") and not chosen["at_edge"]
+    assert f"t-targets{chosen['chosen']}-s3" in results
 
 
 def test_the_plan_says_what_shares_a_program_and_who_is_refused(make_config, tmp_path):
@@ -178,9 +201,13 @@ def test_the_view_counts_cells_and_says_what_is_left():
 
 
 def test_a_packs_name_is_of_its_cells_in_their_slots(make_config):
+    def name_of(cells):
+        return PackRecord(cells, 0).name
+
     cells = sweep_of(make_config, {}).cells
-    name = PackRecord.of(cells).name
+    name = name_of(cells)
     assert re.fullmatch(r"pack-[0-9a-f]{10}", name)
-    assert PackRecord.of(sweep_of(make_config, {}).cells).name == name
-    assert PackRecord.of(cells[::-1]).name != name
-    assert PackRecord.of(sweep_of(make_config, {"train.num_steps": 9}).cells).name != name
+    assert name_of(sweep_of(make_config, {}).cells) == name
+    assert name_of(sweep_of(make_config, {"train.log_every_steps": 9}).cells) == name
+    assert name_of(cells[::-1]) != name
+    assert name_of(sweep_of(make_config, {"train.num_steps": 9}).cells) != name

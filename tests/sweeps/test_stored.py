@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 
+import jax
 import numpy as np
 import orbax.checkpoint as ocp
 import pytest
@@ -113,6 +114,71 @@ def test_a_finished_sweep_is_not_run_again(make_config, packed, monkeypatch):
     assert everything(packed) == before
 
 
+def test_a_frozen_new_head_is_that_of_the_packs_own_seed(make_config, tmp_path):
+    """Two packs, since a head that stays as it was drawn is not the same for two seeds."""
+    own = {"method.train": "", "method.rank": 2}
+    cells = {
+        f"s{seed}-{part}": {**own, "seed": seed, "method.alpha": alpha}
+        for seed in (1, 2)
+        for part, alpha in (("a", 4.0), ("b", 8.0))
+    }
+    results = run(sweep_of(make_config, DECAY, cells), tmp_path / "packed")
+    assert [result["program"]["K"] for result in results.values()] == [2] * 4
+    for name in ("s1-a", "s2-a"):
+        config = make_config({**DECAY, **cells[name]})
+        alone = train(config, tmp_path / "alone", name, progress=False)
+        losses = [card["metrics"]["test"]["loss"] for card in (alone, results[name])]
+        assert losses[0] == pytest.approx(losses[1], abs=1e-6)
+        again, _ = evaluate_cell(tmp_path / "packed" / "cells" / name)
+        assert again.loss == pytest.approx(losses[1], abs=1e-6)
+
+
+def test_how_often_a_run_logs_does_not_break_up_a_begun_pack(make_config, packed, tmp_path):
+    with pytest.MonkeyPatch.context() as patch:
+        at_call(patch, stored, "write_results", 2, crash)
+        with pytest.raises(Crash):
+            run(sweep_of(make_config, DECAY), tmp_path)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(PackBatches, "at", crash)  # nothing is trained again
+        results = run(sweep_of(make_config, {**DECAY, "train.log_every_steps": 6}), tmp_path)
+    assert [result["program"]["K"] for result in results.values()] == [4] * 4
+
+
+def test_running_out_of_memory_names_the_way_out_and_leaves_the_pack_unbegun(make_config, tmp_path):
+    def exhausted():
+        raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 9 bytes.")
+
+    sweep = sweep_of(make_config, {"train.num_steps": 2}, {f"s{k}": {"seed": k} for k in range(2)})
+    with pytest.MonkeyPatch.context() as patch:
+        at_call(patch, PackBatches, "at", 2, exhausted)
+        results = run(sweep, tmp_path)
+    assert all("--memory-gib" in str(result) for result in results.values())
+    # A smaller budget then counts: one by one, the cells do run (or say that they cannot either).
+    small = run(sweep, tmp_path, memory_bytes=1000)
+    assert all("one cell alone needs" in str(result) for result in small.values())
+
+
+def test_a_signal_between_trainings_stops_the_sweep(make_config, tmp_path):
+    cells = {**CELLS, "full": {"method.name": "full"}}
+    sweep = sweep_of(make_config, {"train.num_steps": 1}, cells)
+    with pytest.MonkeyPatch.context() as patch:
+        at_call(patch, stored, "write_results", 4, interrupt)
+        with pytest.raises(Interrupted, match="SIGINT with 4 cells done"):
+            run(sweep, tmp_path)
+    assert not (tmp_path / "cells" / "full").exists()
+    assert len(run(sweep, tmp_path)) == 5
+
+
+def test_missing_metrics_are_told_not_made_up(make_config, tmp_path):
+    with pytest.MonkeyPatch.context() as patch:
+        at_call(patch, PackBatches, "at", 9, crash)
+        with pytest.raises(Crash):
+            run(sweep_of(make_config, DECAY), tmp_path)
+    (tmp_path / "cells" / "qv-r1" / "metrics.jsonl").unlink()
+    results = run(sweep_of(make_config, DECAY), tmp_path)
+    assert all("has 0 lines, its checkpoint knows" in str(result) for result in results.values())
+
+
 def test_a_pack_keeps_its_cells_and_slots(make_config, packed, tmp_path):
     """Begun with four cells, gone on with by a sweep that asks for other ones too."""
     with pytest.MonkeyPatch.context() as patch:
@@ -188,6 +254,18 @@ def test_verify_finds_the_same_bits_and_finds_what_was_changed(packed, make_conf
             return verify(folder, progress=False)
         finally:
             (folder / "card.json").write_text(json.dumps(card))
+
+    tensors = folder / "adapter" / "trainable.safetensors"
+    good = tensors.read_bytes()
+    tensors.write_bytes(good[:-1] + bytes([good[-1] ^ 1]))
+    assert "adapter's weights have the hash" in verify(folder, progress=False)[1].differences[0]
+    tensors.write_bytes(good)
+    predictions = folder / "test_predictions.npz"
+    good = predictions.read_bytes()
+    predictions.write_bytes(good[:100])
+    with pytest.raises(RequestError, match=r"test_predictions\.npz"):
+        verify(folder, progress=False)
+    predictions.write_bytes(good)
 
     found = changed(metrics={**card["metrics"], "weights_sha256": "0" * 64})
     assert [v.same for v in found] == [True, False, True, True]
