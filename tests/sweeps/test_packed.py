@@ -211,7 +211,7 @@ def _tensors(text):
 
 @pytest.mark.parametrize("at_once", [0, 1])
 def test_the_base_has_no_axis_of_cells_and_arguments_grow_by_the_adapters_only(at_once):
-    bytes_of, grown = {}, {}
+    bytes_of, grown, products = {}, {}, {}
     for count in (1, 8, 64):
         cells = [{**CELLS[k % 8], "seed": k, "lr": 1e-3} for k in range(count)]
         cells[0]["targets"], cells[0]["rank"] = ".*[^d]", 8
@@ -225,12 +225,17 @@ def test_the_base_has_no_axis_of_cells_and_arguments_grow_by_the_adapters_only(a
         both = (plan.pack.data(), frozen)
         compiled = program._get("step", state, both, batches_of(0, 1)[0])
         bytes_of[count] = compiled.memory_analysis().argument_size_in_bytes
+        lowered = program._functions["step"].lower(state, both, batches_of(0, 1)[0])
+        products[count] = lowered.as_text().count("stablehlo.dot_general")
         grown[count] = sum(leaf.nbytes for leaf in jax.tree.leaves(state.trainable))
         if count == 8:
             kernels = {base()[name].shape for name in ("layers", "up", "down")}
             kernels |= {(D, D), (D, WIDE)[::-1], (WIDE, D)[::-1]}
             with_cells = {(8, *shape) for shape in kernels}
             assert not with_cells & _tensors(compiled.as_text())
+    # As many products in the program as for one cell: side by side, each weight of the base is read
+    # no more often; one by one, the loop over cells reads it in each turn.
+    assert products[1] == products[8] == products[64] > 0
     for count in (8, 64):
         # Adapters and their two moments, and some scalars a cell: keys, counts, rates, scales.
         added, cells_only = bytes_of[count] - bytes_of[1], 3 * (grown[count] - grown[1])
