@@ -17,7 +17,7 @@ def test_versions_are_those_that_run():
 
 def test_a_card_with_a_gap_is_a_bug():
     whole = dict.fromkeys(PARTS, "x")
-    assert make_card(**whole).keys() == {*PARTS, "versions", "commit"}
+    assert make_card(**whole).keys() == {*PARTS, "versions", "commit", "finished"}
     for part in PARTS:
         with pytest.raises(TypeError, match=part):
             make_card(**{name: value for name, value in whole.items() if name != part})
