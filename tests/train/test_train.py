@@ -17,8 +17,8 @@ from lora_jax.train.bookkeeping import STOPPED_IMPROVING, Bookkeeping
 from lora_jax.train.build import build, keys_of, make_model, plan_steps
 
 CARD_KEYS = {
-    "config", "config_hash", "base_hash", "data_hash", "seeds", "versions", "commit", "device", "finished",
-    "program", "counts", "seconds", "metrics",
+    "config", "config_hash", "base_hash", "data_hash", "seeds", "versions", "commit", "device",
+    "program", "finished", "counts", "seconds", "metrics",
 }  # fmt: skip
 
 
