@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import itertools
 import json
 import os
 import random
@@ -308,28 +309,36 @@ def test_killed_at_twenty_random_moments(make_config, tmp_path):
     }
     sweep = sweep_of(make_config, long, cells)
     configs = {cell.name: json.loads(cell.config.to_json()) for cell in sweep.cells}
-    whole, workdir = tmp_path / "whole", tmp_path / "killed"
+    whole = tmp_path / "whole"
     results = run(sweep, whole)
     # Two stood still and one diverged: two of five went on, in a narrower program.
     assert [results[name]["metrics"]["steps"] for name in list(STOPPED)[:2]] == [24, 24]
-    workdir.mkdir()
-    moments, kills, finished = random.Random(0), 0, {}
-    while kills < 20:
-        process = start(configs, workdir)
-        before = checkpoints(workdir)
-        wait_for(process, lambda: checkpoints(workdir) != before)  # noqa: B023
-        time.sleep(moments.uniform(0.0, 1.5))
-        process.kill()
-        assert process.wait() == -signal.SIGKILL, "the sweep ended before it was killed 20 times"
-        kills += 1
-        # What is finished is never touched again.
-        for path in workdir.glob("cells/*/card.json"):
-            assert finished.setdefault(path, os.stat(path).st_mtime_ns) == os.stat(path).st_mtime_ns
-    assert len(finished) >= 4, "no kill came after the first pack had ended"
-    run(sweep, workdir)
-    for path, when in finished.items():
-        assert os.stat(path).st_mtime_ns == when
-    assert everything(workdir) == everything(whole)
+    moments, kills, cards_seen = random.Random(0), 0, 0
+    for number in itertools.count():
+        workdir = tmp_path / f"killed-{number}"
+        workdir.mkdir()
+        finished: dict = {}
+        while kills < 20:
+            process = start(configs, workdir)
+            before = checkpoints(workdir)
+            wait_for(process, lambda: checkpoints(workdir) != before)  # noqa: B023
+            time.sleep(moments.uniform(0.0, 1.5))
+            process.kill()
+            if process.wait() != -signal.SIGKILL:
+                break  # it came to its end first: compared below, and another one is begun
+            kills += 1
+            # What is finished is never touched again.
+            for path in workdir.glob("cells/*/card.json"):
+                now = os.stat(path).st_mtime_ns
+                assert finished.setdefault(path, now) == now
+        cards_seen += len(finished)
+        run(sweep, workdir)
+        for path, when in finished.items():
+            assert os.stat(path).st_mtime_ns == when
+        assert everything(workdir) == everything(whole)
+        if kills == 20:
+            break
+    assert cards_seen >= 4, "no kill came after a pack had ended"
 
 
 def checkpoints(workdir):
