@@ -275,7 +275,9 @@ def write_failure(folder: Path, why: str, homes: Sequence[Path]) -> Diverged:
 
     `homes` are the folders that would have to go before it could run again.
     """
-    write_json(folder / FAILURE, {"error": why, "homes": [str(home.resolve()) for home in homes]})
+    # Relative to the workdir, which may be moved.
+    named = [f"{home.parent.name}/{home.name}" for home in homes]
+    write_json(folder / FAILURE, {"error": why, "homes": named})
     return read_failure(folder)
 
 
@@ -285,5 +287,5 @@ def read_failure(folder: Path) -> Diverged | None:
     if not path.exists():
         return None
     told = read_json_file(path)
-    homes = " and ".join(told["homes"])
+    homes = " and ".join(str(folder.parent.parent / home) for home in told["homes"])
     return Diverged(f"{told['error']}; it will not run again before {homes} are removed")
