@@ -44,10 +44,10 @@ def base_key(cell: Cell) -> str:
 
 @dataclasses.dataclass(frozen=True)
 class Group:
-    """Cells that train as one program, or one cell that trains alone (`plan` is None then)."""
+    """Cells that train as one program, or one cell that trains alone."""
 
     cells: tuple[Cell, ...]
-    plan: Planned | None
+    plan: Planned
     num_steps: int
 
     @property
@@ -56,7 +56,7 @@ class Group:
         return len(self.cells) > 1
 
     def __str__(self) -> str:
-        if self.plan is not None and self.is_pack:
+        if self.is_pack:
             return str(self.plan)
         return f"alone: {self.cells[0].name}"
 
@@ -111,11 +111,7 @@ def shared_key(cell: Cell, model: Model, settings: CellSettings) -> str:
     own = set(OWN)
     if not _whole_head(model, settings):
         own.remove("seed")  # a new head that stays frozen differs by seed
-    kept = {
-        name: value
-        for name, value in flat.items()
-        if name not in own and name.split(".")[0] != "name"
-    }
+    kept = {name: value for name, value in flat.items() if name not in own}
     return json.dumps(kept, sort_keys=True)
 
 

@@ -9,12 +9,13 @@ from typing import Any
 
 import jax
 
+from lora_jax.core.errors import RequestError
 from lora_jax.sweeps.plan import Planned
 from lora_jax.sweeps.program import Program
 from lora_jax.sweeps.settings import CellSettings
 
 
-class DoesNotFit(Exception):
+class DoesNotFit(RequestError):
     """One cell alone needs more than the budget."""
 
 

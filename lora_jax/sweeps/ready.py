@@ -38,15 +38,16 @@ class PackBatches:
 
     def at(self, step: int, cells: Sequence[CellSettings]) -> dict[str, np.ndarray]:
         """The batches of the step that comes after `step` others, with an axis of cells."""
-        return self._stacked(step, cells)
-
-    def _stacked(self, step: int, cells: Sequence[CellSettings]) -> dict[str, np.ndarray]:
         each = [self._sources[cell.name][step] for cell in cells]
         return {name: np.stack([batch[name] for batch in each]) for name in each[0]}
 
     def widest(self, cells: Sequence[CellSettings]) -> dict[str, jax.ShapeDtypeStruct]:
         """The shapes of the longest bucket's batch."""
-        return self._longest_of(self._stacked(0, cells))
+        one = self._longest_of(self._sources[cells[0].name][0])
+        return {
+            name: jax.ShapeDtypeStruct((len(cells), *like.shape), like.dtype)
+            for name, like in one.items()
+        }
 
     def widest_look(self) -> dict[str, jax.ShapeDtypeStruct]:
         """The shapes of the longest bucket's evaluation batch, which all cells share."""

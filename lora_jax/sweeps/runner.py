@@ -14,7 +14,7 @@ from lora_jax.core.errors import RequestError
 from lora_jax.formats.atomic import write_json
 from lora_jax.sweeps.cells import Cell
 from lora_jax.sweeps.groups import OWN, Group, PackRecord, base_key, make_groups, read_packs
-from lora_jax.sweeps.memory import DoesNotFit, fitting_width
+from lora_jax.sweeps.memory import fitting_width
 from lora_jax.sweeps.program import default_at_once
 from lora_jax.sweeps.ready import Ready, make_ready
 from lora_jax.sweeps.stored import read_failure, train_pack, write_failure
@@ -171,7 +171,7 @@ class Runner:
                         )
                     )
                 self._stop_if_asked()
-        except (RequestError, DoesNotFit, jax.errors.JaxRuntimeError) as error:
+        except (RequestError, jax.errors.JaxRuntimeError) as error:
             why = _reason(error)
             if why is None:
                 raise
@@ -250,8 +250,6 @@ def _reason(error: Exception) -> RequestError | None:
     """What to tell of cells that this kept from running; None for what is a defect of ours."""
     if isinstance(error, RequestError):
         return error
-    if isinstance(error, DoesNotFit):
-        return RequestError(str(error))
     text = str(error)
     if "RESOURCE_EXHAUSTED" in text or "out of memory" in text.lower():
         return RequestError(
