@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import math
+
 import jax
 import jax.numpy as jnp
 
 
-def scale_of(alpha: float, rank: int) -> float:
+def scale_of(alpha: float, rank: int, *, stabilised: bool = False) -> float:
     """`alpha / rank`, the factor before `a @ b` (Hu et al. 2021, §4.1: "scale ΔWx by α/r").
 
-    >>> scale_of(16.0, 8)
-    2.0
+    `stabilised`: `alpha / sqrt(rank)` instead (Kalajdzievski 2023, arXiv:2312.03732, Theorem 3.2).
+
+    >>> scale_of(16.0, 4), scale_of(16.0, 4, stabilised=True)
+    (4.0, 8.0)
     """
-    return alpha / rank
+    return alpha / (math.sqrt(rank) if stabilised else rank)
 
 
 def lora_apply(x: jax.Array, kernel: jax.Array, a: jax.Array, b: jax.Array, *, alpha: float):

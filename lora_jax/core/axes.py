@@ -204,6 +204,12 @@ def _step(eqn, tags, uses) -> list[_Tags | None]:
     if name == "cond":
         return [_into(branch, tags[1:], uses) for branch in params["branches"]][0]
     inner = jaxprs.sub_jaxprs(eqn)
+    if name == "shard_map":
+        # Inside, each shard sees its part of every axis.
+        parts = [var.aval.shape for var in jaxprs.opened(inner[0])[0].invars]
+        tags = [t and _moved(t, t.axes, part) for t, part in zip(tags, parts, strict=True)]
+        _into(inner[0], tags, uses)
+        return [None] * len(eqn.outvars)
     if len(inner) == 1 and len(jaxprs.opened(inner[0])[0].invars) == len(tags):
         return _into(inner[0], tags, uses)
     # Elementwise: casts, a mask, a norm. The result keeps the axes of the operand of its shape.

@@ -6,12 +6,15 @@ leaves. A loop's carry must keep its type, so an adapted value there is material
 
 from __future__ import annotations
 
+import dataclasses
+
 import jax
 from jax import lax
+from jax.sharding import PartitionSpec
 
 from lora_jax.core import jaxprs
 from lora_jax.core.lift import rule_for
-from lora_jax.core.weights import is_adapted, materialise
+from lora_jax.core.values import RANK, is_adapted, materialise
 
 # Inner jits of a few equations (jnp.take, jax.nn.silu) are cheaper to inline than to trace again.
 INLINE_EQUATIONS = 24
@@ -50,7 +53,7 @@ def _placed(body, in_shardings, out_shardings):
         if not isinstance(sharding, jax.sharding.Sharding):
             return value
         if is_adapted(value):
-            return value.with_kernel(lax.with_sharding_constraint(value.kernel, sharding))
+            return value.on_base(lambda k: lax.with_sharding_constraint(k, sharding))
         return lax.with_sharding_constraint(value, sharding)
 
     def placed(*values):
@@ -121,6 +124,26 @@ def _cond(interpreter, eqn, values):
     return list(lax.switch(index, branches, *operands))
 
 
+@rule_for("shard_map")
+def _shard_map(interpreter, eqn, values):
+    """Each shard sees its part of the kernel, and of the factors the parts that belong to it."""
+    body = _body(interpreter, eqn, eqn.params["jaxpr"], plain_outputs=True)
+    specs = map(_specs_of, values, jaxprs.shard_map_in_specs(eqn))
+    return list(jaxprs.shard_map(eqn, lambda *parts: tuple(body(*parts)), tuple(specs))(*values))
+
+
+def _specs_of(value, spec):
+    """The PartitionSpecs of a value's arrays, from that of its kernel: a rank is never split."""
+    if not is_adapted(value):
+        return spec
+    of_axis = {**dict(enumerate(spec)), RANK: None}
+    sides = {
+        name: PartitionSpec(*(of_axis.get(axis) for axis in value.side_axes(name)))
+        for name in value.sides()
+    }
+    return dataclasses.replace(value, kernel=_specs_of(value.kernel, spec), **sides)
+
+
 @rule_for("custom_jvp_call")
 def _custom_jvp(interpreter, eqn, values):
     """The user's rule is kept. Its tangent for a kernel is the dense tangent of W + ΔW, since that
@@ -138,7 +161,7 @@ def _custom_jvp(interpreter, eqn, values):
             jax.jvp(materialise, (value,), (tangent,))[1] if is_adapted(value) else tangent
             for value, tangent in zip(values, tangents, strict=True)
         ]
-        shapes = [value.kernel if is_adapted(value) else value for value in values]
+        shapes = [value.base if is_adapted(value) else value for value in values]
         jaxpr, consts, _ = jaxprs.trace(lambda *flat: list(rule(*flat)), *shapes, *dense)
         outs = interpreter.evaluate(jaxpr, consts, [*values, *dense])
         outs = interpreter.plain(outs, eqn, "leaves the body")
@@ -161,7 +184,7 @@ def _custom_vjp(interpreter, eqn, values):
         return body(*values)
 
     def forward(*values):
-        shapes = [value.kernel if is_adapted(value) else value for value in values]
+        shapes = [value.base if is_adapted(value) else value for value in values]
         jaxpr, consts, tree = jaxprs.trace(lambda *flat: forward_rule(*flat), *shapes)
         residuals, outs = jax.tree_util.tree_unflatten(
             tree, interpreter.evaluate(jaxpr, consts, values)
@@ -170,7 +193,7 @@ def _custom_vjp(interpreter, eqn, values):
 
     def backward(saved, cotangents):
         residuals, values = saved
-        shapes = [value.kernel if is_adapted(value) else value for value in residuals]
+        shapes = [value.base if is_adapted(value) else value for value in residuals]
         jaxpr, consts, _ = jaxprs.trace(
             lambda *flat: [_dense(ct) for ct in backward_rule(*flat)], *shapes, *cotangents
         )

@@ -41,6 +41,41 @@ def scan_options(eqn) -> dict[str, Any]:
     return {name: eqn.params[name] for name in names if name in eqn.params}
 
 
+def ragged_contraction(eqn) -> int | None:
+    """The kernel's contracted axis of a ragged product of rows (m, k) with a kernel (g, k, n) or
+    (g, n, k), the rows split into groups; None for any other."""
+    numbers = eqn.params["ragged_dot_dimension_numbers"]
+    (mine, theirs), batch = numbers.dot_dimension_numbers
+    if (
+        eqn.params.get("group_offset") is not None
+        or (tuple(batch[0]), tuple(batch[1])) != ((), ())
+        or tuple(mine) != (1,)
+        or tuple(numbers.lhs_ragged_dimensions) != (0,)
+        or tuple(numbers.rhs_group_dimensions) != (0,)
+        or tuple(theirs) not in ((1,), (2,))
+    ):
+        return None
+    return theirs[0]
+
+
+def shard_map_in_specs(eqn) -> tuple[Any, ...]:
+    """The PartitionSpec of each operand of a shard_map equation."""
+    return tuple(eqn.params["in_specs"])
+
+
+def shard_map(eqn, body, in_specs):
+    """The equation's shard_map around another body of the same results."""
+    params = eqn.params
+    return jax.shard_map(
+        body,
+        mesh=params["mesh"],
+        in_specs=in_specs,
+        out_specs=tuple(params["out_specs"]),
+        axis_names=set(params["newly_manual_axes"]),
+        check_vma=params["check_vma"],
+    )
+
+
 def sub_jaxprs(eqn) -> list[Any]:
     """Every jaxpr among an equation's parameters, closed or not."""
     found = []

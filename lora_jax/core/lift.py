@@ -22,7 +22,7 @@ import jax
 from lora_jax.core import jaxprs
 from lora_jax.core.errors import RequestError
 from lora_jax.core.segments import Segments
-from lora_jax.core.weights import is_adapted, materialise
+from lora_jax.core.values import is_adapted, materialise
 
 
 class MaterialisedWarning(UserWarning):
@@ -200,7 +200,7 @@ class Lifted:
             return self.fun(*inner_args, **inner_kwargs)
 
         values = [leaves[place] for place in places]
-        jaxpr, consts, out_tree = jaxprs.trace(plain, *(value.kernel for value in values))
+        jaxpr, consts, out_tree = jaxprs.trace(plain, *(value.base for value in values))
         interpreter = Interpreter(strict=self.strict)
         outs = interpreter.evaluate(jaxpr, consts, values)
         name = getattr(self.fun, "__name__", "the function")

@@ -6,9 +6,13 @@ for the table of what is low-rank and what is materialised.
 
 from __future__ import annotations
 
+import jax.numpy as jnp
+from jax import lax
+
 from lora_jax.core import jaxprs
 from lora_jax.core.lift import rule_for
-from lora_jax.core.weights import is_adapted
+from lora_jax.core.products import ConvUse, DotUse, GatherUse, RaggedUse
+from lora_jax.core.values import is_adapted
 
 
 def _one(value):
@@ -20,21 +24,110 @@ def _dot_general(interpreter, eqn, values):
     lhs, rhs = values
     if is_adapted(lhs) and is_adapted(rhs):
         # A product of two adapted weights: the smaller is formed, the larger stays low-rank.
-        small = 0 if lhs.kernel.size <= rhs.kernel.size else 1
+        small = 0 if lhs.size <= rhs.size else 1
         (values[small],) = interpreter.plain([values[small]], eqn, "both operands are adapted")
         lhs, rhs = values
-    side = "lhs" if is_adapted(lhs) else "rhs"
-    weight, other = (lhs, rhs) if side == "lhs" else (rhs, lhs)
-    return _one(
-        weight.dot(
-            other,
-            eqn.params["dimension_numbers"],
-            kernel_side=side,
-            bind=lambda left, right: jaxprs.bind(eqn, [left, right])[0],
-            uses=interpreter.count_use(weight.path),
-            precision=eqn.params["precision"],
-        )
+    weight, other = (lhs, rhs) if is_adapted(lhs) else (rhs, lhs)
+    use = DotUse(
+        frozen=lambda left, right: jaxprs.bind(eqn, [left, right])[0],
+        other=other,
+        dimension_numbers=eqn.params["dimension_numbers"],
+        on_left=is_adapted(lhs),
+        kernel_ndim=weight.ndim,
+        out=eqn.outvars[0].aval,
+        uses=interpreter.count_use(weight.path),
+        precision=eqn.params["precision"],
     )
+    return _one(weight.use(use))
+
+
+@rule_for("gather")
+def _gather(interpreter, eqn, values):
+    weight, indices = values
+    if not is_adapted(weight) or is_adapted(indices):
+        return None
+    params, numbers = eqn.params, eqn.params["dimension_numbers"]
+    looked_up = numbers.start_index_map
+    whole = [
+        size == full
+        for axis, (size, full) in enumerate(zip(params["slice_sizes"], weight.shape, strict=True))
+        if axis not in looked_up
+    ]
+    if (
+        numbers.operand_batching_dims
+        or sorted(looked_up) != sorted(numbers.collapsed_slice_dims)
+        or not all(whole)
+    ):
+        return None
+    names = ("indices_are_sorted", "unique_indices", "mode", "fill_value")
+    use = GatherUse(
+        frozen=lambda kernel: jaxprs.bind(eqn, [kernel, indices])[0],
+        indices=indices,
+        options={name: params[name] for name in names},
+        looked_up=tuple(looked_up),
+        offset_dims=numbers.offset_dims,
+        kernel_ndim=weight.ndim,
+        out_ndim=eqn.outvars[0].aval.ndim,
+    )
+    return _one(weight.use(use))
+
+
+@rule_for("conv_general_dilated")
+def _conv(interpreter, eqn, values):
+    inputs, weight = values
+    if is_adapted(inputs) or not is_adapted(weight):
+        return None
+    use = ConvUse(
+        frozen=lambda x, kernel: jaxprs.bind(eqn, [x, kernel])[0],
+        other=inputs,
+        params=eqn.params,
+        uses=interpreter.count_use(weight.path),
+    )
+    return _one(weight.use(use))
+
+
+@rule_for("ragged_dot_general")
+def _ragged_dot(interpreter, eqn, values):
+    rows, weight, sizes = values
+    contracted = jaxprs.ragged_contraction(eqn)
+    if is_adapted(rows) or is_adapted(sizes) or contracted is None:
+        return None
+    use = RaggedUse(
+        frozen=lambda *operands: jaxprs.bind(eqn, operands)[0],
+        rows=rows,
+        group_sizes=sizes,
+        contracted=contracted,
+        uses=interpreter.count_use(weight.path),
+        precision=eqn.params["precision"],
+    )
+    return _one(weight.use(use))
+
+
+@rule_for("mul", "div")
+def _times(interpreter, eqn, values):
+    """A kernel times a number; times an array it has no low-rank form."""
+    left, right = values
+    if eqn.primitive.name == "div":
+        weight, number = left, right
+    else:
+        weight, number = (left, right) if is_adapted(left) else (right, left)
+    if not is_adapted(weight) or is_adapted(number) or number.ndim:
+        return None
+    if eqn.primitive.name == "div":
+        factor = lax.div(lax.full_like(number, 1), number)
+        return _one(weight.times(factor, lambda kernel: jaxprs.bind(eqn, [kernel, number])[0]))
+    return _one(weight.times(number, lambda kernel: lax.mul(kernel, number)))
+
+
+@rule_for("neg")
+def _neg(interpreter, eqn, values):
+    (weight,) = values
+    return _one(weight.times(jnp.full((), -1, weight.dtype), lax.neg))
+
+
+@rule_for("rev")
+def _rev(interpreter, eqn, values):
+    return _one(values[0].reverse(eqn.params["dimensions"]))
 
 
 @rule_for("convert_element_type")
@@ -56,8 +149,8 @@ def _reshape(interpreter, eqn, values):
 
 @rule_for("squeeze")
 def _squeeze(interpreter, eqn, values):
-    dropped = {axis % values[0].kernel.ndim for axis in eqn.params["dimensions"]}
-    kept = [n for axis, n in enumerate(values[0].kernel.shape) if axis not in dropped]
+    dropped = {axis % values[0].ndim for axis in eqn.params["dimensions"]}
+    kept = [n for axis, n in enumerate(values[0].shape) if axis not in dropped]
     return _one(values[0].reshape(tuple(kept)))
 
 
@@ -69,7 +162,7 @@ def _expand_dims(interpreter, eqn, values):
 @rule_for("broadcast_in_dim")
 def _broadcast(interpreter, eqn, values):
     # Adding axes of size one is a reshape; a true broadcast has no rule.
-    if is_adapted(values[0]) and eqn.outvars[0].aval.size == values[0].kernel.size:
+    if is_adapted(values[0]) and eqn.outvars[0].aval.size == values[0].size:
         return _one(values[0].reshape(tuple(eqn.params["shape"])))
     return None
 
@@ -95,9 +188,9 @@ def _split(interpreter, eqn, values):
     (weight,), axis = values, eqn.params["axis"]
     start, pieces = 0, []
     for size in eqn.params["sizes"]:
-        starts, sizes = [0] * weight.kernel.ndim, list(weight.kernel.shape)
+        starts, sizes = [0] * weight.ndim, list(weight.shape)
         starts[axis], sizes[axis] = start, int(size)
-        pieces.append(weight.slice_axes(starts, sizes, [1] * weight.kernel.ndim))
+        pieces.append(weight.slice_axes(starts, sizes, [1] * weight.ndim))
         start += int(size)
     return None if any(piece is None for piece in pieces) else pieces
 
@@ -106,14 +199,14 @@ def _split(interpreter, eqn, values):
 def _on_kernel(interpreter, eqn, values):
     """Marks and placements concern the kernel; the factors follow their own sharding."""
     (weight,) = values
-    return _one(weight.with_kernel(jaxprs.bind(eqn, [weight.kernel])[0]))
+    return _one(weight.on_base(lambda kernel: jaxprs.bind(eqn, [kernel])[0]))
 
 
 @rule_for("optimization_barrier")
 def _barrier(interpreter, eqn, values):
-    plain = [value.kernel if is_adapted(value) else value for value in values]
+    plain = [value.base if is_adapted(value) else value for value in values]
     outs = jaxprs.bind(eqn, plain)
     return [
-        value.with_kernel(out) if is_adapted(value) else out
+        value.on_base(lambda _, out=out: out) if is_adapted(value) else out
         for value, out in zip(values, outs, strict=True)
     ]

@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from lora_jax.core import trees
 from lora_jax.core.errors import RequestError
 
-INITS = ("kaiming_uniform", "gaussian")
+INITS = ("kaiming_uniform", "gaussian", "orthogonal")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -18,11 +18,15 @@ class Rule:
     """One line of a method: every parameter that `targets` matches gets this adapter.
 
     `targets`: a regular expression matched against the whole path; or aliases of a model family
-    joined by commas ("q,v"); or a sequence of either. `rank` ≥ 1; `alpha` > 0 (the scale is
-    alpha / rank); `dropout` in [0, 1) on the adapter's input; `init` names how `a` starts:
-    "kaiming_uniform", U(±1/√in), as the paper's code has it, or "gaussian", N(0, 1/in), the paper's
-    text, which leaves σ open. `b` starts at zero.
-    Raises `RequestError` for values outside these.
+    joined by commas ("q,v"); or a sequence of either. `exclude`: the same, for paths to leave out.
+    `layers`: layer indices, the first whole number among a path's keys; None for all. `slice`:
+    (axis, start, stop), the part of the kernel that is adapted, the axis counted from the end: q of
+    a fused (in, 3 * width) kernel is (-1, 0, width). Rules may take different slices of one kernel.
+
+    `rank` ≥ 1; `alpha` > 0 (LoRA's scale is alpha / rank); `dropout` in [0, 1) on the adapter's
+    input; `init` names how `a` starts: "kaiming_uniform", U(±1/√in), as the paper's code has it
+    (Kaiming with a = √5); "gaussian", N(0, 1/in), the paper's text, which leaves σ open; or
+    "orthogonal", orthonormal columns. `b` starts at zero. Raises `RequestError` for values outside.
     """
 
     targets: str | Sequence[str]
@@ -30,10 +34,14 @@ class Rule:
     alpha: float = 8.0
     dropout: float = 0.0
     init: str = "kaiming_uniform"
+    layers: Sequence[int] | None = None
+    exclude: str | Sequence[str] = ()
+    slice: tuple[int, int, int] | None = None
 
     def __post_init__(self):
-        if not isinstance(self.targets, str):
-            object.__setattr__(self, "targets", tuple(self.targets))
+        for name in ("targets", "exclude"):
+            if not isinstance(getattr(self, name), str):
+                object.__setattr__(self, name, tuple(getattr(self, name)))
         if isinstance(self.rank, bool) or not isinstance(self.rank, int) or self.rank < 1:
             raise RequestError(f"rank is {self.rank!r}; it must be a whole number of 1 or more")
         if not (math.isfinite(self.alpha) and self.alpha > 0):
@@ -42,6 +50,44 @@ class Rule:
             raise RequestError(f"dropout is {self.dropout!r}; it must be at least 0 and below 1")
         if self.init not in INITS:
             raise RequestError(f"init is {self.init!r}; {trees.nearest(self.init, INITS)}")
+        if self.layers is not None:
+            layers = [self.layers] if isinstance(self.layers, int) else list(self.layers)
+            if not layers or not all(type(n) is int and n >= 0 for n in layers):
+                raise RequestError(f"layers is {self.layers!r}; it must be whole numbers from 0 on")
+            object.__setattr__(self, "layers", tuple(layers))
+        if self.slice is not None:
+            self._check_slice()
+
+    def _check_slice(self):
+        try:
+            axis, start, stop = (int(n) for n in self.slice)
+        except (TypeError, ValueError) as error:
+            raise RequestError(
+                f"slice is {self.slice!r}; it must be (axis, start, stop), as (-1, 0, 768)"
+            ) from error
+        if axis >= 0 or not 0 <= start < stop:
+            raise RequestError(
+                f"slice is {self.slice!r}; the axis counts from the end (-1 is the last), and "
+                "0 <= start < stop"
+            )
+        object.__setattr__(self, "slice", (axis, start, stop))
+
+    def takes(self, path: str, aliases: Mapping[str, str] | None = None) -> bool:
+        """Whether this rule is for the parameter at `path`."""
+        if not pattern_of(self.targets, aliases).fullmatch(path):
+            return False
+        if self.exclude and pattern_of(self.exclude, aliases).fullmatch(path):
+            return False
+        return self.layers is None or layer_of(path) in self.layers
+
+
+def layer_of(path: str) -> int | None:
+    """The first key of a path that is a whole number.
+
+    >>> layer_of("encoder/layers/3/attention/query/kernel")
+    3
+    """
+    return next((int(key) for key in path.split("/") if key.isdecimal()), None)
 
 
 def pattern_of(
@@ -77,35 +123,62 @@ def pattern_of(
 
 
 def match_rules(
-    patterns: Sequence[re.Pattern[str]], candidates: Sequence[str], everything: Sequence[str]
-) -> dict[str, int]:
-    """`{path: index of the first pattern that matches it}` over the paths that can be adapted.
+    rules: Sequence[Rule],
+    candidates: Sequence[str],
+    everything: Sequence[str],
+    aliases: Mapping[str, str] | None = None,
+) -> list[tuple[str, Rule]]:
+    """`(path, rule)` for each path that can be adapted, in their order: the first rule that takes
+    it, and where that takes a slice, further rules with other slices of the same axis.
 
-    Raises `RequestError` for a pattern that takes none: it lists the nearest paths.
+    Raises `RequestError` for a rule that takes nothing, with the nearest paths, and for slices that
+    overlap.
     """
-    assigned: dict[str, int] = {}
+    assigned: list[tuple[str, Rule]] = []
     for path in candidates:
-        for index, pattern in enumerate(patterns):
-            if pattern.fullmatch(path):
-                assigned[path] = index
-                break
-    for index, pattern in enumerate(patterns):
-        if index in assigned.values():
-            continue
-        matched = [path for path in everything if pattern.fullmatch(path)]
-        if not matched:
-            raise RequestError(
-                f"rule {pattern.pattern!r} matches no parameter; "
-                f"{trees.nearest(pattern.pattern, candidates)}"
-            )
-        if set(matched) & set(candidates):
-            raise RequestError(
-                f"rule {pattern.pattern!r} comes too late: earlier rules take every parameter it "
-                f"matches ({matched[0]!r}, …); move it up or remove it"
-            )
-        raise RequestError(
-            f"rule {pattern.pattern!r} matches only what cannot hold an adapter ({matched[0]!r}, "
-            "…): parameters of fewer than two axes, of integers, or trained whole; "
-            f"{trees.nearest(pattern.pattern, candidates)}"
-        )
+        mine: list[Rule] = []
+        for rule in rules:
+            if rule.takes(path, aliases) and (not mine or (rule.slice and mine[0].slice)):
+                _check_apart(path, mine, rule)
+                mine.append(rule)
+        assigned += [(path, rule) for rule in mine]
+    used = {id(rule) for _, rule in assigned}
+    for rule in rules:
+        if id(rule) not in used:
+            raise RequestError(_why_unused(rule, candidates, everything, aliases))
     return assigned
+
+
+def _check_apart(path: str, earlier: Sequence[Rule], rule: Rule) -> None:
+    for other in earlier:
+        if other.slice[0] != rule.slice[0] or (
+            other.slice[1] < rule.slice[2] and rule.slice[1] < other.slice[2]
+        ):
+            raise RequestError(
+                f"slices {other.slice} and {rule.slice} of {path!r} overlap; let each rule take "
+                "a part of its own of one axis"
+            )
+
+
+def _why_unused(rule: Rule, candidates, everything, aliases) -> str:
+    pattern = pattern_of(rule.targets, aliases)
+    matched = [path for path in everything if pattern.fullmatch(path)]
+    near = trees.nearest(pattern.pattern, candidates)
+    if not matched:
+        return f"rule {pattern.pattern!r} matches no parameter; {near}"
+    able = [path for path in candidates if pattern.fullmatch(path)]
+    if not able:
+        return (
+            f"rule {pattern.pattern!r} matches only what cannot hold an adapter ({matched[0]!r}, "
+            f"…): parameters of fewer than two axes, of integers, or trained whole; {near}"
+        )
+    if not any(rule.takes(path, aliases) for path in able):
+        found = sorted({layer_of(path) for path in able} - {None})
+        return (
+            f"rule {pattern.pattern!r} matches {able[0]!r}, …, but layers={rule.layers} and "
+            f"exclude={rule.exclude!r} leave none of it; the layers there are {found or 'none'}"
+        )
+    return (
+        f"rule {pattern.pattern!r} comes too late: earlier rules take every parameter it "
+        f"matches ({able[0]!r}, …); move it up or remove it"
+    )

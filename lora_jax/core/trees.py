@@ -125,6 +125,24 @@ def put(tree: PyTree, values: Mapping[str, Any]) -> PyTree:
     return flat.unflatten(leaves)
 
 
+def check_not_untied(tree: PyTree, changed) -> None:
+    """Raises `RequestError` if one matrix sits at two paths and a path in `changed` is one of them.
+
+    Parameters are tied by being one leaf; the same array at two leaves would come apart. (Vectors
+    may start as one array of zeros without being tied.)
+    """
+    places: dict[int, str] = {}
+    for path, leaf in flatten(tree).items():
+        if not isinstance(leaf, jax.Array) or isinstance(leaf, jax.core.Tracer) or leaf.ndim < 2:
+            continue
+        other = places.setdefault(id(leaf), path)
+        if other != path and {other, path} & set(changed):
+            raise RequestError(
+                f"{other!r} and {path!r} are one array, and training would part them; let the "
+                "tree hold it once and the model read it at both places, or copy one of them"
+            )
+
+
 def nearest(name: str, known, *, count: int = 4) -> str:
     """The tail of an error message: the known names nearest to `name`, or all if there are few."""
     known = list(known)

@@ -1,7 +1,7 @@
 """What a run trained, as a folder: `trainable.safetensors` and, in `method.json`, what it fits.
 
-Tensors are named "<path>:a", "<path>:b" (an adapter's factors) and "<path>:value" (a parameter
-trained whole), in this project's orientation and dtypes.
+Tensors are named "<adapter>:<part>": "<path>:a", "<path>:b" (LoRA's factors; other methods have
+other parts), "<path>:value" (a parameter trained whole), in this project's orientation and dtypes.
 """
 
 from __future__ import annotations
@@ -56,10 +56,10 @@ def load_trainable(folder: str | os.PathLike) -> tuple[dict[str, dict[str, Any]]
     trainable: dict[str, dict[str, Any]] = {}
     for name, array in read_tensors(folder / TENSORS).items():
         path, _, part = name.rpartition(":")
-        if not path or part not in ("a", "b", "value"):
+        if not path or not part.isidentifier():
             raise RequestError(
                 f"{folder / TENSORS} holds a tensor {name!r}, which is not named "
-                '"<path>:a", "<path>:b" or "<path>:value"; it is not an adapter of this project'
+                '"<path>:<part>", as "<path>:a"; it is not an adapter of this project'
             )
         trainable.setdefault(path, {})[part] = jnp.array(array, copy=True)
     return trainable, description

@@ -2,7 +2,14 @@
 
 from lora_jax.core.rules import Rule as Rule
 from lora_jax.methods.base import Method as Method
+from lora_jax.methods.dora import DoRA as DoRA
 from lora_jax.methods.full import BitFit as BitFit
 from lora_jax.methods.full import FullFineTuning as FullFineTuning
 from lora_jax.methods.full import HeadOnly as HeadOnly
 from lora_jax.methods.lora import LoRA as LoRA
+from lora_jax.methods.lora_fa import LoRAFA as LoRAFA
+from lora_jax.methods.lora_plus import LoRAPlus as LoRAPlus
+from lora_jax.methods.lora_xs import LoRAXS as LoRAXS
+from lora_jax.methods.pissa import PiSSA as PiSSA
+from lora_jax.methods.rslora import RsLoRA as RsLoRA
+from lora_jax.methods.vera import VeRA as VeRA

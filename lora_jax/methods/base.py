@@ -8,15 +8,19 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
+import optax
 
 from lora_jax.core import trees
 from lora_jax.core.errors import RequestError
 from lora_jax.core.rules import pattern_of
-from lora_jax.core.weights import is_adapted
+from lora_jax.core.values import is_adapted
+from lora_jax.methods.parts import by_part
+from lora_jax.methods.rows import bind_rows, init_rows, row_indices, rows_name
+from lora_jax.methods.sites import path_of
 from lora_jax.methods.table import MethodTable, Row
 
 PyTree = Any
@@ -25,74 +29,130 @@ Trainable = dict[str, dict[str, jax.Array]]
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Method:
-    """What all methods share: parameters trained whole, named by `train`.
+    """What all methods share: parameters trained whole, named by `train`, and rows of tables.
 
     `train`: a regular expression over whole paths, aliases joined by commas, or a sequence of
-    either: a task head, biases, norms. `aliases`: `{name: expression}` of the model family. A
-    method is immutable and holds no arrays.
+    either: a task head, biases, norms. `rows`: `{expression: indices}`, the rows of axis 0 (new
+    tokens of an embedding) that train while the others stay. `aliases`: `{name: expression}` of the
+    model family. A method is immutable and holds no arrays.
     """
 
     train: str | Sequence[str] = ()
+    rows: Mapping[str, Sequence[int]] = dataclasses.field(default_factory=dict)
     aliases: Mapping[str, str] | None = dataclasses.field(default=None, repr=False)
+
+    # Parts of an adapter that stay as `init` made them: they travel with it and never train.
+    FIXED: ClassVar[frozenset[str]] = frozenset()
 
     def init(self, key: jax.Array, params: PyTree) -> tuple[Trainable, PyTree]:
         """Splits `params` into `(trainable, frozen)`; `params` is untouched.
 
-        `trainable` is `{path: {"a": …, "b": …}}` for adapters and `{path: {"value": …}}` for
-        parameters trained whole (copies, so that they may be donated). `frozen` is `params` with
-        holes where `trainable` holds the parameter. Raises `RequestError` if a rule matches
-        nothing.
+        `trainable` is `{path: {"a": …, "b": …}}` for adapters, `{path: {"value": …}}` for
+        parameters trained whole (copies, so that they may be donated) and `{"path[rows]": {"rows":
+        …}}` for rows. `frozen` is `params` with holes where `trainable` holds the parameter. Raises
+        `RequestError` if a rule matches nothing, or where one array sits at two paths (tied) and
+        would be at one of them only what it was.
         """
         whole = self.whole_paths(params)
         values, frozen = trees.take(params, whole)
         trainable = {path: {"value": jnp.array(values[path], copy=True)} for path in whole}
-        return {**self._init_adapters(key, params, frozenset(whole)), **trainable}, frozen
+        trainable |= self._init_adapters(key, params, frozenset(whole))
+        trainable |= {
+            rows_name(path): init_rows(path, leaf, indices)
+            for path, (leaf, indices) in self._rows(params).items()
+        }
+        trees.check_not_untied(params, {path_of(name) for name in trainable})
+        return trainable, frozen
 
-    def bind(self, trainable: Trainable, frozen: PyTree, *, key: jax.Array | None = None) -> PyTree:
+    def bind(
+        self,
+        trainable: Trainable,
+        frozen: PyTree,
+        *,
+        key: jax.Array | None = None,
+        training: bool = False,
+        data: Mapping[str, Mapping[str, jax.Array]] | None = None,
+    ) -> PyTree:
         """The params tree for a lifted model: adapted values sit where arrays sat.
 
         `frozen` may be what `init` gave or the full tree: what `trainable` holds wins. A `key`
-        turns adapter dropout on. Raises `RequestError` for a path that the tree lacks.
+        turns adapter dropout on; with `training=True` a method that has dropout must get one.
+        `data`: `{name: {"scale": (), "dropout": ()}}` in place of the rules' (sweeps give each cell
+        its own). Raises `RequestError` for a path that the tree lacks, an adapter of other shapes
+        than its rule says, or a tree that is bound already: `bind_all` binds several.
         """
+        if training and key is None:
+            self._check_no_dropout()
         flat = trees.flatten(frozen, is_leaf=is_adapted)
         kernels = dict(flat.items())
-        values = {}
-        for path, entry in trainable.items():
+        for path in {path_of(name) for name in trainable}:
+            if is_adapted(kernels.get(path)):
+                raise RequestError(
+                    f"{path!r} is bound already; bind the tree that `init` returned, or several "
+                    "adapters at once with lora_jax.bind_all"
+                )
+        return self._bind_over(trainable, frozen, key=key, data=data or {})
+
+    def _bind_over(self, trainable, frozen, *, key, data) -> PyTree:
+        flat = trees.flatten(frozen, is_leaf=is_adapted)
+        kernels = dict(flat.items())
+        values: dict[str, Any] = {}
+        # Rows come last: they stand for what the adapters beneath leave of them.
+        for name in sorted(trainable, key=lambda name: ("rows" in trainable[name], name)):
+            entry, path = trainable[name], path_of(name)
             if "value" in entry:
                 values[path] = entry["value"]
-            elif path in kernels:
-                values[path] = self._bind_adapter(path, kernels[path], entry, key)
-            else:
+                continue
+            if path not in kernels:
                 raise RequestError(
                     f"the adapter of {path!r} has no parameter in this tree; "
                     f"{trees.nearest(path, flat.paths)}"
                 )
+            kernel = values.get(path, kernels[path])
+            if "rows" in entry:
+                indices = self._rows(frozen)[path][1]
+                values[path] = bind_rows(path, kernel, entry["rows"], indices)
+            else:
+                fixed = {part: jax.lax.stop_gradient(entry[part]) for part in self.FIXED}
+                values[path] = self._bind_adapter(name, kernel, {**entry, **fixed}, key, data)
         return trees.put(frozen, values)
 
     def merge(self, trainable: Trainable, frozen: PyTree) -> PyTree:
         """Plain parameters with the adapters folded in (W + ΔW): same shapes and dtypes.
 
         The sum is made in float32 or wider and rounded once to the kernel's dtype. Inputs are
-        untouched. Source: Hu et al. 2021, §4.1, "no additional inference latency".
+        untouched. Raises `RequestError` where a kernel cannot hold the sum (integers).
+        Source: Hu et al. 2021, §4.1, "no additional inference latency".
         """
-        bound = trees.flatten(self.bind(trainable, frozen), is_leaf=is_adapted)
-        return bound.unflatten(
-            [leaf.materialise() if is_adapted(leaf) else leaf for leaf in bound.leaves]
-        )
+        return merged(self.bind(trainable, frozen))
 
     def mask(self, tree: PyTree) -> PyTree:
         """A tree of booleans, True exactly on the leaves that train.
 
         Over a bound tree: each adapter's factors and the parameters trained whole. Over plain
-        `params`: those trained whole (none, for LoRA without `train`).
+        `params`: those trained whole (none, for LoRA without `train`). Raises `RequestError` for a
+        bound tree of a method whose bound values are computed from what trains.
         """
         flat = trees.flatten(tree, is_leaf=is_adapted)
         whole = set(self.whole_paths(tree))
         leaves = [
-            _adapter_mask(leaf) if is_adapted(leaf) else path in whole
+            self._mask_of(path, leaf) if is_adapted(leaf) else path in whole
             for path, leaf in flat.items()
         ]
         return flat.unflatten(leaves)
+
+    def optimizer(self, tx: optax.GradientTransformation) -> optax.GradientTransformation:
+        """`tx` as this method wants it: other rates for some parts, none for fixed ones.
+
+        Fixed parts get no optimizer state, no decay, and stay bit for bit as they are. For most
+        methods it is `tx` itself.
+        """
+        return by_part(tx, self.FIXED, self.rate_multipliers)
+
+    @property
+    def rate_multipliers(self) -> Mapping[str, float]:
+        """`{part: factor}` on the learning rate, where it is not 1."""
+        return {}
 
     def table(self, params: PyTree) -> MethodTable:
         """What the method trains in `params`: path, shape, rank, scale, trainable parameters."""
@@ -100,43 +160,73 @@ class Method:
         whole = self.whole_paths(params)
         rows = self._adapter_rows(params, frozenset(whole))
         rows += [Row(p, tuple(flat[p].shape), None, None, flat[p].size) for p in whole]
+        for path, (leaf, indices) in self._rows(params).items():
+            shape = (len(indices), *leaf.shape[1:])
+            size = leaf.size // leaf.shape[0] * len(indices)
+            rows.append(Row(rows_name(path), shape, None, None, size))
         total = sum(leaf.size for leaf in flat.values() if trees.is_array(leaf))
         order = {path: place for place, path in enumerate(flat)}
-        return MethodTable(tuple(sorted(rows, key=lambda row: order[row.path])), total)
+        in_order = sorted(rows, key=lambda row: (order[path_of(row.path)], row.path))
+        return MethodTable(tuple(in_order), total)
 
     def whole_paths(self, params: PyTree) -> list[str]:
         """Paths of the parameters trained whole. Raises `RequestError` if `train` matches none."""
-        flat = trees.flatten(params, is_leaf=is_adapted)
-        floats = [path for path, leaf in flat.items() if is_adapted(leaf) or trees.is_float(leaf)]
-        if not self.train:
-            return []
-        pattern = pattern_of(self.train, self.aliases)
-        whole = [path for path in floats if pattern.fullmatch(path)]
-        if not whole:
-            raise RequestError(
-                f"train={pattern.pattern!r} matches no parameter; "
-                f"{trees.nearest(pattern.pattern, floats)}"
-            )
-        return whole
+        return _matching("train", self.train, params, self.aliases) if self.train else []
+
+    def _rows(self, params: PyTree) -> dict[str, tuple[Any, tuple[int, ...]]]:
+        """`{path: (parameter, indices)}` of the rows that train."""
+        leaves = dict(trees.flatten(params, is_leaf=is_adapted).items())
+        return {
+            path: (leaves[path], row_indices(path, leaves[path], indices))
+            for pattern, indices in self.rows.items()
+            for path in _matching("rows", pattern, params, self.aliases)
+        }
 
     def _init_adapters(self, key, params, whole: frozenset[str]) -> Trainable:
         return {}
 
-    def _bind_adapter(self, path: str, kernel, entry, key):
+    def _bind_adapter(self, name: str, kernel, parts, key, data):
         raise RequestError(
-            f"{type(self).__name__} has no adapters, but `trainable` holds one for {path!r}; "
+            f"{type(self).__name__} has no adapters, but `trainable` holds one for {name!r}; "
             "use the method that made it"
         )
 
     def _adapter_rows(self, params, whole: frozenset[str]) -> list[Row]:
         return []
 
+    def _mask_of(self, path: str, value) -> Any:
+        raise RequestError(
+            f"what {type(self).__name__} binds at {path!r} is computed from what trains, so no "
+            "leaf of it trains itself; split with init and differentiate `trainable`"
+        )
 
-def _adapter_mask(weight):
-    """Booleans in the place of an adapted value's leaves: only the factors train."""
-    fields = {
-        field.name: None if getattr(weight, field.name) is None else field.name in ("a", "b")
-        for field in dataclasses.fields(weight)
-        if not field.metadata.get("static")
-    }
-    return dataclasses.replace(weight, **fields)
+    def _check_no_dropout(self) -> None:
+        """Raises `RequestError` if this method drops anything in training."""
+
+
+def merged(bound: PyTree) -> PyTree:
+    """A bound tree with every adapted value as the plain array it stands for."""
+    flat = trees.flatten(bound, is_leaf=is_adapted)
+    for path, leaf in flat.items():
+        if is_adapted(leaf) and not jnp.issubdtype(leaf.dtype, jnp.floating):
+            raise RequestError(
+                f"{path!r} holds {leaf.dtype}, which W + ΔW cannot be rounded to; merge into the "
+                "floating-point base and convert the result"
+            )
+    return flat.unflatten(
+        [leaf.materialise() if is_adapted(leaf) else leaf for leaf in flat.leaves]
+    )
+
+
+def _matching(what: str, targets, params: PyTree, aliases) -> list[str]:
+    """The paths of floating-point parameters that match; `RequestError` if there are none."""
+    flat = trees.flatten(params, is_leaf=is_adapted)
+    floats = [path for path, leaf in flat.items() if is_adapted(leaf) or trees.is_float(leaf)]
+    pattern = pattern_of(targets, aliases)
+    found = [path for path in floats if pattern.fullmatch(path)]
+    if not found:
+        raise RequestError(
+            f"{what}={pattern.pattern!r} matches no parameter; "
+            f"{trees.nearest(pattern.pattern, floats)}"
+        )
+    return found

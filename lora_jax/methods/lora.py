@@ -1,4 +1,7 @@
-"""LoRA: a frozen kernel and a trained low-rank update (Hu et al. 2021, arXiv:2106.09685)."""
+"""LoRA: a frozen kernel and a trained low-rank update (Hu et al. 2021, arXiv:2106.09685).
+
+Variants are subclasses in files of their own; `methods/README.md` walks through adding one.
+"""
 
 from __future__ import annotations
 
@@ -6,6 +9,7 @@ import dataclasses
 import math
 import zlib
 from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -15,9 +19,11 @@ from lora_jax.core import trees
 from lora_jax.core.apply import scale_of
 from lora_jax.core.axes import KernelAxes
 from lora_jax.core.errors import RequestError
-from lora_jax.core.rules import Rule, match_rules, pattern_of
-from lora_jax.core.weights import LoRAWeight, is_adapted
+from lora_jax.core.rules import Rule, match_rules
+from lora_jax.core.values import AdaptedValue, is_adapted
+from lora_jax.core.weights import LoRAWeight
 from lora_jax.methods.base import Method, Trainable
+from lora_jax.methods.sites import Site, name_of, path_of
 from lora_jax.methods.table import Row
 
 
@@ -25,10 +31,10 @@ from lora_jax.methods.table import Row
 class LoRA(Method):
     """ΔW = (alpha / rank) · a @ b on every kernel that a rule matches; the kernel stays frozen.
 
-    Either `targets` with `rank`, `alpha`, `dropout`, `init` (see `Rule`), or `rules`: an ordered
-    sequence of `Rule`, first match wins. `train` names parameters trained whole beside (a head);
-    what it names gets no adapter. `axes` is what `kernel_axes` gave; without it a kernel of two
-    axes is (in, out) and one of more is an error.
+    Either `targets` with `rank`, `alpha`, `dropout`, `init`, … (see `Rule`), or `rules`: an ordered
+    sequence of `Rule`, first match wins. `train` and `rows` name what trains beside (see `Method`);
+    a parameter trained whole gets no adapter. `axes` is what `kernel_axes` gave; without it a
+    kernel of two axes is (in, out) and one of more is an error.
 
     `a` is (stack…, in…, r), `b` is (stack…, r, out…), in float32 or the kernel's dtype if wider.
 
@@ -42,6 +48,16 @@ class LoRA(Method):
     rules: tuple[Rule, ...] = ()
     axes: Mapping[str, KernelAxes] | None = dataclasses.field(default=None, repr=False)
 
+    # The arrays of an adapter, with the roles of their axes: "sir" is (stack…, in…, r).
+    PARTS: ClassVar[Mapping[str, str]] = {"a": "sir", "b": "sro"}
+    # Where zeros leave the function and its training as they are: in the place of further "ranks",
+    # and as an adapter on "targets" that have none. What differs in it can share a program.
+    PADS: ClassVar[frozenset[str]] = frozenset({"ranks", "targets"})
+    # Whether a rank above that of the matrix has a meaning.
+    ANY_RANK: ClassVar[bool] = False
+    # Settings of a rule that have no meaning here, with the reason.
+    WITHOUT: ClassVar[Mapping[str, str]] = {}
+
     def __init__(
         self,
         *,
@@ -49,15 +65,20 @@ class LoRA(Method):
         rules: Sequence[Rule] | None = None,
         axes: Mapping[str, KernelAxes] | None = None,
         train: str | Sequence[str] = (),
+        rows: Mapping[str, Sequence[int]] | None = None,
         aliases: Mapping[str, str] | None = None,
         **settings,
     ):
+        name = type(self).__name__
         known = {field.name for field in dataclasses.fields(Rule)} - {"targets"}
-        for name in settings:
-            if name not in known:
-                raise RequestError(f"LoRA has no setting {name!r}; {trees.nearest(name, known)}")
+        for setting in settings:
+            if setting in self.WITHOUT:
+                raise RequestError(f"{name} has no {setting}: {self.WITHOUT[setting]}")
+            if setting not in known:
+                near = trees.nearest(setting, known)
+                raise RequestError(f"{name} has no setting {setting!r}; {near}")
         if (targets is None) == (rules is None):
-            raise RequestError("LoRA takes either targets=… (one rule) or rules=[Rule(…), …]")
+            raise RequestError(f"{name} takes either targets=… (one rule) or rules=[Rule(…), …]")
         if rules is None:
             rules = [Rule(targets, **settings)]
         elif settings:
@@ -66,19 +87,44 @@ class LoRA(Method):
             )
         if not rules:
             raise RequestError("rules is empty; name at least one target, or use HeadOnly")
-        super().__init__(train=train, aliases=aliases)
+        super().__init__(train=train, rows=dict(rows or {}), aliases=aliases)
         object.__setattr__(self, "rules", tuple(rules))
         object.__setattr__(self, "axes", axes)
 
-    def adapted(self, params) -> dict[str, tuple[Rule, str]]:
-        """`{path: (rule, roles)}` for each parameter that gets an adapter, in the tree's order.
+    # What a variant changes.
 
-        Raises `RequestError` for a rule that matches nothing, a rank above the matrix, or a kernel
-        of more than two axes without `axes`.
+    def scale(self, rule: Rule) -> float:
+        """The factor before a @ b."""
+        return scale_of(rule.alpha, rule.rank)
+
+    def init_parts(self, key: jax.Array, kernel: jax.Array, site: Site) -> dict[str, jax.Array]:
+        """The arrays of PARTS at the start; `kernel` is the part of the parameter that is adapted.
+
+        Leaves that the kernel does not decide are drawn from `key`.
         """
-        return self._adapted(params, frozenset(self.whole_paths(params)))
+        dtype = jnp.promote_types(kernel.dtype, jnp.float32)
+        b = jnp.zeros(site.part_shape("sro"), dtype)
+        return {"a": draw(key, site.rule.init, site, dtype), "b": b}
 
-    def _adapted(self, params, whole: frozenset[str]) -> dict[str, tuple[Rule, str]]:
+    def factors(self, parts: Mapping[str, jax.Array], site: Site) -> tuple[jax.Array, jax.Array]:
+        """`a (stack…, in…, k)` and `b (stack…, k, out…)` of ΔW = scale · a @ b, any k."""
+        return parts["a"], parts["b"]
+
+    def weight(self, low_rank: LoRAWeight, parts, site: Site) -> AdaptedValue:
+        """What is bound in the kernel's place, from the low-rank sum."""
+        return low_rank
+
+    # What all of them share.
+
+    def sites(self, params) -> dict[str, Site]:
+        """`{name: site}` of every adapter, in the tree's order.
+
+        Raises `RequestError` for a rule that matches nothing, a rank above the matrix, a slice
+        outside of it, or a kernel of more than two axes without `axes`.
+        """
+        return self._sites(params, frozenset(self.whole_paths(params)))
+
+    def _sites(self, params, whole: frozenset[str]) -> dict[str, Site]:
         leaves = dict(trees.flatten(params).items())
         candidates = [
             path
@@ -86,20 +132,15 @@ class LoRA(Method):
             if trees.is_float(leaf) and leaf.ndim >= 2 and path not in whole
         ]
         everything = [path for path, leaf in leaves.items() if trees.is_array(leaf)]
-        patterns = [pattern_of(rule.targets, self.aliases) for rule in self.rules]
-        matched = match_rules(patterns, candidates, everything)
-        adapted = {}
-        for path, index in matched.items():
-            rule, shape = self.rules[index], leaves[path].shape
-            roles = self._roles(path, len(shape))
-            widest = min(_size(shape, roles, "i"), _size(shape, roles, "o"))
-            if rule.rank > widest:
-                raise RequestError(
-                    f"rank {rule.rank} is above the full rank {widest} of {path!r} {tuple(shape)}; "
-                    f"choose a rank of at most {widest} or leave this parameter out"
-                )
-            adapted[path] = (rule, roles)
-        return adapted
+        found = {}
+        for path, rule in match_rules(self.rules, candidates, everything, self.aliases):
+            site = self._site(path, rule, leaves[path].shape)
+            site.check(any_rank=self.ANY_RANK)
+            found[site.name] = site
+        return found
+
+    def _site(self, path: str, rule: Rule, shape) -> Site:
+        return Site(path, rule, self._roles(path, len(shape)), tuple(shape))
 
     def _roles(self, path: str, ndim: int) -> str:
         axes = None if self.axes is None else self.axes.get(path)
@@ -116,82 +157,128 @@ class LoRA(Method):
     def _init_adapters(self, key, params, whole: frozenset[str]) -> Trainable:
         leaves = dict(trees.flatten(params).items())
         return {
-            path: _init_factors(_path_key(key, path), leaves[path], rule, roles)
-            for path, (rule, roles) in self._adapted(params, whole).items()
+            name: self.init_parts(_key_of(key, name), site.cut(leaves[site.path]), site)
+            for name, site in self._sites(params, whole).items()
         }
 
-    def _bind_adapter(self, path, kernel, entry, key):
-        if is_adapted(kernel):
-            raise RequestError(f"{path!r} is bound already; bind the tree that `init` returned")
-        rule = self._rule_of(path)
-        roles = self._roles(path, kernel.ndim)
-        stack = tuple(n for n, role in zip(kernel.shape, roles, strict=True) if role == "s")
-        if key is not None:
-            key = jax.random.split(_path_key(key, path), stack) if stack else _path_key(key, path)
-        dtype = entry["a"].dtype
-        dropped = key is not None and rule.dropout > 0.0
-        return LoRAWeight(
-            kernel=kernel,
-            a=entry["a"],
-            b=entry["b"],
-            scale=np.full(stack, scale_of(rule.alpha, rule.rank), dtype),
-            key=key if dropped else None,
-            dropout=np.full(stack, rule.dropout, dtype) if dropped else None,
-            roles=roles,
-            path=path,
-        )
+    def _bind_adapter(self, name, kernel, parts, key, data):
+        base = kernel.base if is_adapted(kernel) else kernel
+        site = self._site(path_of(name), self._rule_of(name), base.shape)
+        self._check_parts(name, parts, site)
+        a, b = self.factors(parts, site)
+        stack, dtype = site.sizes("s"), jnp.result_type(a)
+        key = self._dropout_key(key, name, site)
+        own = data.get(name, {"scale": self.scale(site.rule), "dropout": site.rule.dropout})
 
-    def _rule_of(self, path: str) -> Rule:
+        def of_stack(value):
+            # NumPy where it can be: a constant that needs no program of its own.
+            full = np.full if isinstance(value, float) else jnp.full
+            return full(stack, value, dtype)
+
+        low_rank = LoRAWeight(
+            kernel=kernel,
+            a=site.widen(a, "sir"),
+            b=site.widen(b, "sro"),
+            scale=of_stack(own["scale"]),
+            key=key,
+            dropout=None if key is None else of_stack(own["dropout"]),
+            roles=site.roles,
+            path=site.path,
+        )
+        return self.weight(low_rank, parts, site)
+
+    def _dropout_key(self, key, name: str, site: Site):
+        if key is None or not site.rule.dropout:
+            return None
+        stack, key = site.sizes("s"), _key_of(key, name)
+        return jax.random.split(key, stack) if stack else key
+
+    def _rule_of(self, name: str) -> Rule:
+        path = path_of(name)
         for rule in self.rules:
-            if pattern_of(rule.targets, self.aliases).fullmatch(path):
+            if name_of(path, rule.slice) == name and rule.takes(path, self.aliases):
                 return rule
         raise RequestError(
-            f"no rule of this method matches the adapter {path!r}; use its own method"
+            f"no rule of this method matches the adapter {name!r}; use its own method"
         )
 
+    def _check_parts(self, name: str, parts, site: Site) -> None:
+        if parts.keys() != self.PARTS.keys():
+            raise RequestError(
+                f"the adapter of {name!r} holds {sorted(parts)}, but {type(self).__name__} has "
+                f"{sorted(self.PARTS)}; use the method that made it"
+            )
+        for part, spec in self.PARTS.items():
+            wanted, found = site.part_shape(spec), tuple(parts[part].shape)
+            if wanted == found:
+                continue
+            stack = site.sizes("s")
+            if "s" in spec and found[: len(stack)] != stack:
+                raise RequestError(
+                    f"the adapter of {name!r} is for {found[: len(stack)]} stacked matrices "
+                    f"(experts, layers), the kernel {site.kernel_shape} has {stack}; load the "
+                    "model it was made for"
+                )
+            raise RequestError(
+                f"{part} of the adapter of {name!r} is {found}, but rank {site.rank} on "
+                f"{site.shape} needs {wanted}; use the method that made it"
+            )
+
     def _adapter_rows(self, params, whole: frozenset[str]) -> list[Row]:
-        shapes = {
-            path: tuple(leaf.shape)
-            for path, leaf in trees.flatten(params).items()
-            if trees.is_array(leaf)
-        }
         rows = []
-        for path, (rule, roles) in self._adapted(params, whole).items():
-            shape = shapes[path]
-            per_matrix = rule.rank * (_size(shape, roles, "i") + _size(shape, roles, "o"))
-            count = _size(shape, roles, "s") * per_matrix
-            rows.append(Row(path, shape, rule.rank, scale_of(rule.alpha, rule.rank), count))
+        for name, site in self._sites(params, whole).items():
+            count = sum(
+                math.prod(site.part_shape(spec))
+                for part, spec in self.PARTS.items()
+                if part not in self.FIXED
+            )
+            rows.append(Row(name, site.shape, site.rank, self.scale(site.rule), count))
         return rows
 
+    def _mask_of(self, path: str, value):
+        plain = LoRA.factors is type(self).factors and LoRA.weight is type(self).weight
+        if not plain or type(value) is not LoRAWeight or is_adapted(value.kernel):
+            return super()._mask_of(path, value)
+        if any(rule.slice and rule.takes(path, self.aliases) for rule in self.rules):
+            return super()._mask_of(path, value)
+        trains = {name: name not in self.FIXED for name in self.PARTS}
+        return dataclasses.replace(jax.tree.map(lambda _: False, value), **trains)
 
-def _size(shape, roles: str, role: str) -> int:
-    return math.prod(n for n, r in zip(shape, roles, strict=True) if r == role)
+    def _check_no_dropout(self) -> None:
+        dropping = [rule for rule in self.rules if rule.dropout]
+        if dropping:
+            raise RequestError(
+                f"rule {dropping[0].targets!r} has dropout={dropping[0].dropout} and no key was "
+                "given to draw it from; pass key=jax.random.fold_in(key, step) to bind"
+            )
 
 
-def _path_key(key, path: str):
-    """A key of the path alone: adding a target leaves the others' draws as they were."""
-    return jax.random.fold_in(key, zlib.crc32(path.encode()))
+def _key_of(key: Any, name: str) -> Any:
+    """A key of the name alone: adding a target leaves the others' draws as they were."""
+    return jax.random.fold_in(key, zlib.crc32(name.encode()))
 
 
-def _init_factors(key, kernel, rule: Rule, roles: str) -> dict[str, jax.Array]:
-    """`a` drawn column by column and `b` zero.
+def draw(key: jax.Array, init: str, site: Site, dtype) -> jax.Array:
+    """A random `a (stack…, in…, r)` by the name of its distribution (see `Rule`).
 
-    Each of the r columns of `a` has a key of its own, so that an adapter padded to a wider rank
-    starts as its unpadded twin.
+    Each of the r columns has a key of its own, so that an adapter padded to a wider rank starts as
+    its unpadded twin.
     """
-    sizes = {
-        r: [n for n, role in zip(kernel.shape, roles, strict=True) if role == r] for r in "sio"
-    }
-    dtype = jnp.promote_types(kernel.dtype, jnp.float32)
-    bound = 1.0 / math.sqrt(math.prod(sizes["i"]))
-    shape = (*sizes["s"], *sizes["i"])
+    bound = 1.0 / math.sqrt(site.size("i"))
+    shape = (*site.sizes("s"), *site.sizes("i"))
 
     def column(index):
         column_key = jax.random.fold_in(key, index)
-        if rule.init == "gaussian":
-            return bound * jax.random.normal(column_key, shape, dtype)
-        # Kaiming-uniform with a=√5, as microsoft/LoRA and PEFT draw it, is U(-1/√in, 1/√in).
-        return jax.random.uniform(column_key, shape, dtype, -bound, bound)
+        if init == "kaiming_uniform":
+            # With a=√5, as microsoft/LoRA and PEFT draw it, Kaiming-uniform is U(±1/√in).
+            return jax.random.uniform(column_key, shape, dtype, -bound, bound)
+        return bound * jax.random.normal(column_key, shape, dtype)
 
-    a = jnp.moveaxis(jax.vmap(column)(jnp.arange(rule.rank)), 0, -1)
-    return {"a": a, "b": jnp.zeros((*sizes["s"], rule.rank, *sizes["o"]), dtype)}
+    a = jnp.moveaxis(jax.vmap(column)(jnp.arange(site.rank)), 0, -1)
+    if init != "orthogonal":
+        return a
+    matrices = a.reshape(*site.sizes("s"), site.size("i"), site.rank)
+    q, r = jnp.linalg.qr(matrices)
+    # With the signs of r's diagonal, q is Haar-distributed (Mezzadri 2007, math-ph/0609050).
+    signs = jnp.sign(jnp.diagonal(r, axis1=-2, axis2=-1))
+    return (q * signs[..., None, :]).reshape(a.shape)

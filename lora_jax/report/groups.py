@@ -9,6 +9,13 @@ from lora_jax.report.runs import Run
 
 METHOD_NAMES = {
     "lora": "LoRA",
+    "rslora": "rsLoRA",
+    "lora_plus": "LoRA+",
+    "lora_fa": "LoRA-FA",
+    "dora": "DoRA",
+    "pissa": "PiSSA",
+    "vera": "VeRA",
+    "lora_xs": "LoRA-XS",
     "full": "full fine-tuning",
     "bitfit": "BitFit",
     "head": "head only",

@@ -113,7 +113,9 @@ def sweep(
 
     def tx_of(cell: CellSettings):
         own = {"lr": cell.lr, "weight_decay": cell.weight_decay}
-        return make_optimizer(types.SimpleNamespace(**shared, **own), num_steps)
+        return cell.method.optimizer(
+            make_optimizer(types.SimpleNamespace(**shared, **own), num_steps)
+        )
 
     loss = lift(loss_fn)
     budget = memory_bytes or device_memory_bytes()

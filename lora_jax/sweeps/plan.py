@@ -7,8 +7,8 @@ from collections.abc import Sequence
 from typing import Any
 
 from lora_jax.core.errors import RequestError
-from lora_jax.methods import FullFineTuning, LoRA
-from lora_jax.sweeps.pack import Pack, factors_of, make_pack
+from lora_jax.methods import FullFineTuning
+from lora_jax.sweeps.pack import Pack, is_padded, make_pack
 from lora_jax.sweeps.settings import CellSettings
 
 NARROWEST_BUCKET = 8  # below it, padding a rank costs nothing that could be measured
@@ -85,10 +85,10 @@ def make_plan(cells: Sequence[CellSettings], params: Any) -> tuple[list[Planned]
 
 @dataclasses.dataclass(frozen=True)
 class _Shape:
-    """What decides with whom a cell may share a program."""
+    """What decides with whom a cell may share a program: `kind` must agree, and so must the
+    `roles` of each adapter that both have."""
 
-    whole: tuple[str, ...]
-    bucket: int
+    kind: Any
     roles: dict[str, str]
 
 
@@ -100,10 +100,7 @@ class _Group:
     def takes(self, cell: CellSettings, shape: _Shape) -> bool:
         if isinstance(cell.method, FullFineTuning):
             return False  # each trains a base of its own: nothing to share
-        if type(cell.method) is not LoRA or type(self.cells[0].method) is not LoRA:
-            # Nothing is known of other methods but that equal ones have equal programs.
-            return cell.method == self.cells[0].method
-        same = (shape.whole, shape.bucket) == (self._first.whole, self._first.bucket)
+        same = shape.kind == self._first.kind
         return same and all(self._roles.get(p, r) == r for p, r in shape.roles.items())
 
     def add(self, cell: CellSettings, shape: _Shape) -> None:
@@ -112,12 +109,23 @@ class _Group:
 
 
 def _shape_of(cell: CellSettings, params) -> _Shape:
-    whole = tuple(cell.method.whole_paths(params))
-    if type(cell.method) is not LoRA:
-        return _Shape(whole, 0, {})
-    factors = factors_of(cell.method, params)
-    bucket = bucket_of(max(own.rank for own in factors.values()))
-    return _Shape(whole, bucket, {path: own.roles for path, own in factors.items()})
+    method = cell.method
+    whole = tuple(method.whole_paths(params))
+    if not is_padded(method):
+        # Nothing is known of other methods but that equal ones have equal programs.
+        method.table(params)  # for its checks
+        return _Shape(method, {})
+    sites = method.sites(params)
+    bucket = bucket_of(max(own.rank for own in sites.values()))
+    # What is left of the method once all that may differ is gone: its type and own settings.
+    own = {
+        field.name: getattr(method, field.name)
+        for field in dataclasses.fields(method)
+        if field.name not in ("rules", "axes", "train", "aliases")
+    }
+    targets = None if "targets" in method.PADS else tuple(sites)
+    kind = (type(method), own, whole, bucket, targets)
+    return _Shape(kind, {name: own.roles for name, own in sites.items()})
 
 
 def _planned(cells: Sequence[CellSettings], params: Any) -> Planned:

@@ -90,7 +90,8 @@ def make_ready(group: Group, base: Base, *, at_once: int) -> Ready:
             for key, value in cell.settings.items()
             if key.startswith("optimizer.")
         }
-        return make_optimizer(types.SimpleNamespace(**settings), group.num_steps)
+        tx = make_optimizer(types.SimpleNamespace(**settings), group.num_steps)
+        return cell.method.optimizer(tx)
 
     program = Program(
         loss,

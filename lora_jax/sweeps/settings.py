@@ -5,23 +5,20 @@ from __future__ import annotations
 import dataclasses
 import math
 import numbers
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from lora_jax.core import trees
 from lora_jax.core.errors import RequestError
 from lora_jax.core.rules import Rule
-from lora_jax.methods import BitFit, FullFineTuning, HeadOnly, LoRA, Method
+from lora_jax.methods import LoRA, Method
+from lora_jax.methods.named import METHODS, all_settings, settings_of
 from lora_jax.sweeps.cells import read_tune, value_text
 
-METHODS: Mapping[str, Callable[..., Method]] = {
-    "lora": LoRA,
-    "full": FullFineTuning,
-    "bitfit": BitFit,
-    "head": HeadOnly,
-}
-OF_LORA = ("targets", "rank", "alpha", "dropout", "init", "rules")
-OF_ANY = ("name", "method", "train", "lr", "weight_decay", "seed")
+OF_METHODS = all_settings()
+# Settings of a rule that a table shows even where they have their default.
+SHOWN = ("targets", "rank", "alpha", "dropout", "init")
+OF_ANY = ("name", "method", "train", "rows", "lr", "weight_decay", "seed")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,8 +49,8 @@ def read_cells(
     seen: dict[str, str] = {}
     for number, given in enumerate(cells):
         for key in given:
-            if key not in (*OF_ANY, *OF_LORA):
-                known = trees.nearest(key, (*OF_ANY, *OF_LORA))
+            if key not in (*OF_ANY, *OF_METHODS):
+                known = trees.nearest(key, (*OF_ANY, *OF_METHODS))
                 raise RequestError(f"cell {number} has an unknown setting {key!r}; {known}")
         name = _name_of(given, number, found)
         same = repr(sorted((k, repr(v)) for k, v in given.items() if k != "name"))
@@ -109,7 +106,7 @@ def tuned_cells(
 def _method_of(given: Mapping[str, Any], axes, aliases) -> Method:
     kind = given.get("method", "lora")
     if isinstance(kind, Method):
-        useless = [key for key in (*OF_LORA, "train") if key in given]
+        useless = [key for key in (*OF_METHODS, "train", "rows") if key in given]
         if useless:
             raise RequestError(
                 f"{useless[0]!r} stands beside a ready method, which has its own; remove it, or "
@@ -119,17 +116,14 @@ def _method_of(given: Mapping[str, Any], axes, aliases) -> Method:
     if not isinstance(kind, str) or kind not in METHODS:
         near = trees.nearest(str(kind), METHODS)
         raise RequestError(f"method {kind!r} is no name and no Method made ready; {near}")
-    settings = {"aliases": aliases}
-    if "train" in given:
-        settings["train"] = given["train"]
-    if kind == "lora":
-        settings |= {key: given[key] for key in OF_LORA if key in given}
+    own = settings_of(METHODS[kind])
+    useless = next((key for key in OF_METHODS if key in given and key not in own), None)
+    if useless is not None:
+        raise RequestError(f"{useless!r} means nothing to method {kind!r}; remove it")
+    settings = {key: given[key] for key in (*own, "train", "rows") if key in given}
+    if issubclass(METHODS[kind], LoRA):
         settings["axes"] = axes
-    else:
-        useless = next((key for key in OF_LORA if key in given), None)
-        if useless is not None:
-            raise RequestError(f"{useless!r} means nothing to method {kind!r}; remove it")
-    return METHODS[kind](**settings)
+    return METHODS[kind](aliases=aliases, **settings)
 
 
 def _rate(name: str, key: str, given: Mapping[str, Any]) -> float:
@@ -143,9 +137,10 @@ def _in_full(given: Mapping[str, Any], rates, seed: int) -> dict[str, Any]:
     """The settings with the defaults of those that count."""
     method = given.get("method", "lora")
     full = {"method": method if isinstance(method, str) else type(method).__name__}
-    if method == "lora" and "rules" not in given:
+    if isinstance(method, str) and "rules" not in given:
         fields = {field.name: field.default for field in dataclasses.fields(Rule)}
-        full |= {key: given.get(key, fields[key]) for key in OF_LORA if key in fields}
+        shown = [key for key in settings_of(METHODS[method]) if key in SHOWN]
+        full |= {key: given.get(key, fields[key]) for key in shown}
     rest = {key: value for key, value in given.items() if key not in ("name", "method")}
     return {**full, **rest, **rates, "seed": seed}
 

@@ -13,7 +13,6 @@ import ml_collections
 import optax
 
 from lora_jax.core.errors import RequestError
-from lora_jax.core.trees import nearest
 from lora_jax.data import (
     EncodedExamples,
     EvalBatches,
@@ -26,7 +25,8 @@ from lora_jax.data import (
     train_batches,
 )
 from lora_jax.formats.adapter import load_trainable
-from lora_jax.methods import BitFit, FullFineTuning, HeadOnly, LoRA, Method
+from lora_jax.methods import Method
+from lora_jax.methods.named import method_of
 from lora_jax.models import Model, load_model
 from lora_jax.models.load import redraw_head
 from lora_jax.train.compilation import CompiledByShape
@@ -35,8 +35,6 @@ from lora_jax.train.loss import make_loss
 from lora_jax.train.optimizer import make_optimizer, make_schedule
 from lora_jax.train.state import TrainState, init_state
 from lora_jax.train.step import make_train_step
-
-METHODS = ("lora", "full", "bitfit", "head")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -128,7 +126,7 @@ def build(config: Any, base: Base | None = None) -> tuple[Setup, TrainState]:
     method = make_method(config.method, model)
     batches = base.train_batches_of(config)
     plan = plan_steps(config.train, batches.steps_per_epoch)
-    tx = make_optimizer(config.optimizer, plan["num_steps"])
+    tx = method.optimizer(make_optimizer(config.optimizer, plan["num_steps"]))
     loss = make_loss(model.apply, method, label_smoothing=config.train.label_smoothing)
     trainable, frozen = method.init(init_key, model.params)
     if not trainable:
@@ -169,27 +167,7 @@ def make_method(settings: Any, model: Model) -> Method:
 
     Raises `RequestError` for an unknown name or values the method refuses.
     """
-    common = {"aliases": model.aliases}
-    if settings.name == "lora":
-        return LoRA(
-            targets=settings.targets,
-            rank=settings.rank,
-            alpha=settings.alpha,
-            dropout=settings.dropout,
-            init=settings.init,
-            train=settings.train,
-            axes=model.axes,
-            **common,
-        )
-    if settings.name == "full":
-        return FullFineTuning(**common)
-    if settings.name == "bitfit":
-        return BitFit(**common)
-    if settings.name == "head":
-        return HeadOnly(train=settings.train, **common)
-    raise RequestError(
-        f"method.name={settings.name!r} is unknown; {nearest(settings.name, METHODS)}"
-    )
+    return method_of(settings.name, dict(settings), axes=model.axes, aliases=model.aliases)
 
 
 def plan_steps(settings: Any, steps_per_epoch: int) -> dict[str, int]:

@@ -23,11 +23,12 @@ class Construct:
     shapes: dict[str, tuple[int, ...]]
     apply: Callable
     low_rank: bool  # whether no kernel may be materialised
+    slices: tuple[tuple[int, int, int], ...] = ()  # (axis, start, stop): adapters on these alone
 
 
-def construct(low_rank: bool = True, **shapes):
+def construct(low_rank: bool = True, slices=(), **shapes):
     def register(apply):
-        ALL[apply.__name__] = Construct(shapes, apply, low_rank)
+        ALL[apply.__name__] = Construct(shapes, apply, low_rank, tuple(slices))
         return apply
 
     return register
@@ -251,7 +252,7 @@ def shard_map_beside(p, x):
     return jax.shard_map(lambda h: h**2, mesh=_mesh(), in_specs=spec, out_specs=spec)(h)
 
 
-@construct(low_rank=False, w=(6, 4))
+@construct(w=(6, 4))
 def shard_map_around(p, x):
     spec = PartitionSpec(None, "data")
     return jax.shard_map(
@@ -277,9 +278,180 @@ def weight_norm(p, x):
     return x @ (p["w"] / jnp.linalg.norm(p["w"], axis=0))
 
 
-@construct(low_rank=False, w=(6, 4))
+@construct(w=(6, 4))
+def shard_map_over_inputs(p, x):
+    spec = PartitionSpec("data", None)
+    return jax.shard_map(
+        lambda w, x: jax.lax.psum(x @ w, "data"),
+        mesh=_mesh(),
+        in_specs=(spec, PartitionSpec(None, "data")),
+        out_specs=PartitionSpec(),
+    )(p["w"], x)
+
+
+@construct(w=(3, 6, 6))
+def shard_map_around_a_scan(p, x):
+    def sharded(w, x):
+        # Rows of the kernel are split, so each step sums over the shards.
+        def step(h, w):
+            mine = jax.lax.axis_index("data") * w.shape[0]
+            part = jax.lax.dynamic_slice_in_dim(h, mine, w.shape[0], axis=1)
+            return jnp.tanh(jax.lax.psum(part @ w, "data")), None
+
+        return jax.lax.scan(step, x, w)[0]
+
+    spec = PartitionSpec(None, "data", None)
+    return jax.shard_map(
+        sharded, mesh=_mesh(), in_specs=(spec, PartitionSpec()), out_specs=PartitionSpec()
+    )(p["w"], x)
+
+
+def _ids(x):
+    return jnp.argmax(x, axis=1)
+
+
+@construct(w=(6, 4))
 def lookup(p, x):
-    return p["w"][jnp.argmax(x, axis=1)]
+    return p["w"][_ids(x)]
+
+
+@construct(w=(6, 2, 3))
+def lookup_of_two_axes(p, x):
+    return p["w"][jnp.stack([_ids(x), _ids(-x)], axis=1)]
+
+
+@construct(w=(4, 6))
+def lookup_of_columns(p, x):
+    return jnp.take(p["w"], _ids(x), axis=1)
+
+
+@construct(w=(6, 4))
+def lookup_past_the_end(p, x):
+    rows = p["w"].at[_ids(x) + 3].get(mode="fill", fill_value=7.0)
+    return rows + jnp.take(p["w"], _ids(x), axis=0, mode="clip")
+
+
+@construct(w=(6, 4))
+def tied_embedding(p, x):
+    return jnp.tanh(p["w"][_ids(x)]) @ p["w"].T
+
+
+@construct(w=(3, 6, 4))
+def lookup_in_scanned_tables(p, x):
+    return jax.lax.scan(lambda h, w: (h + jnp.tanh(w[_ids(x)]), None), x[:, :4], p["w"])[0]
+
+
+@construct(w=(6, 4), o=(4, 6))
+def one_hot_embedding(p, x):
+    return jax.nn.one_hot(_ids(x), 6, dtype=x.dtype) @ p["w"] @ p["o"]
+
+
+def _conv(x, w, dims, **options):
+    spatial = "DHW"[-(w.ndim - 2) :]
+    numbers = (f"N{spatial}C", f"{spatial}IO", f"N{spatial}C")
+    options = {"window_strides": (1,) * (w.ndim - 2), "padding": "SAME", **options}
+    return jax.lax.conv_general_dilated(
+        x.reshape(dims), w, dimension_numbers=numbers, **options
+    ).reshape(dims[0], -1)
+
+
+@construct(w=(2, 3, 4))
+def conv_1d(p, x):
+    return _conv(x, p["w"], (5, 2, 3))
+
+
+@construct(w=(2, 2, 3, 4))
+def conv_2d_strided_and_dilated(p, x):
+    x = jnp.concatenate([x, -x, 2 * x, x**2], axis=1)
+    options = {"window_strides": (2, 1), "rhs_dilation": (1, 2), "padding": "SAME"}
+    return _conv(x, p["w"], (5, 2, 4, 3), **options)
+
+
+@construct(w=(1, 2, 2, 1, 4))
+def conv_3d(p, x):
+    return _conv(x, p["w"], (5, 1, 3, 2, 1))
+
+
+@construct(w=(2, 1, 4))
+def grouped_conv(p, x):
+    return _conv(x, p["w"], (5, 3, 2), feature_group_count=2)
+
+
+@construct(w=(3, 1, 6))
+def depthwise_conv(p, x):
+    return _conv(x, p["w"], (1, 5, 6), feature_group_count=6)
+
+
+@construct(w=(4, 3, 2))
+def conv_in_torch_order(p, x):
+    return jax.lax.conv_general_dilated(
+        x.reshape(5, 3, 2), p["w"], (1,), "SAME", dimension_numbers=("NCW", "OIW", "NCW")
+    )
+
+
+@construct(w=(3, 2, 4))
+def transposed_conv(p, x):
+    return jax.lax.conv_transpose(
+        x.reshape(5, 3, 2), p["w"], (2,), "SAME", dimension_numbers=("NWC", "WIO", "NWC")
+    )
+
+
+@construct(w=(2, 3, 4))
+def grad_of_conv_inside(p, x):
+    return jax.grad(lambda x: jnp.sum(jnp.tanh(_conv(x, p["w"], (5, 2, 3))) ** 2))(x)
+
+
+@construct(w=(3, 6, 4))
+def ragged_experts(p, x):
+    return jax.lax.ragged_dot(x, p["w"], jnp.array([2, 0, 3], jnp.int32))
+
+
+@construct(w=(2, 6, 4), o=(2, 4, 6))
+def mixture_of_experts(p, x):
+    gates = jax.nn.softmax(x[:, :2], axis=-1)
+    hidden = jnp.tanh(jnp.einsum("bi,eio->ebo", x, p["w"]))
+    return jnp.einsum("ebo,eoi,be->bi", hidden, p["o"], gates)
+
+
+@construct(w=(6, 12), slices=[(-1, 0, 4), (-1, 8, 12)])
+def fused_slice(p, x):
+    q, k, v = jnp.split(x @ p["w"], 3, axis=1)
+    return jax.nn.softmax(q @ k.T) @ v
+
+
+@construct(w=(6, 3, 4), slices=[(-2, 0, 1), (-2, 2, 3)])
+def fused_slice_of_an_axis(p, x):
+    q, k, v = jnp.moveaxis(jnp.einsum("bi,ipo->bpo", x, p["w"]), 1, 0)
+    return jax.nn.softmax(q @ k.T) @ v
+
+
+@construct(w=(6, 4))
+def scaled_kernel(p, x):
+    return x @ (p["w"] * 0.5) - (x / 3.0) @ (-p["w"] / 2.0)
+
+
+@construct(w=(6, 4))
+def mapped_rows(p, x):
+    return jax.lax.map(lambda row: row @ p["w"], x)
+
+
+@construct(low_rank=False, q=(6, 4), k=(6, 4))
+def kernels_fused_inside(p, x):
+    return x @ jnp.concatenate([p["q"], p["k"]], axis=1)
+
+
+@construct(low_rank=False, w=(6, 4))
+def pallas_around(p, x):
+    def product(x_ref, w_ref, o_ref):
+        o_ref[...] = x_ref[...] @ w_ref[...]
+
+    @jax.custom_vjp
+    def f(x, w):
+        out = jax.ShapeDtypeStruct((5, 4), x.dtype)
+        return pl.pallas_call(product, out_shape=out, interpret=True)(x, w)
+
+    f.defvjp(lambda x, w: (f(x, w), (x, w)), lambda saved, g: (g @ saved[1].T, saved[0].T @ g))
+    return f(x, p["w"])
 
 
 @construct(low_rank=False, w=(6, 6))

@@ -10,7 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import lora_jax as lj
-from lora_jax.core.weights import LoRAWeight, materialise
+from lora_jax.core.values import materialise
+from lora_jax.core.weights import LoRAWeight
 
 
 def weight_of(shape, roles, rank=2, seed=0):

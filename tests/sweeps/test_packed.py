@@ -103,9 +103,9 @@ def padding(pack, trainable, k):
     rest = []
     for path, entry in trainable.items():
         if "value" not in entry:
-            factors = pack.factors[k].get(path)
-            rank = factors.rank if factors else 0
-            axis = factors.rank_axis_of_b if factors else entry["b"].ndim - 2
+            site = pack.sites[k].get(path)
+            rank = site.rank if site else 0
+            axis = site.roles.count("s") if site else entry["b"].ndim - 2
             rest.append(entry["a"][..., rank:])
             rest.append(jnp.moveaxis(entry["b"], axis, 0)[rank:])
     return [part for part in rest if part.size]

@@ -1,0 +1,83 @@
+"""Methods by name, from plain settings: what a config or a cell of a sweep says."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from types import MappingProxyType
+from typing import Any
+
+from lora_jax.core.errors import RequestError
+from lora_jax.core.rules import Rule
+from lora_jax.core.trees import nearest
+from lora_jax.methods.base import Method
+from lora_jax.methods.dora import DoRA
+from lora_jax.methods.full import BitFit, FullFineTuning, HeadOnly
+from lora_jax.methods.lora import LoRA
+from lora_jax.methods.lora_fa import LoRAFA
+from lora_jax.methods.lora_plus import LoRAPlus
+from lora_jax.methods.lora_xs import LoRAXS
+from lora_jax.methods.pissa import PiSSA
+from lora_jax.methods.rslora import RsLoRA
+from lora_jax.methods.vera import VeRA
+
+METHODS: Mapping[str, type[Method]] = MappingProxyType(
+    {
+        "lora": LoRA,
+        "rslora": RsLoRA,
+        "lora_plus": LoRAPlus,
+        "lora_fa": LoRAFA,
+        "dora": DoRA,
+        "pissa": PiSSA,
+        "vera": VeRA,
+        "lora_xs": LoRAXS,
+        "full": FullFineTuning,
+        "bitfit": BitFit,
+        "head": HeadOnly,
+    }
+)
+
+
+def settings_of(kind: type[Method]) -> tuple[str, ...]:
+    """The settings that a method takes, beside `train`, `rows`, `axes` and `aliases`.
+
+    >>> settings_of(HeadOnly), "ratio" in settings_of(METHODS["lora_plus"])
+    ((), True)
+    """
+    if not issubclass(kind, LoRA):
+        return ()
+    of_rule = [field.name for field in dataclasses.fields(Rule) if field.name not in kind.WITHOUT]
+    shared = {field.name for field in dataclasses.fields(LoRA)}
+    own = [field.name for field in dataclasses.fields(kind) if field.name not in shared]
+    return (*of_rule, "rules", *own)
+
+
+def all_settings() -> tuple[str, ...]:
+    """Every setting that some method takes, each once."""
+    return tuple(dict.fromkeys(name for kind in METHODS.values() for name in settings_of(kind)))
+
+
+def kind_of(name: Any) -> type[Method]:
+    """The class of this name. Raises `RequestError` with the nearest."""
+    if not isinstance(name, str) or name not in METHODS:
+        raise RequestError(f"method.name={name!r} is unknown; {nearest(str(name), METHODS)}")
+    return METHODS[name]
+
+
+def method_of(name: str, settings: Mapping[str, Any], *, axes: Any, aliases: Any) -> Method:
+    """The method of this name with what `settings` holds for it.
+
+    `settings` may hold what means nothing to this method, as one config serves several: VeRA has no
+    alpha, full fine-tuning no rank. Empty strings and None mean the default. Raises `RequestError`
+    for an unknown name or values that the method refuses.
+    """
+    kind = kind_of(name)
+    wanted = (*settings_of(kind), *(("rows", "train") if issubclass(kind, LoRA | HeadOnly) else ()))
+    given = {
+        key: settings[key]
+        for key in wanted
+        if key in settings and settings[key] is not None and settings[key] != ""
+    }
+    if issubclass(kind, LoRA):
+        given["axes"] = axes
+    return kind(aliases=aliases, **given)

@@ -1,0 +1,64 @@
+"""Single rows of a table that train while the others stay: new tokens of an embedding.
+
+They are bound as an adapter whose `a` picks the rows and whose `b` is their change, so a lookup, a
+tied head and whatever else takes an adapter takes them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from lora_jax.core.errors import RequestError
+from lora_jax.core.values import AdaptedValue, is_adapted
+from lora_jax.core.weights import LoRAWeight
+
+
+def rows_name(path: str) -> str:
+    """The name in `trainable` of the rows of the parameter at `path`."""
+    return f"{path}[rows]"
+
+
+def row_indices(path: str, table: Any, indices: Sequence[int]) -> tuple[int, ...]:
+    """The indices, checked against the table. Raises `RequestError`."""
+    found = tuple(indices)
+    count = table.shape[0] if table.ndim else 0
+    if table.ndim < 2 or not found or not all(isinstance(n, int | np.integer) for n in found):
+        raise RequestError(
+            f"rows of {path!r} {tuple(table.shape)} are {indices!r}; they must be one or more row "
+            "numbers of a table with two axes or more"
+        )
+    wrong = [n for n in found if not 0 <= n < count]
+    if wrong or len(set(found)) < len(found):
+        what = f"{wrong[0]} is outside of" if wrong else "one row stands twice among those of"
+        raise RequestError(f"row {what} {path!r}, which has rows 0 to {count - 1}, each named once")
+    return tuple(int(n) for n in found)
+
+
+def init_rows(path: str, table: jax.Array, indices: Sequence[int]) -> dict[str, jax.Array]:
+    """`{"rows": (n, …)}`: the rows as they are, in float32 or wider."""
+    wide = jnp.promote_types(table.dtype, jnp.float32)
+    return {"rows": table[jnp.asarray(indices)].astype(wide)}
+
+
+def bind_rows(path: str, kernel: Any, rows: jax.Array, indices: Sequence[int]) -> AdaptedValue:
+    """The table with these rows in place of its own; an adapter beneath still adds to them."""
+    base = kernel.base if is_adapted(kernel) else kernel
+    if rows.shape != (len(indices), *base.shape[1:]):
+        raise RequestError(
+            f"{rows_name(path)!r} holds {rows.shape}, but the method names {len(indices)} rows of "
+            f"{tuple(base.shape)}; use the method that made it"
+        )
+    chosen = jnp.asarray(indices)
+    return LoRAWeight(
+        kernel=kernel,
+        a=(jnp.arange(base.shape[0])[:, None] == chosen).astype(rows.dtype),
+        b=rows - base[chosen].astype(rows.dtype),
+        scale=np.ones((), rows.dtype),
+        roles="i" + "o" * (base.ndim - 1),
+        path=path,
+    )

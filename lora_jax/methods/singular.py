@@ -1,0 +1,35 @@
+"""Singular vectors of kernels of any axes, for methods that start from them."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+
+from lora_jax.methods.sites import Site
+
+
+def top_singular(kernel: jax.Array, site: Site) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """The `rank` largest singular values of each matrix of a kernel, with their vectors.
+
+    Returns `p (stack…, in…, r)`, `sigma (stack…, r)`, `q (stack…, r, out…)` in float32 or wider:
+    the best rank-r approximation of the kernel is `(p * sigma) @ q` (Eckart & Young 1936). The sign
+    of each pair is such that the largest entry of its column of `p` is positive.
+    """
+    wide = jnp.promote_types(kernel.dtype, jnp.float32)
+    order = [n for role in "sio" for n, r in enumerate(site.roles) if r == role]
+    matrices = kernel.astype(wide).transpose(order)
+    matrices = matrices.reshape(*site.sizes("s"), site.size("i"), site.size("o"))
+    p, sigma, q = jnp.linalg.svd(matrices, full_matrices=False)
+    p, sigma, q = p[..., : site.rank], sigma[..., : site.rank], q[..., : site.rank, :]
+    largest = jnp.argmax(jnp.abs(p), axis=-2, keepdims=True)
+    signs = jnp.sign(jnp.take_along_axis(p, largest, axis=-2))
+    p, q = p * signs, q * jnp.swapaxes(signs, -1, -2)
+    return p.reshape(site.part_shape("sir")), sigma, q.reshape(site.part_shape("sro"))
+
+
+def times_ranks(x: jax.Array, ranks: jax.Array, spec: str, site: Site) -> jax.Array:
+    """`x`, whose axes have the roles `spec`, times `ranks (stack…, r)`."""
+    place = sum(len(site.sizes(role)) for role in spec[: spec.index("r")])
+    stack = len(site.sizes("s"))
+    shape = [n if axis < stack or axis == place else 1 for axis, n in enumerate(x.shape)]
+    return x * ranks.reshape(shape)

@@ -1,0 +1,126 @@
+"""Sites: the places in a model where one adapter each sits."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import re
+
+import jax.numpy as jnp
+from jax import lax
+
+from lora_jax.core.errors import RequestError
+from lora_jax.core.rules import Rule
+
+# "layers/0/c_attn/kernel[-1,0:768]": the path, and what of the parameter is meant.
+_PART = re.compile(r"(?P<path>.*)\[(?P<part>[^][]*)\]")
+
+
+def path_of(name: str) -> str:
+    """The parameter's path in the name of an adapter.
+
+    >>> path_of("c_attn/kernel[-1,0:768]"), path_of("query/kernel")
+    ('c_attn/kernel', 'query/kernel')
+    """
+    found = _PART.fullmatch(name)
+    return found["path"] if found else name
+
+
+def name_of(path: str, window: tuple[int, int, int] | None) -> str:
+    """The adapter's name: the path, or the path with a slice."""
+    return path if window is None else f"{path}[{window[0]},{window[1]}:{window[2]}]"
+
+
+@dataclasses.dataclass(frozen=True)
+class Site:
+    """One adapter's place: a parameter, or the slice of one that its rule names.
+
+    `roles` has a letter for each axis of the kernel (see `core/weights.py`); `shape` is that of the
+    part adapted, `kernel_shape` that of the whole parameter.
+    """
+
+    path: str
+    rule: Rule
+    roles: str
+    kernel_shape: tuple[int, ...]
+
+    @property
+    def name(self) -> str:
+        return name_of(self.path, self.rule.slice)
+
+    @property
+    def rank(self) -> int:
+        return self.rule.rank
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        shape = list(self.kernel_shape)
+        if self.rule.slice:
+            axis, start, stop = self.rule.slice
+            shape[axis] = stop - start
+        return tuple(shape)
+
+    def sizes(self, role: str) -> tuple[int, ...]:
+        """The sizes of the axes of a role: "s", "i", "o", or "r" for the rank."""
+        if role == "r":
+            return (self.rank,)
+        return tuple(n for n, r in zip(self.shape, self.roles, strict=True) if r == role)
+
+    def size(self, role: str) -> int:
+        """All axes of a role multiplied."""
+        return math.prod(self.sizes(role))
+
+    def part_shape(self, spec: str) -> tuple[int, ...]:
+        """The shape of a part whose axes have these roles: "sir" is (stack…, in…, r)."""
+        return tuple(n for role in spec for n in self.sizes(role))
+
+    def check(self, *, any_rank: bool) -> None:
+        """Raises `RequestError` for a slice outside the kernel, or a rank above the matrix."""
+        if self.rule.slice:
+            axis, _, stop = self.rule.slice
+            if -axis > len(self.kernel_shape) or stop > self.kernel_shape[axis]:
+                raise RequestError(
+                    f"slice {self.rule.slice} is outside of {self.path!r} {self.kernel_shape}; "
+                    f"axes are -{len(self.kernel_shape)} … -1, and stop is at most the axis's size"
+                )
+        full = min(self.size("i"), self.size("o"))
+        if self.rank > full and not any_rank:
+            raise RequestError(
+                f"rank {self.rank} is above the full rank {full} of {self.name!r} {self.shape}; "
+                f"choose a rank of at most {full} or leave this parameter out"
+            )
+
+    def cut(self, kernel):
+        """The part of the kernel that is adapted."""
+        if not self.rule.slice:
+            return kernel
+        axis, start, stop = self.rule.slice
+        return lax.slice_in_dim(kernel, start, stop, axis=kernel.ndim + axis)
+
+    def widen(self, x, spec: str, fill: float = 0.0):
+        """A part whose axes have these roles, as the whole kernel has it: `fill` outside."""
+        at = self._sliced_axis(spec)
+        if at is None:
+            return x
+        axis, start, stop = self.rule.slice
+        more = [(0, 0)] * x.ndim
+        more[at] = (start, self.kernel_shape[axis] - stop)
+        return jnp.pad(x, more, constant_values=fill)
+
+    def narrow(self, x, spec: str):
+        """What `widen` put into the whole kernel's part."""
+        at = self._sliced_axis(spec)
+        return x if at is None else lax.slice_in_dim(x, *self.rule.slice[1:], axis=at)
+
+    def _sliced_axis(self, spec: str) -> int | None:
+        """Which axis of a part is the one that is sliced, if any."""
+        if not self.rule.slice:
+            return None
+        place = len(self.roles) + self.rule.slice[0]
+        at = 0
+        for role in spec:
+            axes = [n for n, r in enumerate(self.roles) if r == role]
+            if place in axes:
+                return at + axes.index(place)
+            at += len(self.sizes(role))
+        return None

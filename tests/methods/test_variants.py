@@ -1,0 +1,164 @@
+"""What every variant of LoRA must do, whatever its equation; each has a file of its own beside."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import lora_jax as lj
+from lora_jax.methods.named import METHODS, method_of
+from lora_jax.train.optimizer import make_optimizer
+from tests.core.test_lift import largest_difference
+from tests.methods.variants import AXES, TARGETS, X, apply, params_of, trained
+
+RANKS = {"vera": 5, "lora_xs": 3}
+VARIANTS = {
+    name: method_of(
+        name,
+        {"targets": TARGETS, "rank": RANKS.get(name, 2), "alpha": 3.0, "train": "head"},
+        axes=AXES,
+        aliases=None,
+    )
+    for name, kind in METHODS.items()
+    if issubclass(kind, lj.LoRA)
+}
+# How far a fresh adapter is from the base: PiSSA subtracts its start to rounding, LoRA-XS's core
+# starts at N(0, 1e-5).
+START = {"pissa": 2e-6, "lora_xs": 1e-3}
+
+
+@pytest.fixture
+def float64():
+    before = jax.config.jax_enable_x64
+    jax.config.update("jax_enable_x64", True)
+    yield
+    jax.config.update("jax_enable_x64", before)
+
+
+def loss_of(method, frozen):
+    return lambda trainable: jnp.mean(lj.lift(apply)(method.bind(trainable, frozen), X) ** 2)
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_a_fresh_adapter_is_the_base(name):
+    params, method = params_of(), VARIANTS[name]
+    trainable, frozen = method.init(jax.random.key(1), params)
+    found = jax.jit(lj.lift(apply))(method.bind(trainable, frozen), X)
+    base = jax.jit(apply)(params, X)
+    if name in START:
+        assert 0 < largest_difference(found, base) < START[name]
+    else:
+        assert np.array_equal(found, base)
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_lifted_equals_merge_then_apply_without_materialising(name, float64):
+    method = VARIANTS[name]
+    _, trainable, frozen = trained(method)
+    trainable = jax.tree.map(lambda x: x.astype(jnp.float64), trainable)
+    frozen = jax.tree.map(lambda x: x.astype(jnp.float64), frozen)
+    x = X.astype(jnp.float64)
+
+    def both(f):
+        def loss(trainable, x):
+            y = f(trainable, x)
+            return jnp.sum(jnp.sin(y)), y
+
+        return jax.jit(jax.value_and_grad(loss, argnums=(0, 1), has_aux=True))(trainable, x)
+
+    with lj.watch_materialised() as events:
+        found = both(lambda t, x: lj.lift(apply)(method.bind(t, frozen), x))
+    assert not events, [str(event) for event in events]
+    expected = both(lambda t, x: apply(method.merge(t, frozen), x))
+    assert largest_difference(found, expected) < 1e-9
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_adamw_trains_what_trains_and_leaves_fixed_parts_bit_for_bit(name):
+    method, params = VARIANTS[name], params_of()
+    trainable, frozen = method.init(jax.random.key(1), params)
+    tx = method.optimizer(optax.adamw(1e-2, weight_decay=0.5))
+    state, start = tx.init(trainable), trainable
+    sizes = sum(leaf.size for leaf in jax.tree.leaves(state) if leaf.ndim)
+    assert sizes == 2 * method.table(params).num_trainable  # two moments, of what trains alone
+    values = []
+    for _ in range(6):
+        value, grads = jax.value_and_grad(loss_of(method, frozen))(trainable)
+        updates, state = tx.update(grads, state, trainable)
+        trainable = optax.apply_updates(trainable, updates)
+        values.append(float(value))
+    assert values[-1] < values[0]
+    for path, entry in start.items():
+        for part, before in entry.items():
+            same = np.asarray(before).tobytes() == np.asarray(trainable[path][part]).tobytes()
+            assert same == (part in method.FIXED), (path, part)
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_the_table_counts_what_trains(name):
+    method, params = VARIANTS[name], params_of()
+    trainable, _ = method.init(jax.random.key(1), params)
+    for row in method.table(params):
+        parts = {k: v for k, v in trainable[row.path].items() if k not in method.FIXED}
+        assert row.num_trainable == sum(leaf.size for leaf in parts.values())
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_the_norm_that_clips_sees_no_fixed_part(name):
+    method = VARIANTS[name]
+    _, trainable, frozen = trained(method)
+    grads = jax.grad(loss_of(method, frozen))(trainable)
+    for entry in grads.values():
+        assert not any(np.any(entry[part]) for part in method.FIXED if part in entry)
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_cells_of_a_variant_end_in_a_pack_where_they_end_alone(name):
+    own = {"rank": RANKS.get(name, 2)}
+    cells = [
+        {"method": name, "targets": TARGETS, "lr": 3e-3, "seed": 0, **own},
+        {"method": name, "targets": TARGETS, "lr": 1e-2, "seed": 1, "weight_decay": 0.1, **own},
+    ]
+    if VARIANTS[name].PADS:
+        cells[1] |= {"rank": own["rank"] - 1, "alpha": 2.0, "dropout": 0.2}
+    if "targets" in VARIANTS[name].PADS:
+        cells[1]["targets"] = "plain|heads"
+    cells = [{**cell, "train": "head"} for cell in cells]
+
+    def of(batch_params, batch):
+        return jnp.mean(apply(batch_params, batch) ** 2)
+
+    def run(cells):
+        return lj.sweep(
+            of, params_of(), [X], cells, num_steps=8, axes=AXES, clip_norm=0.5, progress=False
+        )
+
+    together = run(cells)
+    assert {row.pack for row in together} == {1} and all(row.width == 2 for row in together)
+    for cell, row in zip(cells, together, strict=True):
+        (alone,) = run([cell])
+        assert np.max(np.abs(row.losses - alone.losses)) < 1e-5 and row.losses[-1] < row.losses[0]
+        pairs = zip(jax.tree.leaves(row.trainable), jax.tree.leaves(alone.trainable), strict=True)
+        assert max(float(jnp.max(jnp.abs(x - y))) for x, y in pairs) < 1e-4
+        assert {p: jax.tree.map(jnp.shape, e) for p, e in row.trainable.items()} == {
+            p: jax.tree.map(jnp.shape, e) for p, e in alone.trainable.items()
+        }
+
+
+def test_make_optimizer_takes_a_variants_parts():
+    """Clipping, decay and rates of the trainer act on what trains alone."""
+    method = VARIANTS["lora_fa"]
+    _, trainable, frozen = trained(method)
+    settings = type("Settings", (), {})()
+    for key, value in {
+        "lr": 1e-2, "schedule": "constant", "warmup_ratio": 0.0, "weight_decay": 0.1, "beta1": 0.9,
+        "beta2": 0.999, "eps": 1e-8, "clip_norm": 1.0,
+    }.items():  # fmt: skip
+        setattr(settings, key, value)
+    tx = method.optimizer(make_optimizer(settings, 5))
+    grads = jax.grad(loss_of(method, frozen))(trainable)
+    updates, _ = tx.update(grads, tx.init(trainable), trainable)
+    assert jax.tree.structure(updates) == jax.tree.structure(trainable)
