@@ -11,7 +11,17 @@ import pytest
 
 import lora_jax as lj
 from lora_jax.methods.dora import norm_of
-from tests.methods.variants import AXES, TARGETS, X, apply, matrices, params_of, parts64, trained
+from tests.methods.variants import (
+    AXES,
+    TARGETS,
+    X,
+    apply,
+    matrices,
+    params_of,
+    parts64,
+    step_of,
+    trained,
+)
 
 
 def method_of(**settings):
@@ -43,9 +53,7 @@ def test_the_norm_without_forming_delta_equals_the_norm_of_the_sum(name):
 def test_gradients_hold_the_norm_constant():
     """By hand in float64 for y = x W', loss = sum(y c): dm = Σ c x(W+ΔW)/n, db = s aᵀ xᵀ(c m/n)."""
     w = np.asarray(jax.random.normal(jax.random.key(0), (6, 4)), np.float64)
-    x, c = (
-        np.asarray(jax.random.normal(jax.random.key(n), s)) for n, s in ((1, (5, 6)), (2, (5, 4)))
-    )
+    x, c = (np.asarray(jax.random.normal(jax.random.key(n), (5, n))) for n in (6, 4))
     method = lj.DoRA(targets="w", rank=2, alpha=3.0)
     trainable, frozen = method.init(jax.random.key(3), {"w": jnp.asarray(w, jnp.float32)})
     entry = {"b": jnp.full((2, 4), 0.3), "a": trainable["w"]["a"], "magnitude": jnp.arange(1.0, 5)}
@@ -61,20 +69,6 @@ def test_gradients_hold_the_norm_constant():
     flow = x.T @ (c * m / n)
     np.testing.assert_allclose(grads["b"], 1.5 * a.T @ flow, rtol=1e-4, atol=1e-5)
     np.testing.assert_allclose(grads["a"], 1.5 * flow @ b.T, rtol=1e-4, atol=1e-5)
-
-
-def step_of(kind, d=256, tokens=512, rank=8):
-    """The compiled gradient of a two-matrix model of width d under a method, with its trainable."""
-    params = {"w": jnp.ones((d, d)), "v": jnp.ones((d, d))}
-    method = kind(targets="w|v", rank=rank)
-    trainable, frozen = method.init(jax.random.key(0), params)
-    x = jax.ShapeDtypeStruct((tokens, d), jnp.float32)
-
-    def loss(trainable, frozen, x):
-        bound = method.bind(trainable, frozen)
-        return jnp.mean(lj.lift(lambda p, x: jnp.tanh(x @ p["w"]) @ p["v"])(bound, x) ** 2)
-
-    return jax.jit(jax.grad(loss)).lower(trainable, frozen, x).compile()
 
 
 def test_a_step_costs_at_most_a_quarter_more_than_loras_and_keeps_no_kernel_sized_buffer():

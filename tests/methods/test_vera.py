@@ -52,7 +52,7 @@ def test_d_starts_at_a_tenth_and_only_the_vectors_travel():
     shapes = {
         f"{n}/{m}": jax.ShapeDtypeStruct((768, 768), np.float32) for n in range(12) for m in "qv"
     }
-    assert lj.VeRA(targets=".*", rank=768).table(shapes).num_trainable == 24 * (768 + 768)
+    assert lj.VeRA(targets=".*", rank=1024).table(shapes).num_trainable == 43_008
 
 
 @pytest.mark.parametrize("setting", [{"alpha": 2.0}, {"init": "gaussian"}])

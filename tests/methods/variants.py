@@ -69,3 +69,17 @@ def parts64(entry, name):
             x = x.reshape(stack, -1)
         flat[part] = x
     return flat
+
+
+def step_of(kind, d=256, tokens=512, rank=8):
+    """The compiled gradient of a two-matrix model of width d under a method, with its trainable."""
+    params = {"w": jnp.ones((d, d)), "v": jnp.ones((d, d))}
+    method = kind(targets="w|v", rank=rank)
+    trainable, frozen = method.init(jax.random.key(0), params)
+    x = jax.ShapeDtypeStruct((tokens, d), jnp.float32)
+
+    def loss(trainable, frozen, x):
+        bound = method.bind(trainable, frozen)
+        return jnp.mean(lj.lift(lambda p, x: jnp.tanh(x @ p["w"]) @ p["v"])(bound, x) ** 2)
+
+    return jax.jit(jax.grad(loss)).lower(trainable, frozen, x).compile()
