@@ -11,6 +11,7 @@ from lora_jax.core.lift import MaterialisedWarning as MaterialisedWarning
 from lora_jax.core.lift import lift as lift
 from lora_jax.core.lift import watch_materialised as watch_materialised
 from lora_jax.methods import BitFit as BitFit
+from lora_jax.methods import Combined as Combined
 from lora_jax.methods import DoRA as DoRA
 from lora_jax.methods import FullFineTuning as FullFineTuning
 from lora_jax.methods import HeadOnly as HeadOnly
@@ -23,6 +24,9 @@ from lora_jax.methods import PiSSA as PiSSA
 from lora_jax.methods import RsLoRA as RsLoRA
 from lora_jax.methods import Rule as Rule
 from lora_jax.methods import VeRA as VeRA
+from lora_jax.methods import arithmetic as arithmetic
+from lora_jax.methods import bind_all as bind_all
+from lora_jax.methods import merge_all as merge_all
 from lora_jax.methods.masked import masked_optimizer as masked_optimizer
 
 __version__ = "0.1.0"

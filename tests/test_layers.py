@@ -51,7 +51,7 @@ def test_imports_point_only_downwards(file):
 def test_the_core_is_pure_jax(file):
     allowed = {"jax", "numpy", "lora_jax", "__future__"}
     standard = {
-        "collections", "contextlib", "dataclasses", "difflib", "functools", "math", "re",
+        "collections", "contextlib", "dataclasses", "difflib", "functools", "hashlib", "math", "re",
         "threading", "typing", "warnings",
     }  # fmt: skip
     for module in imports_of(file):

@@ -105,12 +105,14 @@ def take(tree: PyTree, paths) -> tuple[dict[str, Any], PyTree]:
     return taken, flat.unflatten(rest)
 
 
-def put(tree: PyTree, values: Mapping[str, Any]) -> PyTree:
+def put(
+    tree: PyTree, values: Mapping[str, Any], *, is_leaf: Callable[[Any], bool] | None = None
+) -> PyTree:
     """The tree with `values[path]` in each named place; the input is untouched.
 
     Raises `RequestError` if a path is not in the tree or a hole is left unfilled.
     """
-    flat = flatten(tree)
+    flat = flatten(tree, is_leaf=is_leaf)
     unknown = set(values) - set(flat.paths)
     if unknown:
         path = min(unknown)

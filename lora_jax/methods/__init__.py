@@ -12,4 +12,7 @@ from lora_jax.methods.lora_plus import LoRAPlus as LoRAPlus
 from lora_jax.methods.lora_xs import LoRAXS as LoRAXS
 from lora_jax.methods.pissa import PiSSA as PiSSA
 from lora_jax.methods.rslora import RsLoRA as RsLoRA
+from lora_jax.methods.several import Combined as Combined
+from lora_jax.methods.several import bind_all as bind_all
+from lora_jax.methods.several import merge_all as merge_all
 from lora_jax.methods.vera import VeRA as VeRA

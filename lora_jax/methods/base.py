@@ -110,12 +110,10 @@ class Method:
                 )
             kernel = values.get(path, kernels[path])
             if "rows" in entry:
-                indices = self._rows(frozen)[path][1]
-                values[path] = bind_rows(path, kernel, entry["rows"], indices)
+                values[path] = bind_rows(path, kernel, entry["rows"], self._indices_of(path))
             else:
-                fixed = {part: jax.lax.stop_gradient(entry[part]) for part in self.FIXED}
-                values[path] = self._bind_adapter(name, kernel, {**entry, **fixed}, key, data)
-        return trees.put(frozen, values)
+                values[path] = self._bind_adapter(name, kernel, entry, key, data)
+        return trees.put(frozen, values, is_leaf=is_adapted)
 
     def merge(self, trainable: Trainable, frozen: PyTree) -> PyTree:
         """Plain parameters with the adapters folded in (W + ΔW): same shapes and dtypes.
@@ -147,12 +145,27 @@ class Method:
         Fixed parts get no optimizer state, no decay, and stay bit for bit as they are. For most
         methods it is `tx` itself.
         """
-        return by_part(tx, self.FIXED, self.rate_multipliers)
+        return by_part(tx, self.rate_of) if self._has_rates() else tx
+
+    def owns(self, name: str) -> bool:
+        """Whether an adapter of this name (see `table`) is this method's."""
+        return False
+
+    def _owner_of(self, name: str) -> Method:
+        """The method that an adapter belongs to; of several that were combined, one."""
+        return self
+
+    def rate_of(self, name: str, part: str) -> float:
+        """The factor on the learning rate of one part of one adapter: 0 where it is fixed."""
+        return 0.0 if part in self.FIXED else self.rate_multipliers.get(part, 1.0)
 
     @property
     def rate_multipliers(self) -> Mapping[str, float]:
         """`{part: factor}` on the learning rate, where it is not 1."""
         return {}
+
+    def _has_rates(self) -> bool:
+        return bool(self.FIXED or self.rate_multipliers)
 
     def table(self, params: PyTree) -> MethodTable:
         """What the method trains in `params`: path, shape, rank, scale, trainable parameters."""
@@ -181,6 +194,12 @@ class Method:
             for pattern, indices in self.rows.items()
             for path in _matching("rows", pattern, params, self.aliases)
         }
+
+    def _indices_of(self, path: str) -> tuple[int, ...]:
+        for pattern, indices in self.rows.items():
+            if pattern_of(pattern, self.aliases).fullmatch(path):
+                return tuple(indices)
+        raise RequestError(f"no rows= of this method names {path!r}; use its own method")
 
     def _init_adapters(self, key, params, whole: frozenset[str]) -> Trainable:
         return {}

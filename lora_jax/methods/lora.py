@@ -165,6 +165,9 @@ class LoRA(Method):
         base = kernel.base if is_adapted(kernel) else kernel
         site = self._site(path_of(name), self._rule_of(name), base.shape)
         self._check_parts(name, parts, site)
+        # No gradient of what is fixed is computed.
+        fixed = {part: jax.lax.stop_gradient(parts[part]) for part in self.FIXED}
+        parts = {**parts, **fixed}
         a, b = self.factors(parts, site)
         stack, dtype = site.sizes("s"), jnp.result_type(a)
         key = self._dropout_key(key, name, site)
@@ -193,11 +196,20 @@ class LoRA(Method):
         stack, key = site.sizes("s"), _key_of(key, name)
         return jax.random.split(key, stack) if stack else key
 
-    def _rule_of(self, name: str) -> Rule:
+    def owns(self, name: str) -> bool:
+        return self._rule_for(name) is not None
+
+    def _rule_for(self, name: str) -> Rule | None:
         path = path_of(name)
         for rule in self.rules:
             if name_of(path, rule.slice) == name and rule.takes(path, self.aliases):
                 return rule
+        return None
+
+    def _rule_of(self, name: str) -> Rule:
+        rule = self._rule_for(name)
+        if rule is not None:
+            return rule
         raise RequestError(
             f"no rule of this method matches the adapter {name!r}; use its own method"
         )

@@ -1,4 +1,4 @@
-"""Singular vectors of kernels of any axes, for methods that start from them."""
+"""Kernels of any axes as stacks of matrices, and their singular vectors."""
 
 from __future__ import annotations
 
@@ -6,6 +6,17 @@ import jax
 import jax.numpy as jnp
 
 from lora_jax.methods.sites import Site
+
+
+def to_matrices(kernel: jax.Array, site: Site) -> jax.Array:
+    """A kernel of the site's shape as `(stack…, in, out)`, inputs and outputs one axis each."""
+    order = [n for role in "sio" for n, r in enumerate(site.roles) if r == role]
+    return kernel.transpose(order).reshape(*site.sizes("s"), site.size("i"), site.size("o"))
+
+
+def from_matrices(x: jax.Array, spec: str, site: Site) -> jax.Array:
+    """A part whose inputs, or outputs, are one axis, with the axes of the kernel."""
+    return x.reshape(site.part_shape(spec))
 
 
 def top_singular(kernel: jax.Array, site: Site) -> tuple[jax.Array, jax.Array, jax.Array]:
@@ -16,15 +27,13 @@ def top_singular(kernel: jax.Array, site: Site) -> tuple[jax.Array, jax.Array, j
     of each pair is such that the largest entry of its column of `p` is positive.
     """
     wide = jnp.promote_types(kernel.dtype, jnp.float32)
-    order = [n for role in "sio" for n, r in enumerate(site.roles) if r == role]
-    matrices = kernel.astype(wide).transpose(order)
-    matrices = matrices.reshape(*site.sizes("s"), site.size("i"), site.size("o"))
+    matrices = to_matrices(kernel.astype(wide), site)
     p, sigma, q = jnp.linalg.svd(matrices, full_matrices=False)
     p, sigma, q = p[..., : site.rank], sigma[..., : site.rank], q[..., : site.rank, :]
     largest = jnp.argmax(jnp.abs(p), axis=-2, keepdims=True)
     signs = jnp.sign(jnp.take_along_axis(p, largest, axis=-2))
     p, q = p * signs, q * jnp.swapaxes(signs, -1, -2)
-    return p.reshape(site.part_shape("sir")), sigma, q.reshape(site.part_shape("sro"))
+    return from_matrices(p, "sir", site), sigma, from_matrices(q, "sro", site)
 
 
 def times_ranks(x: jax.Array, ranks: jax.Array, spec: str, site: Site) -> jax.Array:

@@ -2,16 +2,15 @@
 
 import dataclasses
 import functools
-import hashlib
 import re
 from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
-import numpy as np
 from tokenizers import Tokenizer
 
 from lora_jax.core.axes import KernelAxes, kernel_axes
+from lora_jax.core.hashes import hash_params
 from lora_jax.models.functional import flatten
 
 
@@ -52,13 +51,3 @@ class Model:
         return hash_params(
             {p: x for p, x in flat.items() if not re.fullmatch(self.head_pattern, p)}
         )
-
-
-def hash_params(flat: Mapping[str, Any]) -> str:
-    """sha256 (hex) of `{path: array}`: path, dtype, shape, bytes (C order), by sorted path."""
-    digest = hashlib.sha256()
-    for path in sorted(flat):
-        array = np.asarray(flat[path], order="C")
-        digest.update(f"{path} {array.dtype} {array.shape}\n".encode())
-        digest.update(array.reshape(-1).view(np.uint8))
-    return digest.hexdigest()

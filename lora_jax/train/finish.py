@@ -10,13 +10,13 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from lora_jax.core.hashes import hash_params
 from lora_jax.data import Splits
 from lora_jax.formats.adapter import TENSORS, save_trainable
 from lora_jax.formats.atomic import atomic_path, write_json
 from lora_jax.methods import Method
 from lora_jax.methods.table import MethodTable
 from lora_jax.models import Model
-from lora_jax.models.model import hash_params
 from lora_jax.train.bookkeeping import Bookkeeping
 from lora_jax.train.card import device_description, make_card
 from lora_jax.train.evaluate import Evaluation

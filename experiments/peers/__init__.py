@@ -1,0 +1,1 @@
+"""What `experiments.attachment` runs: the cases, the judge, and one file for each tool."""

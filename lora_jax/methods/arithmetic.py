@@ -1,0 +1,298 @@
+"""Adapter arithmetic: sums, negation, compression, and the difference of two models.
+
+What is added, compared and bounded is ΔW, never a and b: infinitely many factors make one ΔW. All
+of it happens through the factors (QR of each, then an SVD of r x r), so no ΔW is formed but in
+`difference`, which begins from two full kernels.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from lora_jax.core import trees
+from lora_jax.core.axes import KernelAxes
+from lora_jax.core.errors import RequestError
+from lora_jax.core.hashes import hash_params
+from lora_jax.core.rules import Rule
+from lora_jax.methods.base import Method, PyTree, Trainable
+from lora_jax.methods.lora import LoRA
+from lora_jax.methods.singular import from_matrices, to_matrices
+from lora_jax.methods.sites import Site, path_of
+
+
+@dataclasses.dataclass(frozen=True)
+class Adapter:
+    """A trained adapter and the base it belongs to.
+
+    `params` is that base (the full tree, plain arrays); `base_hash` its hash (hex). Arithmetic is
+    between adapters of one base.
+    """
+
+    method: Method
+    trainable: Trainable
+    params: PyTree = dataclasses.field(repr=False)
+    base_hash: str = ""
+
+    def __post_init__(self):
+        if not self.base_hash:
+            flat = trees.flatten(self.params)
+            arrays = {path: leaf for path, leaf in flat.items() if trees.is_array(leaf)}
+            object.__setattr__(self, "base_hash", hash_params(arrays))
+
+    def merge(self) -> PyTree:
+        """Plain parameters with the adapter folded in."""
+        return self.method.merge(self.trainable, self.params)
+
+
+@dataclasses.dataclass(frozen=True)
+class Approximated:
+    """An adapter of given rank, and what it leaves out of what it stands for.
+
+    `errors`: `{name: ‖ΔW − found‖_F / ‖ΔW‖_F}`; `error`: the same over all of them together;
+    `left_out`: paths that differ between two models and are no part of the adapter.
+    """
+
+    adapter: Adapter
+    errors: Mapping[str, float]
+    error: float
+    left_out: tuple[str, ...] = ()
+
+    def __str__(self) -> str:
+        worst = max(self.errors, key=self.errors.__getitem__)
+        text = f"relative error {self.error:.3g}, at most {self.errors[worst]:.3g} (at {worst!r})"
+        return text + (f"; left out: {', '.join(self.left_out)}" if self.left_out else "")
+
+
+def to_lora(adapter: Adapter) -> Adapter:
+    """The same ΔW as plain LoRA with scale 1: PiSSA of rank r becomes rank 2r, exactly.
+
+    Raises `RequestError` for a method whose change is not low-rank (DoRA).
+    """
+    return combine([adapter], [1.0], always=True)
+
+
+def negate(adapter: Adapter) -> Adapter:
+    """The adapter that takes away what this one adds: −ΔW. A parameter trained whole goes to the
+    other side of the base's."""
+    return combine([adapter], [-1.0])
+
+
+def combine(
+    adapters: Sequence[Adapter], weights: Sequence[float], *, always: bool = False
+) -> Adapter:
+    """The plain LoRA of Σ weight · ΔW, exact: the factors stand side by side and ranks add (up to
+    the full rank of each kernel, to which an SVD brings what would be more).
+
+    Parameters trained whole become base + Σ weight · (value − base), rows of tables likewise. One
+    adapter with weight 1 is returned as it is, whatever its method (`always` converts it, too).
+    Source of the form: `cat` of `peft`'s add_weighted_adapter, whose weight 1 changes rsLoRA and
+    DoRA. Raises `RequestError` for adapters of different bases, or a method whose change is not
+    low-rank.
+    """
+    _check(adapters, weights)
+    if len(adapters) == 1 and weights[0] == 1.0 and not always:
+        return adapters[0]
+    base = dict(trees.flatten(adapters[0].params).items())
+    factors: dict[str, list[tuple[Site, Any, Any]]] = {}
+    trainable: Trainable = {}
+    rows: dict[str, tuple[int, ...]] = {}
+    for adapter, weight in zip(adapters, weights, strict=True):
+        for name, entry in adapter.trainable.items():
+            path = path_of(name)
+            if "value" in entry:
+                before = trainable.get(name, {"value": base[path]})["value"]
+                change = entry["value"] - base[path]
+                trainable[name] = {"value": before + jnp.asarray(weight, change.dtype) * change}
+            elif "rows" in entry:
+                own = adapter.method._indices_of(path)
+                if rows.setdefault(path, own) != own:
+                    raise RequestError(
+                        f"the adapters train different rows of {path!r} ({rows[path]} and {own}); "
+                        "combine adapters of the same rows"
+                    )
+                start = base[path][jnp.asarray(own)].astype(entry["rows"].dtype)
+                before = trainable.get(name, {"rows": start})["rows"]
+                trainable[name] = {"rows": before + weight * (entry["rows"] - start)}
+            else:
+                factors.setdefault(name, []).append(_factors(adapter, name, entry, base, weight))
+    sites = {}
+    for name, found in factors.items():
+        if len({site.roles for site, _, _ in found}) > 1:
+            raise RequestError(f"the adapters see the axes of {name!r} differently; use one view")
+        site, rank_axis = found[0][0], len(found[0][0].sizes("s"))
+        a = jnp.concatenate([a for _, a, _ in found], axis=-1)
+        b = jnp.concatenate([b for _, _, b in found], axis=rank_axis)
+        full = min(site.size("i"), site.size("o"))
+        sites[name] = _with_rank(site, min(a.shape[-1], full))
+        if a.shape[-1] > full:  # more ranks than the matrix has: brought to its own, losing nothing
+            p, q, sigma = _svd_of_factors(a, b, site)
+            trainable[name] = _balanced(p, sigma, q, sites[name])
+        else:
+            trainable[name] = {"a": a, "b": b}
+    return _plain(adapters[0], trainable, sites, rows)
+
+
+def compress(adapter: Adapter, rank: int) -> Approximated:
+    """The best adapter of at most `rank` everywhere (Eckart & Young 1936), and its error.
+
+    Raises `RequestError` for a rank above the present one, or a method whose change is not
+    low-rank.
+    """
+    plain = to_lora(adapter)
+    sites = plain.method.sites(plain.params)
+    highest = max((site.rank for site in sites.values()), default=0)
+    if isinstance(rank, bool) or not isinstance(rank, int) or not 1 <= rank <= highest:
+        raise RequestError(
+            f"rank is {rank!r}, and the adapter has rank {highest}: compressing takes a whole "
+            f"number from 1 to {highest}; a higher rank would add nothing"
+        )
+    trainable, kept, errors, norms = dict(plain.trainable), {}, {}, {}
+    for name, site in sites.items():
+        entry = plain.trainable[name]
+        narrow = _with_rank(site, min(rank, site.rank))
+        a, b, sigma = _svd_of_factors(entry["a"], entry["b"], site)
+        kept[name] = narrow
+        trainable[name] = _balanced(a, sigma, b, narrow)
+        norms[name] = _norm(sigma)
+        errors[name] = _norm(sigma[..., narrow.rank :])
+    smaller = _plain(plain, trainable, kept, dict(plain.method.rows))
+    return _approximated(smaller, errors, norms)
+
+
+def difference(
+    tuned: PyTree,
+    base: PyTree,
+    *,
+    targets: str | Sequence[str],
+    rank: int,
+    axes: Mapping[str, KernelAxes] | None = None,
+    train: str | Sequence[str] = (),
+    aliases: Mapping[str, str] | None = None,
+) -> Approximated:
+    """The LoRA adapter nearest to what separates two models: from full fine-tuning, or a merge.
+
+    `tuned` and `base` are trees of the same parameters. `targets`, `rank`, `axes` and `aliases` are
+    as in `LoRA`; parameters that `train` names are carried whole (biases, norms, a head). Says in
+    `left_out` what differs and is in neither. Raises `RequestError` if the trees disagree.
+    """
+    before, after = (dict(trees.flatten(tree).items()) for tree in (base, tuned))
+    shapes = [{p: tuple(np.shape(x)) for p, x in tree.items()} for tree in (before, after)]
+    if shapes[0] != shapes[1]:
+        path = next(p for p in {**shapes[0], **shapes[1]} if shapes[0].get(p) != shapes[1].get(p))
+        raise RequestError(
+            f"the models differ at {path!r}: {shapes[0].get(path, 'missing')} in the base, "
+            f"{shapes[1].get(path, 'missing')} in the other; give two trees of one model"
+        )
+    method = LoRA(targets=targets, rank=rank, axes=axes, train=train, aliases=aliases)
+    sites = method.sites(base)
+    whole = method.whole_paths(base)
+    trainable: Trainable = {path: {"value": after[path]} for path in whole}
+    errors, norms = {}, {}
+    for name, site in sites.items():
+        wide = jnp.promote_types(before[name].dtype, jnp.float32)
+        delta = after[name].astype(wide) - before[name].astype(wide)
+        p, sigma, q = jnp.linalg.svd(to_matrices(delta, site), full_matrices=False)
+        trainable[name] = _balanced(p, sigma, q, site)
+        norms[name] = _norm(sigma)
+        errors[name] = _norm(sigma[..., site.rank :])
+    left_out = [
+        path
+        for path in before
+        if path not in sites
+        and path not in whole
+        and trees.is_array(before[path])
+        and not np.array_equal(before[path], after[path])
+    ]
+    found = Adapter(method, trainable, base)
+    return _approximated(_plain(found, trainable, sites, {}), errors, norms, tuple(left_out))
+
+
+def _check(adapters: Sequence[Adapter], weights: Sequence[float]) -> None:
+    if not adapters or len(adapters) != len(weights):
+        raise RequestError(
+            f"{len(adapters)} adapters and {len(weights)} weights; give one weight for each"
+        )
+    for weight in weights:
+        if not math.isfinite(weight):
+            raise RequestError(f"weight {weight!r} is not a finite number")
+    hashes = [adapter.base_hash for adapter in adapters]
+    if len(set(hashes)) > 1:
+        raise RequestError(
+            "the adapters are of different bases (hashes "
+            f"{', '.join(sorted({text[:12] for text in hashes}))}): a sum of their changes belongs "
+            "to neither; train them on one base"
+        )
+
+
+def _factors(adapter: Adapter, name: str, entry, base, weight: float):
+    """`(site, a, b)` of weight · ΔW, the scale in b."""
+    method = adapter.method._owner_of(name)
+    if not isinstance(method, LoRA) or type(method).weight is not LoRA.weight:
+        raise RequestError(
+            f"the change that {type(method).__name__} makes to {name!r} is not low-rank, so it has "
+            "no weighted sum; merge it, and take `difference` of the merged model and the base"
+        )
+    site = method._site(path_of(name), method._rule_of(name), base[path_of(name)].shape)
+    a, b = method.factors(entry, site)
+    return site, a, b * jnp.asarray(weight * method.scale(site.rule), b.dtype)
+
+
+def _plain(like: Adapter, trainable: Trainable, sites: Mapping[str, Site], rows) -> Adapter:
+    """A plain LoRA adapter with scale 1 at these sites."""
+    rules = [
+        Rule(re.escape(site.path), site.rank, float(site.rank), slice=site.rule.slice)
+        for site in sites.values()
+    ]
+    whole = [re.escape(path) for path, entry in trainable.items() if "value" in entry]
+    shared = {"train": whole, "rows": {re.escape(path): own for path, own in rows.items()}}
+    if not rules:
+        method = Method(**shared)
+    else:
+        axes = {site.path: KernelAxes.from_roles(site.roles) for site in sites.values()}
+        method = LoRA(rules=rules, axes=axes, **shared)
+    return Adapter(method, trainable, like.params, like.base_hash)
+
+
+def _with_rank(site: Site, rank: int) -> Site:
+    rule = dataclasses.replace(site.rule, rank=rank, alpha=float(rank))
+    return dataclasses.replace(site, rule=rule)
+
+
+def _svd_of_factors(a, b, site: Site):
+    """The SVD of a @ b as matrices: p (s…, I, k), q (s…, k, O) and sigma (s…, k)."""
+    rank = a.shape[-1]
+    stack = site.sizes("s")
+    q_a, r_a = jnp.linalg.qr(a.reshape(*stack, site.size("i"), rank))
+    q_b, r_b = jnp.linalg.qr(jnp.swapaxes(b.reshape(*stack, rank, site.size("o")), -1, -2))
+    p, sigma, q = jnp.linalg.svd(r_a @ jnp.swapaxes(r_b, -1, -2), full_matrices=False)
+    return q_a @ p, jnp.swapaxes(q_b @ jnp.swapaxes(q, -1, -2), -1, -2), sigma
+
+
+def _balanced(p, sigma, q, site: Site) -> dict[str, jax.Array]:
+    """a and b with the root of each singular value in both, at the site's rank."""
+    rank = site.rank
+    root = jnp.sqrt(sigma[..., :rank])
+    a = p[..., :rank] * root[..., None, :]
+    b = q[..., :rank, :] * root[..., :, None]
+    return {"a": from_matrices(a, "sir", site), "b": from_matrices(b, "sro", site)}
+
+
+def _norm(sigma) -> float:
+    return float(np.linalg.norm(np.asarray(sigma, np.float64)))
+
+
+def _approximated(adapter, errors, norms, left_out=()) -> Approximated:
+    def ratio(error: float, norm: float) -> float:
+        return error / norm if norm else 0.0
+
+    relative = {name: ratio(errors[name], norms[name]) for name in errors}
+    total = ratio(math.hypot(*errors.values()), math.hypot(*norms.values()))
+    return Approximated(adapter, relative, total, left_out)

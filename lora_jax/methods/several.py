@@ -1,0 +1,134 @@
+"""Several adapters at once: on one model side by side, on one weight, or trained together."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+
+from lora_jax.core import trees
+from lora_jax.core.errors import RequestError
+from lora_jax.methods.base import Method, PyTree, Trainable, merged
+from lora_jax.methods.sites import path_of
+from lora_jax.methods.table import Row
+
+
+def bind_all(
+    adapters: Sequence[tuple[Method, Trainable]], frozen: PyTree, *, key: jax.Array | None = None
+) -> PyTree:
+    """The params tree with several adapters bound, each with its own scale; they may share weights.
+
+    What is computed is W + ΔW₁ + ΔW₂ + …, each through its factors. `key` turns dropout on, with
+    masks of its own for each. Raises `RequestError` where a parameter that one trained whole is
+    touched by another, or where a DoRA is not the first on its weight: its norm is of the base.
+
+    >>> import jax.numpy as jnp, lora_jax as lj
+    >>> params = {"w": jnp.eye(4)}
+    >>> first, second = lj.LoRA(targets="w", rank=1), lj.RsLoRA(targets="w", rank=2)
+    >>> adapters = [(m, m.init(jax.random.key(0), params)[0]) for m in (first, second)]
+    >>> tree = bind_all(adapters, params)
+    >>> lj.lift(lambda p, x: x @ p["w"])(tree, jnp.ones((1, 4))).tolist()
+    [[1.0, 1.0, 1.0, 1.0]]
+    """
+    if not adapters:
+        raise RequestError("bind_all got no adapters; bind at least one, or use the tree itself")
+    seen: dict[str, bool] = {}
+    for _, trainable in adapters:
+        for name, entry in trainable.items():
+            path, whole = path_of(name), "value" in entry
+            if path in seen and (whole or seen[path]):
+                raise RequestError(
+                    f"{path!r} is trained whole by one of these adapters and touched by another; "
+                    "a parameter can be replaced only once"
+                )
+        seen |= {path_of(name): "value" in entry for name, entry in trainable.items()}
+    tree = frozen
+    for number, (method, trainable) in enumerate(adapters):
+        own = None if key is None else jax.random.fold_in(key, number)
+        tree = method._bind_over(trainable, tree, key=own, data={})
+    return tree
+
+
+def merge_all(adapters: Sequence[tuple[Method, Trainable]], frozen: PyTree) -> PyTree:
+    """Plain parameters with several adapters folded in, rounded once; see `bind_all`."""
+    return merged(bind_all(adapters, frozen))
+
+
+@dataclasses.dataclass(frozen=True, init=False)
+class Combined(Method):
+    """Several methods trained as one, each on parameters of its own: LoRA here, DoRA there.
+
+    It is a `Method` like any other: one train step, one checkpoint, one adapter. Raises
+    `RequestError`, in `init`, where two of them would take the same parameter.
+
+    >>> import jax.numpy as jnp, lora_jax as lj
+    >>> both = Combined([lj.LoRA(targets="q", rank=2), lj.DoRA(targets="v", rank=1, train="head")])
+    >>> params = {name: jnp.ones((4, 4)) for name in ("q", "v", "head")}
+    >>> sorted(both.init(jax.random.key(0), params)[0])
+    ['head', 'q', 'v']
+    """
+
+    methods: tuple[Method, ...] = ()
+
+    def __init__(self, methods: Sequence[Method]):
+        if len(methods) < 2:
+            raise RequestError(f"Combined takes two methods or more, not {len(methods)}")
+        super().__init__()
+        object.__setattr__(self, "methods", tuple(methods))
+
+    def init(self, key: jax.Array, params: PyTree) -> tuple[Trainable, PyTree]:
+        owner: dict[str, str] = {}
+        trainable: Trainable = {}
+        for method in self.methods:
+            own, _ = method.init(key, params)
+            name = type(method).__name__
+            for path in {path_of(n) for n in own}:
+                if path in owner:
+                    raise RequestError(
+                        f"{path!r} is taken by rules of {owner[path]} and of {name}; exclude it "
+                        "from one of them (Rule(exclude=…))"
+                    )
+            owner |= {path_of(n): name for n in own}
+            trainable |= own
+        whole = [path for path, entry in trainable.items() if "value" in entry]
+        return trainable, trees.take(params, whole)[1]
+
+    def whole_paths(self, params: PyTree) -> list[str]:
+        return [path for method in self.methods for path in method.whole_paths(params)]
+
+    def owns(self, name: str) -> bool:
+        return any(method.owns(name) for method in self.methods)
+
+    def rate_of(self, name: str, part: str) -> float:
+        return self._owner_of(name).rate_of(name, part)
+
+    def _has_rates(self) -> bool:
+        return any(method._has_rates() for method in self.methods)
+
+    def _owner_of(self, name: str) -> Method:
+        # What none of them adapts is trained whole, where all of them do the same.
+        return next((method for method in self.methods if method.owns(name)), self.methods[0])
+
+    def _indices_of(self, path: str) -> tuple[int, ...]:
+        for method in self.methods:
+            if method.rows:
+                return method._indices_of(path)
+        return super()._indices_of(path)
+
+    def _bind_adapter(self, name: str, kernel, parts, key, data):
+        return self._owner_of(name)._bind_adapter(name, kernel, parts, key, data)
+
+    def _adapter_rows(self, params, whole: frozenset[str]) -> list[Row]:
+        return [row for method in self.methods for row in method._adapter_rows(params, whole)]
+
+    def _rows(self, params: PyTree) -> Mapping[str, Any]:
+        return {k: v for method in self.methods for k, v in method._rows(params).items()}
+
+    def _mask_of(self, path: str, value):
+        return self._owner_of(path)._mask_of(path, value)
+
+    def _check_no_dropout(self) -> None:
+        for method in self.methods:
+            method._check_no_dropout()
