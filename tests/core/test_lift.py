@@ -12,7 +12,7 @@ import pytest
 import lora_jax as lj
 from tests.core.constructs import ALL
 
-# JAX itself cannot vmap a ragged product over its kernels; a mesh and a kernel are its own business.
+# JAX cannot vmap a ragged product over its kernels; a mesh and a Pallas kernel are its own matter.
 NOT_VMAPPED = ("shard", "pallas", "ragged")
 TOLERANCE = {"float64": 1e-9, "float32": 1e-5}
 
