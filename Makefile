@@ -16,7 +16,7 @@ DEMO_CONFIG := experiments/reviews_minilm.py:lora,demo
 FULL_SIZE := experiments/results/reviews_minilm
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-slow lint parity bench clean
+.PHONY: help demo test test-slow lint parity attachment bench clean
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 14
@@ -53,6 +53,15 @@ lint: $(VENV)/ready
 parity: $(VENV)/ready .venv-torch/ready ## make the fixtures of transformers and peft anew, and compare
 	for script in tests/parity/make_*.py; do .venv-torch/bin/python $$script || exit 1; done
 	$(PY) -m pytest -q tests/parity
+
+# Their JAX and Flax are those that our own tests run on under Python 3.11.
+.venv-peers/ready: experiments/peers/requirements.txt pyproject.toml
+	$(PYTHON) -m venv .venv-peers
+	.venv-peers/bin/python -m pip install --quiet --disable-pip-version-check -r experiments/peers/requirements.txt
+	@touch $@
+
+attachment: $(VENV)/ready .venv-peers/ready ## where adapters attach: constructs beside qwix, nnx.LoRA and quax
+	$(PY) -m experiments.attachment --peers=.venv-peers/bin/python --out=experiments/results/attachment
 
 bench: $(VENV)/ready .venv-torch/ready ## step time beside hand-written LoRA, full fine-tuning, torch; packs beside runs alone
 	$(PY) -m experiments.bench.hand_written --out=experiments/results/bench

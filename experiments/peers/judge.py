@@ -113,6 +113,8 @@ def judge(case: Case, way: Way, dtype: str) -> Outcome:
         warnings.simplefilter("always")
         try:
             adapted = way.build(params, x)
+            # A tracer that leaked out of the tool raises here, as at a user's first use of it.
+            jax.tree.map(lambda leaf: leaf + 0, adapted.factors)
             factors = _random_factors(adapted.factors)
             found = _run(case, adapted.run, factors, x)
             formed = tuple(formed_updates(adapted.run, factors, x)) if factors else ()

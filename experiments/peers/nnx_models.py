@@ -13,18 +13,18 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
+from jax.sharding import NamedSharding, PartitionSpec
 
 from tests.core import constructs
 
 
 def plain_layer(w) -> nnx.Linear:
-    return filled(
-        nnx.Linear(*w.shape, use_bias=False, param_dtype=w.dtype, rngs=nnx.Rngs(0)), kernel=w
-    )
+    layer = nnx.Linear(*w.shape, use_bias=False, param_dtype=w.dtype, rngs=nnx.Rngs(0))
+    return filled(layer, kernel=w)
 
 
 def filled(module, **values):
-    """The module with its parameters set."""
+    """The module, its parameters set."""
     for name, value in values.items():
         getattr(module, name)[...] = value
     return module
@@ -122,7 +122,7 @@ class Convolution(nnx.Module):
         self.doubled = "kernel_dilation" in options
 
     def __call__(self, x):
-        if self.doubled:  # as the construct in tests/core/constructs.py does
+        if self.doubled:  # as the construct does
             x = jnp.concatenate([x, -x, 2 * x, x**2], axis=1)
         y = self.conv(x.reshape(self.shape))
         return y.reshape(y.shape[0], -1) if self.flat else y
@@ -188,9 +188,31 @@ def _cond(layers, x):
 
 
 def _constraint(layers, x):
-    spec = jax.sharding.PartitionSpec(None, "data")
-    place = jax.sharding.NamedSharding(constructs._mesh(), spec)
+    place = NamedSharding(constructs._mesh(), _COLUMNS)
     return jax.lax.with_sharding_constraint(layers["w"](x), place)
+
+
+def _sharded(*, kernel, a, b, x, out, summed: bool):
+    """A layer inside `shard_map`, each of its parameters split by a spec of its own."""
+
+    def f(layers, given):
+        graph, state = nnx.split(layers["w"])
+        specs = {"kernel": kernel, "kernel_lora_a": a, "kernel_lora_b": b}
+        split = jax.tree_util.tree_map_with_path(
+            lambda path, _: specs.get(path[0].key, _WHOLE), state
+        )
+
+        def local(state, x):
+            y = nnx.merge(graph, state)(x)
+            return jax.lax.psum(y, "data") if summed else y
+
+        mesh = constructs._mesh()
+        return jax.shard_map(local, mesh=mesh, in_specs=(split, x), out_specs=out)(state, given)
+
+    return f
+
+
+_WHOLE, _ROWS, _COLUMNS = PartitionSpec(), PartitionSpec("data", None), PartitionSpec(None, "data")
 
 
 def _after(name: str):
@@ -217,6 +239,12 @@ FUNCTIONS = {
     "custom_vjp_beside": lambda layers, x: constructs._attend(*(layers[n](x) for n in "qkv")),
     "pallas_beside": _after("pallas_beside"),
     "shard_map_beside": _after("shard_map_beside"),
+    "shard_map_around": _sharded(
+        kernel=_COLUMNS, a=_WHOLE, b=_COLUMNS, x=_WHOLE, out=_COLUMNS, summed=False
+    ),
+    "shard_map_over_inputs": _sharded(
+        kernel=_ROWS, a=_ROWS, b=_WHOLE, x=_COLUMNS, out=_WHOLE, summed=True
+    ),
     "sharding_constraint": _constraint,
     "nnx_linear_stack": lambda layers, x: layers["second"](jnp.tanh(layers["first"](x))),
 }  # fmt: skip

@@ -135,6 +135,7 @@ def _shard_map_over_inputs(p, x, dot):
         mesh=constructs._mesh(),
         in_specs=(PartitionSpec(None, "data"), _parts(p, split, split, whole)),
         out_specs=whole,
+        check_vma=False,  # with it, JAX puts a `pvary` on the kernel, which quax materialises for
     )(x, p["w"])
 
 
@@ -149,8 +150,15 @@ def _constraint(p, x, dot):
     return jax.lax.with_sharding_constraint(dot(x, w), place)
 
 
+def _experts(p, x, dot):
+    gates = jax.nn.softmax(x[:, :2], axis=-1)
+    hidden = jnp.tanh(jax.vmap(dot, in_axes=(None, 0))(x, p["w"]))
+    return jnp.einsum("ebi,be->bi", jax.vmap(dot)(hidden, p["o"]), gates)
+
+
 # `LoraArray`s are pytrees, so they pass through JAX's own transformations to the products.
 BY_HAND = {
+    "mixture_of_experts": _experts,
     "scanned_with_remat": _scan_remat,
     "layers_by_index": _by_index,
     "remat_policy_by_name": _remat,

@@ -74,19 +74,35 @@ def _footnote(cell: dict, case) -> str:
     if cell["dtype"] not in ("", case.dtype):
         parts.append(f"in {cell['dtype']}")
     parts += [_escaped(text) for text in cell["warned"] if cell["verdict"] == "silently wrong"]
+    if cell["rewritten"]:
+        parts += _as_it_is(cell)
     if cell["verdict"] in ("error", "low-rank"):
         parts += _worse(cell)
-    return "; ".join(parts)
+    return "; ".join(dict.fromkeys(parts))
+
+
+def _as_it_is(cell: dict) -> list[str]:
+    """How the best way ended that does not rewrite the model."""
+    plain = [tried for tried in cell["tried"] if not tried["rewritten"]]
+    if not plain:
+        return []
+    best = min(plain, key=lambda tried: VERDICTS.index(tried["verdict"]))
+    return [_told("the model as it is", best)]
 
 
 def _worse(cell: dict) -> list[str]:
-    """A way of writing it that went silently wrong, where another did not."""
+    """A way that went silently wrong, where another did not."""
     wrong = [tried for tried in cell["tried"] if tried["verdict"] == "silently wrong"]
     if not wrong:
         return []
     # Numbers before absences: what differs tells more than what is missing.
     worst = max(wrong, key=lambda tried: tried["difference"] or 0.0)
-    return [f"silently wrong as {worst['way']}: {_escaped(worst['message'])}"]
+    return [_told(worst["way"], worst)]
+
+
+def _told(way: str, outcome: dict) -> str:
+    message = f": {_escaped(outcome['message'])}" if outcome["message"] else ""
+    return f"{way}: {outcome['verdict']}{message}"
 
 
 def _escaped(text: str) -> str:

@@ -14,6 +14,7 @@ from jax._src import source_info_util
 from jax.extend.core import Literal
 
 JIT = frozenset({"jit", "pjit"})
+_NOTE = "in the lifted model,"
 REMAT = frozenset({"remat2", "remat", "checkpoint"})
 
 
@@ -103,13 +104,21 @@ def is_literal(atom) -> bool:
 
 @contextlib.contextmanager
 def equation_context(eqn):
-    """Name stack, source line and settings of the traced equation, for what is bound inside."""
+    """Name stack, source line and settings of the traced equation, for what is bound inside.
+
+    What raises there, such as the check of `jax_debug_nans`, is told the model's own line.
+    """
     stack = source_info_util.current_name_stack() + eqn.source_info.name_stack
-    with (
-        source_info_util.user_context(eqn.source_info.traceback, name_stack=stack),
-        eqn.ctx.manager,
-    ):
-        yield
+    try:
+        with (
+            source_info_util.user_context(eqn.source_info.traceback, name_stack=stack),
+            eqn.ctx.manager,
+        ):
+            yield
+    except Exception as error:
+        if not any(note.startswith(_NOTE) for note in getattr(error, "__notes__", ())):
+            error.add_note(f"{_NOTE} `{eqn.primitive.name}` at {source_line(eqn)}")
+        raise
 
 
 def bind(eqn, values) -> list[Any]:

@@ -11,7 +11,8 @@ import pytest
 from flax import nnx
 
 import lora_jax as lj
-from tests.core.test_lift import TOLERANCE, largest_difference, random_like
+from tests.core.adapted import largest_difference, random_like
+from tests.core.test_lift import TOLERANCE
 from tests.core.test_lift import dtype as dtype  # the fixture
 
 X = (5, 6)

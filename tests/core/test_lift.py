@@ -10,14 +10,27 @@ import numpy as np
 import pytest
 
 import lora_jax as lj
+from tests.core.adapted import largest_difference, random_like, setting, value_and_gradients
 from tests.core.constructs import ALL
 
-# JAX cannot vmap a ragged product over its kernels; a mesh and a Pallas kernel are its own matter.
+# JAX cannot vmap a ragged product over its kernels; a mesh or a Pallas kernel is its own matter.
 NOT_VMAPPED = ("shard", "pallas", "ragged")
 TOLERANCE = {"float64": 1e-9, "float32": 1e-5}
+# One of each kind; the other constructs take the same ways through `lift` and wait for the slow
+# tests where a test compiles much.
+FEW = (
+    "dense", "dense_general", "transposed_reshaped_cast", "tied_embedding", "scanned_with_remat",
+    "layers_by_index", "cond_branches", "grad_inside", "custom_vjp_beside", "grouped_conv",
+    "mixture_of_experts", "fused_slice", "weight_norm",
+)  # fmt: skip
 
 
-@pytest.fixture(params=["float64", "float32"])
+def few_fast(names):
+    """Parameters of a test: those of `FEW` at once, the rest among the slow tests."""
+    return [n if n in FEW else pytest.param(n, marks=pytest.mark.slow) for n in names]
+
+
+@pytest.fixture(params=["float64", pytest.param("float32", marks=pytest.mark.slow)])
 def dtype(request):
     before = jax.config.jax_enable_x64
     jax.config.update("jax_enable_x64", request.param == "float64")
@@ -25,39 +38,11 @@ def dtype(request):
     jax.config.update("jax_enable_x64", before)
 
 
-def random_like(tree, seed, scale=0.5):
-    """The same tree with random entries: `b` starts at zero, where nothing would be tested."""
-    leaves, treedef = jax.tree.flatten(tree)
-    keys = jax.random.split(jax.random.key(seed), len(leaves))
-    return treedef.unflatten(
-        [scale * jax.random.normal(k, x.shape, x.dtype) for k, x in zip(keys, leaves, strict=True)]
-    )
-
-
-def setting(name, dtype, dropout=0.0):
-    shapes, apply = ALL[name].shapes, ALL[name].apply
-    params = random_like({path: jnp.zeros(shape, dtype) for path, shape in shapes.items()}, seed=1)
-    x = jax.random.normal(jax.random.key(2), (5, 6), dtype)
-    axes = lj.kernel_axes(apply, params, x)
-    # What no product shows (a lookup in another form, a norm) is (in, out), stated here.
-    axes = {path: axes.get(path) or lj.KernelAxes((), (-2,), (-1,)) for path in params}
-    method = lj.LoRA(targets=".*", rank=2, alpha=3.0, axes=axes, dropout=dropout)
-    trainable, frozen = method.init(jax.random.key(0), params)
-    return apply, method, random_like(trainable, seed=3), frozen, x
-
-
-def largest_difference(left, right) -> float:
-    scale = max(float(jnp.max(jnp.abs(leaf))) for leaf in jax.tree.leaves(right))
-    return max(
-        float(jnp.max(jnp.abs(a - b))) / scale
-        for a, b in zip(jax.tree.leaves(left), jax.tree.leaves(right), strict=True)
-    )
-
-
 @pytest.mark.filterwarnings("ignore::lora_jax.MaterialisedWarning")
 @pytest.mark.parametrize("name", ALL)
 def test_outputs_and_gradients_equal_merge_then_apply(name, dtype):
     apply, method, trainable, frozen, x = setting(name, dtype)
+    forward_only = name == "while_loop"
 
     def lifted(trainable, x):
         return lj.lift(apply)(method.bind(trainable, frozen), x)
@@ -65,50 +50,51 @@ def test_outputs_and_gradients_equal_merge_then_apply(name, dtype):
     def merged(trainable, x):
         return apply(method.merge(trainable, frozen), x)
 
-    def value_and_gradients(f):
-        def loss(trainable, x):
-            y = f(trainable, x)
+    with lj.watch_materialised() as events:
+        found = value_and_gradients(lifted, trainable, x, forward_only=forward_only)
+    assert bool(events) != ALL[name].low_rank, [str(event) for event in events]
+    expected = value_and_gradients(merged, trainable, x, forward_only=forward_only)
+    assert largest_difference(found, expected) < TOLERANCE[dtype]
+
+
+@pytest.mark.filterwarnings("ignore::lora_jax.MaterialisedWarning")
+@pytest.mark.parametrize("name", few_fast(n for n in ALL if not n.startswith(NOT_VMAPPED)))
+def test_vmap_over_adapters_equals_one_by_one(name, dtype):
+    """Outputs, and the gradients of each adapter, from `vmap` of the gradient."""
+    apply, method, trainable, frozen, x = setting(name, dtype)
+    many = [random_like(trainable, seed) for seed in (3, 4)]
+    stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *many)
+    moved = [random_like(trainable, seed) for seed in (5, 6)]
+    tangents = jax.tree.map(lambda *leaves: jnp.stack(leaves), *moved)
+
+    def of(f):
+        def loss(trainable):
+            y = f(trainable)
             return jnp.sum(jnp.sin(y)), y
 
         if name == "while_loop":  # forward mode only
-            tangents = (random_like(trainable, 4), random_like(x, 5))
-            return jax.jit(lambda t, x: jax.jvp(f, (t, x), tangents))(trainable, x)
-        return jax.jit(jax.value_and_grad(loss, argnums=(0, 1), has_aux=True))(trainable, x)
+            return lambda trainable, tangent: jax.jvp(f, (trainable,), (tangent,))
+        return lambda trainable, _: jax.value_and_grad(loss, has_aux=True)(trainable)
 
-    with lj.watch_materialised() as events:
-        found = value_and_gradients(lifted)
-    assert bool(events) != ALL[name].low_rank, [str(event) for event in events]
-    assert largest_difference(found, value_and_gradients(merged)) < TOLERANCE[dtype]
-
-
-@pytest.mark.filterwarnings("ignore::lora_jax.MaterialisedWarning")
-# JAX itself cannot vmap a ragged product over its kernels.
-@pytest.mark.parametrize(
-    "name", [n for n in ALL if not n.startswith(("shard", "pallas", "ragged"))]
-)
-def test_vmap_over_adapters_equals_one_by_one(name):
-    apply, method, trainable, frozen, x = setting(name, "float32")
-    many = [random_like(trainable, seed) for seed in (3, 4)]
-    stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *many)
-
-    def one(trainable):
-        return lj.lift(apply)(method.bind(trainable, frozen), x)
-
-    together = jax.vmap(one)(stacked)
-    for n, trainable in enumerate(many):
-        expected = apply(method.merge(trainable, frozen), x)
-        assert largest_difference(together[n], expected) < 1e-5
+    lifted = of(lambda t: lj.lift(apply)(method.bind(t, frozen), x))
+    merged = jax.jit(of(lambda t: apply(method.merge(t, frozen), x)))
+    together = jax.jit(jax.vmap(lifted))(stacked, tangents)
+    for n in range(2):
+        found = jax.tree.map(lambda leaf, n=n: leaf[n], together)
+        assert largest_difference(found, merged(many[n], moved[n])) < TOLERANCE[dtype]
 
 
 @pytest.mark.filterwarnings("ignore::lora_jax.MaterialisedWarning")
-@pytest.mark.parametrize("name", ALL)
+@pytest.mark.parametrize("name", few_fast(ALL))
 def test_fresh_adapter_gives_the_base_bit_for_bit(name):
+    """Operation by operation: compiled as one program, XLA may take another routine for the frozen
+    product because of the adapter's beside it, and sum in another order."""
     apply, method, trainable, frozen, x = setting(name, "float32")
     fresh, _ = method.init(jax.random.key(0), frozen)
-    base = jax.jit(apply)(frozen, x)
-    adapted = jax.jit(lj.lift(apply))(method.bind(fresh, frozen), x)
-    assert np.array_equal(base, adapted)
-    other = jax.jit(lj.lift(apply))(method.bind(trainable, frozen), x)
+    with jax.disable_jit():
+        base = apply(frozen, x)
+        assert np.array_equal(base, lj.lift(apply)(method.bind(fresh, frozen), x))
+        other = lj.lift(apply)(method.bind(trainable, frozen), x)
     assert not np.array_equal(base, other), "a random adapter must change the output"
 
 

@@ -19,8 +19,14 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import lora_jax as lj
+from tests.core.adapted import (
+    inputs_of,
+    largest_difference,
+    method_of,
+    random_like,
+    value_and_gradients,
+)
 from tests.core.constructs import ALL
-from tests.core.test_lift import largest_difference, random_like
 
 pytestmark = [
     pytest.mark.slow,
@@ -72,33 +78,24 @@ NOT_VMAPPED = ("while", "shard", "sharding", "pallas")
 def test_every_construct_under_every_transformation(name, rank, around):
     if around == "vmap" and name.startswith(NOT_VMAPPED):
         pytest.skip(f"vmap over {name} is not JAX's to promise")
-    shapes, inner = ALL[name].shapes, ALL[name].apply
-    apply = AROUND[around](inner)
-    params = random_like({path: jnp.zeros(shape) for path, shape in shapes.items()}, seed=1)
-    x = jax.random.normal(jax.random.key(2), (5, 6))
-    axes = lj.kernel_axes(inner, params, x)
-    axes = {path: axes.get(path) or lj.KernelAxes((), (-2,), (-1,)) for path in params}
-    method = lj.LoRA(targets=".*", rank=rank, alpha=3.0, axes=axes)
+    params, x = inputs_of(name, "float64")
+    method = method_of(name, params, x, rank=rank)
+    apply = AROUND[around](ALL[name].apply)
     check_against_merge(apply, method, params, x, forward_only=name == "while_loop")
 
 
 def check_against_merge(apply, method, params, x, *, forward_only=False, tolerance=1e-9):
     trainable, frozen = method.init(jax.random.key(0), params)
     trainable = random_like(trainable, seed=3)
-
-    def both(f):
-        if forward_only:
-            tangents = (random_like(trainable, 4), random_like(x, 5))
-            return jax.jit(lambda *primals: jax.jvp(f, primals, tangents))(trainable, x)
-
-        def loss(trainable, x):
-            y = f(trainable, x)
-            return jnp.sum(jnp.sin(y)), y
-
-        return jax.jit(jax.value_and_grad(loss, argnums=(0, 1), has_aux=True))(trainable, x)
-
-    found = both(lambda t, x: lj.lift(apply)(method.bind(t, frozen), x))
-    expected = both(lambda t, x: apply(method.merge(t, frozen), x))
+    found = value_and_gradients(
+        lambda t, x: lj.lift(apply)(method.bind(t, frozen), x),
+        trainable,
+        x,
+        forward_only=forward_only,
+    )
+    expected = value_and_gradients(
+        lambda t, x: apply(method.merge(t, frozen), x), trainable, x, forward_only=forward_only
+    )
     assert largest_difference(found, expected) < tolerance
 
 

@@ -9,7 +9,7 @@ import optax
 import pytest
 
 import lora_jax as lj
-from tests.core.test_lift import random_like
+from tests.core.adapted import random_like
 from tests.methods.test_methods import METHODS, loss, model_params
 
 TX = optax.chain(optax.clip_by_global_norm(0.1), optax.adamw(1e-2, weight_decay=0.1))

@@ -10,7 +10,7 @@ import pytest
 
 import lora_jax as lj
 from lora_jax.core import trees
-from tests.core.test_lift import random_like
+from tests.core.adapted import random_like
 
 ALIASES = {"q": r"layers/\d+/query/kernel", "v": r"layers/\d+/value/kernel"}
 

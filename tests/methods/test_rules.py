@@ -9,7 +9,7 @@ import pytest
 
 import lora_jax as lj
 from lora_jax.core import trees
-from tests.core.test_lift import random_like
+from tests.core.adapted import random_like
 from tests.methods.test_methods import X, model_params
 from tests.methods.variants import AXES, TARGETS, trained
 from tests.methods.variants import X as X2

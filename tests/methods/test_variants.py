@@ -11,7 +11,7 @@ import pytest
 import lora_jax as lj
 from lora_jax.methods.named import METHODS, method_of
 from lora_jax.train.optimizer import make_optimizer
-from tests.core.test_lift import largest_difference
+from tests.core.adapted import largest_difference
 from tests.methods.variants import AXES, TARGETS, X, apply, params_of, trained
 
 RANKS = {"vera": 5, "lora_xs": 3}

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 
 import lora_jax as lj
-from tests.core.test_lift import random_like
+from tests.core.adapted import random_like
 
 # A plain matrix, a stack of two under scan, a kernel with two axes of outputs, and a tied table.
 SHAPES = {"plain": (6, 8), "stacked": (2, 8, 8), "heads": (8, 2, 3), "table": (7, 6)}
