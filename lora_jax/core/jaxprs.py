@@ -102,6 +102,11 @@ def is_literal(atom) -> bool:
     return isinstance(atom, Literal)
 
 
+def source_of(eqn):
+    """The traced equation's source line, for what is bound inside."""
+    return source_info_util.user_context(eqn.source_info.traceback)
+
+
 @contextlib.contextmanager
 def equation_context(eqn):
     """Name stack, source line and settings of the traced equation, for what is bound inside.

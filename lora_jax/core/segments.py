@@ -2,7 +2,8 @@
 
 Evaluating a jaxpr under `grad` costs most in linearising primitive by primitive. A jit is
 linearised once and remembered by its jaxpr, so each run between two adapted products becomes one,
-and the runs of equal layers share it. `inline=True` leaves no trace of it in the program.
+and the runs of equal layers share it. `inline=True` leaves no trace of it in the program, but gives
+all its operations the source line of the call: here, that of the run's first equation.
 """
 
 from __future__ import annotations
@@ -37,7 +38,9 @@ class Segments:
         function = self._functions.get(key)
         if function is None:
             function = self._functions[key] = _function(tuple(eqns), inputs, outputs)
-        return dict(zip(outputs, function(*map(read, inputs)), strict=True))
+        with jaxprs.source_of(eqns[0]):
+            values = function(*map(read, inputs))
+        return dict(zip(outputs, values, strict=True))
 
 
 def _function(eqns, inputs, outputs):
