@@ -1,6 +1,7 @@
 """Models for the tests of `lift`: one awkward construct each, in plain JAX.
 
-Each is `(params, apply, targets)`; `apply(params, x)` takes `x (5, 6)` and uses every kernel.
+`apply(params, x)` takes `x (5, 6)` and uses every kernel. The table of primitives in
+`lora_jax/README.md` names each of them (`test_primitives.py`).
 """
 
 from __future__ import annotations
@@ -428,6 +429,14 @@ def fused_slice_of_an_axis(p, x):
 @construct(w=(6, 4))
 def scaled_kernel(p, x):
     return x @ (p["w"] * 0.5) - (x / 3.0) @ (-p["w"] / 2.0)
+
+
+@construct(w=(6, 4))
+def prepared_kernel(p, x):
+    from jax.ad_checkpoint import checkpoint_name
+
+    w = jax.lax.optimization_barrier(checkpoint_name(jnp.copy(p["w"]), "kernel"))
+    return jnp.einsum("bi,sio->sbo", x, w[None])[0]
 
 
 @construct(w=(6, 4))
