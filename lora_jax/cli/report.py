@@ -15,6 +15,7 @@ Examples:
   lora-jax report runs/first --out=~/page.html
   lora-jax report runs/demo --beside=experiments/results/reviews_minilm    earlier runs, for scale
   lora-jax report runs/mine --keep=results/mine    a copy without weights, small enough to commit
+  lora-jax report runs/mine --figures=paper/figures    each figure as an SVG file too
 
 The page needs no network and no server: open it as a file. Beside it: table.md and table.csv.
 Intervals are 95% bootstrap intervals over test examples, and over seeds where there are several.
@@ -33,13 +34,14 @@ def run(argv: Sequence[str]) -> int:
     parser.add_argument(
         "--keep", metavar="DIR", help="copy cards, metrics and predictions there, without weights"
     )
+    parser.add_argument("--figures", metavar="DIR", help="each figure as an SVG file there too")
     add_json(parser)
     options = parser.parse_args(argv)
 
     from rich.console import Console
 
     from lora_jax.report.keep import keep_runs
-    from lora_jax.report.page import Beside, write_report
+    from lora_jax.report.page import Beside, write_figures, write_report
     from lora_jax.report.rendering import to_json, to_terminal
     from lora_jax.report.runs import read_runs
     from lora_jax.report.tables import summarise
@@ -49,6 +51,7 @@ def run(argv: Sequence[str]) -> int:
     summary = summarise(read_runs(options.workdir))
     beside = Beside(beside, summarise(read_runs(beside))) if beside else None
     kept = keep_runs(options.workdir, keep) if keep else 0
+    figures = write_figures(summary, place(options.figures)) if options.figures else []
     page = write_report(options.workdir, place(options.out), summary=summary, beside=beside)
     if options.json:
         found = {"page": str(page), **json.loads(to_json(summary))}
@@ -56,6 +59,8 @@ def run(argv: Sequence[str]) -> int:
             found["beside"] = json.loads(to_json(beside.summary))
         if keep:
             found["kept"] = kept
+        if figures:
+            found["figures"] = [str(path) for path in figures]
         say(json.dumps(found))
     else:
         # A file or a pipe has no width of its own; 80 columns would cut the table short.
@@ -66,5 +71,7 @@ def run(argv: Sequence[str]) -> int:
             console.print(to_terminal(beside.summary))
         if keep:
             say(f"{kept} runs kept in {keep}")
+        if figures:
+            say(f"{len(figures)} figures in {figures[0].parent}")
         say(f"the page: {page.resolve().as_uri()}")
     return 0

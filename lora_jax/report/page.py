@@ -48,6 +48,15 @@ def write_report(
     return out
 
 
+def write_figures(summary: Summary, folder) -> list[Path]:
+    """Writes each figure of the page as a file of its own, `folder`/NAME.svg; returns the paths."""
+    paths = []
+    for drawing in draw_figures(summary):
+        paths.append(Path(folder) / f"{drawing.name}.svg")
+        write_text(paths[-1], drawing.svg)
+    return paths
+
+
 @dataclass(frozen=True)
 class Beside:
     """Other runs to look at beside a report's own: earlier, longer, or on another machine."""

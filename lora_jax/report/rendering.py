@@ -46,6 +46,7 @@ def columns(summary: Summary) -> list[Column]:
         Column("trained: adapter + head", _trained),
         Column("adapter file", lambda row: (bytes_text(row.adapter_bytes), "")),
         Column("test loss", lambda row: interval_text(row.test_loss, row.loss, "{:.3f}")),
+        *_loss_vs_lora(summary, "loss vs LoRA, nats"),
         Column("test accuracy, %", _accuracy),
         *(Column(versus[name], _versus(name)) for name in summary.references),
         Column("steps and time, and why it ended", _ended_in, numeric=False),
@@ -62,6 +63,7 @@ def to_terminal(summary: Summary) -> Table:
             "trained", lambda row: (count_text(row.adapter_count), bytes_text(row.adapter_bytes))
         ),
         Column("test loss", lambda row: interval_text(row.test_loss, row.loss, "{:.3f}")),
+        *_loss_vs_lora(summary, "vs LoRA"),
         Column("accuracy %", _accuracy),
         *(Column(versus[name], _versus(name)) for name in summary.references),
         Column("steps, time", _ended_briefly, numeric=False),
@@ -134,6 +136,7 @@ def to_records(summary: Summary) -> list[dict]:
             "validation_loss": row.validation_loss,
             **_interval_record("test_loss", row.test_loss, row.loss),
             **_interval_record("test_accuracy", row.test_accuracy, row.accuracy),
+            **_interval_record("loss_vs_lora", None, row.loss_vs_lora),
             **_interval_record("accuracy_vs_full", None, row.versus["full"]),
             **_interval_record("accuracy_vs_head", None, row.versus["head"]),
             "test_examples": row.num_examples,
@@ -211,6 +214,20 @@ def _versus(name: str) -> Callable[[Row], tuple[str, str]]:
         return interval_text(points.estimate, points, "{:+.1f}")
 
     return cell
+
+
+def _loss_vs_lora(summary: Summary, heading: str) -> list[Column]:
+    """A column where variants were run beside plain LoRA."""
+
+    def cell(row: Row) -> tuple[str, str]:
+        difference = row.loss_vs_lora
+        return (
+            interval_text(difference.estimate, difference, "{:+.3f}")
+            if difference
+            else (ABSENT, "")
+        )
+
+    return [Column(heading, cell)] if any(row.loss_vs_lora for row in summary.rows) else []
 
 
 def _ended(row: Row) -> tuple[str, str]:

@@ -6,6 +6,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from lora_jax.core.errors import RequestError
+from lora_jax.methods.lora import LoRA
+from lora_jax.methods.named import METHODS
 from lora_jax.report.groups import Basin, Group, choose_rates, differing_settings, group_runs
 from lora_jax.report.runs import Run
 from lora_jax.report.statistics import (
@@ -27,7 +29,8 @@ class Row:
     held (None on cards that do not say), cells how many trained as one program with each run; a
     packed run's seconds are its share. An interval is None where the predictions it needs
     are not there; versus holds, per reference in REFERENCES, this row's accuracy minus the
-    reference's on the same examples (None for the reference itself).
+    reference's on the same examples (None for the reference itself). loss_vs_lora is a variant's
+    test loss minus that of plain LoRA on the same targets, on the same examples.
     """
 
     label: str
@@ -48,6 +51,7 @@ class Row:
     seed_losses: tuple[float, ...]
     seed_accuracies: tuple[float, ...]
     versus: dict[str, Interval | None]
+    loss_vs_lora: Interval | None
     num_examples: int
     steps: tuple[int, ...]
     stopped: tuple[str, ...]
@@ -130,7 +134,8 @@ def _row(group: Group, groups, differing, rates_tried: int, seed: int, num_resam
     versus = {}
     for name in REFERENCES:
         other = _reference(name, group, groups)
-        versus[name] = None if other is None else _difference(group, other, **drawn)
+        versus[name] = None if other is None else _difference("correct", group, other, **drawn)
+    lora = _lora_beside(group, groups)
     adapter_bytes = card["metrics"].get("adapter_bytes")
     return Row(
         label=group.label,
@@ -151,6 +156,7 @@ def _row(group: Group, groups, differing, rates_tried: int, seed: int, num_resam
         seed_losses=tuple(run.metric("metrics.test.loss") for run in group.runs),
         seed_accuracies=tuple(run.metric("metrics.test.accuracy") for run in group.runs),
         versus=versus,
+        loss_vs_lora=None if lora is None else _difference("loss", group, lora, **drawn),
         num_examples=0 if accuracy is None else accuracy.shape[1],
         steps=tuple(run.card["metrics"]["steps"] for run in group.runs),
         stopped=tuple(run.card["metrics"]["stopped"] for run in group.runs),
@@ -188,8 +194,22 @@ def _reference(name: str, group: Group, groups) -> Group | None:
     return min(candidates, key=lambda g: g.mean("validation.loss"), default=None)
 
 
-def _difference(group: Group, other: Group, *, seed: int, num_resamples: int) -> Interval | None:
-    ours, theirs = _scores(group, "correct"), _scores(other, "correct")
+def _lora_beside(group: Group, groups) -> Group | None:
+    """Plain LoRA on a variant's targets, base weights and data; of several, the best there."""
+    if not issubclass(METHODS.get(group.method, object), LoRA):
+        return None
+
+    def shared(g: Group):
+        return g.data, g.settings.get("method.targets")
+
+    candidates = [g for g in groups if shared(g) == shared(group)]
+    return None if group.method == "lora" else _reference("lora", group, candidates)
+
+
+def _difference(
+    quantity: str, group: Group, other: Group, *, seed: int, num_resamples: int
+) -> Interval | None:
+    ours, theirs = _scores(group, quantity), _scores(other, quantity)
     if ours is None or theirs is None:
         return None
     return paired_difference(

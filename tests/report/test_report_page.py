@@ -2,12 +2,13 @@
 
 import html.parser
 import re
+from xml.etree import ElementTree
 
 import pytest
 
 from lora_jax.core.errors import RequestError
 from lora_jax.report.figures import draw_figures
-from lora_jax.report.page import headline, to_page, write_report
+from lora_jax.report.page import headline, to_page, write_figures, write_report
 from lora_jax.report.runs import read_runs
 from lora_jax.report.tables import summarise
 
@@ -138,6 +139,11 @@ def test_figures_take_the_ink_of_the_page(tmp_path, write_study):
     assert all(row.label in labels for row in summary.rows)
     assert {"accuracy (%)", "cross-entropy (nats)"} <= set(labels)
     assert draw_figures(summary) == drawings  # nothing random, no date
+    paths = write_figures(summary, tmp_path / "figures")
+    assert [path.name for path in paths] == [f"{drawing.name}.svg" for drawing in drawings]
+    for path, drawing in zip(paths, drawings, strict=True):
+        assert ElementTree.parse(path).getroot().tag == "{http://www.w3.org/2000/svg}svg"
+        assert path.read_text(encoding="utf-8") == drawing.svg
 
 
 def test_a_page_is_made_of_whatever_there_is(tmp_path, write_run):

@@ -116,6 +116,30 @@ def test_a_diverged_rate_is_never_chosen_and_an_edge_is_told(tmp_path, write_run
     assert json.loads(to_json(summary))["basins"][0]["validation_losses"] == [0.5, 0.505, None]
 
 
+def test_a_variants_loss_is_paired_with_plain_loras_on_the_same_targets(tmp_path, write_run):
+    """The interval is that of the differences example by example; other targets do not count."""
+    rng = np.random.default_rng(0)
+    difficulty = rng.exponential(size=300)
+    runs = {
+        "lora": ({}, difficulty),
+        "other-targets": ({"method.targets": "all-linear"}, difficulty / 2),
+        "dora": ({"method.name": "dora"}, difficulty + 0.01 * rng.normal(size=300) - 0.05),
+        "vera-all": ({"method.name": "vera", "method.targets": "q"}, difficulty),
+        "full": ({"method.name": "full"}, difficulty),
+    }
+    for name, (settings, loss) in runs.items():
+        write_run(tmp_path, name, settings=settings, loss=loss, correct=np.ones(300, bool))
+    rows = {row.runs[0].name: row for row in summary_of(tmp_path).rows}
+    found = rows.pop("dora").loss_vs_lora
+    assert all(row.loss_vs_lora is None for row in rows.values())
+    expected = (np.float32(runs["dora"][1]) - np.float32(runs["lora"][1])).mean(dtype=np.float64)
+    assert found.estimate == pytest.approx(expected, abs=1e-6)
+    assert found.low < found.estimate < found.high < -0.045  # unpaired, it would be 0.2 wide
+    assert found.high - found.low < 0.005
+    text = to_markdown(summary_of(tmp_path))
+    assert "loss vs LoRA, nats" in text and "−0.05" in text
+
+
 def test_runs_on_other_data_are_not_compared(tmp_path, write_run):
     write_run(tmp_path, "lora")
     settings = {"method.name": "full"}
