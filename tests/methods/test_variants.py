@@ -30,6 +30,13 @@ VARIANTS = {
 START = {"pissa": 2e-6, "lora_xs": 1e-3}
 
 
+def few_fast(*few):
+    """Every variant as a test's parameter, those beside `few` among the slow tests."""
+    return [
+        name if name in few else pytest.param(name, marks=pytest.mark.slow) for name in VARIANTS
+    ]
+
+
 @pytest.fixture
 def float64():
     before = jax.config.jax_enable_x64
@@ -76,7 +83,7 @@ def test_lifted_equals_merge_then_apply_without_materialising(name, float64):
     assert largest_difference(found, expected) < 1e-9
 
 
-@pytest.mark.parametrize("name", VARIANTS)
+@pytest.mark.parametrize("name", few_fast("lora_plus", "dora", "lora_xs"))
 def test_adamw_trains_what_trains_and_leaves_fixed_parts_bit_for_bit(name):
     method, params = VARIANTS[name], params_of()
     trainable, frozen = method.init(jax.random.key(1), params)
@@ -115,7 +122,7 @@ def test_the_norm_that_clips_sees_no_fixed_part(name):
         assert not any(np.any(entry[part]) for part in method.FIXED if part in entry)
 
 
-@pytest.mark.parametrize("name", VARIANTS)
+@pytest.mark.parametrize("name", few_fast("dora", "vera"))
 def test_cells_of_a_variant_end_in_a_pack_where_they_end_alone(name):
     own = {"rank": RANKS.get(name, 2)}
     cells = [

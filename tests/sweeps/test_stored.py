@@ -224,6 +224,7 @@ STOPPED = {
 }
 
 
+@pytest.mark.slow
 def test_an_early_stop_and_a_repacked_pack_survive_a_crash(make_config, tmp_path):
     whole = tmp_path / "whole"
     results = run(sweep_of(make_config, STOPPING, STOPPED), whole)
