@@ -38,6 +38,9 @@ METHODS: Mapping[str, type[Method]] = MappingProxyType(
 )
 
 
+_RULE_FIELDS = tuple(field.name for field in dataclasses.fields(Rule))
+
+
 def settings_of(kind: type[Method]) -> tuple[str, ...]:
     """The settings that a method takes, beside `train`, `rows`, `axes` and `aliases`.
 
@@ -46,7 +49,7 @@ def settings_of(kind: type[Method]) -> tuple[str, ...]:
     """
     if not issubclass(kind, LoRA):
         return ()
-    of_rule = [field.name for field in dataclasses.fields(Rule) if field.name not in kind.WITHOUT]
+    of_rule = [name for name in _RULE_FIELDS if name not in kind.WITHOUT]
     shared = {field.name for field in dataclasses.fields(LoRA)}
     own = [field.name for field in dataclasses.fields(kind) if field.name not in shared]
     return (*of_rule, "rules", *own)
@@ -68,8 +71,9 @@ def method_of(name: str, settings: Mapping[str, Any], *, axes: Any, aliases: Any
     """The method of this name with what `settings` holds for it.
 
     `settings` may hold what means nothing to this method, as one config serves several: VeRA has no
-    alpha, full fine-tuning no rank. Empty strings and None mean the default. Raises `RequestError`
-    for an unknown name or values that the method refuses.
+    alpha, full fine-tuning no rank. Empty strings and None mean the default. Where `rules` holds
+    rules, `Rule`s or plain mappings, a mapping takes what it does not say from the settings beside.
+    Raises `RequestError` for an unknown name or values that the method refuses.
     """
     kind = kind_of(name)
     wanted = (*settings_of(kind), *(("rows", "train") if issubclass(kind, LoRA | HeadOnly) else ()))
@@ -80,4 +84,27 @@ def method_of(name: str, settings: Mapping[str, Any], *, axes: Any, aliases: Any
     }
     if issubclass(kind, LoRA):
         given["axes"] = axes
+        if given.get("rules"):
+            of_rule = {key: given.pop(key) for key in _RULE_FIELDS if key in given}
+            given["rules"] = [_rule_of(rule, of_rule, kind) for rule in given["rules"]]
     return kind(aliases=aliases, **given)
+
+
+def _rule_of(rule: Any, beside: Mapping[str, Any], kind: type[LoRA]) -> Rule:
+    if isinstance(rule, Rule):
+        return rule
+    if not isinstance(rule, Mapping):
+        raise RequestError(
+            f"method.rules holds {rule!r}; each rule is a mapping such as "
+            "{'targets': 'q', 'rank': 4}"
+        )
+    for key in rule:
+        if key in kind.WITHOUT:
+            raise RequestError(f"{kind.__name__} has no {key}: {kind.WITHOUT[key]}")
+        if key not in _RULE_FIELDS:
+            raise RequestError(
+                f"a rule of method.rules has no {key!r}; {nearest(key, _RULE_FIELDS)}"
+            )
+    if "targets" not in rule:
+        raise RequestError(f"the rule {dict(rule)!r} of method.rules names no targets")
+    return Rule(**{**beside, **rule})

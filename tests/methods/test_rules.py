@@ -9,6 +9,7 @@ import pytest
 
 import lora_jax as lj
 from lora_jax.core import trees
+from lora_jax.methods.named import method_of
 from tests.core.adapted import random_like
 from tests.methods.test_methods import X, model_params
 from tests.methods.variants import AXES, TARGETS, trained
@@ -38,6 +39,32 @@ def test_layers_and_exclusions_narrow_a_rule():
     ]
     rows = {row.path: row.rank for row in lj.LoRA(rules=rules).table(model_params())}
     assert rows == {f"layers/{n}/{m}/kernel": 1 + 2 * n for n in (0, 1) for m in ("query", "value")}
+
+
+def from_config(rules, name="lora", **beside):
+    settings = {"targets": "ignored", "rank": 3, "alpha": 6.0, "rules": rules, **beside}
+    return method_of(name, settings, axes=None, aliases={"q": ".*/query/kernel"})
+
+
+def test_a_config_holds_rules_as_plain_mappings():
+    """What a rule does not say is what stands beside it."""
+    rules = [{"targets": "q", "layers": [0]}, {"targets": ".*/value/kernel", "rank": 1}]
+    expected = [
+        lj.Rule("q", rank=3, alpha=6.0, layers=[0]),
+        lj.Rule(".*/value/kernel", rank=1, alpha=6.0),
+    ]
+    assert list(from_config(rules).rules) == expected
+    assert list(from_config(expected).rules) == expected
+    assert [row.rank for row in from_config(rules).table(model_params())] == [3, 1, 1]
+    for bad, message in (
+        ([{"rank": 2}], "names no targets"),
+        ([{"targets": "q", "ranks": 2}], "has no 'ranks'.*'rank'"),
+        (["q"], "holds 'q'; each rule is a mapping"),
+    ):
+        with pytest.raises(lj.RequestError, match=message):
+            from_config(bad)
+    with pytest.raises(lj.RequestError, match="VeRA has no alpha"):
+        from_config([{"targets": "q", "alpha": 2.0}], name="vera")
 
 
 FUSED = {"c_attn": jax.random.normal(KEY, (6, 24)), "o": jnp.ones((8, 3))}
