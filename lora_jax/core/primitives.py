@@ -11,7 +11,8 @@ from jax import lax
 
 from lora_jax.core import jaxprs
 from lora_jax.core.lift import rule_for
-from lora_jax.core.products import ConvUse, DotUse, GatherUse, RaggedUse
+from lora_jax.core.lookups import GatherUse
+from lora_jax.core.products import ConvUse, DotUse, RaggedUse
 from lora_jax.core.values import is_adapted
 
 
@@ -66,7 +67,7 @@ def _gather(interpreter, eqn, values):
         options={name: params[name] for name in names},
         looked_up=tuple(looked_up),
         offset_dims=numbers.offset_dims,
-        kernel_ndim=weight.ndim,
+        kernel_shape=tuple(weight.shape),
         out_ndim=eqn.outvars[0].aval.ndim,
     )
     return _one(weight.use(use))

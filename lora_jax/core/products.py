@@ -1,8 +1,10 @@
 """Equations that are linear in a kernel: the frozen product, and the low-rank one beside it.
 
-Each class is one primitive's use of one kernel. `bind` computes it with a plain kernel, `low_rank`
-with ΔW = scale · a @ b of a `LoRAWeight` through its factors, `with_gain` is the same use with the
-other operand scaled along axes that the equation contracts.
+Each class here, and `GatherUse` in `lookups.py`, is one primitive's use of one kernel. `bind`
+computes it with a plain kernel, `low_rank` with ΔW = scale · a @ b of a `LoRAWeight` through its
+factors. A gain along some axes of the kernel is `(side, axes)` on the result by `gain_on_outputs`,
+or, where the equation contracts its axes, on the other operand: `with_gain` is the same use with
+that one scaled. Either may be None.
 """
 
 from __future__ import annotations
@@ -66,6 +68,9 @@ class DotUse:
         on_left = self.on_left
         return self.frozen(kernel, self.other) if on_left else self.frozen(self.other, kernel)
 
+    def gain_on_outputs(self, gain, axes):
+        return (gain, axes) if all(axis in self.out_axes for axis in axes) else None
+
     def with_gain(self, gain, axes) -> DotUse | None:
         if not all(axis in self.other_axes for axis in axes):
             return None
@@ -121,73 +126,6 @@ class DotUse:
 
 
 @dataclasses.dataclass(frozen=True)
-class GatherUse:
-    """A lookup: whole slices of the kernel by index along some of its axes.
-
-    The axes that are looked up are gone from the result; the others are there in full. Adapter
-    dropout does not reach it: there is no input to drop from (as in `peft`).
-    """
-
-    frozen: Callable[[Any], jax.Array]
-    indices: jax.Array
-    options: dict[str, Any]
-    looked_up: tuple[int, ...]
-    offset_dims: tuple[int, ...]
-    kernel_ndim: int
-    out_ndim: int
-
-    @property
-    def out_axes(self) -> list:
-        kept = iter(axis for axis in range(self.kernel_ndim) if axis not in self.looked_up)
-        batch = iter(range(self.out_ndim))
-        return [
-            next(kept) if n in self.offset_dims else ("g", next(batch))
-            for n in range(self.out_ndim)
-        ]
-
-    def bind(self, kernel):
-        return self.frozen(kernel)
-
-    def with_gain(self, gain, axes) -> None:
-        return None
-
-    def low_rank(self, weight: LoRAWeight):
-        wide = jnp.promote_types(weight.a.dtype, jnp.float32)
-        out = self.out_axes
-        a, a_axes = self._looked_up(weight.a.astype(wide), weight.side_axes("a"))
-        b, b_axes = self._looked_up(weight.b.astype(wide), weight.side_axes("b"))
-        scale = jnp.asarray(weight.scale).astype(wide)
-        a = times_side(a, a_axes, *self._looked_up(scale, weight.side_axes("scale"), like=a_axes))
-        return contract(a, a_axes, b, b_axes, out)
-
-    def _looked_up(self, x, axes, like=None):
-        """What the lookup makes of an array that has some of the kernel's axes; with its axes."""
-        mine = [axis for axis in self.looked_up if axis in axes]
-        if not mine:
-            return x, axes
-        columns = [self.looked_up.index(axis) for axis in mine]
-        indices = self.indices[..., jnp.array(columns)]
-        places = tuple(axes.index(axis) for axis in mine)
-        rest = [n for n in range(x.ndim) if n not in places]
-        num_batch = indices.ndim - 1
-        numbers = lax.GatherDimensionNumbers(
-            offset_dims=tuple(range(num_batch, num_batch + len(rest))),
-            collapsed_slice_dims=tuple(sorted(places)),
-            start_index_map=places,
-        )
-        # Past the end the frozen lookup says what is there; nothing is added.
-        options = {**self.options}
-        if options.get("fill_value") is not None or options["mode"] == _FILL:
-            options["fill_value"] = 0
-        sizes = [1 if n in places else x.shape[n] for n in range(x.ndim)]
-        found = lax.gather(x, indices, numbers, tuple(sizes), **options)
-        return found, [*(("g", n) for n in range(num_batch)), *(axes[n] for n in rest)]
-
-
-_FILL = lax.GatherScatterMode.FILL_OR_DROP
-
-
-@dataclasses.dataclass(frozen=True)
 class ConvUse:
     """`conv_general_dilated` with the kernel on the right, of any spatial rank and groups.
 
@@ -212,6 +150,9 @@ class ConvUse:
 
     def bind(self, kernel):
         return self.frozen(self.other, kernel)
+
+    def gain_on_outputs(self, gain, axes):
+        return (gain, axes) if all(axis in self.out_axes for axis in axes) else None
 
     def with_gain(self, gain, axes) -> ConvUse | None:
         if axes != [self._spec.rhs_spec[1]] or self.params["feature_group_count"] != 1:
@@ -292,8 +233,23 @@ class RaggedUse:
     def bind(self, kernel):
         return self.frozen(self.rows, kernel, self.group_sizes)
 
-    def with_gain(self, gain, axes) -> None:
-        return None
+    def gain_on_outputs(self, gain, axes):
+        return self._by_row(gain, axes, 3 - self.contracted)
+
+    def with_gain(self, gain, axes) -> RaggedUse | None:
+        by_row = self._by_row(gain, axes, self.contracted)
+        if by_row is None:
+            return None
+        rows = times_side(self.rows, [("x", 0), self.contracted], *by_row)
+        return dataclasses.replace(self, rows=rows)
+
+    def _by_row(self, gain, axes, place: int):
+        """A gain of each group's matrix along one of its axes, as a gain of the rows."""
+        if sorted(axes) != [0, place]:
+            return None
+        gain = permute(gain, [axes.index(0), axes.index(place)])
+        by_row = jnp.repeat(gain, self.group_sizes, axis=0, total_repeat_length=self.rows.shape[0])
+        return by_row, [("x", 0), place]
 
     def low_rank(self, weight: LoRAWeight):
         roles = weight.current_roles

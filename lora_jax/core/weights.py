@@ -112,13 +112,13 @@ class GainWeight(AdaptedValue):
 
     def use(self, use: Use) -> jax.Array | None:
         axes = self.side_axes("gain")
-        if all(axis in use.out_axes for axis in axes):
+        side = use.gain_on_outputs(self.gain, axes)
+        if side is not None:
             inner = use_beneath(self.kernel, use)
             if inner is None:
                 return None
             wide = jnp.promote_types(jnp.promote_types(inner.dtype, jnp.float32), self.gain.dtype)
-            scaled = times_side(inner.astype(wide), use.out_axes, self.gain, axes)
-            return scaled.astype(inner.dtype)
+            return times_side(inner.astype(wide), use.out_axes, *side).astype(inner.dtype)
         # Contracted over the outputs, as a tied head does: the gain goes onto the other operand.
         scaled = use.with_gain(self.gain, axes)
         return None if scaled is None else use_beneath(self.kernel, scaled)

@@ -84,6 +84,16 @@ def test_every_construct_under_every_transformation(name, rank, around):
     check_against_merge(apply, method, params, x, forward_only=name == "while_loop")
 
 
+@pytest.mark.parametrize("name", ALL)
+def test_dora_on_every_construct(name):
+    """A gain over a low-rank sum: the value whose products need both at once."""
+    params, x = inputs_of(name, "float64")
+    method = method_of(name, params, x, lj.DoRA)
+    with lj.watch_materialised() as events:
+        check_against_merge(ALL[name].apply, method, params, x, forward_only=name == "while_loop")
+    assert bool(events) != ALL[name].low_rank, [str(event) for event in events]
+
+
 def check_against_merge(apply, method, params, x, *, forward_only=False, tolerance=1e-9):
     trainable, frozen = method.init(jax.random.key(0), params)
     trainable = random_like(trainable, seed=3)

@@ -292,6 +292,20 @@ def test_an_adapter_of_other_experts_or_shapes_is_refused():
         lj.DoRA(targets="w", rank=2, axes=axes).bind(trainable, {"w": kernel})
 
 
+def test_groups_that_do_not_divide_a_kernels_outputs_are_told_at_the_models_line():
+    def grouped(params, x):
+        return jax.lax.conv_general_dilated(
+            x, params["w"], (1,), "SAME", dimension_numbers=("NWC", "WIO", "NWC"),
+            feature_group_count=2,
+        )  # fmt: skip
+
+    axes = {"w": lj.KernelAxes((), (-3, -2), (-1,))}
+    method = lj.LoRA(targets="w", rank=1, axes=axes)
+    trainable, frozen = method.init(KEY, {"w": jnp.ones((3, 2, 5))})
+    with pytest.raises(ValueError, match="multiple of feature_group_count, but 5 is not.* of 2"):
+        lj.lift(grouped)(method.bind(trainable, frozen), jnp.ones((1, 8, 4)))
+
+
 def test_what_cannot_be_merged_bound_or_drawn_is_refused():
     method = lj.LoRA(targets="c_attn", rank=2, dropout=0.1)
     trainable, frozen = method.init(KEY, FUSED)

@@ -1,0 +1,94 @@
+"""Lookups in an adapted table: the rows of A and B that are asked for, never ΔW."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from lora_jax.core.contract import contract
+from lora_jax.core.values import times_side
+from lora_jax.core.weights import LoRAWeight
+
+_FILL = lax.GatherScatterMode.FILL_OR_DROP
+
+
+@dataclasses.dataclass(frozen=True)
+class GatherUse:
+    """A lookup: whole slices of the kernel by index along some of its axes.
+
+    The axes that are looked up are gone from the result; the others are there in full. Adapter
+    dropout does not reach it: there is no input to drop from (as in `peft`).
+    """
+
+    frozen: Callable[[Any], jax.Array]
+    indices: jax.Array
+    options: dict[str, Any]
+    looked_up: tuple[int, ...]
+    offset_dims: tuple[int, ...]
+    kernel_shape: tuple[int, ...]
+    out_ndim: int
+
+    @property
+    def out_axes(self) -> list:
+        kept = iter(axis for axis in range(len(self.kernel_shape)) if axis not in self.looked_up)
+        batch = iter(range(self.out_ndim))
+        return [
+            next(kept) if n in self.offset_dims else ("g", next(batch))
+            for n in range(self.out_ndim)
+        ]
+
+    def bind(self, kernel):
+        return self.frozen(kernel)
+
+    def gain_on_outputs(self, gain, axes):
+        gain, axes = self._looked_up(gain, axes, fill=1)
+        if not self.options.get("fill_value"):  # zero and NaN stay what they are
+            return gain, axes
+        # What stands for an index past the end is no output of the kernel.
+        ones = jnp.ones([self.kernel_shape[axis] for axis in self.looked_up], gain.dtype)
+        inside, places = self._looked_up(ones, list(self.looked_up))
+        out = [axis for axis in self.out_axes if axis in (*axes, *places)]
+        sizes = dict(zip((*axes, *places), (*gain.shape, *inside.shape), strict=True))
+        whole = jnp.ones([sizes[axis] for axis in out], gain.dtype)
+        inside = times_side(whole, out, inside, places)
+        return jnp.where(inside != 0, times_side(whole, out, gain, axes), 1), out
+
+    def with_gain(self, gain, axes) -> None:
+        return None
+
+    def low_rank(self, weight: LoRAWeight):
+        wide = jnp.promote_types(weight.a.dtype, jnp.float32)
+        out = self.out_axes
+        a, a_axes = self._looked_up(weight.a.astype(wide), weight.side_axes("a"))
+        b, b_axes = self._looked_up(weight.b.astype(wide), weight.side_axes("b"))
+        scale = jnp.asarray(weight.scale).astype(wide)
+        a = times_side(a, a_axes, *self._looked_up(scale, weight.side_axes("scale")))
+        return contract(a, a_axes, b, b_axes, out)
+
+    def _looked_up(self, x, axes, fill=0):
+        """What the lookup makes of an array that has some of the kernel's axes; with its axes."""
+        mine = [axis for axis in self.looked_up if axis in axes]
+        if not mine:
+            return x, axes
+        columns = [self.looked_up.index(axis) for axis in mine]
+        indices = self.indices[..., jnp.array(columns)]
+        places = tuple(axes.index(axis) for axis in mine)
+        rest = [n for n in range(x.ndim) if n not in places]
+        num_batch = indices.ndim - 1
+        numbers = lax.GatherDimensionNumbers(
+            offset_dims=tuple(range(num_batch, num_batch + len(rest))),
+            collapsed_slice_dims=tuple(sorted(places)),
+            start_index_map=places,
+        )
+        # Past the end the frozen lookup says what is there; nothing is added.
+        options = {**self.options}
+        if options.get("fill_value") is not None or options["mode"] == _FILL:
+            options["fill_value"] = fill
+        sizes = [1 if n in places else x.shape[n] for n in range(x.ndim)]
+        found = lax.gather(x, indices, numbers, tuple(sizes), **options)
+        return found, [*(("g", n) for n in range(num_batch)), *(axes[n] for n in rest)]
