@@ -51,8 +51,8 @@ def test_imports_point_only_downwards(file):
 def test_the_core_is_pure_jax(file):
     allowed = {"jax", "numpy", "lora_jax", "__future__"}
     standard = {
-        "collections", "contextlib", "dataclasses", "difflib", "functools", "hashlib", "math", "re",
-        "threading", "typing", "warnings",
+        "collections", "contextlib", "dataclasses", "difflib", "functools", "hashlib", "math",
+        "operator", "re", "threading", "typing", "warnings",
     }  # fmt: skip
     for module in imports_of(file):
         assert module.split(".")[0] in allowed | standard, f"{file} imports {module}"

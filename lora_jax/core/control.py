@@ -13,6 +13,7 @@ from jax import lax
 from jax.sharding import PartitionSpec
 
 from lora_jax.core import jaxprs
+from lora_jax.core.errors import RequestError
 from lora_jax.core.lift import rule_for
 from lora_jax.core.values import RANK, is_adapted, materialise
 
@@ -148,6 +149,7 @@ def _specs_of(value, spec):
 def _custom_jvp(interpreter, eqn, values):
     """The user's rule is kept. Its tangent for a kernel is the dense tangent of W + ΔW, since that
     is what the rule was written for; the primal outputs stay low-rank in both directions."""
+    _check_not_random(eqn, values)
     body = _body(interpreter, eqn, eqn.params["call_jaxpr"], plain_outputs=True)
     rule = jaxprs.custom_jvp_rule(eqn)
 
@@ -176,6 +178,7 @@ def _custom_vjp(interpreter, eqn, values):
     for a kernel is dense, as the user wrote it, and is then projected onto the factors."""
     if "call_jaxpr" not in eqn.params:
         return None
+    _check_not_random(eqn, values)
     body = _body(interpreter, eqn, eqn.params["call_jaxpr"], plain_outputs=True)
     forward_rule, backward_rule = jaxprs.custom_vjp_rules(eqn)
 
@@ -206,6 +209,16 @@ def _custom_vjp(interpreter, eqn, values):
 
     primal.defvjp(forward, backward)
     return primal(*values)
+
+
+def _check_not_random(eqn, values) -> None:
+    for value in values:
+        if is_adapted(value) and value.is_random:
+            raise RequestError(
+                f"{value.path!r} has adapter dropout and meets `{eqn.primitive.name}` at "
+                f"{jaxprs.source_line(eqn)}: the gradient written there is that of one fixed "
+                "weight, so it would not be that of a dropped one; set dropout=0 for this parameter"
+            )
 
 
 def _dense(cotangent):

@@ -82,6 +82,8 @@ class Interpreter:
         """The plain array of an adapted value, recorded; plain values pass."""
         if not is_adapted(value):
             return value
+        if value.is_random:
+            reason += ("; " if reason else "") + "its adapter dropout does nothing there"
         event = Materialised(value.path, primitive, source, reason)
         if self.strict:
             raise RequestError(

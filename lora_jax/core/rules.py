@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import operator
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
 
 from lora_jax.core import trees
 from lora_jax.core.errors import RequestError
@@ -19,7 +23,8 @@ class Rule:
 
     `targets`: a regular expression matched against the whole path; or aliases of a model family
     joined by commas ("q,v"); or a sequence of either. `exclude`: the same, for paths to leave out.
-    `layers`: layer indices, the first whole number among a path's keys; None for all. `slice`:
+    `layers`: layer indices, the first whole number among a path's keys (not within one: Flax
+    Linen's `layers_0`, and layers stacked in one kernel, have none); None for all. `slice`:
     (axis, start, stop), the part of the kernel that is adapted, the axis counted from the end: q of
     a fused (in, 3 * width) kernel is (-1, 0, width). Rules may take different slices of one kernel.
 
@@ -42,25 +47,28 @@ class Rule:
         for name in ("targets", "exclude"):
             if not isinstance(getattr(self, name), str):
                 object.__setattr__(self, name, tuple(getattr(self, name)))
-        if isinstance(self.rank, bool) or not isinstance(self.rank, int) or self.rank < 1:
+        rank = _whole(self.rank)
+        if rank is None or rank < 1:
             raise RequestError(f"rank is {self.rank!r}; it must be a whole number of 1 or more")
-        if not (math.isfinite(self.alpha) and self.alpha > 0):
+        object.__setattr__(self, "rank", rank)
+        if not (_is_number(self.alpha) and self.alpha > 0):
             raise RequestError(f"alpha is {self.alpha!r}; it must be a positive number")
-        if not 0.0 <= self.dropout < 1.0:
+        if not (_is_number(self.dropout) and 0.0 <= self.dropout < 1.0):
             raise RequestError(f"dropout is {self.dropout!r}; it must be at least 0 and below 1")
         if self.init not in INITS:
             raise RequestError(f"init is {self.init!r}; {trees.nearest(self.init, INITS)}")
         if self.layers is not None:
-            layers = [self.layers] if isinstance(self.layers, int) else list(self.layers)
-            if not layers or not all(type(n) is int and n >= 0 for n in layers):
+            one = isinstance(self.layers, str) or not isinstance(self.layers, Iterable)
+            layers = tuple(_whole(n) for n in ([self.layers] if one else self.layers))
+            if not layers or any(n is None or n < 0 for n in layers):
                 raise RequestError(f"layers is {self.layers!r}; it must be whole numbers from 0 on")
-            object.__setattr__(self, "layers", tuple(layers))
+            object.__setattr__(self, "layers", layers)
         if self.slice is not None:
             self._check_slice()
 
     def _check_slice(self):
         try:
-            axis, start, stop = (int(n) for n in self.slice)
+            axis, start, stop = (operator.index(n) for n in self.slice)
         except (TypeError, ValueError) as error:
             raise RequestError(
                 f"slice is {self.slice!r}; it must be (axis, start, stop), as (-1, 0, 768)"
@@ -79,6 +87,18 @@ class Rule:
         if self.exclude and pattern_of(self.exclude, aliases).fullmatch(path):
             return False
         return self.layers is None or layer_of(path) in self.layers
+
+
+def _whole(value: Any) -> int | None:
+    """A whole number of any kind (NumPy's, too) as Python's; None for what is none."""
+    try:
+        return None if isinstance(value, bool) else operator.index(value)
+    except TypeError:
+        return None
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float | np.number) and math.isfinite(value)
 
 
 def layer_of(path: str) -> int | None:
@@ -100,6 +120,16 @@ def pattern_of(
     >>> pattern_of("q,v", {"q": ".*/query/kernel", "v": ".*/value/kernel"}).pattern
     '(?:.*/query/kernel)|(?:.*/value/kernel)'
     """
+    parts = [part.pattern for part in patterns_of(targets, aliases)]
+    if len(parts) == 1:
+        return re.compile(parts[0])
+    return re.compile("|".join(f"(?:{part})" for part in parts))
+
+
+def patterns_of(
+    targets: str | Sequence[str], aliases: Mapping[str, str] | None = None
+) -> list[re.Pattern[str]]:
+    """The compiled expression of each member of a target; together they are `pattern_of`."""
     aliases = aliases or {}
     parts: list[str] = []
     for target in (targets,) if isinstance(targets, str) else targets:
@@ -112,14 +142,32 @@ def pattern_of(
                 f"{trees.nearest(unknown, aliases)}"
             )
         parts.extend(aliases[name] for name in names) if known else parts.append(target)
-    joined = parts[0] if len(parts) == 1 else "|".join(f"(?:{part})" for part in parts)
+    return [_compiled(part) for part in parts]
+
+
+def _compiled(part: str) -> re.Pattern[str]:
     try:
-        return re.compile(joined)
+        return re.compile(part)
     except re.error as error:
         raise RequestError(
-            f"targets {joined!r} is not a regular expression: {error}; "
+            f"targets {part!r} is not a regular expression: {error}; "
             "escape special characters with a backslash"
         ) from error
+
+
+def check_each_matches(
+    what: str,
+    targets: str | Sequence[str],
+    paths: Sequence[str],
+    aliases: Mapping[str, str] | None = None,
+) -> None:
+    """Raises `RequestError` for a member of `targets` that matches none of the paths."""
+    for pattern in patterns_of(targets, aliases):
+        if not any(pattern.fullmatch(path) for path in paths):
+            raise RequestError(
+                f"{what}={pattern.pattern!r} matches no parameter; "
+                f"{trees.nearest(pattern.pattern, paths)}"
+            )
 
 
 def match_rules(
@@ -131,8 +179,8 @@ def match_rules(
     """`(path, rule)` for each path that can be adapted, in their order: the first rule that takes
     it, and where that takes a slice, further rules with other slices of the same axis.
 
-    Raises `RequestError` for a rule that takes nothing, with the nearest paths, and for slices that
-    overlap.
+    Raises `RequestError` for a rule, or a part of one (a member of `targets` or `exclude`, one of
+    its `layers`), that matches nothing, with the nearest paths, and for slices that overlap.
     """
     assigned: list[tuple[str, Rule]] = []
     for path in candidates:
@@ -146,6 +194,18 @@ def match_rules(
     for rule in rules:
         if id(rule) not in used:
             raise RequestError(_why_unused(rule, candidates, everything, aliases))
+        check_each_matches("targets", rule.targets, everything, aliases)
+        if rule.exclude:
+            check_each_matches("exclude", rule.exclude, everything, aliases)
+        if rule.layers is not None:
+            pattern = pattern_of(rule.targets, aliases)
+            there = {layer_of(path) for path in candidates if pattern.fullmatch(path)} - {None}
+            for layer in rule.layers:
+                if layer not in there:
+                    raise RequestError(
+                        f"layers={rule.layers} of rule {pattern.pattern!r}: there is no layer "
+                        f"{layer}; the layers there are {sorted(there)}"
+                    )
     return assigned
 
 
@@ -170,13 +230,20 @@ def _why_unused(rule: Rule, candidates, everything, aliases) -> str:
     if not able:
         return (
             f"rule {pattern.pattern!r} matches only what cannot hold an adapter ({matched[0]!r}, "
-            f"…): parameters of fewer than two axes, of integers, or trained whole; {near}"
+            "…): parameters of fewer than two axes, of integers or complex numbers, or trained "
+            f"whole; {near}"
         )
     if not any(rule.takes(path, aliases) for path in able):
         found = sorted({layer_of(path) for path in able} - {None})
+        there = (
+            f"the layers there are {found}"
+            if found
+            else "no key of its path is a whole number (layers stacked in one kernel, or named "
+            "`layers_0`, are chosen by targets=, not by layers=)"
+        )
         return (
             f"rule {pattern.pattern!r} matches {able[0]!r}, …, but layers={rule.layers} and "
-            f"exclude={rule.exclude!r} leave none of it; the layers there are {found or 'none'}"
+            f"exclude={rule.exclude!r} leave none of it; {there}"
         )
     return (
         f"rule {pattern.pattern!r} comes too late: earlier rules take every parameter it "

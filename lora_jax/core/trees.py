@@ -135,7 +135,9 @@ def check_not_untied(tree: PyTree, changed) -> None:
     """
     places: dict[int, str] = {}
     for path, leaf in flatten(tree).items():
-        if not isinstance(leaf, jax.Array) or isinstance(leaf, jax.core.Tracer) or leaf.ndim < 2:
+        if not isinstance(leaf, jax.Array | np.ndarray) or leaf.ndim < 2:
+            continue
+        if isinstance(leaf, jax.core.Tracer):
             continue
         other = places.setdefault(id(leaf), path)
         if other != path and {other, path} & set(changed):

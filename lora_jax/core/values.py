@@ -89,6 +89,11 @@ class AdaptedValue:
         return self.base.dtype
 
     @property
+    def is_random(self) -> bool:
+        """Whether adapter dropout is on here or beneath."""
+        return is_adapted(self.kernel) and self.kernel.is_random
+
+    @property
     def current_roles(self) -> str:
         return self.roles[len(self.roles) - self.ndim :]
 

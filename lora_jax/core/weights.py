@@ -46,6 +46,10 @@ class LoRAWeight(AdaptedValue):
 
     SIDES: ClassVar = {"a": "sir", "b": "sro", "scale": "s", "key": "s", "dropout": "s"}
 
+    @property
+    def is_random(self) -> bool:
+        return self.key is not None or super().is_random
+
     def delta(self) -> jax.Array:
         """ΔW = scale · a @ b of this adapter in the kernel's shape, float32 or wider.
 
@@ -82,7 +86,10 @@ class LoRAWeight(AdaptedValue):
         return times and dataclasses.replace(times, scale=scale * factor.astype(scale.dtype))
 
     def dropped(self, x, uses: int):
-        """Inverted dropout on the adapter's input; the mask differs at each use of the weight."""
+        """Inverted dropout on the adapter's input, by a mask of its own at each equation.
+
+        What repeats an equation repeats its mask: a loop around a kernel that stays, an outer vmap.
+        """
         if self.key is None:
             return x
         # Matrices stacked in one kernel and used at once share the first one's mask and rate.

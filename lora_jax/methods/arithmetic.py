@@ -11,7 +11,6 @@ import dataclasses
 import math
 import re
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -22,10 +21,13 @@ from lora_jax.core.axes import KernelAxes
 from lora_jax.core.errors import RequestError
 from lora_jax.core.hashes import hash_params
 from lora_jax.core.rules import Rule
+from lora_jax.core.values import is_adapted
 from lora_jax.methods.base import Method, PyTree, Trainable
+from lora_jax.methods.changes import Changes, side_by_side
 from lora_jax.methods.lora import LoRA
+from lora_jax.methods.rows import rows_name
 from lora_jax.methods.singular import from_matrices, to_matrices
-from lora_jax.methods.sites import Site, path_of
+from lora_jax.methods.sites import Site
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,8 +44,15 @@ class Adapter:
     base_hash: str = ""
 
     def __post_init__(self):
+        flat = trees.flatten(self.params, is_leaf=is_adapted)
+        for path, leaf in flat.items():
+            if isinstance(leaf, trees.Hole) or is_adapted(leaf):
+                what = "a hole" if isinstance(leaf, trees.Hole) else "an adapter"
+                raise RequestError(
+                    f"params has {what} at {path!r}; give the base's full tree, as it went into "
+                    "`init`"
+                )
         if not self.base_hash:
-            flat = trees.flatten(self.params)
             arrays = {path: leaf for path, leaf in flat.items() if trees.is_array(leaf)}
             object.__setattr__(self, "base_hash", hash_params(arrays))
 
@@ -66,8 +75,10 @@ class Approximated:
     left_out: tuple[str, ...] = ()
 
     def __str__(self) -> str:
-        worst = max(self.errors, key=self.errors.__getitem__)
-        text = f"relative error {self.error:.3g}, at most {self.errors[worst]:.3g} (at {worst!r})"
+        text = f"relative error {self.error:.3g}"
+        if self.errors:
+            worst = max(self.errors, key=self.errors.__getitem__)
+            text += f", at most {self.errors[worst]:.3g} (at {worst!r})"
         return text + (f"; left out: {', '.join(self.left_out)}" if self.left_out else "")
 
 
@@ -88,55 +99,39 @@ def negate(adapter: Adapter) -> Adapter:
 def combine(
     adapters: Sequence[Adapter], weights: Sequence[float], *, always: bool = False
 ) -> Adapter:
-    """The plain LoRA of Σ weight · ΔW, exact: the factors stand side by side and ranks add (up to
-    the full rank of each kernel, to which an SVD brings what would be more).
+    """The plain LoRA of Σ weight · ΔW: the factors stand side by side and ranks add (up to the full
+    rank of each kernel, to which an SVD brings what would be more, losing nothing but rounding).
 
-    Parameters trained whole become base + Σ weight · (value − base), rows of tables likewise. One
-    adapter with weight 1 is returned as it is, whatever its method (`always` converts it, too).
-    Source of the form: `cat` of `peft`'s add_weighted_adapter, whose weight 1 changes rsLoRA and
-    DoRA. Raises `RequestError` for adapters of different bases, or a method whose change is not
-    low-rank.
+    Parameters trained whole become base + Σ weight · (value − base), rows of tables likewise; where
+    one adapter trains whole what another adapts, the sum is whole. Everything is added in float32
+    or wider and rounded once. One adapter with weight 1 is returned as it is, whatever its method
+    (`always` converts it, too). Source of the form: `cat` of `peft`'s add_weighted_adapter, whose
+    weight 1 changes rsLoRA and DoRA. Raises `RequestError` for adapters of different bases, or a
+    method whose change is not low-rank.
     """
     _check(adapters, weights)
     if len(adapters) == 1 and weights[0] == 1.0 and not always:
         return adapters[0]
-    base = dict(trees.flatten(adapters[0].params).items())
-    factors: dict[str, list[tuple[Site, Any, Any]]] = {}
-    trainable: Trainable = {}
-    rows: dict[str, tuple[int, ...]] = {}
+    changes = Changes(dict(trees.flatten(adapters[0].params).items()))
     for adapter, weight in zip(adapters, weights, strict=True):
         for name, entry in adapter.trainable.items():
-            path = path_of(name)
-            if "value" in entry:
-                before = trainable.get(name, {"value": base[path]})["value"]
-                change = entry["value"] - base[path]
-                trainable[name] = {"value": before + jnp.asarray(weight, change.dtype) * change}
-            elif "rows" in entry:
-                own = adapter.method._indices_of(path)
-                if rows.setdefault(path, own) != own:
-                    raise RequestError(
-                        f"the adapters train different rows of {path!r} ({rows[path]} and {own}); "
-                        "combine adapters of the same rows"
-                    )
-                start = base[path][jnp.asarray(own)].astype(entry["rows"].dtype)
-                before = trainable.get(name, {"rows": start})["rows"]
-                trainable[name] = {"rows": before + weight * (entry["rows"] - start)}
-            else:
-                factors.setdefault(name, []).append(_factors(adapter, name, entry, base, weight))
-    sites = {}
-    for name, found in factors.items():
-        if len({site.roles for site, _, _ in found}) > 1:
-            raise RequestError(f"the adapters see the axes of {name!r} differently; use one view")
-        site, rank_axis = found[0][0], len(found[0][0].sizes("s"))
-        a = jnp.concatenate([a for _, a, _ in found], axis=-1)
-        b = jnp.concatenate([b for _, _, b in found], axis=rank_axis)
+            changes.add(adapter.method, name, entry, weight)
+    changes.settle()
+    trainable: Trainable = {path: {"value": changes.value(path)} for path in changes.whole}
+    rows, sites = {}, {}
+    for path in changes.rows:
+        rows[path], values = changes.rows_of(path)
+        trainable[rows_name(path)] = {"rows": values}
+    for name, parts in changes.low_rank.items():
+        sum_of = side_by_side(parts)
+        site, rank = sum_of.site, sum_of.a.shape[-1]
         full = min(site.size("i"), site.size("o"))
-        sites[name] = _with_rank(site, min(a.shape[-1], full))
-        if a.shape[-1] > full:  # more ranks than the matrix has: brought to its own, losing nothing
-            p, q, sigma = _svd_of_factors(a, b, site)
+        sites[name] = _with_rank(site, min(rank, full))
+        if rank > full:  # more ranks than the matrix has: brought to its own
+            p, q, sigma = _svd_of_factors(sum_of.a, sum_of.b, site)
             trainable[name] = _balanced(p, sigma, q, sites[name])
         else:
-            trainable[name] = {"a": a, "b": b}
+            trainable[name] = {"a": sum_of.a, "b": sum_of.b}
     return _plain(adapters[0], trainable, sites, rows)
 
 
@@ -147,6 +142,11 @@ def compress(adapter: Adapter, rank: int) -> Approximated:
     low-rank.
     """
     plain = to_lora(adapter)
+    if not isinstance(plain.method, LoRA):
+        raise RequestError(
+            f"the adapter of {type(adapter.method).__name__} has no low-rank part to compress; "
+            "what it trains whole stays as it is"
+        )
     sites = plain.method.sites(plain.params)
     highest = max((site.rank for site in sites.values()), default=0)
     if isinstance(rank, bool) or not isinstance(rank, int) or not 1 <= rank <= highest:
@@ -163,7 +163,8 @@ def compress(adapter: Adapter, rank: int) -> Approximated:
         trainable[name] = _balanced(a, sigma, b, narrow)
         norms[name] = _norm(sigma)
         errors[name] = _norm(sigma[..., narrow.rank :])
-    smaller = _plain(plain, trainable, kept, dict(plain.method.rows))
+    rows = {path: indices for path, (_, indices) in plain.method._rows(plain.params).items()}
+    smaller = _plain(plain, trainable, kept, rows)
     return _approximated(smaller, errors, norms)
 
 
@@ -191,6 +192,12 @@ def difference(
             f"the models differ at {path!r}: {shapes[0].get(path, 'missing')} in the base, "
             f"{shapes[1].get(path, 'missing')} in the other; give two trees of one model"
         )
+    for tree, which in ((before, "base"), (after, "tuned model")):
+        for path, leaf in tree.items():
+            if trees.is_float(leaf) and not bool(jnp.isfinite(leaf).all()):
+                raise RequestError(
+                    f"{path!r} of the {which} holds NaN or infinity; give two finite models"
+                )
     method = LoRA(targets=targets, rank=rank, axes=axes, train=train, aliases=aliases)
     sites = method.sites(base)
     whole = method.whole_paths(base)
@@ -232,19 +239,6 @@ def _check(adapters: Sequence[Adapter], weights: Sequence[float]) -> None:
         )
 
 
-def _factors(adapter: Adapter, name: str, entry, base, weight: float):
-    """`(site, a, b)` of weight · ΔW, the scale in b."""
-    method = adapter.method._owner_of(name)
-    if not isinstance(method, LoRA) or type(method).weight is not LoRA.weight:
-        raise RequestError(
-            f"the change that {type(method).__name__} makes to {name!r} is not low-rank, so it has "
-            "no weighted sum; merge it, and take `difference` of the merged model and the base"
-        )
-    site = method._site(path_of(name), method._rule_of(name), base[path_of(name)].shape)
-    a, b = method.factors(entry, site)
-    return site, a, b * jnp.asarray(weight * method.scale(site.rule), b.dtype)
-
-
 def _plain(like: Adapter, trainable: Trainable, sites: Mapping[str, Site], rows) -> Adapter:
     """A plain LoRA adapter with scale 1 at these sites."""
     rules = [
@@ -273,6 +267,10 @@ def _svd_of_factors(a, b, site: Site):
     q_a, r_a = jnp.linalg.qr(a.reshape(*stack, site.size("i"), rank))
     q_b, r_b = jnp.linalg.qr(jnp.swapaxes(b.reshape(*stack, rank, site.size("o")), -1, -2))
     p, sigma, q = jnp.linalg.svd(r_a @ jnp.swapaxes(r_b, -1, -2), full_matrices=False)
+    # What is below the rounding of the product is zero: changes that cancel leave no noise behind.
+    norms = [jnp.linalg.norm(r, axis=(-2, -1), keepdims=True)[..., 0] for r in (r_a, r_b)]
+    floor = jnp.finfo(sigma.dtype).eps * rank * norms[0] * norms[1]
+    sigma = jnp.where(sigma > floor, sigma, 0)
     return q_a @ p, jnp.swapaxes(q_b @ jnp.swapaxes(q, -1, -2), -1, -2), sigma
 
 

@@ -16,7 +16,7 @@ import optax
 
 from lora_jax.core import trees
 from lora_jax.core.errors import RequestError
-from lora_jax.core.rules import pattern_of
+from lora_jax.core.rules import check_each_matches, pattern_of
 from lora_jax.core.values import is_adapted
 from lora_jax.methods.parts import by_part
 from lora_jax.methods.rows import bind_rows, init_rows, row_indices, rows_name
@@ -50,8 +50,8 @@ class Method:
         `trainable` is `{path: {"a": …, "b": …}}` for adapters, `{path: {"value": …}}` for
         parameters trained whole (copies, so that they may be donated) and `{"path[rows]": {"rows":
         …}}` for rows. `frozen` is `params` with holes where `trainable` holds the parameter. Raises
-        `RequestError` if a rule matches nothing, or where one array sits at two paths (tied) and
-        would be at one of them only what it was.
+        `RequestError` if a rule, or a part of one, matches nothing, or where one array sits at two
+        paths (tied) and would be at one of them only what it was.
         """
         whole = self.whole_paths(params)
         values, frozen = trees.take(params, whole)
@@ -59,7 +59,7 @@ class Method:
         trainable |= self._init_adapters(key, params, frozenset(whole))
         trainable |= {
             rows_name(path): init_rows(path, leaf, indices)
-            for path, (leaf, indices) in self._rows(params).items()
+            for path, (leaf, indices) in self._rows(params, whole).items()
         }
         trees.check_not_untied(params, {path_of(name) for name in trainable})
         return trainable, frozen
@@ -91,9 +91,10 @@ class Method:
                     f"{path!r} is bound already; bind the tree that `init` returned, or several "
                     "adapters at once with lora_jax.bind_all"
                 )
-        return self._bind_over(trainable, frozen, key=key, data=data or {})
+        return self._bind_over(trainable, frozen, key=key, data=data or {}, beneath=[])
 
-    def _bind_over(self, trainable, frozen, *, key, data) -> PyTree:
+    def _bind_over(self, trainable, frozen, *, key, data, beneath: list[str]) -> PyTree:
+        """`bind`, over adapters of these names, to which this one's are added."""
         flat = trees.flatten(frozen, is_leaf=is_adapted)
         kernels = dict(flat.items())
         values: dict[str, Any] = {}
@@ -112,7 +113,9 @@ class Method:
             if "rows" in entry:
                 values[path] = bind_rows(path, kernel, entry["rows"], self._indices_of(path))
             else:
+                self._check_beneath(name, beneath)
                 values[path] = self._bind_adapter(name, kernel, entry, key, data)
+            beneath.append(name)
         return trees.put(frozen, values, is_leaf=is_adapted)
 
     def merge(self, trainable: Trainable, frozen: PyTree) -> PyTree:
@@ -129,9 +132,12 @@ class Method:
 
         Over a bound tree: each adapter's factors and the parameters trained whole. Over plain
         `params`: those trained whole (none, for LoRA without `train`). Raises `RequestError` for a
-        bound tree of a method whose bound values are computed from what trains.
+        bound tree of a method whose bound values are computed from what trains, or whose parts have
+        rates of their own, which a mask cannot say.
         """
         flat = trees.flatten(tree, is_leaf=is_adapted)
+        if any(is_adapted(leaf) for leaf in flat.leaves):
+            self._check_maskable(tree)
         whole = set(self.whole_paths(tree))
         leaves = [
             self._mask_of(path, leaf) if is_adapted(leaf) else path in whole
@@ -173,7 +179,7 @@ class Method:
         whole = self.whole_paths(params)
         rows = self._adapter_rows(params, frozenset(whole))
         rows += [Row(p, tuple(flat[p].shape), None, None, flat[p].size) for p in whole]
-        for path, (leaf, indices) in self._rows(params).items():
+        for path, (leaf, indices) in self._rows(params, whole).items():
             shape = (len(indices), *leaf.shape[1:])
             size = leaf.size // leaf.shape[0] * len(indices)
             rows.append(Row(rows_name(path), shape, None, None, size))
@@ -183,23 +189,56 @@ class Method:
         return MethodTable(tuple(in_order), total)
 
     def whole_paths(self, params: PyTree) -> list[str]:
-        """Paths of the parameters trained whole. Raises `RequestError` if `train` matches none."""
+        """Paths of the parameters trained whole. Raises `RequestError` for what matches none."""
         return _matching("train", self.train, params, self.aliases) if self.train else []
 
-    def _rows(self, params: PyTree) -> dict[str, tuple[Any, tuple[int, ...]]]:
+    def _rows(self, params: PyTree, whole=()) -> dict[str, tuple[Any, tuple[int, ...]]]:
         """`{path: (parameter, indices)}` of the rows that train."""
         leaves = dict(trees.flatten(params, is_leaf=is_adapted).items())
-        return {
-            path: (leaves[path], row_indices(path, leaves[path], indices))
-            for pattern, indices in self.rows.items()
-            for path in _matching("rows", pattern, params, self.aliases)
-        }
+        found: dict[str, tuple[Any, tuple[int, ...]]] = {}
+        for pattern, indices in self.rows.items():
+            for path in _matching("rows", pattern, params, self.aliases):
+                if path in found:
+                    raise RequestError(
+                        f"two entries of rows= name {path!r}; name all of its rows in one"
+                    )
+                if path in whole:
+                    raise RequestError(
+                        f"{path!r} is trained whole (train=) and by rows (rows=); leave it out of "
+                        "one of them"
+                    )
+                found[path] = leaves[path], row_indices(path, leaves[path], indices)
+        return found
 
     def _indices_of(self, path: str) -> tuple[int, ...]:
+        indices = self._own_indices(path)
+        if indices is None:
+            raise RequestError(f"no rows= of this method names {path!r}; use its own method")
+        return indices
+
+    def _own_indices(self, path: str) -> tuple[int, ...] | None:
         for pattern, indices in self.rows.items():
             if pattern_of(pattern, self.aliases).fullmatch(path):
-                return tuple(indices)
-        raise RequestError(f"no rows= of this method names {path!r}; use its own method")
+                return tuple(int(n) for n in indices)
+        return None
+
+    def _check_beneath(self, name: str, beneath: Sequence[str]) -> None:
+        """Raises `RequestError` if the adapter of this name cannot sit on those bound before."""
+
+    def _check_maskable(self, tree: PyTree) -> None:
+        """Raises `RequestError` if no mask over the bound tree says how this method trains."""
+        kind = type(self).__name__
+        if self.rows:
+            raise RequestError(
+                f"rows={dict(self.rows)!r} are bound as a change of their table, so no leaf of the "
+                "bound tree trains them; split with init and differentiate `trainable`"
+            )
+        if self.rate_multipliers:
+            rates = ", ".join(f"{part} {rate:g}" for part, rate in self.rate_multipliers.items())
+            raise RequestError(
+                f"{kind} trains parts at rates of their own ({rates} times), which a mask cannot "
+                "say; split with init and use method.optimizer(tx) on `trainable`"
+            )
 
     def _init_adapters(self, key, params, whole: frozenset[str]) -> Trainable:
         return {}
@@ -238,14 +277,9 @@ def merged(bound: PyTree) -> PyTree:
 
 
 def _matching(what: str, targets, params: PyTree, aliases) -> list[str]:
-    """The paths of floating-point parameters that match; `RequestError` if there are none."""
+    """The paths of floating-point parameters that match; `RequestError` if a member has none."""
     flat = trees.flatten(params, is_leaf=is_adapted)
     floats = [path for path, leaf in flat.items() if is_adapted(leaf) or trees.is_float(leaf)]
+    check_each_matches(what, targets, floats, aliases)
     pattern = pattern_of(targets, aliases)
-    found = [path for path in floats if pattern.fullmatch(path)]
-    if not found:
-        raise RequestError(
-            f"{what}={pattern.pattern!r} matches no parameter; "
-            f"{trees.nearest(pattern.pattern, floats)}"
-        )
-    return found
+    return [path for path in floats if pattern.fullmatch(path)]

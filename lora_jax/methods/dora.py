@@ -8,6 +8,7 @@ pass.
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Any, ClassVar
 
 import jax
@@ -15,10 +16,10 @@ import jax.numpy as jnp
 
 from lora_jax.core.contract import contract
 from lora_jax.core.errors import RequestError
-from lora_jax.core.values import RANK, AdaptedValue, is_adapted
+from lora_jax.core.values import RANK, AdaptedValue
 from lora_jax.core.weights import GainWeight, LoRAWeight
 from lora_jax.methods.lora import LoRA
-from lora_jax.methods.sites import Site
+from lora_jax.methods.sites import Site, are_apart, path_of
 
 
 @dataclasses.dataclass(frozen=True, init=False)
@@ -46,13 +47,14 @@ class DoRA(LoRA):
         )  # fmt: skip
         return {**parts, "magnitude": norm_of(start)}
 
-    def weight(self, low_rank: LoRAWeight, parts: Any, site: Site) -> AdaptedValue:
-        beneath = low_rank.kernel
-        if is_adapted(beneath) and not site.rule.slice:
+    def _check_beneath(self, name: str, beneath: Sequence[str]) -> None:
+        if not all(are_apart(name, other) for other in beneath):
             raise RequestError(
-                f"{site.path!r} has another adapter beneath DoRA's; bind DoRA first, since its "
+                f"{path_of(name)!r} has another adapter beneath DoRA's; bind DoRA first, since its "
                 "norm is that of the base and its own ΔW"
             )
+
+    def weight(self, low_rank: LoRAWeight, parts: Any, site: Site) -> AdaptedValue:
         norm = norm_of(dataclasses.replace(low_rank, kernel=low_rank.base))
         gain = parts["magnitude"] / site.narrow(jax.lax.stop_gradient(norm), "so")
         gain = site.widen(gain, "so", fill=1.0)

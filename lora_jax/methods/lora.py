@@ -87,6 +87,12 @@ class LoRA(Method):
             )
         if not rules:
             raise RequestError("rules is empty; name at least one target, or use HeadOnly")
+        for rule in rules:
+            if not isinstance(rule, Rule):
+                raise RequestError(
+                    f"rules holds {rule!r}; each must be a lora_jax.Rule, such as "
+                    "Rule('.*/query/kernel', rank=4)"
+                )
         super().__init__(train=train, rows=dict(rows or {}), aliases=aliases)
         object.__setattr__(self, "rules", tuple(rules))
         object.__setattr__(self, "axes", axes)
@@ -129,8 +135,17 @@ class LoRA(Method):
         candidates = [
             path
             for path, leaf in leaves.items()
-            if trees.is_float(leaf) and leaf.ndim >= 2 and path not in whole
+            if trees.is_float(leaf)
+            and leaf.ndim >= 2
+            and path not in whole
+            # scale · a @ b of real factors would not reach the half of a complex kernel.
+            and not jnp.issubdtype(leaf.dtype, jnp.complexfloating)
         ]
+        for path in self.axes or ():
+            if path not in leaves:
+                raise RequestError(
+                    f"axes= names {path!r}, which is no parameter; {trees.nearest(path, leaves)}"
+                )
         everything = [path for path, leaf in leaves.items() if trees.is_array(leaf)]
         found = {}
         for path, rule in match_rules(self.rules, candidates, everything, self.aliases):

@@ -26,11 +26,14 @@ def by_part(
         }
         return {name: entry for name, entry in kept.items() if entry}
 
-    def init(params):
-        return tx.init(trained(params))
+    inner = optax.with_extra_args_support(tx)
 
-    def update(updates, state, params=None):
-        new, state = tx.update(trained(updates), state, None if params is None else trained(params))
+    def init(params):
+        return inner.init(trained(params))
+
+    def update(updates, state, params=None, **extra):
+        own = None if params is None else trained(params)
+        new, state = inner.update(trained(updates), state, own, **extra)
 
         def whole(name: str, part: str, old: Any) -> Any:
             rate = rate_of(name, part)
@@ -42,4 +45,4 @@ def by_part(
             for name, entry in updates.items()
         }, state
 
-    return optax.GradientTransformation(init, update)
+    return optax.GradientTransformationExtraArgs(init, update)

@@ -6,7 +6,7 @@ tied head and whatever else takes an adapter takes them.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import jax
@@ -25,12 +25,12 @@ def rows_name(path: str) -> str:
 
 def row_indices(path: str, table: Any, indices: Sequence[int]) -> tuple[int, ...]:
     """The indices, checked against the table. Raises `RequestError`."""
-    found = tuple(indices)
+    found = tuple(indices) if isinstance(indices, Iterable) else ()
     count = table.shape[0] if table.ndim else 0
     if table.ndim < 2 or not found or not all(isinstance(n, int | np.integer) for n in found):
         raise RequestError(
-            f"rows of {path!r} {tuple(table.shape)} are {indices!r}; they must be one or more row "
-            "numbers of a table with two axes or more"
+            f"rows of {path!r} {tuple(table.shape)} are {indices!r}; they must be a list of one or "
+            "more row numbers of a table with two axes or more"
         )
     wrong = [n for n in found if not 0 <= n < count]
     if wrong or len(set(found)) < len(found):

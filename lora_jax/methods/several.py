@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -11,8 +11,8 @@ import jax
 from lora_jax.core import trees
 from lora_jax.core.errors import RequestError
 from lora_jax.methods.base import Method, PyTree, Trainable, merged
-from lora_jax.methods.sites import path_of
-from lora_jax.methods.table import Row
+from lora_jax.methods.sites import are_apart, path_of
+from lora_jax.methods.table import MethodTable, Row
 
 
 def bind_all(
@@ -20,7 +20,8 @@ def bind_all(
 ) -> PyTree:
     """The params tree with several adapters bound, each with its own scale; they may share weights.
 
-    What is computed is W + ΔW₁ + ΔW₂ + …, each through its factors. `key` turns dropout on, with
+    What is computed is W + ΔW₁ + ΔW₂ + …, each through its factors; a DoRA, first on its weight,
+    scales W and its own ΔW only, and the others add to that. `key` turns dropout on, with
     masks of its own for each. Raises `RequestError` where a parameter that one trained whole is
     touched by another, or where a DoRA is not the first on its weight: its norm is of the base.
 
@@ -44,10 +45,10 @@ def bind_all(
                     "a parameter can be replaced only once"
                 )
         seen |= {path_of(name): "value" in entry for name, entry in trainable.items()}
-    tree = frozen
+    tree, beneath = frozen, []
     for number, (method, trainable) in enumerate(adapters):
         own = None if key is None else jax.random.fold_in(key, number)
-        tree = method._bind_over(trainable, tree, key=own, data={})
+        tree = method._bind_over(trainable, tree, key=own, data={}, beneath=beneath)
     return tree
 
 
@@ -79,21 +80,30 @@ class Combined(Method):
         object.__setattr__(self, "methods", tuple(methods))
 
     def init(self, key: jax.Array, params: PyTree) -> tuple[Trainable, PyTree]:
-        owner: dict[str, str] = {}
+        self._check_apart(params)
         trainable: Trainable = {}
         for method in self.methods:
-            own, _ = method.init(key, params)
-            name = type(method).__name__
-            for path in {path_of(n) for n in own}:
-                if path in owner:
-                    raise RequestError(
-                        f"{path!r} is taken by rules of {owner[path]} and of {name}; exclude it "
-                        "from one of them (Rule(exclude=…))"
-                    )
-            owner |= {path_of(n): name for n in own}
-            trainable |= own
+            trainable |= method.init(key, params)[0]
         whole = [path for path, entry in trainable.items() if "value" in entry]
         return trainable, trees.take(params, whole)[1]
+
+    def table(self, params: PyTree) -> MethodTable:
+        self._check_apart(params)
+        return super().table(params)
+
+    def _check_apart(self, params: PyTree) -> None:
+        owner: dict[str, str] = {}
+        for method in self.methods:
+            own, kind = [row.path for row in method.table(params).rows], type(method).__name__
+            for name in own:
+                for other in owner:
+                    if not are_apart(name, other):
+                        raise RequestError(
+                            f"{name!r} is taken by rules of {owner[other]} and of {kind}; exclude "
+                            "it from one of them (Rule(exclude=…)), or give each a slice of its "
+                            "own"
+                        )
+            owner |= dict.fromkeys(own, kind)
 
     def whole_paths(self, params: PyTree) -> list[str]:
         return [path for method in self.methods for path in method.whole_paths(params)]
@@ -111,11 +121,16 @@ class Combined(Method):
         # What none of them adapts is trained whole, where all of them do the same.
         return next((method for method in self.methods if method.owns(name)), self.methods[0])
 
-    def _indices_of(self, path: str) -> tuple[int, ...]:
+    def _own_indices(self, path: str) -> tuple[int, ...] | None:
+        found = (method._own_indices(path) for method in self.methods)
+        return next((indices for indices in found if indices is not None), None)
+
+    def _check_beneath(self, name: str, beneath: Sequence[str]) -> None:
+        self._owner_of(name)._check_beneath(name, beneath)
+
+    def _check_maskable(self, tree: PyTree) -> None:
         for method in self.methods:
-            if method.rows:
-                return method._indices_of(path)
-        return super()._indices_of(path)
+            method._check_maskable(tree)
 
     def _bind_adapter(self, name: str, kernel, parts, key, data):
         return self._owner_of(name)._bind_adapter(name, kernel, parts, key, data)
@@ -123,8 +138,8 @@ class Combined(Method):
     def _adapter_rows(self, params, whole: frozenset[str]) -> list[Row]:
         return [row for method in self.methods for row in method._adapter_rows(params, whole)]
 
-    def _rows(self, params: PyTree) -> Mapping[str, Any]:
-        return {k: v for method in self.methods for k, v in method._rows(params).items()}
+    def _rows(self, params: PyTree, whole=()) -> dict[str, Any]:
+        return {k: v for method in self.methods for k, v in method._rows(params, whole).items()}
 
     def _mask_of(self, path: str, value):
         return self._owner_of(path)._mask_of(path, value)

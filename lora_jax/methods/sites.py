@@ -12,8 +12,9 @@ from jax import lax
 from lora_jax.core.errors import RequestError
 from lora_jax.core.rules import Rule
 
-# "layers/0/c_attn/kernel[-1,0:768]": the path, and what of the parameter is meant.
-_PART = re.compile(r"(?P<path>.*)\[(?P<part>[^][]*)\]")
+# "layers/0/c_attn/kernel[-1,0:768]", "embedding[rows]": the path, and what of it is meant. Other
+# brackets belong to the parameter's own name.
+_PART = re.compile(r"(?P<path>.*)\[(?:rows|(?P<axis>-\d+),(?P<start>\d+):(?P<stop>\d+))\]")
 
 
 def path_of(name: str) -> str:
@@ -24,6 +25,28 @@ def path_of(name: str) -> str:
     """
     found = _PART.fullmatch(name)
     return found["path"] if found else name
+
+
+def window_of(name: str) -> tuple[int, int, int] | None:
+    """The slice in the name of an adapter: (axis, start, stop).
+
+    >>> window_of("c_attn/kernel[-1,0:768]"), window_of("query/kernel")
+    ((-1, 0, 768), None)
+    """
+    found = _PART.fullmatch(name)
+    if not found or found["axis"] is None:
+        return None
+    return int(found["axis"]), int(found["start"]), int(found["stop"])
+
+
+def are_apart(name: str, other: str) -> bool:
+    """Whether two adapters touch nothing in common: other parameters, or other slices of one."""
+    if path_of(name) != path_of(other):
+        return True
+    one, two = window_of(name), window_of(other)
+    if one is None or two is None or one[0] != two[0]:
+        return False
+    return one[2] <= two[1] or two[2] <= one[1]
 
 
 def name_of(path: str, window: tuple[int, int, int] | None) -> str:
@@ -82,6 +105,11 @@ class Site:
                 raise RequestError(
                     f"slice {self.rule.slice} is outside of {self.path!r} {self.kernel_shape}; "
                     f"axes are -{len(self.kernel_shape)} … -1, and stop is at most the axis's size"
+                )
+            if self.roles[axis] == "s":
+                raise RequestError(
+                    f"slice {self.rule.slice} of {self.path!r} {self.kernel_shape} is along an "
+                    "axis of stacked matrices; slice an axis of inputs or outputs"
                 )
         full = min(self.size("i"), self.size("o"))
         if self.rank > full and not any_rank:

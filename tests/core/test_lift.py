@@ -224,6 +224,20 @@ def test_scanned_layers_draw_different_dropout_masks():
     assert not np.allclose(first, second)
 
 
+@pytest.mark.parametrize("name", ["custom_vjp_around", "custom_jvp_around"])
+def test_dropout_in_a_kernel_with_a_gradient_of_its_own_is_refused(name):
+    """The user's rule is that of one fixed weight: it would not be the dropped one's gradient."""
+    apply, method, trainable, frozen, x = setting(name, "float32", dropout=0.5)
+    with pytest.raises(lj.RequestError, match="adapter dropout and meets `custom_.*dropout=0"):
+        lj.lift(apply)(method.bind(trainable, frozen, key=jax.random.key(0)), x)
+
+
+def test_where_dropout_does_nothing_it_is_said():
+    apply, method, trainable, frozen, x = setting("weight_norm", "float32", dropout=0.5)
+    with pytest.warns(lj.MaterialisedWarning, match="its adapter dropout does nothing there"):
+        lj.lift(apply)(method.bind(trainable, frozen, key=jax.random.key(0)), x)
+
+
 def test_bfloat16_kernels_with_float32_factors():
     apply = ALL["dense"].apply
     params = random_like({"w": jnp.zeros((64, 32), jnp.bfloat16)}, 1)

@@ -120,9 +120,62 @@ def test_rows_and_slices_are_summed_too():
     found = combine([one, other], [2.0, -1.0])
     pairs = zip(deltas(one).items(), deltas(other).values(), strict=True)
     assert_deltas(found, {path: 2.0 * d - e for (path, d), e in pairs})
-    apart = adapter_of(lj.LoRA(rules=rules, rows={"table": (1, 5)}))
-    with pytest.raises(lj.RequestError, match="different rows of 'table'"):
-        combine([one, apart], [1.0, 1.0])
+    apart = adapter_of(lj.LoRA(rules=rules, rows={"table": (1, 5)}), seed=5)
+    both = combine([one, apart], [0.5, 3.0])
+    pairs = zip(deltas(one).items(), deltas(apart).values(), strict=True)
+    assert_deltas(both, {path: 0.5 * d + 3.0 * e for (path, d), e in pairs})
+    assert set(both.method.rows.values()) == {(1, 4, 5)}
+    smaller = compress(both, 1).adapter
+    assert np.allclose(deltas(smaller)["table"], deltas(both)["table"], atol=1e-6)
+
+
+MEETING = {
+    "adapted and whole": (lj.LoRA(targets="plain", rank=2), lj.HeadOnly(train="plain")),
+    "rows and whole": (
+        lj.HeadOnly(train="head", rows={"table": (1, 4)}), lj.HeadOnly(train="table"),
+    ),
+    "a slice and the whole kernel": (
+        lj.LoRA(targets="plain", rank=2, slice=(-1, 2, 7)), lj.LoRA(targets="plain", rank=1),
+    ),
+    "slices that overlap": (
+        lj.LoRA(targets="plain", rank=2, slice=(-1, 2, 7)),
+        lj.LoRA(targets="plain", rank=2, slice=(-2, 0, 3)),
+    ),
+    "slices of the heads": (
+        lj.LoRA(targets="heads", rank=2, slice=(-2, 0, 1), axes=AXES),
+        lj.LoRA(targets="heads", rank=1, slice=(-2, 0, 2), axes=AXES),
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", MEETING)
+def test_what_meets_on_one_parameter_is_summed_whatever_form_it_has(name):
+    first, second = (adapter_of(method, seed) for seed, method in enumerate(MEETING[name]))
+    for pair in ((first, second), (second, first)):
+        found = combine(pair, [2.0, -0.5])
+        changes = zip(deltas(pair[0]).items(), deltas(pair[1]).values(), strict=True)
+        assert_deltas(found, {path: 2.0 * d - 0.5 * e for (path, d), e in changes})
+        assert found.method.table(found.params).num_trainable > 0
+
+
+def test_whole_parameters_of_low_precision_are_rounded_once():
+    base = {"w": jnp.full((4, 4), 1.0, jnp.bfloat16)}
+    one = Adapter(
+        lj.FullFineTuning(), {"w": {"value": jnp.full((4, 4), 1.0078125, jnp.bfloat16)}}, base
+    )
+    eighths = combine([one] * 8, [0.125] * 8)
+    assert eighths.trainable["w"]["value"].dtype == jnp.bfloat16
+    # One eighth of the last bit, eight times: rounded each time, it would never move.
+    assert np.all(eighths.trainable["w"]["value"] == one.trainable["w"]["value"])
+    assert to_lora(one).trainable["w"]["value"] is one.trainable["w"]["value"]
+
+
+def test_changes_that_cancel_compress_to_nothing():
+    adapter = adapter_of(lj.LoRA(targets="plain", rank=2))
+    nothing = combine([adapter, adapter], [1.0, -1.0])
+    found = compress(nothing, 1)
+    assert found.error == 0 and set(found.errors.values()) == {0}
+    assert not np.any(deltas(found.adapter)["plain"])
 
 
 def test_adapters_of_different_bases_and_other_impossible_sums_are_refused():
@@ -137,6 +190,16 @@ def test_adapters_of_different_bases_and_other_impossible_sums_are_refused():
     for rank in (0, 3, 2.0):
         with pytest.raises(lj.RequestError, match="from 1 to 2"):
             compress(adapter_of(), rank)
+    with pytest.raises(lj.RequestError, match="HeadOnly has no low-rank part"):
+        compress(adapter_of(lj.HeadOnly(train="head")), 1)
+    params, trainable, frozen = trained(LORA)
+    with pytest.raises(lj.RequestError, match="a hole at 'head'; give the base's full tree"):
+        Adapter(LORA, trainable, frozen)
+    with pytest.raises(lj.RequestError, match="an adapter at 'heads'"):
+        Adapter(LORA, trainable, LORA.bind(trainable, params))
+    broken = {**params, "plain": params["plain"].at[0, 0].set(jnp.nan)}
+    with pytest.raises(lj.RequestError, match="'plain' of the tuned model holds NaN"):
+        difference(broken, params, targets="plain", rank=1)
     with pytest.raises(lj.RequestError, match="differ at 'plain'"):
         difference({**params_of(), "plain": jnp.ones((5, 8))}, params_of(), targets="plain", rank=1)
 

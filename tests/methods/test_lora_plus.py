@@ -53,6 +53,32 @@ def test_cells_of_one_ratio_share_a_program_and_others_do_not():
     assert [row.pack for row in found] == [1, 1, 2]
 
 
+def test_a_mask_that_would_lose_the_ratio_is_refused():
+    method = lj.LoRAPlus(targets="plain", rank=2, ratio=8.0, axes=AXES)
+    _, trainable, frozen = trained(method)
+    with pytest.raises(lj.RequestError, match=r"b 8 times.*use method.optimizer"):
+        method.mask(method.bind(trainable, frozen))
+    rows = lj.LoRA(targets="plain", rank=2, rows={"table": (1,)}, axes=AXES)
+    _, trainable, frozen = trained(rows)
+    with pytest.raises(lj.RequestError, match=r"rows=.* no leaf of the bound tree trains them"):
+        rows.mask(rows.bind(trainable, frozen))
+
+
+def test_the_optimizer_passes_on_what_a_transformation_asks_for():
+    method = lj.LoRAPlus(targets="plain", rank=2, ratio=8.0, axes=AXES)
+    _, trainable, _ = trained(method)
+    by_loss = optax.GradientTransformationExtraArgs(
+        lambda params: (),
+        lambda updates, state, params=None, *, value, **extra: (
+            jax.tree.map(lambda u: u * value, updates), state,
+        ),
+    )  # fmt: skip
+    tx = method.optimizer(by_loss)
+    updates, _ = tx.update(trainable, tx.init(trainable), trainable, value=2.0)
+    np.testing.assert_allclose(updates["plain"]["a"], 2.0 * trainable["plain"]["a"])
+    np.testing.assert_allclose(updates["plain"]["b"], 16.0 * trainable["plain"]["b"])
+
+
 @pytest.mark.parametrize("ratio", [0.0, -1.0, float("nan"), float("inf")])
 def test_a_ratio_that_is_no_positive_number_is_refused(ratio):
     with pytest.raises(lj.RequestError, match="ratio is"):

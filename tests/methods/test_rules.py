@@ -206,6 +206,44 @@ def test_methods_combined_train_as_one_and_may_not_overlap():
         overlapping.init(KEY, params2())
 
 
+def test_methods_share_a_fused_kernel_by_slices():
+    """LoRA on q and DoRA on v: side by side in one method, or bound one after the other."""
+    q, v = (-1, 0, 8), (-1, 16, 24)
+    lora = lj.LoRA(targets="c_attn", rank=2, slice=q, rows={"o": (1,)})
+    dora = lj.DoRA(targets="c_attn", rank=2, slice=v, rows={"table": (2, 3)})
+    params = {**FUSED, "table": jnp.ones((4, 2))}
+    both = lj.Combined([lora, dora])
+    trainable, frozen = both.init(KEY, params)
+    trainable = random_like(trainable, 5)
+    merged = both.merge(trainable, frozen)
+    alone = [
+        m.merge({name: trainable[name] for name in m.init(KEY, params)[0]}, params)
+        for m in (lora, dora)
+    ]
+    np.testing.assert_allclose(merged["c_attn"][:, :8], alone[0]["c_attn"][:, :8], atol=1e-5)
+    np.testing.assert_allclose(merged["c_attn"][:, 16:], alone[1]["c_attn"][:, 16:], atol=1e-5)
+    assert np.array_equal(merged["c_attn"][:, 8:16], params["c_attn"][:, 8:16])
+    np.testing.assert_allclose(merged["table"], alone[1]["table"], atol=1e-6)
+    trees = [m.init(KEY, params)[0] for m in (lora, dora)]
+    lj.bind_all([(lora, trees[0]), (dora, trees[1])], params)
+    over = lj.DoRA(targets="c_attn", rank=1, slice=(-1, 4, 12))
+    with pytest.raises(lj.RequestError, match="bind DoRA first"):
+        lj.bind_all([(lora, trees[0]), (over, over.init(KEY, params)[0])], params)
+    for use in (lambda m: m.init(KEY, params), lambda m: m.table(params)):
+        with pytest.raises(lj.RequestError, match="taken by rules of LoRA and of DoRA.*a slice"):
+            use(lj.Combined([lora, over]))
+
+
+def test_names_with_brackets_and_numpy_numbers_are_fine():
+    params = {"w[0]": jnp.ones((6, 4)), "w[1]": jnp.ones((6, 4))}
+    method = lj.LoRA(
+        targets=r"w\[.\]", rank=np.int64(2), alpha=np.float32(4), slice=(-1, np.int32(0), 2)
+    )
+    trainable, frozen = method.init(KEY, params)
+    assert set(trainable) == {"w[0][-1,0:2]", "w[1][-1,0:2]"}
+    assert method.bind(trainable, frozen)["w[1]"].path == "w[1]"
+
+
 def biases_only(method):
     params = model_params()
     trainable, frozen = method.init(KEY, params)
@@ -256,10 +294,51 @@ ERRORS = {
                                lj.Rule("c_attn", rank=1, slice=(-2, 0, 3))]),
         r"overlap; let each rule",
     ),
+    "slice in fractions": (
+        lambda: lj.LoRA(targets="c_attn", rank=1, slice=(-1, 0.5, 8)), r"slice is \(-1, 0.5, 8\)",
+    ),
+    "slice of a stack": (
+        lambda: lj.LoRA(targets="s", rank=1, slice=(-3, 0, 1),
+                        axes={"s": lj.KernelAxes((-3,), (-2,), (-1,))}),
+        r"slice \(-3, 0, 1\) of 's' \(2, 4, 4\) is along an axis of stacked matrices",
+    ),
+    "a target of several": (
+        lambda: lj.LoRA(targets=["c_attn", "c_proj"], rank=1), r"targets='c_proj' matches no.*near",
+    ),
+    "an exclusion of nothing": (
+        lambda: lj.LoRA(targets="c_attn|o", rank=1, exclude=["o", "0"]), r"exclude='0' matches no",
+    ),
+    "one of the parameters trained whole": (
+        lambda: lj.LoRA(targets="c_attn", rank=1, train=("o", "bias")), r"train='bias' matches no",
+    ),
+    "one of the layers": (
+        lambda: lj.LoRA(targets="h/.*", rank=1, layers=(0, 7)), r"no layer 7; .* are \[0, 1\]",
+    ),
+    "axes of nothing": (
+        lambda: lj.LoRA(targets="c_attn", rank=1, axes={"q": lj.KernelAxes((), (0,), (1,))}),
+        r"axes= names 'q', which is no parameter",
+    ),
+    "rows and whole": (
+        lambda: lj.LoRA(targets="o", rank=1, train="c_attn", rows={"c_attn": (1,)}),
+        r"'c_attn' is trained whole \(train=\) and by rows",
+    ),
+    "rows named in two": (
+        lambda: lj.LoRA(targets="o", rank=1, rows={"c_attn": (1,), "c_.*": (2,)}),
+        r"two entries of rows= name 'c_attn'",
+    ),
+    "rows as a number": (
+        lambda: lj.LoRA(targets="o", rank=1, rows={"c_attn": 3}), r"are 3; they must be a list",
+    ),
+    "a complex kernel": (lambda: lj.LoRA(targets="z", rank=1), r"only what cannot hold an adapter"),
+    "alpha in words": (lambda: lj.LoRA(targets="o", alpha="8"), r"alpha is '8'"),
+    "dropout in words": (lambda: lj.LoRA(targets="o", dropout="a"), r"dropout is 'a'"),
+    "a rule that is a mapping": (
+        lambda: lj.LoRA(rules=[{"targets": "o"}]), r"each must be a lora_jax.Rule",
+    ),
     "negative rank": (lambda: lj.LoRA(targets="c_attn", rank=-1), r"rank is -1"),
     "layers that are not there": (
         lambda: lj.LoRA(targets="c_attn", rank=1, layers=(3,)),
-        r"layers=\(3,\).*layers there are none",
+        r"layers=\(3,\).*no key of its path is a whole number",
     ),
     "layers in words": (lambda: lj.LoRA(targets="c_attn", layers="all"), r"layers is 'all'"),
     "rows outside": (
@@ -271,12 +350,26 @@ ERRORS = {
     ),
 }  # fmt: skip
 
+# What the requests above are made of: a fused kernel, a stack, layers, and a complex kernel.
+MORE = {
+    **FUSED,
+    "h": {"0": jnp.ones((4, 4)), "1": jnp.ones((4, 4))},
+    "s": jnp.ones((2, 4, 4)),
+    "z": jnp.ones((4, 4), jnp.complex64),
+}
+
 
 @pytest.mark.parametrize("name", ERRORS)
 def test_bad_rules_name_the_value_and_the_way_out(name):
     make, message = ERRORS[name]
     with pytest.raises(lj.RequestError, match=message):
-        make().init(KEY, FUSED)
+        make().init(KEY, MORE)
+
+
+def test_tied_numpy_arrays_are_noticed_too():
+    table = np.ones((6, 6), np.float32)
+    with pytest.raises(lj.RequestError, match="'embed' and 'head' are one array"):
+        lj.LoRA(targets="embed", rank=1).init(KEY, {"embed": table, "head": table})
 
 
 def test_an_adapter_of_other_experts_or_shapes_is_refused():
