@@ -33,10 +33,10 @@ demo: $(VENV)/ready ## LoRA beside a probe and full fine-tuning on real reviews:
 	$(RUN) report $(WORKDIR) --beside=$(FULL_SIZE)
 
 test: $(VENV)/ready lint ## the fast tests, on 8 simulated devices (PYTHON=python3.12 for that one)
-	$(PY) -m pytest -n 2 -m 'not slow'
+	$(PY) -m pytest -n 2 --dist loadfile -m 'not slow'
 
 test-slow: $(VENV)/ready ## full grids, fuzzing, fault trials
-	$(PY) -m pytest -n 2 -m slow
+	$(PY) -m pytest -n 2 --dist loadfile -m slow
 
 lint: $(VENV)/ready
 	$(VENV)/bin/ruff check --quiet .

@@ -293,15 +293,17 @@ def draw(key: jax.Array, init: str, site: Site, dtype) -> jax.Array:
     """
     bound = 1.0 / math.sqrt(site.size("i"))
     shape = (*site.sizes("s"), *site.sizes("i"))
+    # Drawn flat: the same numbers, from a program that compiles in half the time or less.
+    size = math.prod(shape)
 
     def column(index):
         column_key = jax.random.fold_in(key, index)
         if init == "kaiming_uniform":
             # With a=√5, as microsoft/LoRA and PEFT draw it, Kaiming-uniform is U(±1/√in).
-            return jax.random.uniform(column_key, shape, dtype, -bound, bound)
-        return bound * jax.random.normal(column_key, shape, dtype)
+            return jax.random.uniform(column_key, (size,), dtype, -bound, bound)
+        return bound * jax.random.normal(column_key, (size,), dtype)
 
-    a = jnp.moveaxis(jax.vmap(column)(jnp.arange(site.rank)), 0, -1)
+    a = jax.vmap(column, out_axes=-1)(jnp.arange(site.rank)).reshape(*shape, site.rank)
     if init != "orthogonal":
         return a
     matrices = a.reshape(*site.sizes("s"), site.size("i"), site.rank)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 import lora_jax as lj
 from tests.core.constructs import ALL
@@ -11,18 +12,19 @@ from tests.core.constructs import ALL
 
 def random_like(tree, seed, scale=0.5):
     """The same tree with random entries: `b` starts at zero, where nothing would be tested."""
-    leaves, treedef = jax.tree.flatten(tree)
-    keys = jax.random.split(jax.random.key(seed), len(leaves))
-    return treedef.unflatten(
-        [scale * jax.random.normal(k, x.shape, x.dtype) for k, x in zip(keys, leaves, strict=True)]
-    )
+    rng = np.random.default_rng(seed)  # NumPy's: nothing to compile
+    return jax.tree.map(lambda x: normal(rng, x.shape, x.dtype, scale), tree)
+
+
+def normal(rng, shape, dtype=jnp.float32, scale=1.0):
+    return jnp.asarray(scale * rng.normal(size=shape), dtype)
 
 
 def inputs_of(name, dtype):
     """`(params, x)` of a construct, random."""
     shapes = ALL[name].shapes
     params = random_like({path: jnp.zeros(shape, dtype) for path, shape in shapes.items()}, seed=1)
-    return params, jax.random.normal(jax.random.key(2), (5, 6), dtype)
+    return params, normal(np.random.default_rng(2), (5, 6), dtype)
 
 
 def method_of(name, params, x, kind=lj.LoRA, **settings):

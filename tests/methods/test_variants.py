@@ -122,7 +122,7 @@ def test_the_norm_that_clips_sees_no_fixed_part(name):
         assert not any(np.any(entry[part]) for part in method.FIXED if part in entry)
 
 
-@pytest.mark.parametrize("name", few_fast("dora", "vera"))
+@pytest.mark.parametrize("name", few_fast("vera"))
 def test_cells_of_a_variant_end_in_a_pack_where_they_end_alone(name):
     own = {"rank": RANKS.get(name, 2)}
     cells = [

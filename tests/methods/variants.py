@@ -7,18 +7,15 @@ import jax.numpy as jnp
 import numpy as np
 
 import lora_jax as lj
-from tests.core.adapted import random_like
+from tests.core.adapted import normal, random_like
 
 # A plain matrix, a stack of two under scan, a kernel with two axes of outputs, and a tied table.
 SHAPES = {"plain": (6, 8), "stacked": (2, 8, 8), "heads": (8, 2, 3), "table": (7, 6)}
 
 
 def params_of(seed=0):
-    keys = jax.random.split(jax.random.key(seed), len(SHAPES))
-    made = {
-        name: jax.random.normal(key, shape) / np.sqrt(shape[-2])
-        for key, (name, shape) in zip(keys, SHAPES.items(), strict=True)
-    }
+    rng = np.random.default_rng(seed)
+    made = {name: normal(rng, shape, scale=shape[-2] ** -0.5) for name, shape in SHAPES.items()}
     return {**made, "head": jnp.ones((6, 3)) / 6}
 
 
@@ -30,7 +27,7 @@ def apply(params, x):
     return jnp.tanh(h) @ params["head"] + (h @ params["table"].T)[:, :3]
 
 
-X = jax.random.normal(jax.random.key(9), (5, 6))
+X = normal(np.random.default_rng(9), (5, 6))
 AXES = lj.kernel_axes(apply, params_of(), X)
 TARGETS = "plain|stacked|heads|table"
 

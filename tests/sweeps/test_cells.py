@@ -94,6 +94,7 @@ def test_tuning_chooses_on_validation_and_runs_more_seeds_with_it(make_config, t
     assert run(sweep, tmp_path / "w").keys() == results.keys()
 
 
+@pytest.mark.slow
 def test_a_text_can_be_tuned_and_has_no_edge(make_config, tmp_path):
     body = "add('t', tune=('method.targets', ('q', 'v')), more_seeds=(3,))"
     results = run(sweep_in(tmp_path, make_config({"train.num_steps": 2}), body), tmp_path / "w")
@@ -132,6 +133,7 @@ def test_cells_of_different_seeds_with_a_frozen_new_head_do_not_share(make_confi
     assert sorted(lines)[-1] == "alone: b" and "2 in one program" in sorted(lines)[0]
 
 
+@pytest.mark.slow
 def test_a_memory_budget_narrows_packs_and_a_cell_too_large_is_told(make_config, tmp_path):
     cells = {f"s{seed}": {"seed": seed} for seed in range(3)}
     sweep = sweep_of(make_config, {"train.num_steps": 2}, cells)

@@ -21,6 +21,7 @@ from lora_jax.train.build import keys_of
 from tests.sweeps.problem import (
     AXES,
     CELLS,
+    DRY,
     STEPS,
     VALIDATION,
     WIDE,
@@ -33,7 +34,11 @@ from tests.sweeps.problem import (
 )
 
 
-@pytest.fixture(scope="module", params=[0, 1], ids=["side-by-side", "one-by-one"])
+@pytest.fixture(
+    scope="module",
+    params=[pytest.param(0, marks=pytest.mark.slow), 1],
+    ids=["side-by-side", "one-by-one"],
+)
 def packed(request):
     return training_of(CELLS, at_once=request.param)
 
@@ -63,15 +68,16 @@ def test_packed_cells_end_where_they_end_alone(packed, record_property):
     assert all(found.losses[-5:].mean() < found.losses[:5].mean() for found in results)
 
 
+@pytest.mark.slow
 def test_chunks_of_cells_that_do_not_divide_them_evenly_change_nothing():
-    _, whole = training_of(CELLS[:4], at_once=0, num_steps=5)
-    _, threes = training_of(CELLS[:4], at_once=3, num_steps=5)
+    _, whole = training_of(DRY[:4], at_once=0, num_steps=5)
+    _, threes = training_of(DRY[:4], at_once=3, num_steps=5)
     for one, other in zip(whole, threes, strict=True):
         assert np.max(np.abs(one.losses - other.losses)) <= 1e-6
 
 
 def test_shared_batches_schedule_clipping_and_betas_are_those_of_optax_alone():
-    cells = CELLS[:3]
+    cells = DRY[:3]
     _, results = training_of(
         cells,
         batches=batches_of(0),
@@ -151,7 +157,7 @@ def test_a_cell_that_turns_nan_changes_no_neighbours_bits(packed):
 @pytest.mark.parametrize("at_once", [0, pytest.param(1, marks=pytest.mark.slow)])
 def test_early_stops_and_repacking_change_nothing_beyond_rounding(at_once):
     # The first five do not learn, so they stop after three looks; the rest go on, repacked.
-    cells = [{**c, "lr": 0.0 if k < 5 else c["lr"] / 5} for k, c in enumerate(CELLS)]
+    cells = [{**c, "lr": 0.0 if k < 5 else c["lr"] / 5} for k, c in enumerate(DRY)]
     looked = {"eval_every": 5, "validation": VALIDATION, "at_once": at_once}
     training, results = training_of(cells, patience=2, **looked)
     _, never = training_of(cells, **looked)
@@ -170,8 +176,9 @@ def test_early_stops_and_repacking_change_nothing_beyond_rounding(at_once):
         assert score == pytest.approx(found.best_loss, abs=1e-5)
 
 
+@pytest.mark.slow
 def test_half_of_the_cells_diverging_is_survived_and_their_best_is_kept():
-    cells = [{**c, "lr": 1e12 if k % 2 else c["lr"]} for k, c in enumerate(CELLS)]
+    cells = [{**c, "lr": 1e12 if k % 2 else c["lr"]} for k, c in enumerate(DRY)]
     schedule = {"schedule": "linear", "warmup_ratio": 0.5, "eval_every": 1}
     training, results = training_of(cells, validation=VALIDATION, **schedule)
     _, good = training_of(
@@ -204,7 +211,7 @@ def test_an_update_that_is_not_a_number_is_not_kept():
 
 def test_each_cell_has_its_share_of_the_seconds_and_no_more_are_shared_than_passed():
     start = time.perf_counter()
-    _, results = training_of(CELLS[:4])
+    _, results = training_of(DRY[:4])
     took = time.perf_counter() - start
     counted = sum(row.seconds + row.compile_seconds for row in results)
     assert all(row.seconds > 0 and row.compile_seconds > 0 for row in results)
@@ -220,7 +227,7 @@ def _tensors(text):
 def test_the_base_has_no_axis_of_cells_and_arguments_grow_by_the_adapters_only(at_once):
     bytes_of, grown, products = {}, {}, {}
     for count in (1, 8, 64):
-        cells = [{**CELLS[k % 8], "seed": k, "lr": 1e-3} for k in range(count)]
+        cells = [{**DRY[k % 8], "seed": k, "lr": 1e-3} for k in range(count)]
         cells[0]["targets"], cells[0]["rank"] = ".*[^d]", 8
         (plan,), refused = make_plan(read_cells(cells, axes=AXES), base())
         assert not refused

@@ -115,6 +115,7 @@ def test_a_finished_sweep_is_not_run_again(make_config, packed, monkeypatch):
     assert everything(packed) == before
 
 
+@pytest.mark.slow
 def test_a_frozen_new_head_is_that_of_the_packs_own_seed(make_config, tmp_path):
     """Two packs, since a head that stays as it was drawn is not the same for two seeds."""
     own = {"method.train": "", "method.rank": 2}

@@ -132,6 +132,7 @@ def test_each_method_trains_what_it_names(name, pattern, make_config, tmp_path):
     assert len(changed) >= 0.9 * len(trained)
 
 
+@pytest.mark.slow
 def test_bfloat16_model_trains_whole(make_config, tmp_path):
     changes = {"method.name": "full", "model.dtype": "bfloat16", "train.num_steps": 2}
     card = train(make_config(changes), tmp_path, progress=False)

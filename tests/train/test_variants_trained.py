@@ -16,7 +16,7 @@ from tests.train.test_resume import Crash, at_call, crash
 VARIANTS = [name for name, kind in METHODS.items() if issubclass(kind, lj.LoRA) and name != "lora"]
 # Plain LoRA is what `test_resume.py` and `test_train.py` train; of the others, the one whose bound
 # value is its own and the one with most fixed parts run with the fast tests.
-FAST = ("dora", "pissa")
+FAST = ("dora",)
 
 
 @pytest.mark.parametrize(
