@@ -49,7 +49,7 @@ kernels = st.lists(st.sampled_from("sio"), min_size=2, max_size=5).filter(
 )
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=10, deadline=None)
 @given(kernels, st.integers(0, 99))
 def test_delta_equals_float64_numpy_for_any_roles(roles, seed):
     shape = [2 + n % 3 for n in range(len(roles))]
@@ -57,7 +57,7 @@ def test_delta_equals_float64_numpy_for_any_roles(roles, seed):
     np.testing.assert_allclose(weight.delta(), delta_float64(weight), rtol=1e-5, atol=1e-5)
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=10, deadline=None)
 @given(kernels, st.randoms(use_true_random=False))
 def test_transpose_commutes_with_materialising(roles, random):
     weight = weight_of([2 + n % 3 for n in range(len(roles))], "".join(roles))
@@ -93,7 +93,7 @@ def test_reshape_follows_within_a_role_and_refuses_across_roles(shape, roles, ne
         )
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=10, deadline=None)
 @given(st.data())
 def test_slices_commute_with_materialising(data):
     shape, roles = (3, 4, 6), "sio"

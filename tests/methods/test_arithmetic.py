@@ -9,7 +9,7 @@ import pytest
 
 import lora_jax as lj
 from lora_jax.methods.arithmetic import Adapter, combine, compress, difference, negate, to_lora
-from tests.methods.test_variants import VARIANTS
+from tests.methods.test_variants import VARIANTS, few_fast
 from tests.methods.variants import AXES, TARGETS, X, apply, matrices, params_of, trained
 
 LORA = lj.LoRA(targets=TARGETS, rank=2, alpha=3.0, axes=AXES, train="head")
@@ -34,7 +34,7 @@ def assert_deltas(adapter, expected, atol=1e-5):
         np.testing.assert_allclose(delta, expected[path], atol=atol, err_msg=path)
 
 
-@pytest.mark.parametrize("name", VARIANTS)
+@pytest.mark.parametrize("name", few_fast("pissa", "dora", "vera"))
 def test_weight_one_is_the_identity_for_every_variant(name):
     adapter = adapter_of(VARIANTS[name])
     assert combine([adapter], [1.0]) is adapter
@@ -43,8 +43,10 @@ def test_weight_one_is_the_identity_for_every_variant(name):
         assert type(to_lora(adapter).method) is lj.LoRA
 
 
-@pytest.mark.parametrize("name", [name for name in VARIANTS if name != "dora"])
+@pytest.mark.parametrize("name", few_fast("pissa"))
 def test_weighted_sums_are_exact_and_ranks_add(name):
+    if name == "dora":
+        pytest.skip("its change is not low-rank: refused, in a test of its own")
     one, other = adapter_of(VARIANTS[name]), adapter_of(LORA, seed=4)
     if name == "vera":
         one = adapter_of(lj.VeRA(targets=TARGETS, rank=2, axes=AXES, train="head"))

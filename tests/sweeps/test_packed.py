@@ -154,7 +154,8 @@ def test_a_cell_that_turns_nan_changes_no_neighbours_bits(packed):
         assert jax.tree.all(same)
 
 
-@pytest.mark.parametrize("at_once", [0, pytest.param(1, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("at_once", [0, 1])
 def test_early_stops_and_repacking_change_nothing_beyond_rounding(at_once):
     # The first five do not learn, so they stop after three looks; the rest go on, repacked.
     cells = [{**c, "lr": 0.0 if k < 5 else c["lr"] / 5} for k, c in enumerate(DRY)]
@@ -223,7 +224,8 @@ def _tensors(text):
     return {tuple(map(int, s.split(","))) for s in re.findall(r"f32\[(\d+(?:,\d+)*)\]", text)}
 
 
-@pytest.mark.parametrize("at_once", [0, pytest.param(1, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("at_once", [0, 1])
 def test_the_base_has_no_axis_of_cells_and_arguments_grow_by_the_adapters_only(at_once):
     bytes_of, grown, products = {}, {}, {}
     for count in (1, 8, 64):

@@ -146,6 +146,7 @@ def test_how_often_a_run_logs_does_not_break_up_a_begun_pack(make_config, packed
     assert [result["program"]["K"] for result in results.values()] == [4] * 4
 
 
+@pytest.mark.slow
 def test_running_out_of_memory_names_the_way_out_and_leaves_the_pack_unbegun(make_config, tmp_path):
     def exhausted():
         raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 9 bytes.")
@@ -160,6 +161,7 @@ def test_running_out_of_memory_names_the_way_out_and_leaves_the_pack_unbegun(mak
     assert all("one cell alone needs" in str(result) for result in small.values())
 
 
+@pytest.mark.slow
 def test_a_signal_between_trainings_stops_the_sweep(make_config, tmp_path):
     cells = {**CELLS, "full": {"method.name": "full"}}
     sweep = sweep_of(make_config, {"train.num_steps": 1}, cells)
@@ -181,6 +183,7 @@ def test_missing_metrics_are_told_not_made_up(make_config, tmp_path):
     assert all("has 0 lines, its checkpoint knows" in str(result) for result in results.values())
 
 
+@pytest.mark.slow
 def test_a_pack_keeps_its_cells_and_slots(make_config, packed, tmp_path):
     """Begun with four cells, gone on with by a sweep that asks for other ones too."""
     with pytest.MonkeyPatch.context() as patch:

@@ -62,6 +62,7 @@ def test_nnx_in_a_few_lines():
     assert results["lora-inner/kernel-rank1-lr0.03-trainout/.*"].num_trainable == 4 + 16 + 16 + 1
 
 
+@pytest.mark.slow
 def test_methods_without_factors_stand_beside_in_packs_of_their_own():
     cells = [
         {"method": "head", "train": "head", "lr": 1e-2},
@@ -76,6 +77,7 @@ def test_methods_without_factors_stand_beside_in_packs_of_their_own():
     assert "padded to rank 9" in found.plan
 
 
+@pytest.mark.slow
 def test_a_memory_budget_narrows_the_packs():
     cells = [{**CELLS[0], "seed": seed} for seed in range(4)]
     arguments = {"num_steps": 3, "axes": AXES, "progress": False, "at_once": 0}
