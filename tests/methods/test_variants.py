@@ -30,10 +30,12 @@ VARIANTS = {
 START = {"pissa": 2e-6, "lora_xs": 1e-3}
 
 
-def few_fast(*few):
+def few_fast(*few, without=()):
     """Every variant as a test's parameter, those beside `few` among the slow tests."""
     return [
-        name if name in few else pytest.param(name, marks=pytest.mark.slow) for name in VARIANTS
+        name if name in few else pytest.param(name, marks=pytest.mark.slow)
+        for name in VARIANTS
+        if name not in without
     ]
 
 
