@@ -103,12 +103,23 @@ class Changes:
                 parts = [part for name in names for part in self.low_rank.pop(name)]
                 self.low_rank[path] = [part.widened() for part in parts]
         for path in [path for path in self.rows if path in self.whole]:
-            self._beside[path] += [self._change_of_table(path, *own) for own in self.rows.pop(path)]
+            indices, change = self._change_of_rows(path, self.rows.pop(path))
+            table = jnp.zeros(self.base[path].shape, change.dtype)
+            self._beside[path].append(table.at[jnp.asarray(indices)].set(change))
 
-    def _change_of_table(self, path: str, weight: float, indices, rows):
-        chosen = jnp.asarray(indices)
-        change = _change(weight, rows, jnp.asarray(self.base[path])[chosen])
-        return jnp.zeros(self.base[path].shape, change.dtype).at[chosen].add(change)
+    def _change_of_rows(self, path: str, found) -> tuple[tuple[int, ...], Any]:
+        """The rows that any adapter trains, in the order of their appearance, and their change."""
+        indices = tuple(dict.fromkeys(n for _, own, _ in found for n in own))
+        place = {n: k for k, n in enumerate(indices)}
+        total = 0.0
+        for weight, own, rows in found:
+            change = _change(weight, rows, self._start(path, own))
+            at = jnp.asarray([place[n] for n in own])
+            total += jnp.zeros((len(indices), *change.shape[1:]), change.dtype).at[at].set(change)
+        return indices, total
+
+    def _start(self, path: str, indices) -> Any:
+        return jnp.asarray(self.base[path])[jnp.asarray(indices)]
 
     def value(self, path: str) -> Any:
         """The parameter at `path` as the sum has it, of those in `whole`."""
@@ -124,10 +135,8 @@ class Changes:
         found = self.rows[path]
         if len(found) == 1 and found[0][0] == 1.0:
             return found[0][1:]
-        indices = tuple(dict.fromkeys(n for _, own, _ in found for n in own))
-        total = sum(self._change_of_table(path, *one) for one in found)
-        table = jnp.asarray(self.base[path]).astype(total.dtype)
-        return indices, (table + total)[jnp.asarray(indices)]
+        indices, change = self._change_of_rows(path, found)
+        return indices, self._start(path, indices).astype(change.dtype) + change
 
 
 def side_by_side(parts: list[LowRank]) -> LowRank:
