@@ -68,8 +68,8 @@ AROUND = {
     "cond": under_cond,
     "vmap": lambda f: lambda params, x: jax.vmap(f, in_axes=(None, 0))(params, jnp.stack([x, -x])),
 }
-# vmap of a loop with a condition, of a mesh, of a kernel in interpret mode is JAX's own business, and
-# it says of ragged_dot that it is not implemented yet.
+# vmap of a loop with a condition, of a mesh, of a kernel in interpret mode is JAX's own business.
+# Of ragged_dot it says that it is not implemented yet.
 NOT_VMAPPED = ("while", "shard", "sharding", "pallas", "ragged")
 # Kernels of full rank 2 and 3: an adapter of rank 4 is refused.
 NARROW = ("grouped_conv", "depthwise_conv")
