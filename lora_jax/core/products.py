@@ -23,8 +23,15 @@ from lora_jax.core.values import RANK, cast, permute, times_side
 from lora_jax.core.weights import LoRAWeight
 
 
+class _KeepsOutputs:
+    """A use whose result has the kernel's own outputs as axes: a gain goes onto them as it is."""
+
+    def gain_on_outputs(self, gain, axes):
+        return (gain, axes) if all(axis in self.out_axes for axis in axes) else None
+
+
 @dataclasses.dataclass(frozen=True)
-class DotUse:
+class DotUse(_KeepsOutputs):
     """`dot_general` with the kernel on one side, whatever axes are contracted.
 
     `frozen(lhs, rhs)` is the equation, its operands in their original order; `uses` counts earlier
@@ -67,9 +74,6 @@ class DotUse:
     def bind(self, kernel):
         on_left = self.on_left
         return self.frozen(kernel, self.other) if on_left else self.frozen(self.other, kernel)
-
-    def gain_on_outputs(self, gain, axes):
-        return (gain, axes) if all(axis in self.out_axes for axis in axes) else None
 
     def with_gain(self, gain, axes) -> DotUse | None:
         if not all(axis in self.other_axes for axis in axes):
@@ -126,7 +130,7 @@ class DotUse:
 
 
 @dataclasses.dataclass(frozen=True)
-class ConvUse:
+class ConvUse(_KeepsOutputs):
     """`conv_general_dilated` with the kernel on the right, of any spatial rank and groups.
 
     A convolution with `a` to r channels, then a product with `b` at each position; for the gradient
@@ -150,9 +154,6 @@ class ConvUse:
 
     def bind(self, kernel):
         return self.frozen(self.other, kernel)
-
-    def gain_on_outputs(self, gain, axes):
-        return (gain, axes) if all(axis in self.out_axes for axis in axes) else None
 
     def with_gain(self, gain, axes) -> ConvUse | None:
         if axes != [self._spec.rhs_spec[1]] or self.params["feature_group_count"] != 1:

@@ -199,12 +199,12 @@ def match_rules(
             check_each_matches("exclude", rule.exclude, everything, aliases)
         if rule.layers is not None:
             pattern = pattern_of(rule.targets, aliases)
-            there = {layer_of(path) for path in candidates if pattern.fullmatch(path)} - {None}
+            there = _layers_of([path for path in candidates if pattern.fullmatch(path)])
             for layer in rule.layers:
                 if layer not in there:
                     raise RequestError(
                         f"layers={rule.layers} of rule {pattern.pattern!r}: there is no layer "
-                        f"{layer}; the layers there are {sorted(there)}"
+                        f"{layer}; the layers there are {there}"
                     )
     return assigned
 
@@ -218,6 +218,10 @@ def _check_apart(path: str, earlier: Sequence[Rule], rule: Rule) -> None:
                 f"slices {other.slice} and {rule.slice} of {path!r} overlap; let each rule take "
                 "a part of its own of one axis"
             )
+
+
+def _layers_of(paths: Sequence[str]) -> list[int]:
+    return sorted({layer_of(path) for path in paths} - {None})
 
 
 def _why_unused(rule: Rule, candidates, everything, aliases) -> str:
@@ -234,7 +238,7 @@ def _why_unused(rule: Rule, candidates, everything, aliases) -> str:
             f"whole; {near}"
         )
     if not any(rule.takes(path, aliases) for path in able):
-        found = sorted({layer_of(path) for path in able} - {None})
+        found = _layers_of(able)
         there = (
             f"the layers there are {found}"
             if found

@@ -91,10 +91,10 @@ class Method:
                     f"{path!r} is bound already; bind the tree that `init` returned, or several "
                     "adapters at once with lora_jax.bind_all"
                 )
-        return self._bind_over(trainable, frozen, key=key, data=data or {}, beneath=[])
+        return self._bind_over(trainable, frozen, key=key, data=data or {}, beneath={})
 
-    def _bind_over(self, trainable, frozen, *, key, data, beneath: list[str]) -> PyTree:
-        """`bind`, over adapters of these names, to which this one's are added."""
+    def _bind_over(self, trainable, frozen, *, key, data, beneath: dict[str, list[str]]) -> PyTree:
+        """`bind`, over the adapters `{path: names}`, to which this one's are added."""
         flat = trees.flatten(frozen, is_leaf=is_adapted)
         kernels = dict(flat.items())
         values: dict[str, Any] = {}
@@ -113,9 +113,9 @@ class Method:
             if "rows" in entry:
                 values[path] = bind_rows(path, kernel, entry["rows"], self._indices_of(path))
             else:
-                self._check_beneath(name, beneath)
+                self._check_beneath(name, beneath.get(path, ()))
                 values[path] = self._bind_adapter(name, kernel, entry, key, data)
-            beneath.append(name)
+            beneath.setdefault(path, []).append(name)
         return trees.put(frozen, values, is_leaf=is_adapted)
 
     def merge(self, trainable: Trainable, frozen: PyTree) -> PyTree:
@@ -223,7 +223,7 @@ class Method:
         return None
 
     def _check_beneath(self, name: str, beneath: Sequence[str]) -> None:
-        """Raises `RequestError` if the adapter of this name cannot sit on those bound before."""
+        """Raises `RequestError` if this adapter cannot sit on those bound before at its path."""
 
     def _check_maskable(self, tree: PyTree) -> None:
         """Raises `RequestError` if no mask over the bound tree says how this method trains."""

@@ -45,7 +45,7 @@ def bind_all(
                     "a parameter can be replaced only once"
                 )
         seen |= {path_of(name): "value" in entry for name, entry in trainable.items()}
-    tree, beneath = frozen, []
+    tree, beneath = frozen, {}
     for number, (method, trainable) in enumerate(adapters):
         own = None if key is None else jax.random.fold_in(key, number)
         tree = method._bind_over(trainable, tree, key=own, data={}, beneath=beneath)
@@ -92,18 +92,19 @@ class Combined(Method):
         return super().table(params)
 
     def _check_apart(self, params: PyTree) -> None:
-        owner: dict[str, str] = {}
-        for method in self.methods:
-            own, kind = [row.path for row in method.table(params).rows], type(method).__name__
-            for name in own:
-                for other in owner:
-                    if not are_apart(name, other):
+        taken: dict[str, list[tuple[str, int]]] = {}
+        kinds = [type(method).__name__ for method in self.methods]
+        for number, method in enumerate(self.methods):
+            for name in (row.path for row in method.table(params).rows):
+                of_path = taken.setdefault(path_of(name), [])
+                for other, owner in of_path:
+                    if owner != number and not are_apart(name, other):
                         raise RequestError(
-                            f"{name!r} is taken by rules of {owner[other]} and of {kind}; exclude "
-                            "it from one of them (Rule(exclude=…)), or give each a slice of its "
-                            "own"
+                            f"{name!r} is taken by rules of {kinds[owner]} and of "
+                            f"{kinds[number]}; exclude it from one of them "
+                            "(Rule(exclude=…)), or give each a slice of its own"
                         )
-            owner |= dict.fromkeys(own, kind)
+                of_path.append((name, number))
 
     def whole_paths(self, params: PyTree) -> list[str]:
         return [path for method in self.methods for path in method.whole_paths(params)]

@@ -14,7 +14,7 @@ from tests.core.adapted import largest_difference, random_like, setting, value_a
 from tests.core.constructs import ALL
 
 # JAX cannot vmap a ragged product over its kernels; a mesh or a Pallas kernel is its own matter.
-NOT_VMAPPED = ("shard", "pallas", "ragged")
+NOT_VMAPPED = ("ragged",)  # JAX itself cannot, yet
 TOLERANCE = {"float64": 1e-9, "float32": 1e-5}
 # One of each kind; the other constructs take the same ways through `lift` and wait for the slow
 # tests where a test compiles much.
