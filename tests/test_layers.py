@@ -12,7 +12,7 @@ LAYERS = {
     "core": 0,
     "methods": 1, "quant": 1,
     "models": 2, "formats": 2,
-    "data": 3, "train": 3, "parallel": 3,
+    "data": 3, "train": 3, "generate": 3, "parallel": 3,
     "sweeps": 4, "serve": 4, "analysis": 4,
     "report": 5,
     "cli": 6,

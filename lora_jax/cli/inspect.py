@@ -16,6 +16,8 @@ Examples:
   By a regular expression over paths (it must match the whole path):
     lora-jax inspect --config=experiments/reviews_minilm.py:lora \\
         --config.method.targets='encoder/layers/[45]/.*/kernel'
+  From shapes alone, without the weights (GPT-2 and GPT-3 of all sizes, RoBERTa):
+    lora-jax inspect --shapes=gpt3-175b --targets=q,v --rank=4
   What a run trained:
     lora-jax inspect runs/first/cells/run
 
@@ -31,6 +33,11 @@ def run(argv: Sequence[str]) -> int:
     )
     parser.add_argument("cell", nargs="?", help="a run's WORKDIR/cells/NAME")
     parser.add_argument("--config", metavar="FILE.py[:arg]", help="the experiment, instead")
+    parser.add_argument(
+        "--shapes", metavar="NAME", help="a model by its shapes, such as gpt2-medium"
+    )
+    parser.add_argument("--targets", default="q,v", help="with --shapes (default: q,v)")
+    parser.add_argument("--rank", type=int, default=8, help="with --shapes (default: 8)")
     add_json(parser)
     options, config = parser.parse_with_config(argv)
 
@@ -38,7 +45,13 @@ def run(argv: Sequence[str]) -> int:
 
     from lora_jax.train import load_adapter, make_method, make_model
 
-    if options.cell is not None:
+    if options.shapes is not None:
+        from lora_jax.methods import LoRA
+        from lora_jax.models.shapes import abstract_model
+
+        model = abstract_model(options.shapes)
+        method = LoRA(targets=options.targets, rank=options.rank, aliases=model.aliases)
+    elif options.cell is not None:
         adapted = load_adapter(cell_of(options.cell) / "adapter")
         model, method = adapted.model, adapted.method
     else:

@@ -13,7 +13,9 @@ COMMANDS = {
     "train": "train one cell: a method on a model and data; resumes where it stopped",
     "sweep": "train every cell of a sweep, those whose shapes agree as one program",
     "evaluate": "loss and accuracy of a trained cell",
+    "generate": "continue prompts with a model and with adapters on it, side by side",
     "merge": "fold a trained adapter into its base and write the model's folder",
+    "convert": "write an adapter in PEFT's format, for peft, vLLM and others",
     "inspect": "what a method adapts: path, shape, rank, scale, trainable parameters",
     "verify": "train a finished cell again and compare, bit for bit",
     "cite": "BibTeX for a finished run or sweep, with its hash",
@@ -30,6 +32,9 @@ On your own texts (jsonl, csv, tsv or parquet; split and hashed for you):
   lora-jax train --config=experiments/reviews_minilm.py:lora --workdir=runs/mine \\
       --config.data.source=csv --config.data.path=reviews.csv \\
       --config.data.text=body --config.data.label=stars --config.model.num_labels=5
+
+Talk to a language model, and to what was trained on it:
+  lora-jax generate --model=smollm2-135m --chat --prompt="Why is the sky blue?"
 
 Exit codes: 0 success; 1 "no, it differs"; 2 an error in the request; 130 stopped and saved.
 """

@@ -11,7 +11,8 @@ import jax.numpy as jnp
 from jax import lax
 
 from lora_jax.core.contract import contract
-from lora_jax.core.values import times_side
+from lora_jax.core.errors import RequestError
+from lora_jax.core.values import Use, times_side, use_beneath
 from lora_jax.core.weights import LoRAWeight
 
 _FILL = lax.GatherScatterMode.FILL_OR_DROP
@@ -92,3 +93,19 @@ class GatherUse:
         sizes = [1 if n in places else x.shape[n] for n in range(x.ndim)]
         found = lax.gather(x, indices, numbers, tuple(sizes), **options)
         return found, [*(("g", n) for n in range(num_batch)), *(axes[n] for n in rest)]
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LookupWeight(LoRAWeight):
+    """A `LoRAWeight` that acts on lookups alone: other uses of a tied table see the frozen one."""
+
+    def use(self, use: Use) -> jax.Array | None:
+        return super().use(use) if isinstance(use, GatherUse) else use_beneath(self.kernel, use)
+
+    def materialise(self) -> jax.Array:
+        raise RequestError(
+            f"the adapter of {self.path!r} acts on lookups alone, while the model uses the same "
+            "table elsewhere without it, so no one array stands for both; load the model with "
+            "load_model(…, untie=True), and the adapter into that"
+        )

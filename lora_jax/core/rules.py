@@ -18,6 +18,20 @@ INITS = ("kaiming_uniform", "gaussian", "orthogonal")
 
 
 @dataclasses.dataclass(frozen=True)
+class Part:
+    """What an alias stands for where that is a slice of a kernel: the q of a fused q, k, v.
+
+    `pattern` is a regular expression of whole paths; `slice` is as `Rule` has it.
+    """
+
+    pattern: str
+    slice: tuple[int, int, int]
+
+
+Aliases = Mapping[str, "str | Part"]
+
+
+@dataclasses.dataclass(frozen=True)
 class Rule:
     """One line of a method: every parameter that `targets` matches gets this adapter.
 
@@ -89,6 +103,41 @@ class Rule:
         return self.layers is None or layer_of(path) in self.layers
 
 
+def split_parts(rules: Sequence[Rule], aliases: Aliases | None) -> list[Rule]:
+    """The rules with each alias that stands for a `Part` in a rule of its own, its slice set.
+
+    Raises `RequestError` where such an alias meets a slice of the rule's own, or is excluded.
+
+    >>> parts = {"q": Part(".*/qkv", (-1, 0, 4)), "o": ".*/o"}
+    >>> [(rule.targets, rule.slice) for rule in split_parts([Rule("q,o")], parts)]
+    [('o', None), ('.*/qkv', (-1, 0, 4))]
+    """
+    parts = {name: value for name, value in (aliases or {}).items() if isinstance(value, Part)}
+    found: list[Rule] = []
+    for rule in rules:
+        targets = (rule.targets,) if isinstance(rule.targets, str) else rule.targets
+        names = [[name.strip() for name in target.split(",")] for target in targets]
+        mine = [name for group in names for name in group if name in parts]
+        if not mine:
+            found.append(rule)
+            continue
+        if rule.slice:
+            raise RequestError(
+                f"target {mine[0]!r} is itself the slice {parts[mine[0]].slice} of a fused kernel; "
+                f"leave out slice={rule.slice}, or name the kernel ({parts[mine[0]].pattern!r})"
+            )
+        rest = [",".join(name for name in group if name not in parts) for group in names]
+        rest = [target for target in rest if target]
+        if rest:
+            targets = rest[0] if len(rest) == 1 else tuple(rest)
+            found.append(dataclasses.replace(rule, targets=targets))
+        found += [
+            dataclasses.replace(rule, targets=parts[name].pattern, slice=parts[name].slice)
+            for name in dict.fromkeys(mine)
+        ]
+    return found
+
+
 def _whole(value: Any) -> int | None:
     """A whole number of any kind (NumPy's, too) as Python's; None for what is none."""
     try:
@@ -141,8 +190,20 @@ def patterns_of(
                 f"target {unknown!r} in {target!r} is no alias of this model; "
                 f"{trees.nearest(unknown, aliases)}"
             )
-        parts.extend(aliases[name] for name in names) if known else parts.append(target)
+        if known:
+            parts.extend(_whole_of(name, aliases[name]) for name in names)
+        else:
+            parts.append(target)
     return [_compiled(part) for part in parts]
+
+
+def _whole_of(name: str, value: str | Part) -> str:
+    if isinstance(value, Part):
+        raise RequestError(
+            f"{name!r} is the slice {value.slice} of {value.pattern!r} in this model, which only "
+            "the targets= of a low-rank method can take; name the whole kernel"
+        )
+    return value
 
 
 def _compiled(part: str) -> re.Pattern[str]:

@@ -1,7 +1,8 @@
-"""Data: labelled texts from files, their tokens, and batches by a reproducible schedule."""
+"""Data: texts and targets from files, their tokens, and batches by a reproducible schedule."""
 
 from lora_jax.data.batches import Batch, EvalBatches, TrainIterator, eval_batches, train_batches
-from lora_jax.data.examples import Examples, Splits
+from lora_jax.data.completions import encode_completions, prompt_ids
+from lora_jax.data.examples import Examples, Splits, references_of
 from lora_jax.data.schedule import ScheduledBatch, bucket_lengths, epoch_schedule
 from lora_jax.data.sources import load_splits
 from lora_jax.data.tokenize import EncodedExamples, encode_examples
@@ -15,9 +16,12 @@ __all__ = [
     "Splits",
     "TrainIterator",
     "bucket_lengths",
+    "encode_completions",
     "encode_examples",
     "epoch_schedule",
     "eval_batches",
     "load_splits",
+    "prompt_ids",
+    "references_of",
     "train_batches",
 ]

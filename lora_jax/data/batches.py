@@ -15,6 +15,9 @@ from lora_jax.data.tokenize import EncodedExamples
 
 Batch = dict[str, np.ndarray]
 
+# The arrays of a batch that have an axis of tokens; the others have one value an example.
+OF_TOKENS = ("input_ids", "attention_mask", "token_type_ids", "loss_mask")
+
 
 class TrainIterator(Iterator[Batch]):
     """Endless training batches, epoch after epoch; its state is a small JSON-serialisable dict.
@@ -72,10 +75,13 @@ def train_batches(
 ) -> TrainIterator:
     """An endless, resumable iterator over training batches, by `epoch_schedule`.
 
-    Each batch holds input_ids and attention_mask (B, T) int32, labels (B,) int32 and weights (B,)
-    float32, where T is the batch's bucket and B is `batch_size / process_count`: this process'
-    block of the global batch's rows. Rows that fill up an epoch's last batch have weight 0, label 0
-    and one attended padding token (attention over nothing would give NaN, and 0 x NaN is NaN).
+    Each batch holds input_ids and attention_mask (B, T) int32, labels (B,) int32 (numbers: float32)
+    and weights (B,) float32, where T is the batch's bucket and B is `batch_size / process_count`:
+    this process' block of the global batch's rows. Completions have loss_mask (B, T) int32 too, 1
+    on the tokens that are to be predicted, and as weights how many these are; two texts of which
+    the tokenizer tells the second, token_type_ids (B, T) int32. Rows that fill up an epoch's last
+    batch have weight 0, label 0 and one attended padding token (attention over nothing would give
+    NaN, and 0 x NaN is NaN).
     Raises `RequestError` for no examples or a batch that does not divide among the processes.
     """
     source = TrainSource(
@@ -120,7 +126,8 @@ class TrainSource:
         digest = hashlib.sha256(b"lora_jax schedule 1\n")
         order_seed = seed if order_seed is None else order_seed
         digest.update(repr((batch_size, buckets, seed, order_seed)).encode())
-        for array in (examples.offsets, examples.ids, examples.labels):
+        beside = (x for x in (examples.type_ids, examples.prompt_lengths) if x is not None)
+        for array in (examples.offsets, examples.ids, examples.labels, *beside):
             digest.update(np.ascontiguousarray(array, array.dtype.newbyteorder("<")))
         self.fingerprint = digest.hexdigest()
 
@@ -206,10 +213,21 @@ def pad_batch(
     # Columns past an example's end read its neighbour's tokens, or the last one; then are masked.
     place_BT = np.minimum(start_B[:, None] + column_T, len(examples.ids) - 1)
     keep_BT = mask_BT & real_B[:, None]
-    return {
+    numbers = np.issubdtype(examples.labels.dtype, np.floating)
+    batch = {
         "input_ids": np.where(keep_BT, examples.ids[place_BT], examples.pad_id).astype(np.int32),
         "attention_mask": mask_BT.astype(np.int32),
-        "labels": np.where(real_B, examples.labels[index_B], 0).astype(np.int32),
+        "labels": np.where(real_B, examples.labels[index_B], 0).astype(
+            np.float32 if numbers else np.int32
+        ),
         "weights": real_B.astype(np.float32),
         "index": index_B,
     }
+    if examples.type_ids is not None:
+        types_BT = np.where(keep_BT, examples.type_ids[place_BT], 0)
+        batch["token_type_ids"] = types_BT.astype(np.int32)
+    if examples.prompt_lengths is not None:
+        asked_BT = keep_BT & (column_T >= examples.prompt_lengths[index_B][:, None])
+        batch["loss_mask"] = asked_BT.astype(np.int32)
+        batch["weights"] = asked_BT.sum(1).astype(np.float32)
+    return batch

@@ -1,4 +1,4 @@
-"""Labelled texts in three splits: what every source of data gives, and its hash."""
+"""Texts with their targets in three splits: what every source of data gives, and its hash."""
 
 import collections
 import dataclasses
@@ -11,17 +11,32 @@ import numpy as np
 
 from lora_jax.core.errors import RequestError
 
+# What a model learns to give for a text: one of some classes, a number, or another text.
+TARGETS = ("class", "number", "text")
+
 
 @dataclasses.dataclass(frozen=True)
 class Examples:
-    """Texts with their labels: `texts` N strings, `labels` (N,) int32, `ids` N names of origin."""
+    """Texts with their targets: `texts` N strings, `ids` N names of origin.
+
+    `seconds` holds N texts more, or is None: of classes and numbers, what stands beside each text
+    (a question's sentence); of completions, the completion of the prompt in `texts`. `labels` (N,)
+    are class indices, int32; numbers, float32; of completions the number of the prompt among the
+    split's distinct ones, int32: those that share it are each other's references.
+    """
 
     texts: tuple[str, ...]
     labels: np.ndarray
     ids: tuple[str, ...]
+    seconds: tuple[str, ...] | None = None
 
     def __len__(self) -> int:
         return len(self.texts)
+
+    def text(self, index: int) -> str:
+        """All that example `index` reads, as one string."""
+        second = () if self.seconds is None else (self.seconds[index],)
+        return "\n".join((self.texts[index], *second))
 
     def take(self, indices: Sequence[int]) -> "Examples":
         """The examples at `indices`, in that order."""
@@ -29,15 +44,48 @@ class Examples:
             texts=tuple(self.texts[i] for i in indices),
             labels=self.labels[np.asarray(indices, np.int64)],
             ids=tuple(self.ids[i] for i in indices),
+            seconds=None if self.seconds is None else tuple(self.seconds[i] for i in indices),
         )
+
+
+def completion_examples(
+    prompts: Sequence[str], completions: Sequence[str], ids: Sequence[str]
+) -> Examples:
+    """Prompts and their completions as examples, N each; equal prompts get one label.
+
+    >>> completion_examples(["a", "b", "a"], ["x", "y", "z"], ["1", "2", "3"]).labels.tolist()
+    [0, 1, 0]
+    """
+    number = {prompt: i for i, prompt in enumerate(dict.fromkeys(prompts))}
+    labels = np.array([number[prompt] for prompt in prompts], np.int32)
+    return Examples(tuple(prompts), labels, tuple(ids), seconds=tuple(completions))
+
+
+def references_of(examples: Examples) -> dict[str, tuple[str, ...]]:
+    """The completions of each distinct prompt, prompts and completions in order of appearance.
+
+    What text generated for a prompt is measured against. Raises `RequestError` where the examples
+    have no completions.
+
+    >>> references_of(completion_examples(["a", "b", "a"], ["x", "y", "z"], ["1", "2", "3"]))
+    {'a': ('x', 'z'), 'b': ('y',)}
+    """
+    if examples.seconds is None:
+        raise RequestError("these examples have no completions; load them with target='text'")
+    found: dict[str, list[str]] = {}
+    for prompt, completion in zip(examples.texts, examples.seconds, strict=True):
+        found.setdefault(prompt, []).append(completion)
+    return {prompt: tuple(completions) for prompt, completions in found.items()}
 
 
 @dataclasses.dataclass(frozen=True)
 class Splits:
-    """Training, validation and test examples; `labels` index into `label_names`.
+    """Training, validation and test examples; labels of classes index into `label_names`.
 
     `data_hash` is the hex SHA-256 of names, texts and labels in their order; `notes` are sentences
     about what was done on the way (duplicates dropped, splits cut), fit to be shown to a user.
+    `target` is one of `TARGETS`; `metrics` names what the data are judged by beside loss and
+    accuracy (see `train.task_metrics`).
     """
 
     train: Examples
@@ -46,6 +94,8 @@ class Splits:
     label_names: tuple[str, ...]
     data_hash: str
     notes: tuple[str, ...] = ()
+    target: str = "class"
+    metrics: tuple[str, ...] = ()
 
 
 def make_splits(
@@ -53,12 +103,23 @@ def make_splits(
     validation: Examples,
     test: Examples,
     *,
-    label_names: Sequence[str],
+    label_names: Sequence[str] = (),
     notes: Sequence[str] = (),
+    target: str = "class",
+    metrics: Sequence[str] = (),
 ) -> Splits:
     """Puts three splits together and hashes them."""
     data_hash = hash_splits({"train": train, "validation": validation, "test": test}, label_names)
-    return Splits(train, validation, test, tuple(label_names), data_hash, tuple(notes))
+    return Splits(
+        train,
+        validation,
+        test,
+        tuple(label_names),
+        data_hash,
+        tuple(notes),
+        target=target,
+        metrics=tuple(metrics),
+    )
 
 
 def hash_splits(splits: dict[str, Examples], label_names: Sequence[str]) -> str:
@@ -66,7 +127,8 @@ def hash_splits(splits: dict[str, Examples], label_names: Sequence[str]) -> str:
 
     Every string is preceded by its length, so no two different data sets give the same bytes.
     """
-    digest = hashlib.sha256(b"lora_jax splits 1\n")
+    paired = any(examples.seconds is not None for examples in splits.values())
+    digest = hashlib.sha256(b"lora_jax splits of pairs 1\n" if paired else b"lora_jax splits 1\n")
 
     def add(text: str) -> None:
         encoded = text.encode("utf-8", "surrogatepass")
@@ -81,12 +143,17 @@ def hash_splits(splits: dict[str, Examples], label_names: Sequence[str]) -> str:
         digest.update(len(examples).to_bytes(8, "little"))
         for text in examples.texts:
             add(text)
-        digest.update(examples.labels.astype("<i4").tobytes())
+        for text in examples.seconds or ():
+            add(text)
+        numbers = np.issubdtype(examples.labels.dtype, np.floating)
+        if numbers:
+            add("numbers")
+        digest.update(examples.labels.astype("<f4" if numbers else "<i4").tobytes())
     return digest.hexdigest()
 
 
-def limit_examples(examples: Examples, limit: int) -> Examples:
-    """At most `limit` examples in the classes' proportions, in their order; 0 keeps all.
+def limit_examples(examples: Examples, limit: int, *, target: str = "class") -> Examples:
+    """At most `limit` examples in their order, classes in their proportions; 0 keeps all.
 
     Which ones depends on the texts alone, and a smaller limit takes a subset of a larger one's.
     Raises `RequestError` if the limit is negative or leaves a class out.
@@ -95,10 +162,13 @@ def limit_examples(examples: Examples, limit: int) -> Examples:
         raise RequestError(f"data.limit is {limit}; give a positive number, or 0 for all examples")
     if limit == 0 or limit >= len(examples):
         return examples
+    order = sorted(range(len(examples)), key=lambda i: hash_order("limit", examples.text(i)))
+    if target != "class":
+        return examples.take(sorted(order[:limit]))
     counts = collections.Counter(examples.labels.tolist())
     seen: collections.Counter = collections.Counter()
     place = {}
-    for i in sorted(range(len(examples)), key=lambda i: hash_order("limit", examples.texts[i])):
+    for i in order:
         label = int(examples.labels[i])
         # Quantile within the class: cutting all classes at one quantile keeps their proportions.
         place[i] = ((seen[label] + 0.5) / counts[label], label)
@@ -110,6 +180,24 @@ def limit_examples(examples: Examples, limit: int) -> Examples:
             "example; raise it"
         )
     return examples.take(kept)
+
+
+def limit_evaluation(examples: Examples, limit: int, *, target: str) -> Examples:
+    """`limit_examples` for a split that is only looked at: prompts keep all of their completions.
+
+    A text is judged by every reference of its prompt, so of pairs whole prompts are taken, in an
+    order that depends on them alone, while they fit into `limit` pairs (one prompt at least).
+    """
+    if target != "text" or limit <= 0 or limit >= len(examples):
+        return limit_examples(examples, limit, target=target)
+    groups: dict[str, list[int]] = {}
+    for i, prompt in enumerate(examples.texts):
+        groups.setdefault(prompt, []).append(i)
+    kept: list[int] = []
+    for prompt in sorted(groups, key=lambda prompt: hash_order("limit", prompt)):
+        if not kept or len(kept) + len(groups[prompt]) <= limit:
+            kept += groups[prompt]
+    return examples.take(sorted(kept))
 
 
 def clean_text(text: str) -> str:

@@ -9,7 +9,14 @@ from pathlib import Path
 import numpy as np
 
 from lora_jax.core.errors import RequestError
-from lora_jax.data.examples import Examples, Splits, hash_order, make_splits, text_key
+from lora_jax.data.examples import (
+    Examples,
+    Splits,
+    completion_examples,
+    hash_order,
+    make_splits,
+    text_key,
+)
 from lora_jax.data.tables import EXTENSIONS, Row, nearest_name, read_rows
 
 # What each split is called in file names; training comes first, since it must be there.
@@ -23,21 +30,27 @@ FRACTION = 0.1
 SALT = "automatic split 1"
 
 
-def load_files(source: str, path: str, *, text_column: str, label_column: str) -> Splits:
+def load_files(
+    source: str, path: str, *, text_column: str, label_column: str, target: str = "class"
+) -> Splits:
     """Splits from `path`: a file, a folder, or a pattern such as "reviews/*.csv".
 
     A single file is split 80/10/10 by the hash of each text, so that equal texts (case and
     punctuation aside) stay together and no seed matters. Several files are told apart by the words
     train, validation (valid, val, dev, eval) and test in their names; several for one split are
     read in the order of their names, and a split without a file is taken from training.
-    `label_names` are sorted, as numbers where all are whole numbers. Raises `RequestError`.
+    `label_names` are sorted, as numbers where all are whole numbers. With `target` "text" the texts
+    are prompts and the labels their completions, with "number" the labels are numbers. Raises
+    `RequestError`.
     """
     rows, notes = {}, []
     for name, files in find_files(source, path).items():
         rows[name] = [
             row
             for file in files
-            for row in read_rows(file, source, text_column=text_column, label_column=label_column)
+            for row in read_rows(
+                file, source, text_column=text_column, label_column=label_column, target=target
+            )
         ]
     missing = [name for name in ("test", "validation") if name not in rows]
     if missing:
@@ -51,10 +64,12 @@ def load_files(source: str, path: str, *, text_column: str, label_column: str) -
     for name in ("validation", "test"):
         if shared := sum(text_key(row.text) in train_keys for row in rows[name]):
             notes.append(f"{shared} of {len(rows[name])} {name} texts are also in training")
-    label_names = sort_labels({row.label for row in rows["train"]})
-    check_labels(rows, label_names, label_column, path)
-    parts = {name: to_examples(rows[name], label_names) for name in SPLIT_WORDS}
-    return make_splits(**parts, label_names=label_names, notes=notes)
+    label_names: tuple[str, ...] = ()
+    if target == "class":
+        label_names = sort_labels({row.label for row in rows["train"]})
+        check_labels(rows, label_names, label_column, path)
+    parts = {name: to_examples(rows[name], label_names, target=target) for name in SPLIT_WORDS}
+    return make_splits(**parts, label_names=label_names, notes=notes, target=target)
 
 
 def find_files(source: str, path: str) -> dict[str, list[Path]]:
@@ -148,14 +163,19 @@ def check_labels(
                 )
 
 
-def to_examples(rows: Sequence[Row], label_names: Sequence[str]) -> Examples:
+def to_examples(
+    rows: Sequence[Row], label_names: Sequence[str], *, target: str = "class"
+) -> Examples:
     """Examples whose ids are the rows' places."""
-    number = {name: i for i, name in enumerate(label_names)}
-    return Examples(
-        texts=tuple(row.text for row in rows),
-        labels=np.array([number[row.label] for row in rows], np.int32),
-        ids=tuple(row.place for row in rows),
-    )
+    texts, places = tuple(row.text for row in rows), tuple(row.place for row in rows)
+    if target == "text":
+        return completion_examples(texts, [row.label for row in rows], places)
+    if target == "number":
+        labels = np.array([float(row.label) for row in rows], np.float32)
+    else:
+        number = {name: i for i, name in enumerate(label_names)}
+        labels = np.array([number[row.label] for row in rows], np.int32)
+    return Examples(texts=texts, labels=labels, ids=places)
 
 
 def _siblings(path: Path) -> list[Path]:

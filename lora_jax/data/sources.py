@@ -3,41 +3,88 @@
 from typing import Any
 
 from lora_jax.core.errors import RequestError
-from lora_jax.data.examples import Splits, limit_examples, make_splits
+from lora_jax.data.e2e import load_e2e
+from lora_jax.data.examples import Splits, limit_evaluation, limit_examples, make_splits
 from lora_jax.data.files import load_files
+from lora_jax.data.glue import load_glue
 from lora_jax.data.reviews import load_reviews
 from lora_jax.data.tables import EXTENSIONS, nearest_name
+from lora_jax.data.tiny_sources import load_tiny_glue, load_tiny_pairs
 
-SOURCES = ("reviews", *EXTENSIONS)
+# Those that need no file of the user's.
+BUILT_IN = {
+    "reviews": lambda data: load_reviews(),
+    "tiny-pairs": lambda data: load_tiny_pairs(),
+    "tiny-glue": lambda data: load_tiny_glue(_task(data)),
+}
+SOURCES = (*BUILT_IN, "e2e", "glue", *EXTENSIONS)
 
 
-def load_splits(data: Any) -> Splits:
+def _task(data: Any) -> str:
+    return getattr(data, "task", "")
+
+
+_NAMES = {"class": "classes", "number": "numbers", "text": "completions"}
+_HEADS = {"class": "classification", "number": "regression", "text": "causal-lm"}
+
+
+def load_splits(data: Any, *, target: str = "class") -> Splits:
     """Training, validation and test examples of `config.data` (a ConfigDict or alike).
 
-    Reads `source`, `path`, `text`, `label` and `limit` of it; `limit` cuts the training examples
-    only, and the hash is that of what is left. No seed takes part. Raises `RequestError`.
+    Reads `source`, `path`, `text`, `label`, `limit` and, of GLUE, `task`; `limit` cuts the training
+    examples, `eval_limit` (0 if it is not there) the others, and the hash is that of what is left.
+    `target` is what the model is to learn, one of `TARGETS`: it decides how the labels of people's
+    own files are read. No seed takes part. Raises `RequestError`, also where the source has no such targets.
     """
-    if data.source == "reviews":
+    if data.source in BUILT_IN:
         if data.path:
             raise RequestError(
-                f"data.path={data.path} means nothing to data.source=reviews; set data.source to "
-                f"the file's kind ({', '.join(EXTENSIONS)})"
+                f"data.path={data.path} means nothing to data.source={data.source}; set "
+                f"data.source to the file's kind ({', '.join(EXTENSIONS)})"
             )
-        splits = load_reviews()
+        splits = BUILT_IN[data.source](data)
+    elif data.source == "glue":
+        splits = load_glue(data.path, _task(data))
+    elif data.source == "e2e":
+        splits = load_e2e(data.path)
     elif data.source in EXTENSIONS:
-        splits = load_files(data.source, data.path, text_column=data.text, label_column=data.label)
+        splits = load_files(
+            data.source,
+            data.path,
+            text_column=data.text,
+            label_column=data.label,
+            target=target,
+        )
     else:
         raise RequestError(
             f"data.source={data.source!r} is unknown{nearest_name(str(data.source), SOURCES)}; "
             f"choose among {', '.join(SOURCES)}"
         )
-    train = limit_examples(splits.train, data.limit)
-    if train is splits.train:
+    if splits.target != target:
+        raise RequestError(
+            f"data.source={data.source} has {_NAMES[splits.target]}, and the model's head is for "
+            f"{_NAMES[target]}; set model.head={_HEADS[splits.target]}, or another data.source"
+        )
+    return _limited(splits, data.limit, getattr(data, "eval_limit", 0))
+
+
+def _limited(splits: Splits, limit: int, eval_limit: int) -> Splits:
+    whole = {name: getattr(splits, name) for name in ("train", "validation", "test")}
+    cut = {"train": limit_examples(splits.train, limit, target=splits.target)}
+    for name in ("validation", "test"):
+        cut[name] = limit_evaluation(whole[name], eval_limit, target=splits.target)
+    words = {"train": "training", "validation": "validation", "test": "test"}
+    notes = [
+        f"{words[name]} limited to {len(cut[name])} of {len(whole[name])} examples"
+        for name in whole
+        if cut[name] is not whole[name]
+    ]
+    if not notes:
         return splits
     return make_splits(
-        train,
-        splits.validation,
-        splits.test,
+        **cut,
         label_names=splits.label_names,
-        notes=(*splits.notes, f"training limited to {len(train)} of {len(splits.train)} examples"),
+        target=splits.target,
+        metrics=splits.metrics,
+        notes=(*splits.notes, *notes),
     )

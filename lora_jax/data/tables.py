@@ -1,4 +1,4 @@
-"""Rows of text and label out of JSON Lines, CSV, TSV and Parquet files, each with its place."""
+"""Rows of text and target out of JSON Lines, CSV, TSV and Parquet files, each with its place."""
 
 import csv
 import difflib
@@ -22,20 +22,23 @@ EXTENSIONS = {
 
 
 class Row(NamedTuple):
-    """One labelled text; `place` says where it stands, as "file:line" or "file row N"."""
+    """One text with its target; `place` says where it stands, as "file:line" or "file row N"."""
 
     text: str
     label: str
     place: str
 
 
-def read_rows(path: Path, kind: str, *, text_column: str, label_column: str) -> list[Row]:
+def read_rows(
+    path: Path, kind: str, *, text_column: str, label_column: str, target: str = "class"
+) -> list[Row]:
     """All rows of one file, in order; `kind` is one of `EXTENSIONS`.
 
     CSV is RFC 4180 (quoted fields may hold line ends), TSV the IANA kind (nothing is quoted); both
-    begin with a line of column names. Labels may be strings, whole numbers or true/false. Raises
-    `RequestError` that names the line for a row that cannot be read, lacks a text or a label, and
-    for a file that is empty, unreadable or without the columns.
+    begin with a line of column names. Labels may be strings, whole numbers or true/false; with
+    `target` "number" any numbers (kept as text), with "text" completions. Raises `RequestError`
+    that names the line for a row that cannot be read, lacks a text or a label, and for a file that
+    is empty, unreadable or without the columns.
     """
     readers: dict[str, Callable[[Path], Iterator[tuple[dict, str]]]] = {
         "jsonl": _read_jsonl,
@@ -45,7 +48,7 @@ def read_rows(path: Path, kind: str, *, text_column: str, label_column: str) -> 
     }
     try:
         rows = [
-            _make_row(record, place, text_column, label_column)
+            _make_row(record, place, text_column, label_column, target)
             for record, place in readers[kind](path)
         ]
     except (OSError, pyarrow.ArrowException) as error:
@@ -63,7 +66,7 @@ def nearest_name(name: str, choices: Sequence[str]) -> str:
 
 
 def _read_jsonl(path: Path) -> Iterator[tuple[dict, str]]:
-    for number, line in _lines(path):
+    for number, line in read_lines(path):
         if not line.strip():
             continue
         place = f"{path}:{number}"
@@ -81,12 +84,12 @@ def _read_jsonl(path: Path) -> Iterator[tuple[dict, str]]:
 
 
 def _read_csv(path: Path) -> Iterator[tuple[dict, str]]:
-    lines = (line for _, line in _lines(path))
+    lines = (line for _, line in read_lines(path))
     yield from _delimited(path, csv.reader(lines, strict=True))
 
 
 def _read_tsv(path: Path) -> Iterator[tuple[dict, str]]:
-    lines = (line for _, line in _lines(path))
+    lines = (line for _, line in read_lines(path))
     yield from _delimited(path, csv.reader(lines, delimiter="\t", quoting=csv.QUOTE_NONE))
 
 
@@ -130,7 +133,7 @@ def _read_parquet(path: Path, columns: Sequence[str]) -> Iterator[tuple[dict, st
                 yield record, f"{path} row {number}"
 
 
-def _lines(path: Path) -> Iterator[tuple[int, str]]:
+def read_lines(path: Path) -> Iterator[tuple[int, str]]:
     """Numbered lines with their ends kept, split at line feeds only, decoded from UTF-8."""
     with open(path, "rb") as file:
         for number, line in enumerate(file, 1):
@@ -142,22 +145,30 @@ def _lines(path: Path) -> Iterator[tuple[int, str]]:
                 ) from error
 
 
-def _make_row(record: dict, place: str, text_column: str, label_column: str) -> Row:
-    text = _column(record, text_column, "data.text", place)
+def _make_row(record: dict, place: str, text_column: str, label_column: str, target: str) -> Row:
+    text = _text(record, text_column, "data.text", place)
+    if target == "text":
+        return Row(text, _text(record, label_column, "data.label", place).strip(), place)
+    label = _column(record, label_column, "data.label", place)
+    read = _number if target == "number" else _label
+    return Row(text, read(label, place, label_column), place)
+
+
+def _text(record: dict, name: str, setting: str, place: str) -> str:
+    text = _column(record, name, setting, place)
     if not isinstance(text, str | None):
         raise RequestError(
-            f"{place}: column {text_column!r} holds {text!r}, not a text; {_columns(record)}"
+            f"{place}: column {name!r} holds {text!r}, not a text; {_columns(record)}"
         )
     if not (text or "").strip():
-        raise RequestError(f"{place}: column {text_column!r} is empty; fill it or remove the row")
+        raise RequestError(f"{place}: column {name!r} is empty; fill it or remove the row")
     try:
         text.encode()
     except UnicodeEncodeError as error:
         raise RequestError(
-            f"{place}: column {text_column!r} holds half a character (a lone surrogate); correct it"
+            f"{place}: column {name!r} holds half a character (a lone surrogate); correct it"
         ) from error
-    label = _label(_column(record, label_column, "data.label", place), place, label_column)
-    return Row(text, label, place)
+    return text
 
 
 def _column(record: dict, name: str, setting: str, place: str) -> Any:
@@ -186,3 +197,13 @@ def _label(value: Any, place: str, column: str) -> str:
     raise RequestError(
         f"{place}: column {column!r} holds {value!r}; a label is a string or a whole number"
     )
+
+
+def _number(value: Any, place: str, column: str) -> str:
+    """The label of a regression, as text that `float` reads."""
+    try:
+        if not isinstance(value, bool) and math.isfinite(float(value)):
+            return str(value)
+    except (TypeError, ValueError):
+        pass
+    raise RequestError(f"{place}: column {column!r} holds {value!r}, not a number; correct it")

@@ -1,7 +1,7 @@
 """Texts to token ids, kept in memory as one ragged array."""
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import tokenizers
@@ -18,13 +18,17 @@ class EncodedExamples:
     """Token ids of N examples, end to end.
 
     `ids` (total tokens,) int32; `offsets` (N + 1,) int64, so that example i is
-    `ids[offsets[i]:offsets[i + 1]]`; `labels` (N,) int32; `pad_id` fills batches.
+    `ids[offsets[i]:offsets[i + 1]]`; `labels` (N,) as in `Examples`; `pad_id` fills batches. Of two
+    texts, `type_ids` (total tokens,) int32 says which each token is of (None: of one, or the
+    tokenizer does not tell); of completions, `prompt_lengths` (N,) int64 are the tokens before.
     """
 
     ids: np.ndarray
     offsets: np.ndarray
     labels: np.ndarray
     pad_id: int
+    type_ids: np.ndarray | None = None
+    prompt_lengths: np.ndarray | None = None
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -48,10 +52,12 @@ def encode_examples(
 ) -> EncodedExamples:
     """Encodes each text with the special tokens, cut to `max_length` tokens, those included.
 
-    The tokenizer is left as it was. `on_progress(done, total)` is called now and then. Raises
-    `RequestError` if `max_length` leaves no room for text, or a text gives no tokens.
+    Of two texts the longer one is cut first. The tokenizer is left as it was. `on_progress(done,
+    total)` is called now and then. Raises `RequestError` if `max_length` leaves no room for text,
+    or a text gives no tokens.
     """
-    special = tokenizer.num_special_tokens_to_add(is_pair=False)
+    paired = examples.seconds is not None
+    special = tokenizer.num_special_tokens_to_add(is_pair=paired)
     if max_length <= special:
         raise RequestError(
             f"data.max_length={max_length} leaves no room for text: the tokenizer adds {special} "
@@ -60,10 +66,16 @@ def encode_examples(
     cutting = tokenizers.Tokenizer.from_str(tokenizer.to_str())
     cutting.no_padding()
     cutting.enable_truncation(max_length)
+    texts: Sequence = examples.texts
+    if paired:
+        texts = list(zip(examples.texts, examples.seconds, strict=True))
     rows: list[np.ndarray] = []
+    types: list[np.ndarray] = []
     for start in range(0, len(examples), CHUNK_SIZE):
-        chunk = examples.texts[start : start + CHUNK_SIZE]
-        rows += [np.array(e.ids, np.int32) for e in cutting.encode_batch_fast(list(chunk))]
+        encoded = cutting.encode_batch_fast(list(texts[start : start + CHUNK_SIZE]))
+        rows += [np.array(e.ids, np.int32) for e in encoded]
+        if paired:
+            types += [np.array(e.type_ids, np.int32) for e in encoded]
         if on_progress is not None:
             on_progress(len(rows), len(examples))
     lengths = np.array([len(row) for row in rows], np.int64)
@@ -73,12 +85,22 @@ def encode_examples(
             f"{examples.ids[empty]}: the tokenizer finds no tokens in {examples.texts[empty]!r}; "
             "remove the row"
         )
+    type_ids = np.concatenate([np.zeros(0, np.int32), *types])
     return EncodedExamples(
-        ids=np.concatenate([np.zeros(0, np.int32), *rows]),
-        offsets=np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64),
+        **end_to_end(rows),
         labels=examples.labels,
         pad_id=_pad_id(tokenizer),
+        type_ids=type_ids if type_ids.any() else None,
     )
+
+
+def end_to_end(rows: Sequence[np.ndarray]) -> dict[str, np.ndarray]:
+    """Rows of ids of any lengths as `ids` and `offsets` of `EncodedExamples`."""
+    lengths = np.array([len(row) for row in rows], np.int64)
+    return {
+        "ids": np.concatenate([np.zeros(0, np.int32), *rows]),
+        "offsets": np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64),
+    }
 
 
 def _pad_id(tokenizer: tokenizers.Tokenizer) -> int:

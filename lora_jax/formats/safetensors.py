@@ -5,7 +5,7 @@ NumPy arrays (bfloat16 as `ml_dtypes.bfloat16`) on both sides.
 """
 
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import numpy as np
@@ -25,11 +25,36 @@ def read_tensors(path: str | os.PathLike) -> dict[str, np.ndarray]:
         try:
             return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
         except (SafetensorError, TypeError, KeyError, AttributeError) as error:
-            # NumPy has no type for some of the format's dtypes (the 8- and 4-bit floats, say).
-            raise RequestError(
-                f"{path} holds a tensor NumPy cannot represent ({error}); "
-                "convert the file to float32, float16 or bfloat16"
-            ) from error
+            raise _unreadable(path, error) from error
+
+
+class LazyTensors(Mapping[str, np.ndarray]):
+    """The tensors of one `.safetensors` file by name, each read when it is asked for.
+
+    Raises `RequestError` as `read_tensors` does: for the file here, for a tensor when it is read.
+    """
+
+    def __init__(self, path: str | os.PathLike):
+        self._path = Path(path)
+        self._file = _opened(path)
+        self._names = dict.fromkeys(self._file.keys())
+
+    def __getitem__(self, name: str) -> np.ndarray:
+        if name not in self._names:
+            raise KeyError(name)
+        try:
+            return self._file.get_tensor(name)
+        except (SafetensorError, TypeError, KeyError, AttributeError) as error:
+            raise _unreadable(self._path, error) from error
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._names  # Mapping's own would read the tensor to find out.
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._names)
+
+    def __len__(self) -> int:
+        return len(self._names)
 
 
 def read_metadata(path: str | os.PathLike) -> dict[str, str]:
@@ -70,3 +95,11 @@ def _opened(path: str | os.PathLike):
         ) from error
     except OSError as error:
         raise RequestError(f"cannot read {path}: {error.strerror or error}") from error
+
+
+def _unreadable(path: str | os.PathLike, error: Exception) -> RequestError:
+    # NumPy has no type for some of the format's dtypes (the 8- and 4-bit floats, say).
+    return RequestError(
+        f"{path} holds a tensor NumPy cannot represent ({error}); "
+        "convert the file to float32, float16 or bfloat16"
+    )

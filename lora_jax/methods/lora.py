@@ -19,7 +19,7 @@ from lora_jax.core import trees
 from lora_jax.core.apply import scale_of
 from lora_jax.core.axes import KernelAxes
 from lora_jax.core.errors import RequestError
-from lora_jax.core.rules import Rule, match_rules
+from lora_jax.core.rules import Rule, match_rules, split_parts
 from lora_jax.core.values import AdaptedValue, is_adapted
 from lora_jax.core.weights import LoRAWeight
 from lora_jax.methods.base import Method, Trainable
@@ -94,7 +94,7 @@ class LoRA(Method):
                     "Rule('.*/query/kernel', rank=4)"
                 )
         super().__init__(train=train, rows=dict(rows or {}), aliases=aliases)
-        object.__setattr__(self, "rules", tuple(rules))
+        object.__setattr__(self, "rules", tuple(split_parts(rules, aliases)))
         object.__setattr__(self, "axes", axes)
 
     # What a variant changes.

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from lora_jax.core.errors import RequestError
+from lora_jax.models.attention import attend, mask_bias
 from lora_jax.models.config_fields import Fields
 from lora_jax.models.layers import (
     ACTIVATIONS,
@@ -21,11 +22,10 @@ from lora_jax.models.layers import (
     LayerNorm,
     Linear,
     at_least_float32,
-    attend,
     dropout,
-    mask_bias,
+    fold_key,
 )
-from lora_jax.models.pooling import POOLINGS
+from lora_jax.models.pooling import FAMILY, POOLINGS
 
 _LAYER = r"encoder/layers/\d+"
 ALIASES: Mapping[str, str] = MappingProxyType(
@@ -108,7 +108,10 @@ class BertConfig:
 
 
 class Bert(nnx.Module):
-    """The encoder, and with `num_labels` a linear head on its pooled output."""
+    """The encoder, and with `num_labels` a linear head on its pooled output.
+
+    `pooling="family"` is BERT's own: tanh of a linear layer (`pooler`) on the first token.
+    """
 
     def __init__(
         self,
@@ -118,20 +121,20 @@ class Bert(nnx.Module):
         pooling: str = "cls",
         rngs: nnx.Rngs,
     ):
-        self.embeddings = _Embeddings(config, rngs=rngs)
-        self.encoder = _Encoder(config, rngs=rngs)
-        self.head = (
-            None
-            if num_labels is None
-            else Linear(config.hidden_size, num_labels, std=0.02, rngs=rngs)
-        )
+        size = config.hidden_size
+        self.embeddings = Embeddings(config, rngs=rngs)
+        self.encoder = Encoder(config, rngs=rngs)
+        std = config.initializer_range
+        self.head = None if num_labels is None else Linear(size, num_labels, std=0.02, rngs=rngs)
+        # There without a head, too: it is the encoder's, and files of encoders hold it.
+        self.pooler = Linear(size, size, std=std, rngs=rngs) if pooling == FAMILY else None
         self.pooling = pooling
         self.config = config
 
     def __call__(
         self,
         input_ids: jax.Array,
-        attention_mask: jax.Array,
+        attention_mask: jax.Array | None = None,
         token_type_ids: jax.Array | None = None,
         *,
         output_hidden_states: bool = False,
@@ -139,23 +142,30 @@ class Bert(nnx.Module):
     ):
         """Last hidden state (B, T, D), or float32 logits (B, num_labels) with a head.
 
-        `input_ids`, `attention_mask` (1 to attend, 0 padding) and `token_type_ids` are (B, T)
-        integers. `output_hidden_states=True` returns `(output, (embeddings, layer 0, …))`. Dropout
-        acts only with a `dropout_key`. Raises `RequestError` for shapes that do not fit.
+        `input_ids`, `attention_mask` (1 to attend, 0 padding; all 1 by default) and
+        `token_type_ids` are (B, T) integers. `output_hidden_states=True` returns `(output,
+        (embeddings, layer 0, …))`. Dropout acts only with a `dropout_key`. Raises `RequestError`
+        for shapes that do not fit.
         """
-        _check_inputs(self.config, input_ids, attention_mask, token_type_ids)
-        h_BTD = self.embeddings(input_ids, token_type_ids, _key(dropout_key, 0))
-        states = self.encoder(h_BTD, mask_bias(attention_mask), _key(dropout_key, 1))
+        attention_mask = check_inputs(
+            "BERT", input_ids, attention_mask, token_type_ids,
+            longest=self.config.max_position_embeddings,
+        )  # fmt: skip
+        h_BTD = self.embeddings(input_ids, token_type_ids, fold_key(dropout_key, 0))
+        states = self.encoder(h_BTD, mask_bias(attention_mask), fold_key(dropout_key, 1))
         output = states[-1]
         if self.head is not None:
-            pooled_BD = POOLINGS[self.pooling](at_least_float32(output), attention_mask)
+            if self.pooler is None:
+                pooled_BD = POOLINGS[self.pooling](at_least_float32(output), attention_mask)
+            else:
+                pooled_BD = jnp.tanh(self.pooler(at_least_float32(output[:, 0])))
             rate = self.config.hidden_dropout_prob
-            output = self.head(dropout(pooled_BD, rate, _key(dropout_key, 2)))
+            output = self.head(dropout(pooled_BD, rate, fold_key(dropout_key, 2)))
         return (output, states) if output_hidden_states else output
 
 
-class _Embeddings(nnx.Module):
-    def __init__(self, config: BertConfig, *, rngs: nnx.Rngs):
+class Embeddings(nnx.Module):
+    def __init__(self, config: Any, *, rngs: nnx.Rngs):
         size, std = config.hidden_size, config.initializer_range
         self.word = Embedding(config.vocab_size, size, std=std, rngs=rngs)
         self.position = Embedding(config.max_position_embeddings, size, std=std, rngs=rngs)
@@ -163,25 +173,28 @@ class _Embeddings(nnx.Module):
         self.norm = LayerNorm(size, eps=config.layer_norm_eps)
         self.dropout_rate = config.hidden_dropout_prob
 
-    def __call__(self, input_ids, token_type_ids, key):
+    def __call__(self, input_ids, token_type_ids, key, positions_BT=None):
         # A slice and a row where indices are known: no gather, and no scatter-add in its gradient.
-        position_TD = self.position.embedding[...][: input_ids.shape[1]]
+        if positions_BT is None:
+            position = self.position.embedding[...][: input_ids.shape[1]]
+        else:
+            position = self.position(positions_BT)
         if token_type_ids is None:
             token_type = self.token_type.embedding[...][0]
         else:
             token_type = self.token_type(token_type_ids)
-        h_BTD = self.norm(self.word(input_ids) + token_type + position_TD)
+        h_BTD = self.norm(self.word(input_ids) + token_type + position)
         return dropout(h_BTD, self.dropout_rate, key)
 
 
-class _Encoder(nnx.Module):
+class Encoder(nnx.Module):
     def __init__(self, config: BertConfig, *, rngs: nnx.Rngs):
         self.layers = nnx.List([_Layer(config, rngs=rngs) for _ in range(config.num_hidden_layers)])
 
     def __call__(self, h_BTD, bias, key) -> tuple[jax.Array, ...]:
         states = [h_BTD]
         for number, layer in enumerate(self.layers):
-            states.append(layer(states[-1], bias, _key(key, number)))
+            states.append(layer(states[-1], bias, fold_key(key, number)))
         return tuple(states)
 
 
@@ -191,8 +204,8 @@ class _Layer(nnx.Module):
         self.mlp = _Mlp(config, rngs=rngs)
 
     def __call__(self, h_BTD, bias, key):
-        h_BTD = self.attention(h_BTD, bias, _key(key, 0))
-        return self.mlp(h_BTD, _key(key, 1))
+        h_BTD = self.attention(h_BTD, bias, fold_key(key, 0))
+        return self.mlp(h_BTD, fold_key(key, 1))
 
 
 class _Attention(nnx.Module):
@@ -213,9 +226,9 @@ class _Attention(nnx.Module):
             bias,
             num_heads=self.config.num_attention_heads,
             dropout_rate=self.config.attention_probs_dropout_prob,
-            dropout_key=_key(key, 0),
+            dropout_key=fold_key(key, 0),
         )
-        out_BTD = dropout(self.output(mixed_BTD), self.config.hidden_dropout_prob, _key(key, 1))
+        out_BTD = dropout(self.output(mixed_BTD), self.config.hidden_dropout_prob, fold_key(key, 1))
         return self.norm(h_BTD + out_BTD)
 
 
@@ -233,20 +246,18 @@ class _Mlp(nnx.Module):
         return self.norm(h_BTD + out_BTD)
 
 
-def _key(key: jax.Array | None, number: int) -> jax.Array | None:
-    return None if key is None else jax.random.fold_in(key, number)
-
-
-def _check_inputs(config, input_ids, attention_mask, token_type_ids) -> None:
+def check_inputs(name, input_ids, attention_mask, token_type_ids, *, longest: int) -> jax.Array:
+    """The attention mask, ones if None. Raises `RequestError` for inputs that do not fit."""
     shape = jnp.shape(input_ids)
     if len(shape) != 2 or not jnp.issubdtype(jnp.result_type(input_ids), jnp.integer):
         kind = f"{jnp.result_type(input_ids)} {shape}"
-        raise RequestError(f"input_ids are {kind}; BERT takes integers of shape (batch, time)")
-    for name, value in (("attention_mask", attention_mask), ("token_type_ids", token_type_ids)):
+        raise RequestError(f"input_ids are {kind}; {name} takes integers of shape (batch, time)")
+    for what, value in (("attention_mask", attention_mask), ("token_type_ids", token_type_ids)):
         if value is not None and jnp.shape(value) != shape:
-            raise RequestError(f"{name} has shape {jnp.shape(value)}, input_ids have {shape}")
-    if shape[1] > config.max_position_embeddings:
+            raise RequestError(f"{what} has shape {jnp.shape(value)}, input_ids have {shape}")
+    if shape[1] > longest:
         raise RequestError(
-            f"a sequence of {shape[1]} tokens is longer than the model's "
-            f"{config.max_position_embeddings} positions; truncate the texts (data.max_length)"
+            f"a sequence of {shape[1]} tokens is longer than the model's {longest} positions; "
+            "truncate the texts (data.max_length)"
         )
+    return jnp.ones(shape, jnp.int32) if attention_mask is None else attention_mask

@@ -1,7 +1,10 @@
 """What a model folder holds, read and checked: config, weights, tokenizer, pooling, head."""
 
+from __future__ import annotations
+
 import dataclasses
 import os
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,15 +14,16 @@ from tokenizers import Tokenizer
 
 from lora_jax.core.errors import RequestError
 from lora_jax.formats.safetensors import read_tensors
-from lora_jax.models.config_fields import read_json
-from lora_jax.models.families import Family, find_family
+from lora_jax.models.config_fields import Fields, read_json
+from lora_jax.models.families import CAUSAL_LM, ENCODER, Family, find_family
 from lora_jax.models.functional import functional
 from lora_jax.models.hf_names import Entry, params_from_tensors
-from lora_jax.models.pooling import read_pooling
+from lora_jax.models.pooling import FAMILY, read_pooling
 from lora_jax.models.tokenizer import read_tokenizer
+from lora_jax.models.weights_files import Renamed, open_weights
 
-# A head trained here lies beside the encoder in a file of its own, in torch's layout, so that other
-# programs open model.safetensors as the plain encoder it is.
+# A head trained here on another pooling than the family's own lies beside the encoder in a file of
+# its own, in torch's layout, so that other programs open model.safetensors as the plain encoder.
 HEAD_FILE = "head.safetensors"
 HEAD_ENTRIES = (
     Entry("head.weight", "head/kernel", is_transposed=True),
@@ -27,64 +31,175 @@ HEAD_ENTRIES = (
 )
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Request:
+    """What is wanted of a folder: with a task's head or without, and in which form.
+
+    `convert(path, array)` turns a NumPy array of the file into what is kept; `config_changes` are
+    fields of the family's config that are ours to choose (`scan_layers`).
+    """
+
+    has_head: bool = False
+    convert: Callable[[str, np.ndarray], Any] = lambda path, array: array
+    config_changes: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    needs_tokenizer: bool = True
+
+
 @dataclasses.dataclass(frozen=True, eq=False)
 class Checkpoint:
-    """A model as stored: `params` and `head` are `{path: NumPy array}`, kernels (in, out)."""
+    """A model as stored: `params` and `head` are `{path: array}`, kernels (in, out).
+
+    `params` hold everything but a task's head; `head` is None where the folder has none, or none
+    was asked for.
+    """
 
     name: str
     family: Family
     config: Any
-    params: dict[str, np.ndarray]
-    tokenizer: Tokenizer
+    params: dict[str, Any]
+    tokenizer: Tokenizer | None
     pooling: str
-    head: dict[str, np.ndarray] | None = None
+    head: dict[str, Any] | None = None
+    eos_token_ids: tuple[int, ...] = ()
 
 
-def read_checkpoint(folder: str | os.PathLike, name: str) -> Checkpoint:
+def read_checkpoint(folder: str | os.PathLike, name: str, request: Request) -> Checkpoint:
     """Reads a Hugging Face folder; raises `RequestError` for anything missing or inconsistent."""
     folder = Path(folder)
     if not folder.is_dir():
         raise RequestError(f"there is no folder {folder}; check the path")
-    for file in ("config.json", "model.safetensors", "tokenizer.json"):
-        if not (folder / file).is_file():
-            raise RequestError(f"{folder} lacks {file}; {_remedy(folder, file)}")
+    if not (folder / "config.json").is_file():
+        advice = "a model folder holds config.json, model.safetensors and tokenizer.json"
+        raise RequestError(f"{folder} lacks config.json; {advice}")
     place = str(folder / "config.json")
     raw = read_json(place, kind=dict)
     family = find_family(raw.get("model_type"), place)
-    config = family.config.from_json(raw, place)
+    config = change_config(family.config.from_json(raw, place), request.config_changes)
     # The tokenizer before the weights: of two errors, the one that is found sooner.
-    tokenizer = read_tokenizer(
-        folder / "tokenizer.json", vocab_size=config.vocab_size, pad_token_id=config.pad_token_id
+    tokenizer = _read_tokenizer(folder, family, config) if request.needs_tokenizer else None
+    tensors, file = open_weights(folder)
+    pooling = read_pooling(folder) if family.kind == ENCODER else FAMILY
+    params, head, pooling = read_params(
+        tensors, family, config, request, place=str(file), pooling=pooling
     )
-    shapes, _ = functional(lambda: family.module(config, rngs=nnx.Rngs(0)))
-    path = folder / "model.safetensors"
+    if request.has_head and (folder / HEAD_FILE).is_file():
+        head = _read_head(folder / HEAD_FILE, config.hidden_size, request)
+    eos = _eos_token_ids(folder, config) if family.kind == CAUSAL_LM else ()
+    return Checkpoint(name, family, config, params, tokenizer, pooling, head, eos)
+
+
+def change_config(config: Any, changes: Mapping[str, Any]) -> Any:
+    """`config` with the fields that are ours to choose. Raises `RequestError` if it lacks one."""
+    for field in changes:
+        if not hasattr(config, field):
+            raise RequestError(
+                f"{field} is not for {type(config).__name__.removesuffix('Config')} models; it is "
+                "for GPT-2 and the Llama family"
+            )
+    return dataclasses.replace(config, **changes)
+
+
+def read_params(
+    tensors: Mapping[str, np.ndarray],
+    family: Family,
+    config: Any,
+    request: Request,
+    *,
+    place: str,
+    pooling: str = FAMILY,
+) -> tuple[dict[str, Any], dict[str, Any] | None, str]:
+    """`(params, head, pooling)` of a file's tensors, every one accounted for.
+
+    A head of transformers' own kind is read where one is asked for and there; the pooling becomes
+    "cls" for an encoder whose own pooling needs weights that the file lacks.
+    """
+    names = family.names(tensors)
+    tensors = Renamed({here: (tensors, there) for here, there in names.items()})
+    entries, ignored = list(family.entries(config)), list(family.ignored)
+    lm_head = family.lm_head(config)
+    if request.has_head or not lm_head:
+        # A tied head is often stored, too; a classifier has no use for the other's.
+        ignored.append(r"lm_head\.weight")
+    else:
+        entries += lm_head
+    pooler, classifier = list(family.pooler), list(family.classifier)
+    if pooling == FAMILY and pooler:
+        if all(entry.tensor in tensors for entry in pooler):
+            entries += pooler
+        else:
+            pooling = "cls"
+    found = request.has_head and pooling == FAMILY and classifier[-1].tensor in tensors
+    if found:
+        entries += classifier
+    ignored += [_exactly(e.tensor) for e in (*pooler, *classifier) if e not in entries]
+    num_labels = tensors[classifier[-1].tensor].shape[:1] if found else ()
+    shapes, _ = functional(
+        lambda: family.module(
+            config,
+            num_labels=num_labels[0] if num_labels else (1 if request.has_head else None),
+            pooling=pooling,
+            rngs=nnx.Rngs(0),
+        )
+    )
+    if not lm_head and "lm_head.weight" in tensors and not request.has_head:
+        _check_tied(tensors, family, config, place)
     params = params_from_tensors(
-        family.canonical(read_tensors(path)),
-        family.entries(config),
-        shapes,
-        ignored=family.ignored,
-        place=str(path),
+        tensors, entries, shapes, ignored=ignored, place=place, convert=request.convert
     )
-    head = _read_head(folder / HEAD_FILE, config.hidden_size)
-    return Checkpoint(name, family, config, params, tokenizer, read_pooling(folder), head)
+    if not found:
+        return params, None, pooling
+    head = {entry.path: params.pop(entry.path) for entry in classifier}
+    return params, head, pooling
 
 
-def _read_head(path: Path, hidden_size: int) -> dict[str, np.ndarray] | None:
-    if not path.is_file():
-        return None
+def _exactly(name: str) -> str:
+    return name.replace(".", r"\.")
+
+
+def _check_tied(tensors: Mapping[str, np.ndarray], family: Family, config: Any, place: str) -> None:
+    table = next(e.tensor for e in family.entries(config) if e.path == "embed/embedding")
+    if table in tensors and not np.array_equal(tensors["lm_head.weight"], tensors[table]):
+        raise RequestError(
+            f"{place} holds an lm_head.weight other than {table}, but its config.json says "
+            "tie_word_embeddings=true; set that to false to use both"
+        )
+
+
+def _read_tokenizer(folder: Path, family: Family, config: Any) -> Tokenizer:
+    if not (folder / "tokenizer.json").is_file():
+        raise RequestError(
+            f"{folder} lacks tokenizer.json; save the model's own there, or pass tokenizer=False "
+            "for a model that is given token ids only"
+        )
+    pad = config.pad_token_id if family.kind == ENCODER else None
+    return read_tokenizer(folder / "tokenizer.json", vocab_size=config.vocab_size, pad_token_id=pad)
+
+
+def _eos_token_ids(folder: Path, config: Any) -> tuple[int, ...]:
+    """Where generation stops: what generation_config.json says, else config.json."""
+    file = folder / "generation_config.json"
+    found = config.eos_token_id
+    if file.is_file():
+        raw = read_json(file, kind=dict)
+        known = {k: v for k, v in raw.items() if k == "eos_token_id"}
+        found = Fields(known, str(file)).special_tokens(config.vocab_size)["eos_token_id"] or found
+    return eos_ids(found)
+
+
+def eos_ids(found: int | Sequence[int] | None) -> tuple[int, ...]:
+    """A config's `eos_token_id` as a tuple."""
+    if found is None:
+        return ()
+    return (found,) if isinstance(found, int) else tuple(found)
+
+
+def _read_head(path: Path, hidden_size: int, request: Request) -> dict[str, Any]:
     tensors = read_tensors(path)
     labels = len(tensors["head.bias"]) if np.ndim(tensors.get("head.bias")) == 1 else 1
     shapes = {
         "head/kernel": np.empty((hidden_size, labels)),
         "head/bias": np.empty((labels,)),
     }
-    return params_from_tensors(tensors, HEAD_ENTRIES, shapes, ignored=(), place=str(path))
-
-
-def _remedy(folder: Path, file: str) -> str:
-    if file == "model.safetensors":
-        if (folder / "model.safetensors.index.json").is_file():
-            return "weights in several files are not read; save them as one with transformers"
-        if (folder / "pytorch_model.bin").is_file():
-            return "pickled weights are not read; save the model with transformers as safetensors"
-    return "a model folder holds config.json, model.safetensors and tokenizer.json"
+    return params_from_tensors(
+        tensors, HEAD_ENTRIES, shapes, ignored=(), place=str(path), convert=request.convert
+    )

@@ -36,6 +36,8 @@ class Fields:
 
     def integer(self, name: str, default: Any = _REQUIRED, *, minimum: int = 1) -> int:
         value = self._value(name, default)
+        if value is None:
+            return None
         if isinstance(value, bool) or not isinstance(value, int) or value < minimum:
             raise self.error(name, value, f"an integer of at least {minimum}")
         return value
@@ -59,6 +61,35 @@ class Fields:
         if not any(value is c or (type(value) is type(c) and value == c) for c in choices):
             raise self.error(name, value, "one of " + ", ".join(repr(c) for c in choices))
         return value
+
+    def mapping(self, name: str) -> dict[str, Any] | None:
+        """The JSON object of that name, None if there is none."""
+        value = self._raw.get(name)
+        if value is not None and not isinstance(value, dict):
+            raise self.error(name, value, "an object or null")
+        return value
+
+    def inner(self, name: str, value: dict[str, Any]) -> "Fields":
+        """The fields of an object inside this one."""
+        return Fields(value, f"{self._place}, {name}")
+
+    def special_tokens(self, vocab_size: int) -> dict[str, Any]:
+        """`bos_token_id`, `eos_token_id` (one or several) and `pad_token_id`, each None if absent.
+
+        An id outside of the vocabulary, as -1, which some files have for "none", is an error but
+        for padding, which is read as none.
+        """
+        found: dict[str, Any] = {}
+        for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
+            value = self._raw.get(name)
+            ids = value if isinstance(value, list) else [value]
+            if value is None or (name == "pad_token_id" and value == -1):
+                found[name] = None
+                continue
+            if not ids or not all(type(n) is int and 0 <= n < vocab_size for n in ids):
+                raise self.error(name, value, f"a token id from 0 to {vocab_size - 1}, or null")
+            found[name] = tuple(ids) if isinstance(value, list) else value
+        return found
 
     def error(self, name: str, value: Any, wanted: str) -> RequestError:
         return RequestError(f"{self._place}: {name} is {value!r}, but must be {wanted}")

@@ -1,8 +1,10 @@
 """Moving tensors between a Hugging Face file's names and layouts and this project's."""
 
+from __future__ import annotations
+
 import dataclasses
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import ml_dtypes
@@ -15,11 +17,35 @@ _FLOATS = frozenset(np.dtype(t) for t in (np.float64, np.float32, np.float16, ml
 
 @dataclasses.dataclass(frozen=True)
 class Entry:
-    """One tensor: its name in the file, its path here, whether the file stores it transposed."""
+    """One tensor: its name in the file, its path here, whether the file stores it transposed.
+
+    `index` is the tensor's place along the first axis of a parameter that stacks layers.
+    """
 
     tensor: str
     path: str
     is_transposed: bool = False
+    index: int | None = None
+
+
+def linear(module: str, path: str, *, bias: bool = True, transposed: bool = True) -> list[Entry]:
+    """The entries of a linear layer; torch's `Linear` stores (out, in), `Conv1D` (in, out)."""
+    entries = [Entry(f"{module}.weight", f"{path}/kernel", is_transposed=transposed)]
+    return entries + ([Entry(f"{module}.bias", f"{path}/bias")] if bias else [])
+
+
+def norm(module: str, path: str, *, bias: bool = True) -> list[Entry]:
+    """The entries of a layer norm."""
+    entries = [Entry(f"{module}.weight", f"{path}/scale")]
+    return entries + ([Entry(f"{module}.bias", f"{path}/bias")] if bias else [])
+
+
+def layer_entries(entries: Sequence[Entry], number: int, *, stacked: bool) -> list[Entry]:
+    """The entries of layer `number`, whose paths hold "layers/{}" for "layers/NUMBER" or, where
+    layers are stacked, for the one "layers"."""
+    if not stacked:
+        return [dataclasses.replace(e, path=e.path.format(number)) for e in entries]
+    return [dataclasses.replace(e, path=e.path.replace("/{}", ""), index=number) for e in entries]
 
 
 def params_from_tensors(
@@ -29,41 +55,58 @@ def params_from_tensors(
     *,
     ignored: Iterable[str],
     place: str,
-) -> dict[str, np.ndarray]:
-    """Returns `{path: array}`, accounting for every tensor of the file.
+    convert: Callable[[str, np.ndarray], Any] = lambda path, array: array,
+) -> dict[str, Any]:
+    """Returns `{path: convert(path, array)}`, accounting for every tensor of the file.
 
+    Tensors are asked for one by one, and each is let go before the next: with a lazy mapping only
+    the result and one tensor are in memory (of stacked layers, the result and one parameter).
     `ignored` are regexes (full match) of tensors that are known and not needed. Raises
     `RequestError` listing what is missing, unexpected, misshapen, not a float, or not finite.
     """
-    wanted = {entry.tensor: entry for entry in entries}
+    wanted = {entry.tensor for entry in entries}
+    there = set(tensors)
     unneeded = re.compile("|".join(f"(?:{pattern})" for pattern in ignored) or r"(?!)")
-    problems = []
-    missing = sorted(wanted.keys() - tensors.keys())
-    if missing:
-        problems.append("missing " + _listed(missing))
-    unexpected = [n for n in tensors if n not in wanted and not unneeded.fullmatch(n)]
-    if unexpected:
-        problems.append("unexpected " + _listed(sorted(unexpected)))
-    params, misshapen, not_float, not_finite = {}, [], [], []
-    for name, entry in wanted.items():
-        if name not in tensors:
-            continue
-        tensor, shape = tensors[name], tuple(shapes[entry.path].shape)
-        expected = shape[::-1] if entry.is_transposed else shape
-        if tensor.shape != expected:
-            misshapen.append(f"{name} {tensor.shape} instead of {expected}")
-        elif tensor.dtype not in _FLOATS:
-            not_float.append(f"{name} ({tensor.dtype})")
-        elif not np.isfinite(tensor).all():
-            not_finite.append(name)
-        params[entry.path] = tensor.T if entry.is_transposed else tensor
-    for label, names in (
-        ("misshapen", misshapen),
-        ("not floating point:", not_float),
-        ("with NaN or infinity:", not_finite),
-    ):
-        if names:
-            problems.append(f"{label} {_listed(names)}")
+    missing = sorted(wanted - there)
+    unexpected = sorted(n for n in there if n not in wanted and not unneeded.fullmatch(n))
+    misshapen, not_float, not_finite = [], [], []
+    params: dict[str, Any] = {}
+    for path, group in _by_path(entries):
+        shape, stacked = tuple(shapes[path].shape), None
+        for entry in group:
+            if entry.tensor not in there:
+                continue
+            tensor = tensors[entry.tensor]
+            of_one = shape if entry.index is None else shape[1:]
+            expected = of_one[::-1] if entry.is_transposed else of_one
+            if tensor.shape != expected:
+                misshapen.append(f"{entry.tensor} {tensor.shape} instead of {expected}")
+                continue
+            if tensor.dtype not in _FLOATS:
+                not_float.append(f"{entry.tensor} ({tensor.dtype})")
+                continue
+            if not np.isfinite(tensor).all():
+                not_finite.append(entry.tensor)
+            tensor = tensor.T if entry.is_transposed else tensor
+            if entry.index is None:
+                params[path] = convert(path, tensor)
+                continue
+            if stacked is None:
+                stacked = np.zeros(shape, tensor.dtype)
+            stacked[entry.index] = tensor
+        if stacked is not None:
+            params[path] = convert(path, stacked)
+    problems = [
+        f"{label} {_listed(names)}"
+        for label, names in (
+            ("missing", missing),
+            ("unexpected", unexpected),
+            ("misshapen", misshapen),
+            ("not floating point:", not_float),
+            ("with NaN or infinity:", not_finite),
+        )
+        if names
+    ]
     if problems:
         raise RequestError(f"{place} does not fit its config.json: {'; '.join(problems)}")
     return params
@@ -73,8 +116,20 @@ def tensors_from_params(
     params: Mapping[str, Any], entries: Sequence[Entry]
 ) -> dict[str, np.ndarray]:
     """Returns `{tensor name: array}` in the file's layout, for every entry."""
-    arrays = {entry: np.asarray(params[entry.path]) for entry in entries}
-    return {e.tensor: array.T if e.is_transposed else array for e, array in arrays.items()}
+    tensors = {}
+    for path, group in _by_path(entries):
+        array = np.asarray(params[path])
+        for entry in group:
+            one = array if entry.index is None else array[entry.index]
+            tensors[entry.tensor] = one.T if entry.is_transposed else one
+    return tensors
+
+
+def _by_path(entries: Sequence[Entry]) -> Iterator[tuple[str, list[Entry]]]:
+    groups: dict[str, list[Entry]] = {}
+    for entry in entries:
+        groups.setdefault(entry.path, []).append(entry)
+    yield from groups.items()
 
 
 def _listed(names: Sequence[str], limit: int = 6) -> str:

@@ -1,7 +1,7 @@
 """The pieces every family is made of: products, norms and tables, in Flax NNX.
 
-Kernels are (in, out). The stream keeps the dtype of the embeddings; norms and softmax are computed
-in float32 at least.
+Kernels are (in, out). The stream keeps the dtype of the embeddings; norms are computed in float32
+at least. Attention has a file of its own, `attention.py`.
 """
 
 import math
@@ -13,20 +13,26 @@ import jax.numpy as jnp
 from flax import nnx
 from jax import lax
 
-# Large enough that exp(score + bias) is 0.0 exactly; finite, so that a row with nothing to attend
-# to gives an average instead of NaN.
-MASKED = -1e30
-
 
 class Linear(nnx.Module):
-    """y = x @ kernel + bias; kernel (in, out) drawn from N(0, std^2), bias zero."""
+    """y = x @ kernel + bias; kernel (in, out) drawn from N(0, std^2), bias zero or left out."""
 
-    def __init__(self, in_features: int, out_features: int, *, std: float, rngs: nnx.Rngs):
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        *,
+        std: float,
+        rngs: nnx.Rngs,
+        use_bias: bool = True,
+    ):
         self.kernel = nnx.Param(std * jax.random.normal(rngs.params(), (in_features, out_features)))
-        self.bias = nnx.Param(jnp.zeros((out_features,)))
+        self.bias = nnx.Param(jnp.zeros((out_features,))) if use_bias else None
 
     def __call__(self, x: jax.Array) -> jax.Array:
         y = matmul(x, self.kernel[...])
+        if self.bias is None:
+            return y
         # A bias trained in float32 must not widen a bfloat16 stream.
         return y + self.bias[...].astype(y.dtype)
 
@@ -52,6 +58,10 @@ class Embedding(nnx.Module):
     def __call__(self, indices: jax.Array) -> jax.Array:
         return self.embedding[...].at[indices].get(mode="fill", fill_value=jnp.nan)
 
+    def attend(self, h: jax.Array) -> jax.Array:
+        """Scores of every row, h (…, features) -> (…, num_rows): the head of a tied model."""
+        return h @ self.embedding[...].T
+
 
 class LayerNorm(nnx.Module):
     """(x - mean) / sqrt(var + eps) * scale + bias over the last axis, in float32 or wider."""
@@ -70,6 +80,28 @@ class LayerNorm(nnx.Module):
         return (y * self.scale[...] + self.bias[...]).astype(x.dtype)
 
 
+class RMSNorm(nnx.Module):
+    """x / sqrt(mean(x^2) + eps) * scale over the last axis, in float32 or wider.
+
+    Source: Zhang & Sennrich 2019, arXiv:1910.07467, Eq. 4.
+    """
+
+    def __init__(self, features: int, *, eps: float):
+        self.scale = nnx.Param(jnp.ones((features,)))
+        self.eps = eps
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        wide = at_least_float32(x)
+        y = wide * lax.rsqrt((wide * wide).mean(-1, keepdims=True) + self.eps)
+        # Rounded before the scale, as the released models were trained.
+        return (y.astype(x.dtype) * self.scale[...]).astype(x.dtype)
+
+
+def fold_key(key: jax.Array | None, number) -> jax.Array | None:
+    """A dropout key of one part of a model; None stays None."""
+    return None if key is None else jax.random.fold_in(key, number)
+
+
 def at_least_float32(x: jax.Array) -> jax.Array:
     """`x` in float32, or as it is where that is wider."""
     return x.astype(jnp.promote_types(x.dtype, jnp.float32))
@@ -81,40 +113,6 @@ def dropout(x: jax.Array, rate: float, key: jax.Array | None) -> jax.Array:
         return x
     keep = jax.random.bernoulli(key, 1.0 - rate, x.shape)
     return jnp.where(keep, x / (1.0 - rate), jnp.zeros((), x.dtype))
-
-
-def mask_bias(attention_mask: jax.Array) -> jax.Array:
-    """(B, S) mask of 0/1 -> float32 (B, 1, 1, S) to add to scores: 0 to attend, `MASKED` not to."""
-    return jnp.where(attention_mask[:, None, None, :] != 0, 0.0, MASKED).astype(jnp.float32)
-
-
-def attend(
-    q_BTD: jax.Array,
-    k_BSD: jax.Array,
-    v_BSD: jax.Array,
-    bias: jax.Array,
-    *,
-    num_heads: int,
-    dropout_rate: float = 0.0,
-    dropout_key: jax.Array | None = None,
-) -> jax.Array:
-    """softmax(q k^T / sqrt(H) + bias) v for each head of width H = D / num_heads; -> (B, T, D).
-
-    The division by the softmax's sum comes after the product with v, where it touches H numbers a
-    query instead of S: on CPU this took 4-10% off the forward and backward pass of an attention
-    block (32 x 64 tokens, 12 heads of 32).
-    """
-    q, k, v = (x.reshape(*x.shape[:-1], num_heads, -1) for x in (q_BTD, k_BSD, v_BSD))
-    wide = jnp.promote_types(q.dtype, jnp.float32)
-    q = q * (q.shape[-1] ** -0.5)
-    scores = jnp.einsum("btnh,bsnh->bnts", q, k, preferred_element_type=wide) + bias
-    # The maximum cancels between numerator and sum, so no gradient flows through it.
-    scores = scores - lax.stop_gradient(scores.max(-1, keepdims=True))
-    weights = jnp.exp(scores)
-    total_BTN1 = weights.sum(-1).swapaxes(1, 2)[..., None]
-    weights = dropout(weights, dropout_rate, dropout_key).astype(v.dtype)
-    mixed = jnp.einsum("bnts,bsnh->btnh", weights, v, preferred_element_type=wide) / total_BTN1
-    return mixed.astype(q_BTD.dtype).reshape(q_BTD.shape)
 
 
 def _exact_gelu(x: jax.Array) -> jax.Array:

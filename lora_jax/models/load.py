@@ -1,7 +1,10 @@
-"""`load_model`: from a folder, a hub id or a name to a `Model`."""
+"""`load_model`: from a folder, a file, a hub id or a name to a `Model`."""
+
+from __future__ import annotations
 
 import dataclasses
 import os
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -10,14 +13,17 @@ import numpy as np
 from flax import nnx
 
 from lora_jax.core.errors import RequestError
-from lora_jax.models.checkpoint import HEAD_FILE, Checkpoint, read_checkpoint
+from lora_jax.models.checkpoint import HEAD_FILE, Checkpoint, Request, read_checkpoint
+from lora_jax.models.families import CAUSAL_LM
 from lora_jax.models.functional import flatten, functional, unflatten
-from lora_jax.models.model import Model
-from lora_jax.models.sources import TINY_BERT, find_folder
-from lora_jax.models.tiny import make_tiny_bert
+from lora_jax.models.gguf_checkpoint import is_gguf, read_gguf_checkpoint
+from lora_jax.models.model import NO_HEAD, Model
+from lora_jax.models.sources import find_source
+from lora_jax.models.tiny import TINY_MODELS, make_tiny
 
-_HEADS = (None, "classification")
+HEADS = ("classification", "regression")
 _DTYPES = ("float32", "bfloat16", "float16", "float64")
+_HEAD_PATTERN = r"head/.*"
 
 
 def load_model(
@@ -26,13 +32,22 @@ def load_model(
     num_labels: int | None = None,
     dtype: Any = None,
     head_key: jax.Array | None = None,
+    *,
+    scan_layers: bool = False,
+    untie: bool = False,
+    tokenizer: bool = True,
 ) -> Model:
-    """Loads a model from a folder, a name ("minilm", "tiny-bert") or a Hugging Face hub id.
+    """Loads a model from a Hugging Face folder, a `.gguf` file, a name, or a hub id.
 
-    `head="classification"` adds a linear head on the pooled output: the folder's own
-    (`head.safetensors`) if it has one, else a new one of `num_labels` outputs drawn with `head_key`
+    Names: "minilm", "smollm2-135m" (of packages), "tiny-bert", "tiny-roberta", "tiny-gpt2",
+    "tiny-llama" (random). `head=None` gives an encoder's hidden states, a decoder's logits.
+    `head="classification"` or `"regression"` puts a task's head on it: the folder's own if it has
+    one, else a new one of `num_labels` outputs (1 for regression) drawn with `head_key`
     (`jax.random.key(0)` if None). `dtype` converts the weights; None keeps the file's. The head is
-    float32 or wider whatever the dtype: it is trained, and bfloat16 loses small updates. Raises
+    float32 or wider whatever the dtype: it is trained, and bfloat16 loses small updates.
+
+    `scan_layers` stacks a decoder's layers, for models that are deep; `untie` gives a tied
+    embedding's other use, the head, a copy of its own; `tokenizer=False` does without one. Raises
     `RequestError` for whatever is missing, damaged or inconsistent.
 
     >>> model = load_model("tiny-bert", head="classification", num_labels=2)
@@ -41,36 +56,65 @@ def load_model(
     >>> model.apply(model.params, ids, jnp.ones_like(ids)).shape
     (1, 2)
     """
-    if head not in _HEADS:
-        raise RequestError(f"head is {head!r}; choose None or 'classification'")
-    _check_num_labels(head, num_labels)
-    dtype = None if dtype is None else _checked_dtype(dtype)
-    if path_or_name == TINY_BERT:
-        checkpoint = make_tiny_bert()
-    else:
-        checkpoint = read_checkpoint(find_folder(path_or_name), os.fspath(path_or_name))
-    flat = {path: _converted(x, dtype, checkpoint.name) for path, x in checkpoint.params.items()}
-    if head is not None:
-        stored = _stored_head(checkpoint, num_labels)
-        base = next(iter(flat.values())).dtype
-        new = stored or _new_head(checkpoint.config.hidden_size, num_labels, head_key)
-        flat |= {path: _wide(x, base) for path, x in new.items()}
-        num_labels = flat["head/bias"].shape[0]
-    family, config, pooling = checkpoint.family, checkpoint.config, checkpoint.pooling
-    _, apply = functional(
-        lambda: family.module(config, num_labels=num_labels, pooling=pooling, rngs=nnx.Rngs(0))
+    if head is not None and head not in HEADS:
+        raise RequestError(f"head is {head!r}; choose None, 'classification' or 'regression'")
+    num_labels = _checked_num_labels(head, num_labels)
+    dtype = None if dtype is None else checked_dtype(dtype)
+    name = os.fspath(path_or_name)
+    request = Request(
+        has_head=head is not None,
+        convert=_converter(dtype, name, has_head=head is not None),
+        config_changes={"scan_layers": True} if scan_layers else {},
+        needs_tokenizer=tokenizer,
     )
+    if name in TINY_MODELS:
+        checkpoint = make_tiny(name, request)
+    elif is_gguf(source := find_source(path_or_name)):
+        checkpoint = read_gguf_checkpoint(source, name, request)
+    else:
+        checkpoint = read_checkpoint(source, name, request)
+    if untie:
+        checkpoint = _untied(checkpoint, request)
+    return make_model(checkpoint, head, num_labels, head_key)
+
+
+def make_model(
+    checkpoint: Checkpoint, head: str | None, num_labels: int | None, head_key: jax.Array | None
+) -> Model:
+    """The model of a checkpoint, with the head that is asked for."""
+    flat = dict(checkpoint.params)
+    base = next(iter(flat.values())).dtype
+    is_new = head is not None and checkpoint.head is None
+    if head is not None:
+        num_labels = _num_labels(checkpoint, num_labels)
+        shapes, apply = _module_of(checkpoint, num_labels)
+        of_head = {path: x.shape for path, x in shapes.items() if path.startswith("head/")}
+        new = checkpoint.head or draw_head(of_head, head_key)
+        flat |= {
+            path: jnp.array(x, dtype=jnp.promote_types(base, "float32")) for path, x in new.items()
+        }
+    else:
+        shapes, apply = _module_of(checkpoint, None)
     return Model(
         name=checkpoint.name,
-        config=config,
+        config=checkpoint.config,
         params=unflatten(flat),
         apply=apply,
-        tokenizer=checkpoint.tokenizer,
-        aliases=family.aliases,
-        pooling=pooling,
+        aliases=checkpoint.family.aliases(checkpoint.config),
+        pooling=checkpoint.pooling,
+        stored_tokenizer=checkpoint.tokenizer,
         head=head,
         num_labels=num_labels,
-        head_is_new=head is not None and stored is None,
+        head_pattern=NO_HEAD if head is None else _HEAD_PATTERN,
+        head_is_new=is_new,
+        eos_token_ids=checkpoint.eos_token_ids,
+    )
+
+
+def _module_of(checkpoint: Checkpoint, num_labels: int | None):
+    family, config, pooling = checkpoint.family, checkpoint.config, checkpoint.pooling
+    return functional(
+        lambda: family.module(config, num_labels=num_labels, pooling=pooling, rngs=nnx.Rngs(0))
     )
 
 
@@ -82,25 +126,37 @@ def redraw_head(model: Model, head_key: jax.Array) -> Model:
     if not model.head_is_new:
         return model
     flat = flatten(model.params)
-    kernel = flat["head/kernel"]
-    new = _new_head(*kernel.shape, head_key)
-    flat |= {path: jnp.array(x, dtype=kernel.dtype) for path, x in new.items()}
+    old = {path: x for path, x in flat.items() if path.startswith("head/")}
+    new = draw_head({path: x.shape for path, x in old.items()}, head_key)
+    flat |= {path: jnp.array(x, dtype=old[path].dtype) for path, x in new.items()}
     redrawn = dataclasses.replace(model, params=unflatten(flat))
     # They do not depend on the head, and take seconds to find: found once for all.
     redrawn.__dict__.update(axes=model.axes, base_hash=model.base_hash)
     return redrawn
 
 
-def _check_num_labels(head: str | None, num_labels: Any) -> None:
+def draw_head(shapes: Mapping[str, tuple[int, ...]], key: jax.Array | None) -> dict[str, jax.Array]:
+    """A new head: kernels from N(0, 0.02^2), biases zero."""
+    key = jax.random.key(0) if key is None else key
+    kernels = sorted(path for path in shapes if path.endswith("/kernel"))
+    keys = [key] if len(kernels) == 1 else list(jax.random.split(key, len(kernels)))
+    drawn = {path: jnp.zeros(shape) for path, shape in shapes.items() if path not in kernels}
+    for path, own in zip(kernels, keys, strict=True):
+        drawn[path] = 0.02 * jax.random.normal(own, shapes[path])
+    return drawn
+
+
+def _checked_num_labels(head: str | None, num_labels: Any) -> int | None:
     if num_labels is None:
-        return
+        return 1 if head == "regression" else None
     if head is None:
         raise RequestError(f"num_labels={num_labels!r} needs a head: pass head='classification'")
     if isinstance(num_labels, bool) or not isinstance(num_labels, int) or num_labels < 1:
         raise RequestError(f"num_labels is {num_labels!r}; it must be an integer of at least 1")
+    return num_labels
 
 
-def _checked_dtype(dtype: Any) -> np.dtype:
+def checked_dtype(dtype: Any) -> np.dtype:
     try:
         resolved = jnp.dtype(dtype)
     except TypeError:
@@ -110,38 +166,51 @@ def _checked_dtype(dtype: Any) -> np.dtype:
     return resolved
 
 
-def _converted(array: np.ndarray, dtype: np.dtype | None, name: str) -> jax.Array:
-    dtype = dtype or array.dtype
-    if dtype == np.float64 and not jax.config.jax_enable_x64:
-        raise RequestError(
-            f"model {name} in float64 needs jax.config.update('jax_enable_x64', True); "
-            "or pass dtype='float32'"
-        )
-    # A copy of its own: JAX may otherwise keep a view of the file's memory.
-    return jnp.array(array, dtype=dtype)
+def _converter(
+    dtype: np.dtype | None, name: str, *, has_head: bool
+) -> Callable[[str, np.ndarray], Any]:
+    def convert(path: str, array: np.ndarray) -> Any:
+        if has_head and path.startswith("head/"):
+            return array  # as the file has it: widened by `make_model`, never rounded
+        wanted = dtype or array.dtype
+        if wanted == np.float64 and not jax.config.jax_enable_x64:
+            raise RequestError(
+                f"model {name} in float64 needs jax.config.update('jax_enable_x64', True); "
+                "or pass dtype='float32'"
+            )
+        # A copy of its own: JAX may otherwise keep a view of the file's memory.
+        return jnp.array(array, dtype=wanted)
+
+    return convert
 
 
-def _wide(array: Any, base: np.dtype) -> jax.Array:
-    return jnp.array(array, dtype=jnp.promote_types(base, jnp.float32))
+def _untied(checkpoint: Checkpoint, request: Request) -> Checkpoint:
+    if checkpoint.family.kind != CAUSAL_LM:
+        raise RequestError(f"untie is for decoders; model {checkpoint.name} has no head to untie")
+    if not checkpoint.config.tie_word_embeddings or request.has_head:
+        return checkpoint
+    config = dataclasses.replace(checkpoint.config, tie_word_embeddings=False)
+    head = jnp.array(checkpoint.params["embed/embedding"].T, copy=True)
+    params = {**checkpoint.params, "head/kernel": head}
+    return dataclasses.replace(checkpoint, config=config, params=params)
 
 
-def _stored_head(checkpoint: Checkpoint, num_labels: int | None) -> dict[str, np.ndarray] | None:
+def _num_labels(checkpoint: Checkpoint, num_labels: int | None) -> int:
     if checkpoint.head is None:
         if num_labels is None:
             raise RequestError(
-                f"model {checkpoint.name} has no {HEAD_FILE}; give num_labels for a new head"
+                f"model {checkpoint.name} has no head for a task (neither {HEAD_FILE} nor one of "
+                "its own kind); give num_labels for a new head"
             )
-        return None
-    stored = checkpoint.head["head/bias"].shape[0]
+        return num_labels
+    stored = checkpoint.head[_last_kernel(checkpoint.head)].shape[-1]
     if num_labels not in (None, stored):
         raise RequestError(
             f"the head in {checkpoint.name} has {stored} labels, num_labels is {num_labels}; "
             f"leave num_labels out, or remove {HEAD_FILE} for a new head"
         )
-    return checkpoint.head
+    return stored
 
 
-def _new_head(hidden_size: int, num_labels: int, key: jax.Array | None) -> dict[str, jax.Array]:
-    key = jax.random.key(0) if key is None else key
-    kernel = 0.02 * jax.random.normal(key, (hidden_size, num_labels))
-    return {"head/kernel": kernel, "head/bias": jnp.zeros((num_labels,))}
+def _last_kernel(head: Mapping[str, Any]) -> str:
+    return "head/out_proj/kernel" if "head/out_proj/kernel" in head else "head/kernel"

@@ -9,8 +9,8 @@ import jax
 import jax.numpy as jnp
 
 from lora_jax.core.errors import RequestError
+from lora_jax.models.attention import MASKED
 from lora_jax.models.config_fields import read_json
-from lora_jax.models.layers import MASKED
 
 
 def _cls(h_BTD: jax.Array, mask_BT: jax.Array) -> jax.Array:
@@ -25,6 +25,17 @@ def _mean(h_BTD: jax.Array, mask_BT: jax.Array) -> jax.Array:
 
 def _max(h_BTD: jax.Array, mask_BT: jax.Array) -> jax.Array:
     return jnp.where(mask_BT[..., None] != 0, h_BTD, MASKED).max(1)
+
+
+# A family's own way from hidden states to its classifier, as transformers has it; it may hold
+# parameters, so it is the family's module that knows it.
+FAMILY = "family"
+
+
+def last_token(h_BTD: jax.Array, mask_BT: jax.Array) -> jax.Array:
+    """(B, D) of the last column that is no padding, wherever the padding is."""
+    column_B = mask_BT.shape[1] - 1 - jnp.argmax(mask_BT[:, ::-1] != 0, axis=1)
+    return jnp.take_along_axis(h_BTD, column_B[:, None, None], axis=1)[:, 0]
 
 
 # Each takes float32 or wider (B, T, D) hidden states and the (B, T) mask, and returns (B, D).
@@ -43,7 +54,7 @@ _MODES = MappingProxyType(
 
 
 def read_pooling(folder: str | os.PathLike) -> str:
-    """Returns the pooling the folder declares in sentence-transformers' way; "cls" if it has none.
+    """Returns the pooling the folder declares in sentence-transformers' way; `FAMILY` if none.
 
     The place is the `Pooling` entry of `modules.json`, or `1_Pooling/config.json` without one.
     Raises `RequestError` for a mode, or a mixture of modes, that `POOLINGS` does not have.
@@ -54,12 +65,12 @@ def read_pooling(folder: str | os.PathLike) -> str:
         modules = read_json(folder / "modules.json", kind=list)
         entries = [m for m in modules if isinstance(m, dict) and _is_pooling(m)]
         if not entries:
-            return "cls"
+            return FAMILY
         path = folder / str(entries[0].get("path", "1_Pooling")) / "config.json"
         if not path.is_file():
             raise RequestError(f"{folder}/modules.json names {path}, which is missing; restore it")
     elif not path.is_file():
-        return "cls"
+        return FAMILY
     raw = read_json(path, kind=dict)
     chosen = [key for key, value in raw.items() if key.startswith("pooling_mode_") and value]
     if len(chosen) != 1 or chosen[0] not in _MODES:
@@ -71,7 +82,12 @@ def read_pooling(folder: str | os.PathLike) -> str:
 
 
 def pooling_files(pooling: str, hidden_size: int) -> dict[str, object]:
-    """Returns {relative path: JSON value}, as sentence-transformers and `read_pooling` read it."""
+    """Returns {relative path: JSON value}, as sentence-transformers and `read_pooling` read it.
+
+    None for a family's own pooling, which sentence-transformers does not know.
+    """
+    if pooling == FAMILY:
+        return {}
     modes = {key: name == pooling for key, name in _MODES.items()}
     return {
         "1_Pooling/config.json": {"word_embedding_dimension": hidden_size, **modes},

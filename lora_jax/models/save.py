@@ -1,5 +1,8 @@
 """`save_model`: a folder that `load_model`, transformers and sentence-transformers open."""
 
+from __future__ import annotations
+
+import dataclasses
 import os
 from collections.abc import Mapping
 from typing import Any
@@ -10,32 +13,78 @@ from lora_jax.core.errors import RequestError
 from lora_jax.formats.atomic import atomic_folder, write_json, write_text
 from lora_jax.formats.safetensors import write_tensors
 from lora_jax.models.checkpoint import HEAD_ENTRIES, HEAD_FILE
-from lora_jax.models.families import family_of
+from lora_jax.models.families import CAUSAL_LM
 from lora_jax.models.functional import flatten
-from lora_jax.models.hf_names import tensors_from_params
+from lora_jax.models.hf_names import Entry, tensors_from_params
 from lora_jax.models.model import Model
-from lora_jax.models.pooling import pooling_files
+from lora_jax.models.pooling import FAMILY, pooling_files
 
 
 def save_model(folder: str | os.PathLike, model: Model, params: Mapping[str, Any]) -> None:
     """Writes `params` (a whole plain tree, as `method.merge` gives it) as a new model folder.
 
-    The encoder goes to model.safetensors under transformers' names, a classification head to
-    head.safetensors (`head.weight` (num_labels, D), `head.bias`), each in its own dtype; beside
-    them config.json, tokenizer.json and the pooling. The folder appears whole, by a rename, or not
-    at all. Raises `RequestError` if it exists or `params` are not the model's.
+    Weights go to model.safetensors under transformers' names, each in its own dtype: a decoder with
+    its head, an encoder with a head of its family's own kind as the class for sequence
+    classification. A head on another pooling goes to head.safetensors (`head.weight` (num_labels,
+    D), `head.bias`) beside the plain encoder. With them config.json, tokenizer.json and the
+    pooling. The folder appears whole, by a rename, or not at all. Raises `RequestError` if it
+    exists or `params` are not the model's.
     """
     flat = _checked(model, params)
-    entries = family_of(model.config).entries(model.config)
-    dtype = flat[entries[0].path].dtype
+    entries, head_entries, class_name = _entries(model)
+    config = model.config.to_json() | {"architectures": [class_name]} | _task_fields(model)
+    # transformers 4 reads the first, transformers 5 the second.
+    dtype = str(flat[entries[0].path].dtype)
+    config |= {"torch_dtype": dtype, "dtype": dtype}
     with atomic_folder(folder) as temporary:
-        write_json(temporary / "config.json", model.config.to_json() | {"torch_dtype": str(dtype)})
+        write_json(temporary / "config.json", config)
         write_tensors(temporary / "model.safetensors", tensors_from_params(flat, entries))
-        write_text(temporary / "tokenizer.json", model.tokenizer.to_str(pretty=True))
-        if model.head is not None:
-            write_tensors(temporary / HEAD_FILE, tensors_from_params(flat, HEAD_ENTRIES))
-        for name, value in pooling_files(model.pooling, model.config.hidden_size).items():
-            write_json(temporary / name, value)
+        if model.stored_tokenizer is not None:
+            text = model.tokenizer.to_str(pretty=True)
+            write_text(temporary / "tokenizer.json", text)
+        if head_entries:
+            write_tensors(temporary / HEAD_FILE, tensors_from_params(flat, head_entries))
+        if model.kind == CAUSAL_LM and model.eos_token_ids:
+            found = {"eos_token_id": list(model.eos_token_ids), "pad_token_id": model.pad_token_id}
+            write_json(temporary / "generation_config.json", found)
+        if model.kind != CAUSAL_LM:
+            pooling = pooling_files(model.pooling, model.config.hidden_size)
+            for name, value in pooling.items():
+                write_json(temporary / name, value)
+
+
+def _entries(model: Model) -> tuple[list[Entry], list[Entry], str]:
+    """`(of model.safetensors, of head.safetensors, transformers' class)`."""
+    family, config = model.family, model.config
+    entries, prefix = family.entries(config), family.class_name(config)
+    has_head = model.head is not None
+    if family.kind == CAUSAL_LM:
+        heads = list(family.classifier) if has_head else family.lm_head(config)
+        task = "ForSequenceClassification" if has_head else _lm_class(prefix)
+        return [*entries, *heads], [], prefix + task
+    if model.pooling != FAMILY:
+        return list(entries), list(HEAD_ENTRIES) if has_head else [], f"{prefix}Model"
+    entries = [*entries, *family.pooler]
+    if not has_head:
+        return entries, [], f"{prefix}Model"
+    entries = [dataclasses.replace(e, tensor=f"{family.prefix}{e.tensor}") for e in entries]
+    return [*entries, *family.classifier], [], f"{prefix}ForSequenceClassification"
+
+
+def _lm_class(prefix: str) -> str:
+    return "LMHeadModel" if prefix == "GPT2" else "ForCausalLM"
+
+
+def _task_fields(model: Model) -> dict[str, Any]:
+    if model.head is None:
+        return {}
+    labels = {str(n): f"LABEL_{n}" for n in range(model.num_labels)}
+    kind = "regression" if model.head == "regression" else "single_label_classification"
+    return {
+        "id2label": labels,
+        "label2id": {name: int(n) for n, name in labels.items()},
+        "problem_type": kind,
+    }
 
 
 def _checked(model: Model, params: Mapping[str, Any]) -> dict[str, np.ndarray]:

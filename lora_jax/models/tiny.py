@@ -1,18 +1,35 @@
-"""`tiny-bert`: a random 2-layer BERT and a 100-word tokenizer, made in code for smoke runs.
+"""Random models of each family with a small tokenizer, made in code for smoke runs and tests.
 
-It knows nothing, but a task of its own words can be learned on it in seconds, on any machine,
-without a package or a network.
+They know nothing, but a task of their own words can be learned on them in seconds, on any machine,
+without a package or a network. The encoders have a 100-word tokenizer, the decoders one of bytes.
 """
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
 
 import numpy as np
 from flax import nnx
-from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
+from tokenizers import (
+    AddedToken,
+    Tokenizer,
+    decoders,
+    models,
+    normalizers,
+    pre_tokenizers,
+    processors,
+)
 
 from lora_jax.models.bert import BertConfig
-from lora_jax.models.checkpoint import Checkpoint
-from lora_jax.models.families import FAMILIES
+from lora_jax.models.checkpoint import Checkpoint, Request, change_config
+from lora_jax.models.families import CAUSAL_LM, family_of
 from lora_jax.models.functional import functional
-from lora_jax.models.sources import TINY_BERT
+from lora_jax.models.gpt2 import GPT2Config
+from lora_jax.models.hf_names import params_from_tensors, tensors_from_params
+from lora_jax.models.llama import LlamaConfig
+from lora_jax.models.pooling import FAMILY
+from lora_jax.models.roberta import RobertaConfig
 
 _SEED = 1810_04805
 _SPECIAL = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
@@ -25,24 +42,47 @@ good great fine best better nice lovely brilliant superb moving funny charming c
 bad awful poor worst worse dull boring terrible weak stupid flat tired empty slow messy loud
 film movie story plot scene acting actor actors director script music end ending time work
 """
+_NUM_WORDS = len([*_SPECIAL, *_WORDS.split(), *".,!?'"])
+_NUM_BYTES = 257  # and the end of a text
+_SIZES: Mapping[str, Any] = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
+_ENCODER = {**_SIZES, "intermediate_size": 64, "vocab_size": _NUM_WORDS, "initializer_range": 0.2}
+
+TINY_MODELS: Mapping[str, Any] = {
+    "tiny-bert": BertConfig(**_ENCODER, max_position_embeddings=128),
+    "tiny-roberta": RobertaConfig(
+        **_ENCODER, max_position_embeddings=130, type_vocab_size=1, pad_token_id=0
+    ),
+    "tiny-gpt2": GPT2Config(
+        vocab_size=_NUM_BYTES, n_embd=32, n_layer=2, n_head=4, n_positions=512, n_inner=64,
+        initializer_range=0.2, bos_token_id=256, eos_token_id=256,
+    ),
+    "tiny-llama": LlamaConfig(
+        **_SIZES, vocab_size=_NUM_BYTES, intermediate_size=64, num_key_value_heads=2, head_dim=8,
+        max_position_embeddings=512, initializer_range=0.2, bos_token_id=256, eos_token_id=256,
+    ),
+}  # fmt: skip
 
 
-def make_tiny_bert() -> Checkpoint:
+def make_tiny(name: str, request: Request) -> Checkpoint:
     """Returns the checkpoint; the same weights and words every time, on every machine."""
-    tokenizer = _tokenizer()
-    config = BertConfig(
-        vocab_size=tokenizer.get_vocab_size(),
-        hidden_size=32,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        intermediate_size=64,
-        max_position_embeddings=128,
-        initializer_range=0.2,
-    )
-    family = FAMILIES["bert"]
-    shapes, _ = functional(lambda: family.module(config, rngs=nnx.Rngs(0)))
+    config = TINY_MODELS[name]
+    family = family_of(config)
+    pooling = "mean" if name == "tiny-bert" else FAMILY
+    is_decoder = family.kind == CAUSAL_LM
+    shapes, _ = functional(lambda: family.module(config, pooling=pooling, rngs=nnx.Rngs(0)))
     params = _weights(shapes, config.initializer_range)
-    return Checkpoint(TINY_BERT, family, config, params, tokenizer, pooling="mean")
+    entries = family.entries(config) + ([] if request.has_head else family.lm_head(config))
+    # Through the names of a file and back, so that stacked layers have the same weights.
+    tensors = tensors_from_params(params, entries)
+    wanted = change_config(config, request.config_changes)
+    shapes, _ = functional(lambda: family.module(wanted, pooling=pooling, rngs=nnx.Rngs(0)))
+    entries = family.entries(wanted) + ([] if request.has_head else family.lm_head(wanted))
+    params = params_from_tensors(
+        tensors, entries, shapes, ignored=(), place=name, convert=request.convert
+    )
+    tokenizer = _byte_tokenizer() if is_decoder else _word_tokenizer()
+    eos = (256,) if is_decoder else ()
+    return Checkpoint(name, family, wanted, params, tokenizer, pooling, None, eos)
 
 
 def _weights(shapes, std: float) -> dict[str, np.ndarray]:
@@ -59,7 +99,7 @@ def _weights(shapes, std: float) -> dict[str, np.ndarray]:
     return params
 
 
-def _tokenizer() -> Tokenizer:
+def _word_tokenizer() -> Tokenizer:
     words = [*_SPECIAL, *_WORDS.split(), *".,!?'"]
     vocabulary = {word: number for number, word in enumerate(words)}
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="[UNK]"))
@@ -71,4 +111,14 @@ def _tokenizer() -> Tokenizer:
         special_tokens=[(word, vocabulary[word]) for word in ("[CLS]", "[SEP]")],
     )
     tokenizer.add_special_tokens(list(_SPECIAL))
+    return tokenizer
+
+
+def _byte_tokenizer() -> Tokenizer:
+    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocabulary = {letter: number for number, letter in enumerate(letters)}
+    tokenizer = Tokenizer(models.BPE({**vocabulary, "<|endoftext|>": 256}, []))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_special_tokens([AddedToken("<|endoftext|>", special=True)])
     return tokenizer

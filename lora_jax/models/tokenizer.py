@@ -10,11 +10,13 @@ from lora_jax.core.errors import RequestError
 _PAD_NAMES = ("[PAD]", "<pad>")
 
 
-def read_tokenizer(path: str | os.PathLike, *, vocab_size: int, pad_token_id: int) -> Tokenizer:
+def read_tokenizer(
+    path: str | os.PathLike, *, vocab_size: int, pad_token_id: int | None
+) -> Tokenizer:
     """Returns the tokenizer with its own truncation and padding switched off.
 
     Raises `RequestError` if the file is missing or unreadable, or its vocabulary cannot be that of
-    a model with `vocab_size` embedding rows and this padding id.
+    a model with `vocab_size` embedding rows and this padding id (None: not looked at).
     """
     path = Path(path)
     try:
@@ -28,7 +30,7 @@ def read_tokenizer(path: str | os.PathLike, *, vocab_size: int, pad_token_id: in
 
 
 def check_tokenizer(
-    tokenizer: Tokenizer, *, vocab_size: int, pad_token_id: int, place: str
+    tokenizer: Tokenizer, *, vocab_size: int, pad_token_id: int | None, place: str
 ) -> None:
     """Raises `RequestError` if the tokenizer cannot be the one the model was trained with."""
     vocabulary = tokenizer.get_vocab(with_added_tokens=True)
@@ -48,6 +50,8 @@ def check_tokenizer(
             f"{place} is the tokenizer of another model: it has {len(vocabulary)} tokens, the "
             f"model {vocab_size} embedding rows; {advice}"
         )
+    if pad_token_id is None:
+        return
     padding = tokenizer.id_to_token(pad_token_id)
     special = {t.content for t in tokenizer.get_added_tokens_decoder().values() if t.special}
     # Some models name another special token than their tokenizer's padding; a plain word is wrong.

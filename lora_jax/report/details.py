@@ -5,6 +5,8 @@ import shlex
 from html import escape
 from pathlib import Path
 
+import numpy as np
+
 from lora_jax.report.groups import flatten
 from lora_jax.report.quantities import bytes_text, number_text, seconds_text
 from lora_jax.report.runs import Run
@@ -52,6 +54,8 @@ def run_details(run: Run) -> str:
         + (f" at step {best}" if best is not None else ""),
         "test loss": number_text(run.metric("metrics.test.loss"), "{:.4f}"),
         "test accuracy": number_text(100 * run.metric("metrics.test.accuracy"), "{:.2f}%"),
+        "test tokens": f"{metrics['test']['tokens']:,}" if "tokens" in metrics["test"] else "",
+        **_task_metrics(metrics["test"]),
         "trained parameters": "{adapter:,} adapter + {head:,} head".format(**card["counts"]),
         "adapter file": bytes_text(metrics.get("adapter_bytes")),
         "time": _plain({name: _seconds(value) for name, value in card["seconds"].items()}),
@@ -71,6 +75,15 @@ def run_details(run: Run) -> str:
         f"<p>Its settings:</p><pre>{escape(config)}</pre>"
         f"<p>Its command:</p><pre>{escape(command(run))}</pre></details>"
     )
+
+
+def _task_metrics(test: dict) -> dict[str, str]:
+    known = {"loss", "accuracy", "n", "tokens"}
+    return {
+        f"test {name}": number_text(value, "{:.4f}")
+        for name, value in test.items()
+        if name not in known and isinstance(value, float)
+    }
 
 
 def command(run: Run, *, workdir: str = "runs/again") -> str:
@@ -137,10 +150,21 @@ def _data(run: Run) -> str:
 def _test_examples(run: Run) -> str:
     if run.predictions is None:
         return ""
-    share = (run.predictions.label == run.predictions.label.min()).mean()
-    labels = len(set(run.predictions.label.tolist()))
-    balance = f", {100 * share:.1f}% of them label {run.predictions.label.min()}"
-    return f"{len(run.predictions.index):,}" + (balance if labels == 2 else f", {labels} labels")
+    predictions = run.predictions
+    number = f"{len(predictions.index):,}"
+    if np.any(predictions.weight != 1):
+        prompts = len(set(predictions.label.tolist()))
+        tokens = int(predictions.weight.sum())
+        return (
+            f"{number} of {prompts:,} prompts; loss and accuracy are means over their completions' "
+            f"{tokens:,} tokens"
+        )
+    if np.issubdtype(predictions.label.dtype, np.floating):
+        return number
+    share = (predictions.label == predictions.label.min()).mean()
+    labels = len(set(predictions.label.tolist()))
+    balance = f", {100 * share:.1f}% of them label {predictions.label.min()}"
+    return number + (balance if labels == 2 else f", {labels} labels")
 
 
 def _short_commit(run: Run) -> str:

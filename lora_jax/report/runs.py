@@ -15,13 +15,20 @@ from lora_jax.core.errors import RequestError
 class Predictions:
     """What a run said of each test example, in ascending order of `index`.
 
-    loss (N,) float64 in nats, correct (N,) bool, label (N,) int64, index (N,) int64.
+    loss (N,) float64 in nats (of numbers: squared error); correct (N,) bool, of texts the share of
+    right tokens, float64; label (N,) int64, of numbers float64; index (N,) int64; weight (N,)
+    float64 by which the means are taken, of texts their numbers of tokens, else 1.
     """
 
     loss: np.ndarray
     correct: np.ndarray
     label: np.ndarray
     index: np.ndarray
+    weight: np.ndarray
+
+    def mean(self, quantity: str) -> float:
+        """The weighted mean of "loss" or "correct", as the card has it."""
+        return float(np.average(getattr(self, quantity), weights=self.weight))
 
 
 @dataclass(frozen=True)
@@ -199,19 +206,29 @@ def _read_predictions(path: Path) -> Predictions:
             loss, correct, label, index = (
                 np.asarray(arrays[name]) for name in ("loss", "correct", "label", "index")
             )
+            weight = np.asarray(arrays["weight"]) if "weight" in arrays else np.ones(index.shape)
     except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
         raise _malformed(path, f"not the predictions of a run ({error})") from error
-    if index.ndim != 1 or not loss.shape == correct.shape == label.shape == index.shape:
-        raise _malformed(path, "loss, correct, label and index are not four lists of one length")
+    lists = (loss, correct, label, index, weight)
+    if index.ndim != 1 or any(one.shape != index.shape for one in lists):
+        raise _malformed(path, "its arrays are not lists of one length")
     order = np.argsort(index, kind="stable")
     if not len(index) or np.any(np.diff(index[order]) == 0):
         raise _malformed(path, "no example, or one example twice")
+    if not np.all(weight > 0):
+        raise _malformed(path, "a weight is not above 0")
     return Predictions(
         loss=loss[order].astype(np.float64),
-        correct=correct[order].astype(bool),
-        label=label[order].astype(np.int64),
+        correct=_as_it_is(correct[order], bool),
+        label=_as_it_is(label[order], np.int64),
         index=index[order].astype(np.int64),
+        weight=weight[order].astype(np.float64),
     )
+
+
+def _as_it_is(array: np.ndarray, dtype) -> np.ndarray:
+    """Floating arrays in float64, all others in `dtype`."""
+    return array.astype(np.float64 if np.issubdtype(array.dtype, np.floating) else dtype)
 
 
 def _malformed(path: Path, reason: str) -> RequestError:

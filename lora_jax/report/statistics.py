@@ -120,6 +120,23 @@ def paired_difference(
     return _percentile(float(first.mean() - second.mean()), replicates, level)
 
 
+def spread_over_weights(values, weights) -> np.ndarray:
+    """(N,) scores whose plain mean is the weighted mean of `values`, and varies as it does.
+
+    `m + w_i / mean(w) * (x_i - m)` with `m = sum(w x) / sum(w)`: the ratio estimator linearised
+    (Cochran 1977, *Sampling Techniques*, §6.3), so that what is resampled is the example, with its
+    weight. Equal weights leave the values as they are.
+
+    >>> spread_over_weights([1.0, 4.0], [1, 2]).tolist()  # their weighted mean is 3
+    [1.66666..., 4.33333...]
+    """
+    values, weights = np.asarray(values, np.float64), np.asarray(weights, np.float64)
+    if np.all(weights == weights[0]):
+        return values
+    mean = np.average(values, weights=weights)
+    return mean + weights / weights.mean() * (values - mean)
+
+
 def _rows(values) -> np.ndarray:
     rows = np.asarray(values, dtype=np.float64)
     if rows.ndim == 1:

@@ -15,6 +15,7 @@ from lora_jax.report.statistics import (
     Interval,
     mean_interval,
     paired_difference,
+    spread_over_weights,
 )
 
 REFERENCES = ("full", "head")
@@ -183,7 +184,12 @@ def _scores(group: Group, quantity: str) -> np.ndarray | None:
                 f"{run.folder} and {first.folder} have one data hash and different test examples; "
                 "evaluate one of them again"
             )
-    return np.stack([getattr(run.predictions, quantity) for run in group.runs]).astype(np.float64)
+    return np.stack(
+        [
+            spread_over_weights(getattr(run.predictions, quantity), run.predictions.weight)
+            for run in group.runs
+        ]
+    )
 
 
 def _reference(name: str, group: Group, groups) -> Group | None:
@@ -231,8 +237,8 @@ def _disagreements(run: Run) -> list[str]:
     if run.predictions is None:
         return [f"{run.name}: no test_predictions.npz, so no intervals for its row"]
     found = {
-        "loss": float(run.predictions.loss.mean()),
-        "accuracy": float(run.predictions.correct.mean()),
+        "loss": run.predictions.mean("loss"),
+        "accuracy": run.predictions.mean("correct"),
     }
     return [
         f"{run.name}: card.json says test {name} {run.metric(f'metrics.test.{name}'):.6g}, "

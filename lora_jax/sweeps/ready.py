@@ -10,6 +10,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from lora_jax.data.batches import OF_TOKENS
 from lora_jax.sweeps.cells import Cell
 from lora_jax.sweeps.groups import Group
 from lora_jax.sweeps.program import Program
@@ -55,13 +56,11 @@ class PackBatches:
         return self._longest_of({k: x for k, x in batch.items() if k not in ("index", "weights")})
 
     def _longest_of(self, batch: dict[str, np.ndarray]) -> dict[str, jax.ShapeDtypeStruct]:
-        token = {"input_ids", "attention_mask"}
-        return {
-            name: jax.ShapeDtypeStruct(
-                (*array.shape[:-1], self._longest) if name in token else array.shape, array.dtype
-            )
-            for name, array in batch.items()
-        }
+        return {name: self._like(name, array) for name, array in batch.items()}
+
+    def _like(self, name: str, array: np.ndarray) -> jax.ShapeDtypeStruct:
+        shape = (*array.shape[:-1], self._longest) if name in OF_TOKENS else array.shape
+        return jax.ShapeDtypeStruct(shape, array.dtype)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -82,7 +81,8 @@ class Ready:
 def make_ready(group: Group, base: Base, *, at_once: int) -> Ready:
     """What training `group` needs; nothing is compiled yet. `at_once` as in `Program`."""
     first, plan = group.cells[0].config, group.plan
-    loss = make_loss(base.model.apply, plan.pack, label_smoothing=first.train.label_smoothing)
+    smoothing = first.train.label_smoothing
+    loss = make_loss(base.model.apply, plan.pack, label_smoothing=smoothing, task=base.task)
 
     def tx_of(cell: CellSettings):
         settings = {
@@ -95,7 +95,7 @@ def make_ready(group: Group, base: Base, *, at_once: int) -> Ready:
 
     program = Program(
         loss,
-        make_scores(base.model.apply, plan.pack),
+        make_scores(base.model.apply, plan.pack, task=base.task),
         tx_of,
         tx_of(plan.cells[0]),
         batch_axis=0,

@@ -57,22 +57,23 @@ class DiskKeeper(Keeper):
         stop_requested: Callable[[], str],
         show: Show,
         use: Use,
+        unit: str,
     ):
         self._writers, self._checkpoints = writers, checkpoints
-        self._fingerprints, self._use = fingerprints, use
+        self._fingerprints, self._use, self._unit = fingerprints, use, unit
         self._rates = [make_schedule(cell.config.optimizer, num_steps) for cell in cells]
-        self._examples = [0.0] * len(cells)
-        # Seconds of training and examples at the last log; a resumed pack counts from here on.
+        self._weights = [0.0] * len(cells)
+        # Seconds of training and weight at the last log; a resumed pack counts from here on.
         self._since = [(cell.books.seconds.get("train", 0.0), 0.0) for cell in under_way]
         self.stop_requested = stop_requested
         self._show = show
 
     def stepped(self, k, rows):
-        self._examples[k] += sum(row[3] for row in rows)
+        self._weights[k] += sum(row[3] for row in rows)
 
     def logged(self, training, k, values):
         seconds, step = training.cells[k].books.seconds, training.step
-        now = (seconds.get("train", 0.0), self._examples[k])
+        now = (seconds.get("train", 0.0), self._weights[k])
         before, self._since[k] = self._since[k], now
         elapsed = now[0] - before[0]
         self._writers[k].write(
@@ -80,7 +81,7 @@ class DiskKeeper(Keeper):
             split="train",
             **values,
             lr=float(self._rates[k](training.cells[k].books.step - 1)),
-            examples_per_s=(now[1] - before[1]) / elapsed if elapsed > 0 else None,
+            **{f"{self._unit}_per_s": (now[1] - before[1]) / elapsed if elapsed > 0 else None},
             seconds=sum(seconds.values()),
         )
 
@@ -177,6 +178,7 @@ def train_pack(
             stop_requested,
             show,
             use,
+            base.task.unit,
         )
         training_shown = functools.partial(keeper.show, training)  # evaluating takes its time too
         training.begin(keeper, started)

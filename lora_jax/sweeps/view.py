@@ -81,7 +81,15 @@ class SweepView(contextlib.AbstractContextManager):
             self._running = 0
 
     @contextlib.contextmanager
-    def show_with(self, name: str, num_steps: int, *, start: int = 0, enabled: bool = True):
+    def show_with(
+        self,
+        name: str,
+        num_steps: int,
+        *,
+        start: int = 0,
+        enabled: bool = True,
+        unit: str = "examples",
+    ):
         """As `train.progress.show_progress`: a bar of its own for what is running."""
         cells = max(1, self._running)
         self._skipped += cells * start

@@ -7,10 +7,28 @@ from pathlib import Path
 from ml_collections import ConfigDict
 
 from lora_jax.core.errors import RequestError
-from lora_jax.data import bucket_lengths, encode_examples, eval_batches, load_splits
-from lora_jax.train.build import load_adapter
+from lora_jax.data import Splits, bucket_lengths, eval_batches, load_splits
+from lora_jax.train.build import Adapted, load_adapter
 from lora_jax.train.evaluate import Evaluation, evaluate, make_scores
+from lora_jax.train.task import task_of
 from lora_jax.train.workdir import read_json_file
+
+
+def load_cell(cell: Path) -> tuple[ConfigDict, Adapted, Splits]:
+    """A finished cell's config, its model with what was trained, and the data it was trained on.
+
+    Raises `RequestError` if the data have changed since.
+    """
+    config = ConfigDict(read_json_file(cell / "config.json"))
+    adapted = load_adapter(cell / "adapter")
+    splits = load_splits(config.data, target=task_of(config.model).target)
+    trained_on = adapted.description["data_hash"]
+    if splits.data_hash != trained_on:
+        raise RequestError(
+            f"the data have changed since {cell.name} was trained (hash {trained_on[:12]}, now "
+            f"{splits.data_hash[:12]}); put the old data back or train again"
+        )
+    return config, adapted, splits
 
 
 def evaluate_cell(
@@ -21,18 +39,9 @@ def evaluate_cell(
     With `merged` the adapter is folded into the base first and the plain model is run. Returns the
     scores and the hash of the data. Raises `RequestError` if the data have changed since.
     """
-    config = ConfigDict(read_json_file(cell / "config.json"))
-    adapted = load_adapter(cell / "adapter")
-    splits = load_splits(config.data)
-    trained_on = adapted.description["data_hash"]
-    if splits.data_hash != trained_on:
-        raise RequestError(
-            f"the data have changed since {cell.name} was trained (hash {trained_on[:12]}, now "
-            f"{splits.data_hash[:12]}); put the old data back or train again"
-        )
-    encoded = encode_examples(
-        adapted.model.tokenizer, getattr(splits, split), max_length=config.data.max_length
-    )
+    config, adapted, splits = load_cell(cell)
+    task = task_of(config.model, splits)
+    encoded = task.encode(adapted.model, getattr(splits, split), max_length=config.data.max_length)
     batches = eval_batches(
         encoded,
         batch_size=config.train.eval_batch_size,
@@ -41,5 +50,5 @@ def evaluate_cell(
     trainable, frozen = adapted.trainable, adapted.frozen
     if merged:
         trainable, frozen = {}, adapted.method.merge(trainable, frozen)
-    scores = make_scores(adapted.model.apply, adapted.method)
+    scores = make_scores(adapted.model.apply, adapted.method, task=task)
     return evaluate(scores, trainable, frozen, batches), splits.data_hash

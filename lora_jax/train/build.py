@@ -19,7 +19,6 @@ from lora_jax.data import (
     Splits,
     TrainIterator,
     bucket_lengths,
-    encode_examples,
     eval_batches,
     load_splits,
     train_batches,
@@ -35,6 +34,7 @@ from lora_jax.train.loss import make_loss
 from lora_jax.train.optimizer import make_optimizer, make_schedule
 from lora_jax.train.state import TrainState, init_state
 from lora_jax.train.step import make_train_step
+from lora_jax.train.task import Task, head_of, task_of
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -43,6 +43,7 @@ class Setup:
 
     model: Model
     method: Method
+    task: Task
     frozen: Any
     splits: Splits
     batches: TrainIterator
@@ -63,6 +64,7 @@ class Base:
     """A model and the data for it, loaded and encoded once for any number of cells."""
 
     model: Model
+    task: Task
     splits: Splits
     encoded: Mapping[str, EncodedExamples]
     buckets: tuple[int, ...]
@@ -96,21 +98,15 @@ class Base:
 
 def load_base(config: Any) -> Base:
     """Loads what the `model` and `data` sections of `config` name. Raises `RequestError`."""
-    splits = load_splits(config.data)
+    splits = load_splits(config.data, target=task_of(config.model).target)
+    task = task_of(config.model, splits)
     model = make_model(config.model, keys_of(config.seed)[0])
-    if len(splits.label_names) != model.num_labels:
-        raise RequestError(
-            f"model.num_labels={model.num_labels}, but the data have {len(splits.label_names)} "
-            f"labels ({', '.join(map(repr, splits.label_names[:5]))}); set model.num_labels to it"
-        )
     encoded = {
-        name: encode_examples(
-            model.tokenizer, getattr(splits, name), max_length=config.data.max_length
-        )
+        name: task.encode(model, getattr(splits, name), max_length=config.data.max_length)
         for name in ("train", "validation", "test")
     }
     buckets = bucket_lengths(config.data.buckets, config.data.max_length)
-    return Base(model=model, splits=splits, encoded=encoded, buckets=buckets)
+    return Base(model=model, task=task, splits=splits, encoded=encoded, buckets=buckets)
 
 
 def build(config: Any, base: Base | None = None) -> tuple[Setup, TrainState]:
@@ -127,20 +123,22 @@ def build(config: Any, base: Base | None = None) -> tuple[Setup, TrainState]:
     batches = base.train_batches_of(config)
     plan = plan_steps(config.train, batches.steps_per_epoch)
     tx = method.optimizer(make_optimizer(config.optimizer, plan["num_steps"]))
-    loss = make_loss(model.apply, method, label_smoothing=config.train.label_smoothing)
+    smoothing = config.train.label_smoothing
+    loss = make_loss(model.apply, method, label_smoothing=smoothing, task=base.task)
     trainable, frozen = method.init(init_key, model.params)
     if not trainable:
         raise RequestError(f"method.name={config.method.name!r} trains nothing in this model")
     setup = Setup(
         model=model,
         method=method,
+        task=base.task,
         frozen=frozen,
         splits=base.splits,
         batches=batches,
         **base.eval_batches_of(config),
         schedule=make_schedule(config.optimizer, plan["num_steps"]),
         step=CompiledByShape(make_train_step(loss, tx)),
-        scores=CompiledByShape(make_scores(model.apply, method)),
+        scores=CompiledByShape(make_scores(model.apply, method, task=base.task)),
         **plan,
     )
     return setup, init_state(trainable, tx, run_key)
@@ -152,14 +150,28 @@ def keys_of(seed: int) -> jax.Array:
 
 
 def make_model(settings: Any, head_key: jax.Array) -> Model:
-    """The classifier that the config's `model` section names."""
-    return load_model(
-        settings.name,
-        head="classification",
-        num_labels=settings.num_labels,
-        dtype=settings.dtype,
-        head_key=head_key,
-    )
+    """The model that the config's `model` section names, with the head it asks for.
+
+    Raises `RequestError` if the model has none of that kind.
+    """
+    head = head_of(settings)
+    if head != "causal-lm":
+        return load_model(
+            settings.name,
+            head=head,
+            num_labels=settings.get("num_labels"),
+            dtype=settings.dtype,
+            head_key=head_key,
+        )
+    scan_layers = bool(settings.get("scan_layers", False))
+    model = load_model(settings.name, dtype=settings.dtype, scan_layers=scan_layers)
+    if model.kind != "causal-lm" or model.eos_token_id is None:
+        lacks = f"is an {model.kind}" if model.kind != "causal-lm" else "has no end of text"
+        raise RequestError(
+            f"model.head=causal-lm, but {settings.name!r} {lacks}; name a causal language model, "
+            "such as tiny-llama or smollm2-135m"
+        )
+    return model
 
 
 def make_method(settings: Any, model: Model) -> Method:

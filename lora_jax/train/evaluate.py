@@ -1,4 +1,4 @@
-"""Loss and accuracy of a classifier over batches, with what each example contributed."""
+"""Loss and accuracy of a model over batches, with what each example contributed."""
 
 from __future__ import annotations
 
@@ -11,15 +11,18 @@ import jax.numpy as jnp
 import numpy as np
 
 from lora_jax.core.errors import RequestError
-from lora_jax.train.loss import cross_entropy, make_logits
+from lora_jax.train.loss import make_logits
+from lora_jax.train.task import CLASSIFICATION, Task
 
 
 @dataclasses.dataclass(frozen=True)
 class Evaluation:
     """Weighted means over N examples and the examples themselves, in the order of the batches.
 
-    `losses` (N,) float32, `correct` (N,) bool, `labels` (N,) int32, `index` (N,) int64: the
-    example's place in its split.
+    `losses` (N,) float32; `correct` (N,) bool, of texts the share of tokens that are right,
+    float32; `labels` (N,) int32, numbers float32; `index` (N,) int64: the example's place in its
+    split; `weights` (N,) float32, of texts their numbers of tokens; `predictions` (N,) like the
+    labels, None where the task does not keep them.
     """
 
     loss: float
@@ -28,25 +31,29 @@ class Evaluation:
     correct: np.ndarray
     labels: np.ndarray
     index: np.ndarray
+    weights: np.ndarray
+    predictions: np.ndarray | None = None
 
     @property
     def num_examples(self) -> int:
         return len(self.losses)
 
 
-# (trainable, frozen, batch) -> (losses (B,) float32, correct (B,) bool)
-ScoreFunction = Callable[[Any, Any, Any], tuple[jax.Array, jax.Array]]
+# (trainable, frozen, batch) -> (losses (B,) float32, correct (B,) bool or float32), and the
+# predictions (B,) where the task keeps them
+ScoreFunction = Callable[[Any, Any, Any], tuple[jax.Array, ...]]
 
 
-def make_scores(apply: Callable, method: Any) -> ScoreFunction:
-    """The jitted scores of one batch: plain cross-entropy without dropout or label smoothing."""
+def make_scores(apply: Callable, method: Any, *, task: Task = CLASSIFICATION) -> ScoreFunction:
+    """The jitted scores of one batch, as `task` scores, without dropout or label smoothing."""
     logits_of = make_logits(apply, method)
 
     @jax.jit
     def scores(trainable, frozen, batch):
         logits = logits_of(trainable, frozen, batch)
-        losses = cross_entropy(logits, batch["labels"]).astype(jnp.float32)
-        return losses, jnp.argmax(logits, -1) == batch["labels"]
+        losses, correct, predictions = task.score(logits, batch)
+        kept = (predictions,) if task.keeps_predictions else ()
+        return losses.astype(jnp.float32), correct, *kept
 
     return scores
 
@@ -58,19 +65,20 @@ def evaluate(
 
     Raises `RequestError` if there is no such example.
     """
-    return _as_evaluation(*_scored(scores, trainable, frozen, batches))
+    own, examples = _scored(scores, trainable, frozen, batches)
+    return _as_evaluation(own, examples)
 
 
 def evaluate_stacked(
     scores: ScoreFunction, trainable: Any, frozen: Any, batches: Iterable[dict[str, np.ndarray]]
 ) -> list[Evaluation]:
     """`evaluate` for K trainables at once: `trainable` and what `scores` gives have an axis K."""
-    losses, correct, *examples = _scored(scores, trainable, frozen, batches)
-    return [_as_evaluation(*own, *examples) for own in zip(losses, correct, strict=True)]
+    own, examples = _scored(scores, trainable, frozen, batches)
+    return [_as_evaluation(one, examples) for one in zip(*own, strict=True)]
 
 
 def _scored(scores, trainable, frozen, batches):
-    """Losses and correct (…, N) of the examples that count; their labels, index, weights (N,)."""
+    """What `scores` gives (…, N) of the examples that count; their labels, index, weights (N,)."""
     device_scores, rows = [], []
     for batch in batches:
         inputs = {key: value for key, value in batch.items() if key not in ("index", "weights")}
@@ -84,17 +92,22 @@ def _scored(scores, trainable, frozen, batches):
     if not kept.any():
         raise RequestError("nothing to evaluate: the split holds no example")
     fetched = jax.device_get(device_scores)
-    of_examples = (np.concatenate([pair[i] for pair in fetched], axis=-1) for i in (0, 1))
-    return (*(array[..., kept] for array in of_examples), labels[kept], index[kept], weights[kept])
+    own = [np.concatenate(parts, axis=-1)[..., kept] for parts in zip(*fetched, strict=True)]
+    return own, (labels[kept], index[kept], weights[kept])
 
 
-def _as_evaluation(losses, correct, labels, index, weights) -> Evaluation:
-    weights = weights.astype(np.float64)
+def _as_evaluation(own, examples) -> Evaluation:
+    losses, correct, *predictions = own
+    labels, index, weights = examples
+    wide = weights.astype(np.float64)
+    numbers = np.issubdtype(labels.dtype, np.floating)
     return Evaluation(
-        loss=float(np.average(losses.astype(np.float64), weights=weights)),
-        accuracy=float(np.average(correct.astype(np.float64), weights=weights)),
+        loss=float(np.average(losses.astype(np.float64), weights=wide)),
+        accuracy=float(np.average(correct.astype(np.float64), weights=wide)),
         losses=losses,
         correct=correct,
-        labels=labels.astype(np.int32),
+        labels=labels.astype(np.float32 if numbers else np.int32),
         index=index.astype(np.int64),
+        weights=weights.astype(np.float32),
+        predictions=predictions[0] if predictions else None,
     )

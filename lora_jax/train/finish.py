@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -20,6 +21,7 @@ from lora_jax.models import Model
 from lora_jax.train.bookkeeping import Bookkeeping
 from lora_jax.train.card import device_description, make_card
 from lora_jax.train.evaluate import Evaluation
+from lora_jax.train.task_metrics import TASK_METRICS
 from lora_jax.train.workdir import config_hash
 
 
@@ -74,7 +76,12 @@ def write_results(
                 "accuracy": books.best_accuracy,
                 "best_step": books.best_step,
             },
-            "test": {"loss": test.loss, "accuracy": test.accuracy, "n": test.num_examples},
+            "test": {
+                "loss": test.loss,
+                "accuracy": test.accuracy,
+                "n": test.num_examples,
+                **measure(test, subject.splits.metrics),
+            },
             "stopped": books.stopped,
             "steps": books.step,
             "adapter_bytes": os.path.getsize(cell / "adapter" / TENSORS),
@@ -83,6 +90,14 @@ def write_results(
     )
     write_json(cell / "card.json", card)
     return card
+
+
+def measure(test: Evaluation, names: Sequence[str]) -> dict[str, float]:
+    """The metrics of these names, from labels and predictions; and where examples have weights
+    other than 1, as texts do, the sum of them: `tokens`.
+    """
+    found = {name: TASK_METRICS[name](test.labels, test.predictions) for name in names}
+    return found if np.all(test.weights == 1) else {**found, "tokens": int(test.weights.sum())}
 
 
 def hash_trainable(trainable: Any) -> str:
@@ -112,13 +127,22 @@ def count_trainable(table: MethodTable, head_pattern: str) -> dict[str, int]:
 
 
 def write_predictions(path: Path, evaluation: Evaluation) -> None:
-    """loss (N,) float32, correct (N,) bool, label (N,) int32, index (N,) int64; by index."""
+    """loss (N,) float32, correct (N,) bool, label (N,) int32, index (N,) int64; by index.
+
+    Of texts `correct` is float32 and there is weight (N,) float32, the tokens that loss and correct
+    are means over; of numbers the labels are float32. prediction (N,), like the labels, is there
+    where a metric is taken of it.
+    """
+    arrays = {
+        "loss": evaluation.losses,
+        "correct": evaluation.correct,
+        "label": evaluation.labels,
+        "index": evaluation.index,
+    }
+    if np.any(evaluation.weights != 1):
+        arrays["weight"] = evaluation.weights
+    if evaluation.predictions is not None:
+        arrays["prediction"] = evaluation.predictions
     order = np.argsort(evaluation.index, kind="stable")
     with atomic_path(path) as temporary, open(temporary, "wb") as file:
-        np.savez_compressed(
-            file,
-            loss=evaluation.losses[order],
-            correct=evaluation.correct[order],
-            label=evaluation.labels[order],
-            index=evaluation.index[order],
-        )
+        np.savez_compressed(file, **{name: array[order] for name, array in arrays.items()})

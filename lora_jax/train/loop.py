@@ -80,7 +80,13 @@ def train_cell(
         books, state, best = _resume(checkpoints, setup, state)
         with (
             MetricsWriter(cell, num_lines=books.metrics_lines, step=books.step) as metrics,
-            show_with(cell.name, setup.num_steps, start=books.step, enabled=progress) as show,
+            show_with(
+                cell.name,
+                setup.num_steps,
+                start=books.step,
+                enabled=progress,
+                unit=setup.task.unit,
+            ) as show,
         ):
             run = Run(setup, books, state, best, checkpoints, metrics, show, stop_requested)
             run.seconds["setup"] = run.seconds.get("setup", 0.0) + time.perf_counter() - started

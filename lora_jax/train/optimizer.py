@@ -18,8 +18,9 @@ SCHEDULES = ("linear", "cosine", "constant")
 def make_schedule(settings: Any, num_steps: int) -> optax.Schedule:
     """Learning rate by step: rises from 0 over the warm-up, then linear, cosine or constant.
 
-    `settings` is the config's `optimizer` section (`lr`, `schedule`, `warmup_ratio`). The warm-up
-    takes `ceil(warmup_ratio * num_steps)` steps; step i of it has the rate `lr * i / warmup`, and
+    `settings` is the config's `optimizer` section (`lr`, `schedule`, `warmup_ratio`, and perhaps
+    `warmup_steps`). The warm-up takes `warmup_steps`, where that is there and not 0, or else
+    `ceil(warmup_ratio * num_steps)` steps; step i of it has the rate `lr * i / warmup`, and
     linear and cosine reach 0 at `num_steps` (as `transformers.get_scheduler` has them).
     Raises `RequestError` for an unknown schedule or a value out of range.
     """
@@ -27,6 +28,7 @@ def make_schedule(settings: Any, num_steps: int) -> optax.Schedule:
         raise RequestError(f"num_steps={num_steps}: a training needs at least one step")
     _check_range("lr", settings.lr, low=0.0)
     _check_range("warmup_ratio", settings.warmup_ratio, low=0.0, high=1.0)
+    _warmup_steps(settings, num_steps)  # for its checks
     if settings.schedule not in SCHEDULES:
         raise RequestError(
             f"optimizer.schedule={settings.schedule!r} is unknown; "
@@ -38,7 +40,7 @@ def make_schedule(settings: Any, num_steps: int) -> optax.Schedule:
 
 def _shape_of_schedule(settings: Any, num_steps: int) -> optax.Schedule:
     """The schedule of a learning rate whose peak is 1."""
-    warmup = math.ceil(settings.warmup_ratio * num_steps)
+    warmup = _warmup_steps(settings, num_steps)
     decay = max(1, num_steps - warmup)
     after = {
         "linear": optax.linear_schedule(1.0, 0.0, decay),
@@ -48,6 +50,18 @@ def _shape_of_schedule(settings: Any, num_steps: int) -> optax.Schedule:
     if warmup == 0:
         return after
     return optax.join_schedules([optax.linear_schedule(0.0, 1.0, warmup), after], [warmup])
+
+
+def _warmup_steps(settings: Any, num_steps: int) -> int:
+    steps = getattr(settings, "warmup_steps", 0)
+    if isinstance(steps, bool) or not isinstance(steps, int) or steps < 0:
+        raise RequestError(f"optimizer.warmup_steps={steps!r} must be a whole number, 0 or more")
+    if steps and settings.warmup_ratio:
+        raise RequestError(
+            f"optimizer.warmup_steps={steps} and optimizer.warmup_ratio={settings.warmup_ratio} "
+            "both say how long the warm-up is; set one of them to 0"
+        )
+    return steps or math.ceil(settings.warmup_ratio * num_steps)
 
 
 def make_optimizer(settings: Any, num_steps: int) -> optax.GradientTransformation:

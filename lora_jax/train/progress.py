@@ -11,9 +11,9 @@ from typing import TextIO
 import rich.console
 import rich.progress
 
-# (step, loss, examples per second): loss and rate may be None where they are not known yet
+# (step, loss, examples or tokens per second): the latter may be None where they are not known yet
 Show = Callable[[int, float | None, float | None], None]
-# (name, num_steps, *, start, enabled) -> a context manager that gives a Show
+# (name, num_steps, *, start, enabled, unit) -> a context manager that gives a Show
 ShowWith = Callable[..., contextlib.AbstractContextManager[Show]]
 
 
@@ -24,11 +24,13 @@ def show_progress(
     *,
     start: int = 0,
     enabled: bool = True,
+    unit: str = "examples",
     stream: TextIO | None = None,
     every_s: float = 10.0,
     clock: Callable[[], float] = time.monotonic,
 ) -> Iterator[Show]:
-    """Yields `show(step, loss, examples_per_s)`, to be called as often as one likes.
+    """Yields `show(step, loss, rate)`, to be called as often as one likes; a rate is `unit`s a
+    second.
 
     On a terminal it moves a bar with the time left. Elsewhere it prints a line to `stream`
     (standard error) every `every_s` seconds and at the last step. Not `enabled`, it does nothing.
@@ -37,14 +39,14 @@ def show_progress(
     if not enabled:
         yield lambda step, loss, rate: None
     elif stream.isatty():
-        with _bar(name, num_steps, start, stream) as show:
+        with _bar(name, num_steps, start, unit, stream) as show:
             yield show
     else:
-        yield _lines(name, num_steps, start, stream, every_s, clock)
+        yield _lines(name, num_steps, start, unit, stream, every_s, clock)
 
 
 @contextlib.contextmanager
-def _bar(name: str, num_steps: int, start: int, stream: TextIO) -> Iterator[Show]:
+def _bar(name: str, num_steps: int, start: int, unit: str, stream: TextIO) -> Iterator[Show]:
     columns = (
         rich.progress.TextColumn("{task.description}"),
         rich.progress.BarColumn(bar_width=None),
@@ -57,12 +59,12 @@ def _bar(name: str, num_steps: int, start: int, stream: TextIO) -> Iterator[Show
         task = bar.add_task(name, total=num_steps, completed=start, values="")
 
         def show(step, loss, rate):
-            bar.update(task, completed=step, values=_values(loss, rate))
+            bar.update(task, completed=step, values=_values(loss, rate, unit))
 
         yield show
 
 
-def _lines(name, num_steps, start, stream, every_s, clock) -> Show:
+def _lines(name, num_steps, start, unit, stream, every_s, clock) -> Show:
     begun = clock()
     printed = begun
 
@@ -75,7 +77,7 @@ def _lines(name, num_steps, start, stream, every_s, clock) -> Show:
         left = (now - begun) / max(1, step - start) * (num_steps - step)
         words = [
             f"{name}: step {step}/{num_steps}",
-            _values(loss, rate),
+            _values(loss, rate, unit),
             f"{clock_time(left)} left",
         ]
         print("  ".join(word for word in words if word), file=stream, flush=True)
@@ -83,12 +85,12 @@ def _lines(name, num_steps, start, stream, every_s, clock) -> Show:
     return show
 
 
-def _values(loss: float | None, rate: float | None) -> str:
+def _values(loss: float | None, rate: float | None, unit: str) -> str:
     words = []
     if loss is not None:
         words.append(f"loss {loss:.4f}")
     if rate is not None:
-        words.append(f"{rate:,.0f} examples/s")
+        words.append(f"{rate:,.0f} {unit}/s")
     return "  ".join(words)
 
 

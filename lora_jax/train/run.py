@@ -56,7 +56,7 @@ class Run:
         self._pending: list[tuple[int, dict[str, jax.Array]]] = []
         self._rate: float | None = None
         self._rate_from = (self.seconds.get("train", 0.0), 0.0)
-        self._num_examples = 0.0
+        self._weight = 0.0
         self._saved_step = checkpoints.latest_step
         self._mark, self._mark_compile = time.perf_counter(), self._compile_seconds()
 
@@ -160,23 +160,23 @@ class Run:
             for what, value in (("loss", loss), ("gradient norm", grad_norm)):
                 if not math.isfinite(value):
                     raise self._not_finite(what, value, step)
-        self._num_examples += sum(row[3] for row in rows)
+        self._weight += sum(row[3] for row in rows)
         self._note(window=self.books.window + rows)
 
     def _log(self) -> None:
         self._fetch()
         self._lap("train")
         self.books, values = self.books.after_logging()
-        seconds, examples = self.seconds["train"], self._num_examples
+        seconds, weight = self.seconds["train"], self._weight
         elapsed = seconds - self._rate_from[0]
-        self._rate = (examples - self._rate_from[1]) / elapsed if elapsed > 0 else None
-        self._rate_from = (seconds, examples)
+        self._rate = (weight - self._rate_from[1]) / elapsed if elapsed > 0 else None
+        self._rate_from = (seconds, weight)
         self._metrics.write(
             step=self.books.step,
             split="train",
             **values,
             lr=float(self.setup.schedule(self.books.step - 1)),
-            examples_per_s=self._rate,
+            **{f"{self.setup.task.unit}_per_s": self._rate},
             seconds=sum(self.seconds.values()),
         )
         self._lap("log")

@@ -1,6 +1,7 @@
 """Whatever is wrong with a model folder is one line that names the thing and the way out."""
 
 import json
+import pickle
 import shutil
 from pathlib import Path
 
@@ -13,6 +14,14 @@ from lora_jax.core.errors import RequestError
 from lora_jax.models import load_model
 
 TINY = Path(__file__).resolve().parent.parent / "fixtures" / "bert_tiny"
+FAMILIES = TINY.parent / "families"
+LLAMA3 = {
+    "rope_type": "llama3",
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 32,
+}
 QUERY = "encoder.layer.0.attention.self.query.weight"
 
 
@@ -67,7 +76,39 @@ def test_weights_in_formats_that_are_not_read(folder):
     (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
     refused("pickled weights are not read", folder)
     (folder / "model.safetensors.index.json").write_text("{}")
-    refused("weights in several files", folder)
+    refused("has no weight_map", folder)
+
+
+class Trap:
+    """What a pickle may do to whoever opens it."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return (Path.touch, (self.path,))
+
+
+def test_a_pickle_is_never_opened_whatever_its_name(folder):
+    sprung = folder / "sprung"
+    content = pickle.dumps(Trap(sprung))
+    pickle.loads(content)
+    assert sprung.exists(), "the trap itself works"
+    sprung.unlink()
+    (folder / "model.safetensors").unlink()
+    index = {"weight_map": {QUERY: "pytorch_model.bin"}}
+    for name in ("pytorch_model.bin", "model.safetensors.index.json", "model.safetensors"):
+        (folder / name).write_bytes(content)
+        if name == "model.safetensors.index.json":
+            (folder / name).write_text(json.dumps(index))
+        refused("pickled|not a safetensors file", folder)
+    assert not sprung.exists()
+
+
+def test_a_missing_tokenizer_may_be_done_without(folder):
+    (folder / "tokenizer.json").unlink()
+    refused("lacks tokenizer.json; .*tokenizer=False", folder)
+    assert load_model(folder, tokenizer=False).stored_tokenizer is None
 
 
 @pytest.mark.parametrize("kept", [0, 4, 100, 2000, -1])
@@ -80,8 +121,9 @@ def test_truncated_weights(folder, kept):
 def test_a_header_longer_than_the_file_and_one_of_garbage(folder):
     path = folder / "model.safetensors"
     content = path.read_bytes()
-    path.write_bytes((10**6).to_bytes(8, "little") + content[8:])
-    refused("truncated or not a safetensors file", folder)
+    for length in (10**6, 10 * 2**30, 2**64 - 1):
+        path.write_bytes(length.to_bytes(8, "little") + content[8:])
+        refused("truncated or not a safetensors file", folder)
     path.write_bytes(content[:8] + b"x" * (len(content) - 8))
     refused("truncated or not a safetensors file", folder)
 
@@ -117,7 +159,10 @@ def test_a_long_list_of_problems_stays_one_line(folder):
 @pytest.mark.parametrize(
     ("changes", "match"),
     [
-        ({"model_type": "florence"}, "model_type is 'florence'; known model types: bert"),
+        (
+            {"model_type": "florence"},
+            "is 'florence'; known model types: bert, gpt2, llama, mistral, qwen2, roberta$",
+        ),
         ({"model_type": "absent"}, "model_type is None"),
         ({"hidden_size": "absent"}, "lacks hidden_size"),
         ({"hidden_size": -32}, "hidden_size is -32"),
@@ -137,6 +182,67 @@ def test_a_long_list_of_problems_stays_one_line(folder):
 def test_a_config_that_cannot_be_is_refused_by_field(folder, changes, match):
     edit_config(folder, **changes)
     refused(match, folder)
+
+
+@pytest.mark.parametrize(
+    ("name", "changes", "match"),
+    [
+        ("llama", {"hidden_size": -16}, "hidden_size is -16"),
+        ("llama", {"num_key_value_heads": -1}, "num_key_value_heads is -1"),
+        ("llama", {"num_key_value_heads": 3}, "is 3.*a divisor of num_attention_heads = 4"),
+        ("llama", {"head_dim": 5}, "head_dim is 5.*even"),
+        ("llama", {"head_dim": "absent", "hidden_size": 18}, "a multiple of num_attention_heads"),
+        ("llama", {"rms_norm_eps": 0.0}, "rms_norm_eps is 0.0"),
+        ("llama", {"hidden_act": "mish"}, "hidden_act is 'mish'"),
+        ("llama", {"eos_token_id": 64}, "eos_token_id is 64.*from 0 to 63"),
+        ("llama", {"eos_token_id": [2, -1]}, r"eos_token_id is \[2, -1\]"),
+        ("llama", {"tie_word_embeddings": "yes"}, "tie_word_embeddings is 'yes'"),
+        ("llama", {"rope_parameters": [1]}, r"rope_parameters is \[1\].*an object"),
+        (
+            "llama",
+            {"rope_parameters": {"rope_type": "yarn", "factor": 2.0}},
+            "config.json, rope_parameters: rope_type is 'yarn'.*'linear', 'llama3'",
+        ),
+        (
+            "llama",
+            {"rope_parameters": None, "rope_scaling": {"type": "dynamic", "factor": 2.0}},
+            "config.json, rope_scaling: rope_type is 'dynamic'",
+        ),
+        (
+            "llama",
+            {"rope_parameters": {"rope_type": "linear"}},
+            "config.json, rope_parameters lacks factor",
+        ),
+        (
+            "llama",
+            {"rope_parameters": {"rope_type": "linear", "factor": -2}},
+            "factor is -2.*positive",
+        ),
+        (
+            "llama_rope_llama3",
+            {"rope_parameters": LLAMA3 | {"high_freq_factor": 0.5}},
+            "high_freq_factor is 0.5.*above low_freq_factor = 1.0",
+        ),
+        ("mistral_window", {"sliding_window": 0}, "sliding_window is 0"),
+        ("qwen2", {"use_sliding_window": True}, "use_sliding_window is True"),
+        ("gpt2", {"n_embd": -16}, "n_embd is -16"),
+        ("gpt2", {"n_head": 3}, "n_embd is 16.*multiple of n_head = 3"),
+        ("gpt2", {"n_inner": 0}, "n_inner is 0"),
+        ("gpt2", {"n_positions": "absent"}, "lacks n_positions"),
+        ("gpt2", {"scale_attn_weights": False}, "scale_attn_weights is False"),
+        ("gpt2", {"add_cross_attention": True}, "add_cross_attention is True"),
+        ("gpt2", {"n_layer": 3}, "missing transformer.h.2.attn.c_attn.bias"),
+        ("gpt2", {"n_inner": 24}, r"misshapen .*h.0.mlp.c_fc.bias \(64,\) .*\(24,\)"),
+        ("llama", {"attention_bias": True}, "missing model.layers.0.self_attn.k_proj.bias"),
+        ("llama_biases", {"mlp_bias": False}, "unexpected model.layers.0.mlp.down_proj.bias"),
+        ("llama_gqa_tied", {"num_key_value_heads": 4}, r"misshapen .*k_proj.weight \(8, 16\)"),
+        ("roberta", {"pad_token_id": 64}, "pad_token_id is 64"),
+    ],
+)
+def test_a_config_of_another_family_that_cannot_be(tmp_path, name, changes, match):
+    folder = Path(shutil.copytree(FAMILIES / name, tmp_path / "model"))
+    edit_config(folder, **changes)
+    refused(match, folder, tokenizer=False)
 
 
 def test_json_that_is_not(folder):
@@ -187,7 +293,7 @@ def test_a_head_that_does_not_fit(folder):
 @pytest.mark.parametrize(
     ("arguments", "match"),
     [
-        ({"head": "regression"}, "head is 'regression'"),
+        ({"head": "lm"}, "head is 'lm'; choose None, 'classification' or 'regression'"),
         ({"num_labels": 2}, "num_labels=2 needs a head"),
         ({"head": "classification", "num_labels": 0}, "num_labels is 0"),
         ({"head": "classification", "num_labels": "2"}, "num_labels is '2'"),

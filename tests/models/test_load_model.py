@@ -93,8 +93,19 @@ def test_pooling_is_that_of_the_card(folder):
         np.testing.assert_allclose(
             output(model), expected[name] @ head["kernel"] + head["bias"], atol=1e-5
         )
+    # Without a card, BERT's own pooler: tanh of a linear layer on the first token.
     shutil.rmtree(folder / "1_Pooling")
-    assert load_model(folder).pooling == "cls"
+    model = load_model(folder, head="classification", num_labels=4)
+    assert model.pooling == "family"
+    stored = load_file(folder / "model.safetensors")
+    pooled = np.tanh(last[:, 0] @ stored["pooler.dense.weight"].T + stored["pooler.dense.bias"])
+    head = {k: np.asarray(v) for k, v in model.params["head"].items()}
+    np.testing.assert_allclose(output(model), pooled @ head["kernel"] + head["bias"], atol=1e-5)
+    # And without the weights of that, the first token as it is.
+    without = {name: x for name, x in stored.items() if not name.startswith("pooler.")}
+    save_file(without, folder / "model.safetensors")
+    model = load_model(folder, head="classification", num_labels=4)
+    assert model.pooling == "cls" and "pooler" not in model.params
 
 
 def test_modules_json_says_where_the_pooling_is(folder):
@@ -103,7 +114,7 @@ def test_modules_json_says_where_the_pooling_is(folder):
     (folder / "modules.json").write_text(json.dumps([{"type": "x.Transformer"}, entry]))
     assert load_model(folder).pooling == "mean"
     (folder / "modules.json").write_text(json.dumps([{"type": "x.Transformer", "path": ""}]))
-    assert load_model(folder).pooling == "cls"
+    assert load_model(folder).pooling == "family"
 
 
 def test_the_tokenizer_neither_truncates_nor_pads():

@@ -1,3 +1,3 @@
-"""The fixture scripts and their torch modules run in an environment of their own, not in pytest."""
+"""What needs torch runs in an environment of its own, not in pytest."""
 
-collect_ignore_glob = ["make_*.py", "torch_*.py"]
+collect_ignore_glob = ["make_*.py", "torch_*.py", "compare_*.py"]

@@ -30,6 +30,30 @@ def test_predictions_are_put_in_order_of_their_example(tmp_path, write_run):
     assert run.predictions.correct.tolist() == [False, True, True]
 
 
+def test_weights_and_shares_are_read_as_they_are(tmp_path, write_run):
+    cell = write_run(tmp_path, "texts")
+    arrays = {
+        "loss": [2.0, 1.0, 4.0], "correct": [0.5, 0.25, 1.0], "label": [0, 0, 1],
+        "index": [1, 0, 2], "weight": [1.0, 2.0, 3.0],
+    }  # fmt: skip
+    np.savez(cell / "test_predictions.npz", **arrays)
+    (run,) = read_runs(tmp_path)
+    assert run.predictions.correct.tolist() == [0.25, 0.5, 1.0]
+    assert run.predictions.weight.tolist() == [2.0, 1.0, 3.0]
+    assert run.predictions.mean("loss") == (2 * 1 + 1 * 2 + 3 * 4) / 6
+    arrays["weight"] = [0.0, 1.0, 2.0]
+    np.savez(cell / "test_predictions.npz", **arrays)
+    with pytest.raises(RequestError, match="a weight is not above 0"):
+        read_runs(tmp_path)
+
+
+def test_without_weights_all_count_alike(tmp_path, write_run):
+    write_run(tmp_path, "classes")
+    (run,) = read_runs(tmp_path)
+    assert run.predictions.weight.tolist() == [1.0] * len(run.predictions.index)
+    assert run.predictions.correct.dtype == bool and run.predictions.label.dtype == np.int64
+
+
 def test_a_run_still_going_is_read_as_far_as_it_got(tmp_path, write_run):
     cell = write_run(tmp_path, "going", finished=False)
     with open(cell / "metrics.jsonl", "a") as file:

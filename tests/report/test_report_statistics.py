@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from lora_jax.core.errors import RequestError
-from lora_jax.report.statistics import mean_interval, paired_difference
+from lora_jax.report.statistics import mean_interval, paired_difference, spread_over_weights
 
 
 def paired(first, second, **options):
@@ -139,3 +139,21 @@ def test_nothing_to_resample_is_refused(values):
 def test_levels_that_are_no_probability_are_refused(level):
     with pytest.raises(RequestError, match=str(level)):
         mean_interval([1.0, 2.0], seed=0, level=level)
+
+
+def test_interval_of_a_weighted_mean_is_that_of_drawn_ratios():
+    """Against the bootstrap of the ratio itself: examples drawn with their weights."""
+    rng = np.random.default_rng(0)
+    weights = rng.integers(5, 40, size=400)
+    values = 1.0 + rng.normal(size=400) * (20 / weights)
+    interval = mean_interval(spread_over_weights(values, weights), seed=0)
+    drawn = rng.integers(400, size=(4000, 400))
+    ratios = (values * weights)[drawn].sum(1) / weights[drawn].sum(1)
+    assert interval.estimate == pytest.approx(np.average(values, weights=weights))
+    wanted = np.quantile(ratios, [0.025, 0.975])
+    assert np.allclose([interval.low, interval.high], wanted, atol=0.15 * np.ptp(wanted))
+
+
+def test_equal_weights_leave_scores_as_they_are():
+    values = np.random.default_rng(0).normal(size=9)
+    np.testing.assert_array_equal(spread_over_weights(values, np.full(9, 3)), values)

@@ -28,14 +28,18 @@ def reviews_file(tmp_path_factory):
     return path
 
 
+def load_experiment(file):
+    """The module of `experiments/file`, as the command line loads it: from its path."""
+    spec = importlib.util.spec_from_file_location(Path(file).stem, ROOT / "experiments" / file)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
 @pytest.fixture(scope="session")
 def make_config(reviews_file):
     """`make_config({"method.name": "full"})`: 12 steps of tiny-bert, dropout on, one shape."""
-    spec = importlib.util.spec_from_file_location(
-        "reviews_minilm", ROOT / "experiments" / "reviews_minilm.py"
-    )
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+    module = load_experiment("reviews_minilm.py")
 
     def make(changes=None):
         config = module.get_config("lora,smoke")

@@ -5,7 +5,7 @@ import json
 
 import numpy as np
 
-TIMES = ("seconds", "examples_per_s")
+TIMES = ("seconds", "examples_per_s", "tokens_per_s")
 
 
 def results_of(cell):

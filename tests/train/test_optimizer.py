@@ -69,6 +69,16 @@ def test_schedule_is_that_of_transformers(schedule, warmup_ratio):
         assert float(made(step)) == pytest.approx(wanted, rel=1e-5, abs=1e-9)
 
 
+@pytest.mark.parametrize("warmup_steps", [1, 9, 50])
+def test_warm_up_in_steps_is_that_of_as_many(warmup_steps):
+    """Also of more steps than there are: then the rate rises to the end."""
+    made = make_schedule(settings(warmup_ratio=0.0, warmup_steps=warmup_steps), 36)
+    for step in range(36):
+        down = (36 - step) / max(1, 36 - warmup_steps)
+        wanted = 1e-2 * (step / warmup_steps if step < warmup_steps else down)
+        assert float(made(step)) == pytest.approx(wanted, rel=1e-5, abs=1e-9)
+
+
 @pytest.mark.parametrize("clip_norm", [0.0, 0.5])
 def test_optimizer_is_adamw_with_clipping(clip_norm):
     s = settings(clip_norm=clip_norm, warmup_ratio=0.3)
@@ -139,6 +149,8 @@ def test_runs_that_differ_in_their_rate_share_a_program():
         ({"lr": math.nan}, "optimizer.lr=nan"),
         ({"schedule": "linaer"}, "'linear'"),
         ({"warmup_ratio": 1.5}, "optimizer.warmup_ratio=1.5"),
+        ({"warmup_ratio": 0.0, "warmup_steps": -1}, "optimizer.warmup_steps=-1"),
+        ({"warmup_ratio": 0.1, "warmup_steps": 5}, "set one of them to 0"),
         ({"beta1": 1.0}, "optimizer.beta1=1.0"),
         ({"beta2": -0.1}, "optimizer.beta2=-0.1"),
         ({"eps": 0.0}, "optimizer.eps=0.0"),

@@ -1,0 +1,51 @@
+"""`lora-jax convert`."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+
+from lora_jax.cli.adapters import load_adapted
+from lora_jax.cli.requests import Parser, add_json, say
+
+EXAMPLES = """\
+Examples:
+  A run's adapter for peft, vLLM and others:
+    lora-jax convert runs/first/cells/run --out=adapter
+    python -c "from peft import PeftModel; model = PeftModel.from_pretrained(base, 'adapter')"
+  For servers that read r and lora_alpha alone (patterns, rsLoRA and PiSSA baked in; alpha = r):
+    lora-jax convert adapter --model=path/to/base --plain --out=plain
+
+What PEFT cannot say (an adapter of a tied table, single rows, methods that add no a @ b) is an
+error that says what to do; `lora-jax merge` folds anything into its base.
+"""
+
+
+def run(argv: Sequence[str]) -> int:
+    parser = Parser(
+        "convert",
+        description="Write an adapter in PEFT's format (adapter_config.json and safetensors).",
+        epilog=EXAMPLES,
+    )
+    parser.add_argument("adapter", help="a run's WORKDIR/cells/NAME, or a folder in PEFT's format")
+    parser.add_argument("--out", required=True, help="the folder to write; it must not exist yet")
+    parser.add_argument(
+        "--model", help="the base of a PEFT adapter, where its config names no good"
+    )
+    parser.add_argument("--plain", action="store_true", help="alpha = r, one rank, scales in B")
+    parser.add_argument("--dtype", help="of the factors, as float16 (default float32)")
+    add_json(parser)
+    options = parser.parse_args(argv)
+
+    model, method, trainable, _ = load_adapted(options.adapter, options.model)
+
+    from lora_jax.formats.peft import save_adapter
+    from lora_jax.models.load import checked_dtype
+
+    dtype = None if options.dtype is None else checked_dtype(options.dtype)
+    save_adapter(options.out, method, trainable, model, plain=options.plain, dtype=dtype)
+    if options.json:
+        say(json.dumps({"folder": str(options.out), "entries": len(trainable)}))
+    else:
+        say(f"{len(trainable)} adapted or trained parameters; the adapter is in {options.out}")
+    return 0

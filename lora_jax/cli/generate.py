@@ -1,0 +1,257 @@
+"""`lora-jax generate`."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from lora_jax.cli.requests import Parser, add_json, cell_of, say
+from lora_jax.core.errors import RequestError
+
+if TYPE_CHECKING:
+    from lora_jax.generate import Decoding
+    from lora_jax.models import Model
+    from lora_jax.train import Adapted
+
+EXAMPLES = """\
+Examples:
+  One question to a chat model:
+    lora-jax generate --model=smollm2-135m --chat --prompt="Why is the sky blue?"
+  What adapters change, side by side, the base first: a run of this project, and a PEFT folder:
+    lora-jax generate --model=smollm2-135m --adapter=runs/e2e/cells/run --adapter=peft/folder \\
+        --prompt="name[The Mill], food[Indian]" --prompt="name[Aromi], food[French]"
+  Beam search, as the paper decodes E2E:
+    lora-jax generate --adapter=runs/e2e/cells/run --prompts-file=meanings.txt \\
+        --num-beams=10 --length-penalty=0.8 --no-repeat-ngram=4
+  Draws instead of the most probable token (any of these four options turns drawing on):
+    lora-jax generate --model=smollm2-135m --prompt="Once upon a time" \\
+        --temperature=0.8 --top-k=50 --top-p=0.95 --seed=1
+
+Answers go to standard output, progress and tokens/s (of all prompts together) to standard error.
+A second start finds the compiled program on disk.
+"""
+BASE = "base"
+
+
+@dataclasses.dataclass(frozen=True)
+class Answers:
+    """What one set of parameters made of all prompts."""
+
+    name: str
+    adapter: str | None
+    texts: list[str]
+    num_tokens: int
+    seconds: float
+
+    @property
+    def tokens_per_s(self) -> float:
+        return self.num_tokens / self.seconds
+
+
+def run(argv: Sequence[str]) -> int:
+    options = _parser().parse_args(argv)
+    prompts = _prompts(options)
+    sampling = _sampling(options)
+
+    import jax
+
+    from lora_jax.generate import Decoding, chat_prompt
+    from lora_jax.models import load_model
+    from lora_jax.train import enable_compilation_cache, load_adapter
+
+    settings = Decoding(
+        options.max_new_tokens,
+        num_beams=options.num_beams,
+        length_penalty=options.length_penalty,
+        no_repeat_ngram_size=options.no_repeat_ngram,
+        **sampling,
+    )
+    enable_compilation_cache()
+    known = {}
+    if options.model is not None:
+        model = load_model(options.model)
+    elif options.adapter and (folder := _run_folder(options.adapter[0])) is not None:
+        known = {folder: load_adapter(folder)}
+        model = known[folder].model
+    else:
+        raise RequestError("--model is missing; name the model, such as --model=smollm2-135m")
+    asked = [chat_prompt(model, text) for text in prompts] if options.chat else prompts
+    key = jax.random.key(options.seed or 0)
+    found = [_answer(model, model.params, BASE, None, asked, settings, key)]
+    names = _names(options.adapter)
+    for path, name in zip(options.adapter, names, strict=True):
+        params = _bound(model, path, known)
+        found.append(_answer(model, params, name, path, asked, settings, key))
+    if options.json:
+        say(json.dumps(_as_json(model, prompts, found)))
+    elif len(found) > 1 and sys.stdout.isatty():
+        _print_table(prompts, found)
+    else:
+        _print_lines(prompts, found)
+    return 0
+
+
+def _parser() -> Parser:
+    parser = Parser(
+        "generate",
+        description="Continue prompts with a model and with adapters on it, side by side.",
+        epilog=EXAMPLES,
+    )
+    add = parser.add_argument
+    add("--model", metavar="NAME", help="a name, folder or hub id; default: the first run's own")
+    add("--adapter", action="append", default=[], metavar="PATH",
+        help="a run's WORKDIR/cells/NAME or its adapter/, or PEFT's; repeatable")  # fmt: skip
+    add("--prompt", action="append", default=[], metavar="TEXT", help="repeatable")
+    add("--prompts-file", metavar="FILE", help="more prompts, one a line")
+    add("--chat", action="store_true", help="put each prompt into the model's chat format (ChatML)")
+    add("--max-new-tokens", type=int, default=64, metavar="N", help="default: 64")
+    add("--num-beams", type=int, default=1, metavar="N", help="beam search; default: 1, greedy")
+    add("--length-penalty", type=float, default=1.0, metavar="X",
+        help="of beams: score = log-probability / length^X; default: 1")  # fmt: skip
+    add("--no-repeat-ngram", type=int, default=0, metavar="N", help="no run of N tokens twice")
+    sampled = parser.add_argument_group("drawing (any of them turns it on)")
+    sampled.add_argument("--temperature", type=float, metavar="X", help="default: 1")
+    sampled.add_argument("--top-k", type=int, metavar="N", help="keep the N most probable tokens")
+    sampled.add_argument("--top-p", type=float, metavar="X", help="keep tokens that make up X")
+    sampled.add_argument("--seed", type=int, metavar="N", help="default: 0")
+    add_json(parser)
+    return parser
+
+
+def _prompts(options: argparse.Namespace) -> list[str]:
+    prompts = list(options.prompt)
+    if options.prompts_file is not None:
+        try:
+            text = Path(options.prompts_file).read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            place = f"--prompts-file={options.prompts_file}"
+            raise RequestError(f"cannot read {place}: {error}") from error
+        prompts += [line for line in text.splitlines() if line.strip()]
+    if not prompts:
+        raise RequestError("nothing to continue; give --prompt=TEXT or --prompts-file=FILE")
+    return prompts
+
+
+def _sampling(options: argparse.Namespace) -> dict[str, Any]:
+    """The settings of drawing: none of them unless one of its options was given."""
+    given = {name: getattr(options, name) for name in ("temperature", "top_k", "top_p")}
+    given = {name: value for name, value in given.items() if value is not None}
+    if options.seed is None and not given:
+        return {}
+    return {"do_sample": True, **given}
+
+
+def _run_folder(path: str) -> Path | None:
+    """The adapter/ folder of a run of this project; None if `path` is none."""
+    from lora_jax.formats.adapter import DESCRIPTION
+
+    folder = Path(path)
+    if (folder / DESCRIPTION).exists():
+        return folder
+    if not folder.is_dir() or (folder / "adapter_config.json").exists():
+        return None
+    return cell_of(folder) / "adapter"
+
+
+def _bound(model: Model, path: str, known: dict[Path, Adapted]) -> Any:
+    """The parameters of `model` with the adapter on them; `known` runs are not loaded again."""
+    folder = _run_folder(path)
+    if folder is None:
+        from lora_jax.formats.peft import load_adapter
+
+        method, trainable = load_adapter(path, model)
+        return method.bind(trainable, model.params)
+
+    from lora_jax.train import load_adapter as load_run
+
+    adapted = known[folder] if folder in known else load_run(folder)
+    if adapted.model.head is not None:
+        raise RequestError(
+            f"the adapter in {path} was trained for {adapted.model.head}, not for language; "
+            "`lora-jax evaluate` scores it"
+        )
+    if adapted.model.base_hash != model.base_hash:
+        raise RequestError(
+            f"the adapter in {path} was trained on {adapted.model.name!r}, whose weights are not "
+            f"those of --model={model.name}; leave --model out, or name that one"
+        )
+    # On the weights that are there already: the copy that came with the run can go.
+    return adapted.method.bind(adapted.trainable, model.params)
+
+
+def _names(paths: Sequence[str]) -> list[str]:
+    """The last part of each path that tells it from the others; the whole where none does."""
+    short = [p.parent.name if p.name == "adapter" else p.name for p in map(Path, paths)]
+    taken = [BASE, *short]
+    return [n if taken.count(n) == 1 else p for n, p in zip(short, paths, strict=True)]
+
+
+def _answer(
+    model: Model, params: Any, name: str, path: str | None, prompts: list[str],
+    settings: Decoding, key: Any,
+) -> Answers:  # fmt: skip
+    import numpy as np
+
+    from lora_jax.generate import compile_first, decode_texts, encode_prompts, generate
+
+    tokens, mask = encode_prompts(model, prompts)
+    _tell(f"{name}: compiling …")
+    seconds = compile_first(model, params, tokens, mask, settings, key=key)
+    _tell(f"{name}: compiled in {seconds:.1f} s; answering …")
+    start = time.perf_counter()
+    found = generate(model, params, tokens, mask, settings, key=key)
+    num_tokens = int(np.asarray(found.lengths).sum())
+    answers = Answers(
+        name, path, decode_texts(model, found), num_tokens, time.perf_counter() - start
+    )
+    _tell(f"{name}: {num_tokens} tokens, {answers.tokens_per_s:.1f} tokens/s")
+    return answers
+
+
+def _tell(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
+
+
+def _as_json(model: Model, prompts: list[str], found: list[Answers]) -> dict[str, Any]:
+    answers = [
+        {
+            "name": one.name,
+            "adapter": one.adapter,
+            "texts": one.texts,
+            "tokens": one.num_tokens,
+            "tokens_per_s": one.tokens_per_s,
+        }
+        for one in found
+    ]
+    return {"model": model.name, "prompts": prompts, "answers": answers}
+
+
+def _print_table(prompts: list[str], found: list[Answers]) -> None:
+    import rich.console
+    import rich.table
+    import rich.text
+
+    table = rich.table.Table(show_lines=True)
+    for title in ("prompt", *(one.name for one in found)):
+        table.add_column(rich.text.Text(title), overflow="fold", ratio=1)
+    for row in zip(prompts, *(one.texts for one in found), strict=True):
+        # As text: a prompt may hold what rich takes for markup.
+        table.add_row(*(rich.text.Text(cell.strip()) for cell in row))
+    rich.console.Console().print(table)
+
+
+def _print_lines(prompts: list[str], found: list[Answers]) -> None:
+    if len(prompts) == len(found) == 1:
+        say(found[0].texts[0])
+        return
+    for place, prompt in enumerate(prompts):
+        say(f"{'' if place == 0 else chr(10)}> {prompt}")
+        for one in found:
+            mark = f"[{one.name}] " if len(found) > 1 else ""
+            say(f"{mark}{one.texts[place].strip()}")

@@ -1,0 +1,81 @@
+"""The tensors of an `adapter_model.safetensors`, sorted by what each of them is."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+
+from lora_jax.core.errors import RequestError
+from lora_jax.formats.safetensors import read_tensors
+
+TENSORS = "adapter_model.safetensors"
+PREFIX = "base_model.model."
+
+# What ends the name of each tensor of an adapter, and which part it is.
+_PARTS = {
+    "lora_A.weight": "A",
+    "lora_B.weight": "B",
+    "lora_embedding_A": "A",
+    "lora_embedding_B": "B",
+    "lora_magnitude_vector": "magnitude",
+    "lora_magnitude_vector.weight": "magnitude",
+}
+_PART = re.compile(r"(?P<module>.+)\.(?P<part>" + "|".join(map(re.escape, _PARTS)) + ")")
+_BASE = re.compile(r"(?P<module>.+)\.base_layer\.(?P<what>weight|bias)")
+
+
+@dataclasses.dataclass(frozen=True)
+class Keys:
+    """`parts` is `{module: {"A" | "B" | "magnitude": array}}`; `whole` `{tensor: array}` are
+    parameters saved as they are; `bases` `{module: array}` the frozen weights beneath adapters,
+    which PEFT stores with those of embeddings.
+    """
+
+    parts: Mapping[str, Mapping[str, np.ndarray]]
+    whole: Mapping[str, np.ndarray]
+    bases: Mapping[str, np.ndarray]
+
+
+def read_keys(folder: Path) -> Keys:
+    """Reads the file. Raises `RequestError` for a missing or damaged file, keys of another naming,
+    or values that are not finite floats.
+    """
+    path = folder / TENSORS
+    if not path.is_file() and any(folder.glob("adapter_model.bin")):
+        raise RequestError(
+            f"{folder} holds its weights as a pickle, which is never opened; save the adapter with "
+            "peft as safetensors"
+        )
+    parts: dict[str, dict[str, np.ndarray]] = {}
+    whole: dict[str, np.ndarray] = {}
+    bases: dict[str, np.ndarray] = {}
+    for key, array in read_tensors(path).items():
+        if not key.startswith(PREFIX):
+            raise RequestError(
+                f"{path} holds {key!r}, which does not begin with {PREFIX!r}; it is no adapter of "
+                "peft's naming"
+            )
+        _check_values(path, key, array)
+        name = key.removeprefix(PREFIX)
+        if found := _PART.fullmatch(name):
+            parts.setdefault(found["module"], {})[_PARTS[found["part"]]] = array
+        elif found := _BASE.fullmatch(name):
+            if found["what"] == "bias":
+                whole[f"{found['module']}.bias"] = array
+            else:
+                bases[found["module"]] = array
+        else:
+            whole[name] = array
+    return Keys(parts, whole, bases)
+
+
+def _check_values(path: Path, key: str, array: np.ndarray) -> None:
+    # bfloat16 is no kind of NumPy's own.
+    if array.dtype.kind != "f" and array.dtype.name != "bfloat16":
+        raise RequestError(f"{path}: {key} holds {array.dtype}, but adapters are floating point")
+    if not np.isfinite(array).all():
+        raise RequestError(f"{path}: {key} holds NaN or infinity; the training had diverged")

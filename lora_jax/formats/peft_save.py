@@ -1,0 +1,200 @@
+"""Writing an adapter in PEFT's format, so that it means the same there as here."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from lora_jax.core.errors import RequestError
+from lora_jax.formats.atomic import atomic_folder, write_json
+from lora_jax.formats.peft_config import CONFIG, PeftConfig
+from lora_jax.formats.peft_keys import PREFIX, TENSORS
+from lora_jax.formats.peft_names import CONV1D, EMBEDDING, Names
+from lora_jax.formats.peft_split import POOLED_HEAD, Written, split
+from lora_jax.formats.safetensors import read_metadata, write_tensors
+from lora_jax.methods import Method
+from lora_jax.models.checkpoint import HEAD_ENTRIES, HEAD_FILE
+from lora_jax.models.families import CAUSAL_LM
+from lora_jax.models.functional import flatten
+from lora_jax.models.hf_names import tensors_from_params
+from lora_jax.models.model import Model
+
+# Of the weights that an adapter was trained on; readers that do not know it pass it over.
+_BASE_KEY = "lora_jax.base"
+# PEFT stores the frozen table beside an adapter of these.
+_STORED_TABLES = ("embed_tokens", "lm_head")
+
+
+def save_adapter(
+    path: str | os.PathLike,
+    method: Method,
+    trainable: Mapping[str, Mapping[str, Any]],
+    model: Model,
+    *,
+    plain: bool = False,
+    dtype: Any = None,
+) -> None:
+    """Writes `trainable` as a new PEFT folder, atomically; PEFT 0.21 computes the same from it.
+
+    LoRA and its variants whose change is a @ b (PiSSA as the difference from its start, of rank
+    2r), rsLoRA and DoRA; whole parameters as `modules_to_save` or `bias`; slices of a fused kernel
+    as one adapter of it. Ranks and scales that differ are written as anchored patterns that do not
+    overlap, since PEFT sorts patterns and takes the first that matches. Factors are float32 unless
+    `dtype` says otherwise.
+
+    `plain` writes what readers of `r` and `lora_alpha` alone understand: alpha = r everywhere, the
+    scale in B, ranks padded with zeros. A head on sentence-transformers' pooling, which PEFT has no
+    class for, lies beside in head.safetensors. Raises `RequestError` for what PEFT cannot say, and
+    if `path` exists.
+    """
+    names = Names.of(model)
+    written = split(method, trainable, model, names)
+    if plain:
+        written = written.plain()
+    written.check_sayable()
+    flat = flatten(model.params)
+    tensors = _factors(written, dtype)
+    tensors |= _whole(written, trainable, names, flat, model)
+    tensors |= _tables(written, names, flat)
+    config = _config(written, names, model, method)
+    with atomic_folder(path) as temporary:
+        write_json(temporary / CONFIG, config)
+        # As a reader will read it: what our own reader cannot is never left behind.
+        PeftConfig.read(temporary / CONFIG)
+        metadata = {"format": "pt", _BASE_KEY: _base_of(model)}
+        write_tensors(temporary / TENSORS, tensors, metadata=metadata)
+        if written.has_pooled_head:
+            own = {path: trainable.get(path, {}).get("value", flat[path]) for path in POOLED_HEAD}
+            write_tensors(temporary / HEAD_FILE, tensors_from_params(own, HEAD_ENTRIES))
+
+
+def check_base(path: Path, model: Model) -> None:
+    """Raises `RequestError` if the file says that it was trained on other weights than `model`'s.
+
+    Files of other programs do not say, and a base in another dtype cannot be compared.
+    """
+    said = read_metadata(path).get(_BASE_KEY, "") if path.is_file() else ""
+    dtype, _, base_hash = said.partition(":")
+    if base_hash and dtype == _dtype_of(model) and base_hash != model.base_hash:
+        raise RequestError(
+            f"{path} was trained on other weights than model {model.name} has (base hash "
+            f"{base_hash[:12]}, here {model.base_hash[:12]}); load the model it was trained on"
+        )
+
+
+def _base_of(model: Model) -> str:
+    return f"{_dtype_of(model)}:{model.base_hash}"
+
+
+def _dtype_of(model: Model) -> str:
+    flat = flatten(model.params)
+    return str(next(x.dtype for p, x in flat.items() if not re.fullmatch(model.head_pattern, p)))
+
+
+def _factors(written: Written, dtype: Any) -> dict[str, np.ndarray]:
+    tensors = {}
+    for name, one in written.adapters.items():
+        is_table = one.module.kind == EMBEDDING
+        suffixes = ("lora_embedding_A", "lora_embedding_B")
+        suffixes = suffixes if is_table else ("lora_A.weight", "lora_B.weight")
+        parts = dict(zip(suffixes, (one.a.T, one.b.T), strict=True))
+        if one.magnitude is not None:
+            parts["lora_magnitude_vector"] = one.magnitude
+        for suffix, array in parts.items():
+            array = array if dtype is None else np.asarray(array).astype(dtype)
+            tensors[f"{PREFIX}{name}.{suffix}"] = array
+    return tensors
+
+
+def _whole(written: Written, trainable, names: Names, flat, model: Model) -> dict[str, np.ndarray]:
+    """Modules saved whole with all of their parameters, and biases."""
+    tensors = {}
+    for name in (*written.biases, *written.saved):
+        entry = names.tensors[name]
+        value = trainable.get(entry.path, {}).get("value", flat[entry.path])
+        array = np.asarray(value if entry.index is None else value[entry.index])
+        array = array.T if entry.is_transposed else array
+        module = name.rpartition(".")[0]
+        if module in written.adapters:
+            name = f"{module}.base_layer.bias"
+        tensors[f"{PREFIX}{name}"] = array
+    return tensors
+
+
+def _tables(written: Written, names: Names, flat) -> dict[str, np.ndarray]:
+    found = [n for n in written.adapters if n.rpartition(".")[2] in _STORED_TABLES]
+    tensors = {}
+    for name in found:
+        entry = names.modules[name].entry
+        table = np.asarray(flat[entry.path])
+        key = f"{PREFIX}{name}.base_layer.weight"
+        tensors[key] = table.T if entry.is_transposed else table
+    return tensors
+
+
+def _config(written: Written, names: Names, model: Model, method: Method) -> dict[str, Any]:
+    pairs = {name: (one.rank, one.alpha) for name, one in written.adapters.items()}
+    rank = Counter(r for r, _ in pairs.values()).most_common(1)[0][0]
+    alpha = Counter(a for _, a in pairs.values()).most_common(1)[0][0]
+    kinds = {one.module.kind for one in written.adapters.values()} - {EMBEDDING}
+    if model.kind == CAUSAL_LM:
+        task = "CAUSAL_LM" if model.head is None else "SEQ_CLS"
+    else:
+        task = "SEQ_CLS" if any(m.is_output for m in names.modules.values()) else None
+    modules_to_save = list(written.modules_to_save)
+    return {
+        "peft_type": "LORA",
+        "base_model_name_or_path": model.name,
+        "task_type": task or "FEATURE_EXTRACTION",
+        "inference_mode": True,
+        "r": rank,
+        "lora_alpha": _number(alpha),
+        "lora_dropout": written.dropout,
+        "target_modules": _target_modules(written.adapters, names),
+        "modules_to_save": modules_to_save or None,
+        "bias": written.bias,
+        "fan_in_fan_out": kinds == {CONV1D},
+        "init_lora_weights": True,
+        "use_rslora": written.use_rslora,
+        "use_dora": written.use_dora,
+        "rank_pattern": {_anchored(n): r for n, (r, _) in pairs.items() if r != rank},
+        "alpha_pattern": {_anchored(n): _number(a) for n, (_, a) in pairs.items() if a != alpha},
+    }
+
+
+def _number(value: float) -> int | float:
+    return int(value) if float(value).is_integer() else float(value)
+
+
+def _anchored(name: str) -> str:
+    """A pattern of this module alone, in whatever order patterns are tried."""
+    return f"^{re.escape(name)}"
+
+
+def _target_modules(adapters: Mapping[str, Any], names: Names) -> list[str]:
+    """Short names ("q_proj") where they mean just these modules, else whole names."""
+    short = sorted({name.rpartition(".")[2] for name in adapters})
+    whole = sorted(adapters)
+    for listed in (short, whole):
+        config = PeftConfig(r=1, lora_alpha=1, target_modules=tuple(listed))
+        meant = [
+            name
+            for name, module in names.modules.items()
+            if config.targets(name, is_linear=module.kind != EMBEDDING, is_output=module.is_output)
+        ]
+        if set(meant) == set(adapters):
+            return listed
+    raise RequestError(
+        f"no target_modules of PEFT mean just {_first_names(whole)}: another module's name ends in "
+        "one of theirs"
+    )
+
+
+def _first_names(names: Sequence[str]) -> str:
+    return ", ".join(names[:3]) + (", …" if len(names) > 3 else "")

@@ -1,0 +1,10 @@
+"""Text generation: greedy, sampled and by beams, with a key-value cache, compiled once a shape."""
+
+from lora_jax.generate.chat import chat_prompt as chat_prompt
+from lora_jax.generate.run import Generated as Generated
+from lora_jax.generate.run import compile_first as compile_first
+from lora_jax.generate.run import generate as generate
+from lora_jax.generate.settings import Decoding as Decoding
+from lora_jax.generate.text import decode_texts as decode_texts
+from lora_jax.generate.text import encode_prompts as encode_prompts
+from lora_jax.generate.text import generate_text as generate_text

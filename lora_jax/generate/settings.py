@@ -1,0 +1,142 @@
+"""`Decoding`: how text is generated, checked before anything is compiled."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from typing import Any
+
+import numpy as np
+
+from lora_jax.core.errors import RequestError
+
+NEVER = "never"
+
+
+@dataclasses.dataclass(frozen=True)
+class Decoding:
+    """How to continue a prompt; the names and meanings are those of `transformers.generate`.
+
+    `max_new_tokens` is the length of the answer in tokens, its end included. By default the most
+    probable token is taken at each step. `do_sample` draws it instead, after dividing the logits by
+    `temperature` and keeping the `top_k` most probable tokens (0: all), then the fewest whose
+    probabilities reach `top_p`. `num_beams` above 1 searches for the text with the largest
+    log-probability / length ** `length_penalty`; `early_stopping` says when a search ends: True, as
+    soon as there are `num_beams` finished texts; False, when no beam of the present length would
+    improve on them; "never", when none of any length can. `no_repeat_ngram_size` n above 0 lets no
+    run of n tokens come twice, prompt included.
+
+    `eos_token_ids` end a text (None: the model's own; (): nothing does), `pad_token_id` fills what
+    comes after (None: the model's own). `num_return` texts are given for each prompt: the best of
+    the beams, or as many samples.
+
+    `RequestError` for a value out of range, or one that would do nothing.
+
+    >>> Decoding(32, num_beams=4, length_penalty=0.8).num_beams
+    4
+    """
+
+    max_new_tokens: int
+    _: dataclasses.KW_ONLY
+    num_beams: int = 1
+    do_sample: bool = False
+    temperature: float = 1.0
+    top_k: int = 0
+    top_p: float = 1.0
+    length_penalty: float = 1.0
+    no_repeat_ngram_size: int = 0
+    early_stopping: bool | str = False
+    eos_token_ids: tuple[int, ...] | None = None
+    pad_token_id: int | None = None
+    num_return: int = 1
+
+    def __post_init__(self):
+        for name, low in (("max_new_tokens", 1), ("num_beams", 1), ("num_return", 1)):
+            _whole_number(name, getattr(self, name), low)
+        for name in ("top_k", "no_repeat_ngram_size"):
+            _whole_number(name, getattr(self, name), 0, " (0 turns it off)")
+        if not isinstance(self.do_sample, bool):
+            raise RequestError(f"do_sample={self.do_sample!r}; it must be True or False")
+        if self.early_stopping not in (True, False, NEVER):
+            raise RequestError(
+                f"early_stopping={self.early_stopping!r}; choose True, False or {NEVER!r}"
+            )
+        if not _real("temperature", self.temperature) > 0.0:
+            raise RequestError(
+                f"temperature={self.temperature!r} must be above 0; leave do_sample out for the "
+                "most probable token"
+            )
+        if not 0.0 < _real("top_p", self.top_p) <= 1.0:
+            raise RequestError(f"top_p={self.top_p!r} must be above 0 and at most 1 (1 keeps all)")
+        _real("length_penalty", self.length_penalty)
+        self._check_lengths()
+        self._check_ids()
+        self._check_use()
+
+    def _check_lengths(self):
+        if not np.all(np.isfinite(self.divisors()) & (self.divisors() > 0)):
+            raise RequestError(
+                f"length_penalty={self.length_penalty!r} is beyond float32 at max_new_tokens="
+                f"{self.max_new_tokens}; usual values are between -2 and 2"
+            )
+
+    def _check_ids(self):
+        ids = self.eos_token_ids
+        if isinstance(ids, int) and not isinstance(ids, bool):
+            ids = (ids,)
+        if ids is not None:
+            if isinstance(ids, str) or not hasattr(ids, "__iter__"):
+                raise RequestError(f"eos_token_ids={ids!r}; give a tuple of token ids")
+            for token in (ids := tuple(ids)):
+                _whole_number("eos_token_ids", token, 0)
+            ids = tuple(dict.fromkeys(map(int, ids)))
+        object.__setattr__(self, "eos_token_ids", ids)  # lists of a config, hashable from here on
+        if self.pad_token_id is not None:
+            _whole_number("pad_token_id", self.pad_token_id, 0)
+
+    def _check_use(self):
+        """A setting without effect is a mistake: whoever wrote it expects another text."""
+        off = {"temperature": 1.0, "top_k": 0, "top_p": 1.0}
+        if not self.do_sample:
+            self._must_be(off, "acts only with do_sample=True")
+        elif self.num_beams > 1:
+            raise RequestError(
+                f"do_sample=True with num_beams={self.num_beams}: draw samples (num_beams=1) or "
+                "search for the best text (do_sample=False)"
+            )
+        if self.num_beams == 1:
+            off = {"length_penalty": 1.0, "early_stopping": False}
+            self._must_be(off, "acts only with num_beams above 1")
+            if self.num_return > 1 and not self.do_sample:
+                raise RequestError(
+                    f"num_return={self.num_return} needs do_sample=True or as many num_beams: "
+                    "there is one most probable token at each step"
+                )
+        elif self.num_return > self.num_beams:
+            raise RequestError(
+                f"num_return={self.num_return} is more than num_beams={self.num_beams}; a search "
+                "keeps one text a beam"
+            )
+
+    def _must_be(self, defaults: dict[str, Any], why: str):
+        for name, default in defaults.items():
+            if (value := getattr(self, name)) != default:
+                raise RequestError(f"{name}={value!r} {why}; leave it out, or change that")
+
+    def divisors(self) -> np.ndarray:
+        """(max_new_tokens,) float32: what divides the score of a text of 1, 2, … tokens."""
+        lengths = np.arange(1, self.max_new_tokens + 1, dtype=np.float64)
+        with np.errstate(over="ignore"):
+            return (lengths**self.length_penalty).astype(np.float32)
+
+
+def _whole_number(name: str, value: Any, low: int, hint: str = "") -> None:
+    if isinstance(value, bool) or not isinstance(value, int | np.integer) or value < low:
+        raise RequestError(f"{name}={value!r} must be a whole number of at least {low}{hint}")
+
+
+def _real(name: str, value: Any) -> float:
+    is_number = isinstance(value, int | float | np.number) and not isinstance(value, bool)
+    if not is_number or not math.isfinite(value):
+        raise RequestError(f"{name}={value!r} must be a number")
+    return float(value)

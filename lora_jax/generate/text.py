@@ -1,0 +1,86 @@
+"""`generate_text`: prompts in, texts out."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+
+from lora_jax.core.errors import RequestError
+from lora_jax.generate.run import Generated, generate
+from lora_jax.generate.settings import Decoding
+from lora_jax.models.model import Model
+
+
+def generate_text(
+    model: Model,
+    params: Any,
+    prompts: Sequence[str],
+    settings: Decoding,
+    *,
+    key: jax.Array | None = None,
+    batch_size: int = 16,
+    show: Callable[[int], None] | None = None,
+) -> list[str]:
+    """The answers to `prompts`, in order, `settings.num_return` for each; without the prompts.
+
+    Tokenised by the model's tokenizer, padded on the left to one width, decoded `batch_size` at a
+    time by one compiled program; special tokens are left out of the answers. With `do_sample`, what
+    a prompt draws depends on `key` and its place in `prompts`, not on `batch_size`. `show(n)` is
+    called after each batch with the number of prompts answered. Everything else is as in
+    `generate`, which says what raises, too.
+
+    >>> from lora_jax.models import load_model
+    >>> model = load_model("tiny-llama")
+    >>> len(generate_text(model, model.params, ["a lovely", "film"], Decoding(4)))
+    2
+    """
+    if isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1:
+        raise RequestError(f"batch_size={batch_size!r} must be a whole number of at least 1")
+    tokens, mask = encode_prompts(model, prompts)
+    batch_size = min(batch_size, len(tokens))
+    texts: list[str] = []
+    for start in range(0, len(tokens), batch_size):
+        chosen = np.arange(start, min(start + batch_size, len(tokens)))
+        # The last batch is filled up, so that it has the shape of the others.
+        rows = np.resize(chosen, batch_size)
+        numbers = (rows[:, None] * settings.num_return + np.arange(settings.num_return)).reshape(-1)
+        found = generate(
+            model, params, tokens[rows], mask[rows], settings, key=key, row_numbers=numbers
+        )
+        texts += decode_texts(model, found)[: len(chosen) * settings.num_return]
+        if show is not None:
+            show(len(texts) // settings.num_return)
+    return texts
+
+
+def encode_prompts(model: Model, prompts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
+    """`(input_ids, attention_mask)` (B, T) int32, padded on the left to the longest prompt.
+
+    Raises `RequestError` if there is no prompt, or one has no token to continue.
+    """
+    if isinstance(prompts, str) or not prompts:
+        raise RequestError(f"prompts are {prompts!r}; give a list with at least one text")
+    for place, prompt in enumerate(prompts):
+        if not isinstance(prompt, str):
+            raise RequestError(f"prompt {place} is {prompt!r}; prompts are texts")
+    encoded = [e.ids for e in model.tokenizer.encode_batch(list(prompts))]
+    for place, ids in enumerate(encoded):
+        if not ids:
+            raise RequestError(f"prompt {place} is {prompts[place]!r}: nothing to continue")
+    width = max(map(len, encoded))
+    tokens = np.full((len(encoded), width), model.pad_token_id, np.int32)
+    mask = np.zeros((len(encoded), width), np.int32)
+    for row, ids in enumerate(encoded):
+        tokens[row, width - len(ids) :] = ids
+        mask[row, width - len(ids) :] = 1
+    return tokens, mask
+
+
+def decode_texts(model: Model, generated: Generated) -> list[str]:
+    """The text of each row, without padding and special tokens."""
+    tokens, lengths = np.asarray(generated.tokens), np.asarray(generated.lengths)
+    rows = [row[:length].tolist() for row, length in zip(tokens, lengths, strict=True)]
+    return model.tokenizer.decode_batch(rows, skip_special_tokens=True)

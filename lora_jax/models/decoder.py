@@ -1,0 +1,107 @@
+"""What all decoders share: a run through the layers, in a Python list or stacked under `scan`.
+
+A layer is an NNX module `layer(h_BTD, inputs, past) -> (h_BTD, (keys, values))`, where `inputs` is
+what is the same for all layers and `past` is None or that layer's part of a cache. Stacked layers
+are one module whose parameters have a leading axis of layers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax import lax
+
+from lora_jax.core.errors import RequestError
+from lora_jax.models.attention import Cache
+from lora_jax.models.layers import fold_key
+
+
+def make_layers(make: Callable[[nnx.Rngs], nnx.Module], number: int, *, stacked: bool, rngs):
+    """`number` layers as an `nnx.List`, or as one module with a leading axis on every parameter."""
+    if not stacked:
+        return nnx.List([make(rngs) for _ in range(number)])
+    keys = jax.random.split(rngs.params(), number)
+    return nnx.vmap(lambda key: make(nnx.Rngs(key)))(keys)
+
+
+def run_layers(
+    layers: Any,
+    h_BTD: jax.Array,
+    call: Callable[..., Any],
+    *,
+    past: Cache | None,
+    key: jax.Array | None,
+    keep_states: bool,
+) -> tuple[jax.Array, tuple[jax.Array, ...], tuple[Any, Any]]:
+    """`(h, states, (keys, values))` after all layers.
+
+    `call(layer, h, past, key)` runs one layer. `states` are the inputs of each layer when
+    `keep_states`, else empty; `keys` and `values` are in the form that `Cache` holds them.
+    """
+    if isinstance(layers, nnx.List):
+        states, keys, values = [], [], []
+        for number, layer in enumerate(layers):
+            states += [h_BTD] if keep_states else []
+            own = None if past is None else (past.keys[number], past.values[number])
+            h_BTD, (k, v) = call(layer, h_BTD, own, fold_key(key, number))
+            keys.append(k)
+            values.append(v)
+        return h_BTD, tuple(states), (tuple(keys), tuple(values))
+    graph, stacked = nnx.split(layers)
+
+    def body(h, inputs):
+        state, own, number = inputs
+        out, new = call(nnx.merge(graph, state), h, own, fold_key(key, number))
+        return out, (h if keep_states else None, new)
+
+    number = jax.tree.leaves(stacked)[0].shape[0]
+    own = None if past is None else (past.keys, past.values)
+    h_BTD, (kept, new) = lax.scan(body, h_BTD, (stacked, own, jnp.arange(number)))
+    return h_BTD, tuple(kept) if keep_states else (), new
+
+
+def check_tokens(
+    name: str, input_ids: jax.Array, attention_mask: Any, *, longest: int | None, cache: Any
+) -> None:
+    """Raises `RequestError` for inputs that are no (batch, time) integers or do not fit."""
+    shape = jnp.shape(input_ids)
+    if len(shape) != 2 or not jnp.issubdtype(jnp.result_type(input_ids), jnp.integer):
+        kind = f"{jnp.result_type(input_ids)} {shape}"
+        raise RequestError(f"input_ids are {kind}; {name} takes integers of shape (batch, time)")
+    if attention_mask is not None and jnp.shape(attention_mask) != shape:
+        raise RequestError(
+            f"attention_mask has shape {jnp.shape(attention_mask)}, input_ids have {shape}"
+        )
+    columns = shape[1] if cache is None else cache.mask.shape[1]
+    if longest is not None and columns > longest:
+        raise RequestError(
+            f"a sequence of {columns} tokens is longer than the model's {longest} positions; "
+            "truncate the texts (data.max_length) or ask for fewer new tokens"
+        )
+    if cache is not None and cache.mask.shape[0] != shape[0]:
+        raise RequestError(
+            f"the cache is for {cache.mask.shape[0]} rows, input_ids have {shape[0]}; make one "
+            f"with model.make_cache(batch_size={shape[0]}, length=…)"
+        )
+
+
+def masks_and_positions(input_ids, attention_mask, position_ids, cache):
+    """`(mask_BS, positions_BT, start)` of the new tokens, behind what the cache holds.
+
+    Positions default to the column, padding or not, as in transformers; left-padded generation
+    passes its own.
+    """
+    batch, time = input_ids.shape
+    new_BT = jnp.ones((batch, time), jnp.int32) if attention_mask is None else attention_mask
+    new_BT = new_BT.astype(jnp.int32)
+    start = 0 if cache is None else cache.length
+    if position_ids is None:
+        position_ids = jnp.broadcast_to(start + jnp.arange(time), (batch, time))
+    if cache is None:
+        return new_BT, position_ids, start
+    mask_BS = lax.dynamic_update_slice_in_dim(cache.mask, new_BT, start, 1)
+    return mask_BS, position_ids, start

@@ -1,0 +1,159 @@
+"""What a model is trained for: its targets, how they are encoded, how a batch is scored."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from lora_jax.core.errors import RequestError
+from lora_jax.core.trees import nearest
+from lora_jax.data import EncodedExamples, Examples, Splits, encode_completions, encode_examples
+from lora_jax.models import Model
+
+# A number within this of its label counts as right.
+NEAR = 0.5
+
+
+class ExampleScores(NamedTuple):
+    """Per example: `losses` (B,) float32 or wider; `correct` (B,), bool or a share; what was
+    predicted, (B,) int32 classes or float32 numbers, None for texts.
+    """
+
+    losses: jax.Array
+    correct: jax.Array
+    predictions: jax.Array | None
+
+
+def cross_entropy(logits: jax.Array, labels: jax.Array, *, smoothing: float = 0.0) -> jax.Array:
+    """Cross-entropy per example in at least float32: `(1-e) * -log p[y] + e * mean_k(-log p[k])`.
+
+    Shapes: `logits (..., classes)` of any float dtype, `labels (...)` int; the result is `(...)`.
+    Source: Szegedy et al. 2016 (arXiv:1512.00567), §7, with uniform u(k).
+
+    >>> cross_entropy(jnp.zeros((1, 4)), jnp.array([2]), smoothing=0.1)[0].item()  # log 4
+    1.386294...
+    """
+    wide = logits.astype(jnp.promote_types(logits.dtype, jnp.float32))
+    log_p = jax.nn.log_softmax(wide, axis=-1)
+    nll = -jnp.take_along_axis(log_p, labels[..., None], axis=-1)[..., 0]
+    if smoothing == 0.0:
+        return nll
+    return (1.0 - smoothing) * nll - smoothing * jnp.mean(log_p, axis=-1)
+
+
+def score_classes(logits: jax.Array, batch: Any, *, smoothing: float = 0.0) -> ExampleScores:
+    """Cross-entropy of `logits (B, classes)` at `labels (B,)`, and whether the largest is there."""
+    losses = cross_entropy(logits, batch["labels"], smoothing=smoothing)
+    predictions = jnp.argmax(logits, -1)
+    return ExampleScores(losses, predictions == batch["labels"], predictions)
+
+
+def score_numbers(outputs: jax.Array, batch: Any, *, smoothing: float = 0.0) -> ExampleScores:
+    """Squared error of `outputs (B, 1)` from `labels (B,)`, and whether it is within `NEAR`."""
+    predictions = outputs[..., 0].astype(jnp.promote_types(outputs.dtype, jnp.float32))
+    errors = predictions - batch["labels"]
+    return ExampleScores(errors**2, jnp.abs(errors) <= NEAR, predictions)
+
+
+def score_tokens(logits: jax.Array, batch: Any, *, smoothing: float = 0.0) -> ExampleScores:
+    """Mean cross-entropy over the tokens that `loss_mask (B, T)` asks for, and how many are right.
+
+    `logits (B, T, vocabulary)` at position t are of the token at t + 1. An example's share of right
+    tokens is float32. Weighted by their numbers of tokens, as batches come, examples add up to the
+    mean over all tokens: the loss of microsoft/LoRA's `model.py`.
+    """
+    # The last position's logits are of a token that is not there; shifting the tokens, not the
+    # logits, copies nothing large.
+    following = jnp.roll(batch["input_ids"], -1, axis=-1)
+    asked = jnp.roll(batch["loss_mask"], -1, axis=-1).at[..., -1].set(0)
+    losses = cross_entropy(logits, following, smoothing=smoothing)
+    right = jnp.argmax(logits, -1) == following
+    count = jnp.maximum(asked.sum(-1), 1)
+    mean = lambda values: jnp.where(asked > 0, values, 0).sum(-1) / count  # noqa: E731
+    return ExampleScores(mean(losses), mean(right).astype(jnp.float32), None)
+
+
+@dataclasses.dataclass(frozen=True)
+class Task:
+    """What `model.head` means. `target` is one of `data.TARGETS`, `unit` what weights count.
+
+    `score(logits, batch, *, smoothing=0.0) -> ExampleScores`; `keeps_predictions` says that what
+    was predicted goes with the test scores, since a metric beside accuracy is taken of it.
+    """
+
+    target: str
+    unit: str
+    score: Callable[..., ExampleScores]
+    keeps_predictions: bool = False
+
+    def check_splits(self, splits: Splits, num_labels: Any) -> None:
+        """Raises `RequestError` if a head of `num_labels` outputs does not fit the data."""
+        if self.target == "class" and len(splits.label_names) != num_labels:
+            names = ", ".join(map(repr, splits.label_names[:5]))
+            raise RequestError(
+                f"model.num_labels={num_labels}, but the data have {len(splits.label_names)} "
+                f"labels ({names}); set model.num_labels to it"
+            )
+
+    def check_smoothing(self, smoothing: float) -> None:
+        """Raises `RequestError` if `smoothing` is not in [0, 1), or is of a number."""
+        if not 0.0 <= smoothing < 1.0:
+            raise RequestError(
+                f"train.label_smoothing={smoothing!r} must be at least 0 and below 1"
+            )
+        if smoothing and self.target == "number":
+            raise RequestError(
+                f"train.label_smoothing={smoothing!r}, but numbers are not smoothed; set it to 0"
+            )
+
+    def encode(self, model: Model, examples: Examples, *, max_length: int) -> EncodedExamples:
+        """The examples' token ids, as `model` reads them."""
+        if self.target == "text":
+            return encode_completions(
+                model.tokenizer,
+                examples,
+                max_length=max_length,
+                eos_token_id=model.eos_token_id,
+                pad_token_id=model.pad_token_id,
+            )
+        encoded = encode_examples(model.tokenizer, examples, max_length=max_length)
+        if getattr(model.config, "type_vocab_size", 0) < 2:  # it has no embedding for a second text
+            return dataclasses.replace(encoded, type_ids=None)
+        return encoded
+
+
+CLASSIFICATION = Task("class", "examples", score_classes)
+TASKS = {
+    "classification": CLASSIFICATION,
+    "regression": Task("number", "examples", score_numbers),
+    "causal-lm": Task("text", "tokens", score_tokens),
+}
+
+
+def head_of(settings: Any) -> str:
+    """The head that a config's `model` section asks for; classification where it is silent.
+
+    Raises `RequestError` for an unknown one, or a regression of other than one output.
+    """
+    head = settings.get("head") or "classification"
+    if head not in TASKS:
+        raise RequestError(f"model.head={head!r} is unknown; {nearest(str(head), TASKS)}")
+    num_labels = settings.get("num_labels")
+    if head == "regression" and num_labels not in (None, 1):
+        raise RequestError(
+            f"model.num_labels={num_labels!r}, but a regression has one output; set it to 1"
+        )
+    return head
+
+
+def task_of(settings: Any, splits: Splits | None = None) -> Task:
+    """The task of a config's `model` section, for these data. Raises `RequestError`."""
+    task = TASKS[head_of(settings)]
+    if splits is None:
+        return task
+    task.check_splits(splits, settings.get("num_labels"))
+    return dataclasses.replace(task, keeps_predictions=bool(splits.metrics))

@@ -1,0 +1,125 @@
+"""Scores of each kind of target, against NumPy in float64."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from lora_jax.core.errors import RequestError
+from lora_jax.methods import FullFineTuning
+from lora_jax.train.loss import make_loss
+from lora_jax.train.task import NEAR, TASKS, score_numbers, score_tokens, task_of
+
+VOCABULARY = 7
+
+
+def batch_of(seed=0, rows=3, columns=6):
+    """Tokens with completions of 2, 3 and no tokens; the first begins at once, one ends the row."""
+    generator = np.random.default_rng(seed)
+    mask = np.zeros((rows, columns), np.int32)
+    mask[0, 1:3] = 1
+    mask[1, 3:6] = 1
+    return {
+        "input_ids": generator.integers(0, VOCABULARY, (rows, columns)).astype(np.int32),
+        "attention_mask": np.ones((rows, columns), np.int32),
+        "loss_mask": mask,
+        "labels": np.zeros(rows, np.int32),
+        "weights": mask.sum(1).astype(np.float32),
+    }
+
+
+def reference(logits, batch, smoothing):
+    """Per example: mean loss and share of right tokens; token by token, in float64."""
+    logits = np.asarray(logits, np.float64)
+    losses, right = [], []
+    for row in range(len(logits)):
+        own = [[], []]
+        for t in range(1, logits.shape[1]):
+            if batch["loss_mask"][row, t]:
+                token, before = batch["input_ids"][row, t], logits[row, t - 1]
+                log_p = before - np.log(np.exp(before).sum())
+                own[0].append(-(1 - smoothing) * log_p[token] - smoothing * log_p.mean())
+                own[1].append(before.argmax() == token)
+        losses.append(np.mean(own[0]) if own[0] else 0.0)
+        right.append(np.mean(own[1]) if own[1] else 0.0)
+    return np.array(losses), np.array(right)
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+def test_scores_of_texts_are_those_of_float64_numpy(smoothing):
+    batch = batch_of()
+    logits = 3 * np.random.default_rng(1).standard_normal((3, 6, VOCABULARY)).astype(np.float32)
+    losses, right, predictions = score_tokens(jnp.asarray(logits), batch, smoothing=smoothing)
+    wanted = reference(logits, batch, smoothing)
+    np.testing.assert_allclose(losses, wanted[0], rtol=2e-6)
+    np.testing.assert_allclose(right, wanted[1], rtol=1e-6)
+    assert (losses.dtype, right.dtype, predictions) == (jnp.float32, jnp.float32, None)
+
+
+def bigram(params, ids, mask):
+    """A language model of one table: the logits after each token."""
+    return params["table"][ids]
+
+
+def test_loss_of_a_batch_is_the_mean_over_its_completions_tokens():
+    """And its gradient is that mean's: by central differences in float64."""
+    batch, method = batch_of(), FullFineTuning()
+    table = np.random.default_rng(2).standard_normal((VOCABULARY, VOCABULARY))
+    params = {"table": jnp.asarray(table, jnp.float32)}
+    trainable, frozen = method.init(jax.random.key(0), params)
+    loss = make_loss(bigram, method, label_smoothing=0.1, task=TASKS["causal-lm"])
+    (value, sums), gradient = jax.value_and_grad(loss, has_aux=True)(
+        trainable, frozen, batch, jax.random.key(1)
+    )
+
+    def mean_of(table):
+        losses, right = reference(table[batch["input_ids"]], batch, 0.1)
+        return np.dot(losses, [2, 3, 0]) / 5, np.dot(right, [2, 3, 0])
+
+    assert float(value) == pytest.approx(mean_of(table)[0], rel=1e-6)
+    assert (float(sums["weight"]), float(sums["correct"])) == (5, pytest.approx(mean_of(table)[1]))
+    before, after = batch["input_ids"][1, 2:5], batch["input_ids"][1, 3:6]
+    for i, j in [(0, 0), (3, 2), *zip(before, after, strict=True)]:
+        step = np.zeros_like(table)
+        step[i, j] = 1e-6
+        slope = (mean_of(table + step)[0] - mean_of(table - step)[0]) / 2e-6
+        assert float(gradient["table"]["value"][i, j]) == pytest.approx(slope, abs=1e-6)
+
+
+def test_neither_prompts_nor_padding_are_learnt():
+    """The logits of positions before other tokens than a completion's have no gradient."""
+    batch = batch_of()
+    logits = jnp.asarray(np.random.default_rng(3).standard_normal((3, 6, VOCABULARY)), jnp.float32)
+    gradient = jax.grad(lambda x: score_tokens(x, batch, smoothing=0.1).losses.sum())(logits)
+    learnt = np.asarray(gradient != 0).any(-1)
+    np.testing.assert_array_equal(learnt, np.roll(batch["loss_mask"], -1, 1) == 1)
+
+
+def test_scores_of_numbers_are_squared_errors():
+    outputs = np.array([[1.0], [2.0], [-3.0]], np.float32)
+    labels = np.array([1.0 + NEAR, 2.75, 4.0], np.float32)
+    losses, near, predictions = score_numbers(jnp.asarray(outputs), {"labels": labels})
+    np.testing.assert_allclose(losses, [0.25, 0.5625, 49.0])
+    assert near.tolist() == [True, False, False]
+    np.testing.assert_array_equal(predictions, outputs[:, 0])
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"head": "causal_lm"}, "nearest: 'causal-lm'"),
+        ({"head": "regression", "num_labels": 3}, "model.num_labels=3, but a regression has one"),
+    ],
+)
+def test_head_that_cannot_be_is_refused(settings, words):
+    with pytest.raises(RequestError, match=words):
+        task_of(settings)
+
+
+def test_numbers_are_not_smoothed():
+    with pytest.raises(RequestError, match="numbers are not smoothed"):
+        make_loss(bigram, FullFineTuning(), label_smoothing=0.1, task=TASKS["regression"])
+
+
+def test_head_is_classification_where_the_config_is_silent():
+    assert task_of({}) is task_of({"head": "classification"}) is TASKS["classification"]
