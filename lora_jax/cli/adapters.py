@@ -50,7 +50,11 @@ def _load_peft(path: str, base: str | None):
     if not isinstance(base, str) or not base:
         raise RequestError(f"{path}/{PEFT_CONFIG} names no base model; give it: --model=…")
     head = "classification" if raw.get("task_type") == "SEQ_CLS" else None
-    model = load_model(base, head=head, num_labels=_num_labels(path) if head else None)
+    # Neither command reads a text; where the base has a tokenizer, a merged folder gets it.
+    has_none = Path(base).is_dir() and not (Path(base) / "tokenizer.json").is_file()
+    model = load_model(
+        base, head=head, num_labels=_num_labels(path) if head else None, tokenizer=not has_none
+    )
     method, trainable = load_adapter(path, model)
     return model, method, trainable, model.params
 

@@ -73,15 +73,20 @@ def run(argv: Sequence[str]) -> int:
         **sampling,
     )
     enable_compilation_cache()
-    known = {}
-    if options.model is not None:
-        model = load_model(options.model)
-    elif options.adapter and (folder := _run_folder(options.adapter[0])) is not None:
-        known = {folder: load_adapter(folder)}
-        model = known[folder].model
-    else:
+    runs = [folder for path in options.adapter if (folder := _run_folder(path)) is not None]
+    known = {runs[0]: load_adapter(runs[0])} if runs else {}
+    if options.model is None and not runs:
         raise RequestError("--model is missing; name the model, such as --model=smollm2-135m")
+    stacked = bool(runs) and getattr(known[runs[0]].model.config, "scan_layers", False)
+    if options.model is not None:
+        model = load_model(options.model, scan_layers=stacked)
+    else:
+        model = known[runs[0]].model
     asked = [chat_prompt(model, text) for text in prompts] if options.chat else prompts
+    if runs and not options.chat and not options.open_prompt:
+        # As in training on pairs (`data/completions.py`): the end of text says "now you".
+        asked = [text + model.tokenizer.id_to_token(model.eos_token_id) for text in asked]
+        _tell("prompts end in the end of text, as in the run's training; --open-prompt: as given")
     key = jax.random.key(options.seed or 0)
     found = [_answer(model, model.params, BASE, None, asked, settings, key)]
     names = _names(options.adapter)
@@ -110,6 +115,8 @@ def _parser() -> Parser:
     add("--prompt", action="append", default=[], metavar="TEXT", help="repeatable")
     add("--prompts-file", metavar="FILE", help="more prompts, one a line")
     add("--chat", action="store_true", help="put each prompt into the model's chat format (ChatML)")
+    add("--open-prompt", action="store_true",
+        help="continue prompts as they are, where a run's training ended them")  # fmt: skip
     add("--max-new-tokens", type=int, default=64, metavar="N", help="default: 64")
     add("--num-beams", type=int, default=1, metavar="N", help="beam search; default: 1, greedy")
     add("--length-penalty", type=float, default=1.0, metavar="X",
@@ -180,6 +187,11 @@ def _bound(model: Model, path: str, known: dict[Path, Adapted]) -> Any:
         raise RequestError(
             f"the adapter in {path} was trained on {adapted.model.name!r}, whose weights are not "
             f"those of --model={model.name}; leave --model out, or name that one"
+        )
+    if adapted.model.config != model.config:
+        raise RequestError(
+            f"the run in {path} was trained with another model.scan_layers than the first one; ask "
+            "them one by one, or `lora-jax convert` it"
         )
     # On the weights that are there already: the copy that came with the run can go.
     return adapted.method.bind(adapted.trainable, model.params)

@@ -34,7 +34,8 @@ def load_splits(data: Any, *, target: str = "class") -> Splits:
     Reads `source`, `path`, `text`, `label`, `limit` and, of GLUE, `task`; `limit` cuts the training
     examples, `eval_limit` (0 if it is not there) the others, and the hash is that of what is left.
     `target` is what the model is to learn, one of `TARGETS`: it decides how the labels of people's
-    own files are read. No seed takes part. Raises `RequestError`, also where the source has no such targets.
+    own files are read. No seed takes part. Raises `RequestError`, also where the source has no such
+    targets.
     """
     if data.source in BUILT_IN:
         if data.path:

@@ -5,6 +5,8 @@ from lora_jax.generate.run import Generated as Generated
 from lora_jax.generate.run import compile_first as compile_first
 from lora_jax.generate.run import generate as generate
 from lora_jax.generate.settings import Decoding as Decoding
+from lora_jax.generate.text import answer_rows as answer_rows
 from lora_jax.generate.text import decode_texts as decode_texts
 from lora_jax.generate.text import encode_prompts as encode_prompts
 from lora_jax.generate.text import generate_text as generate_text
+from lora_jax.generate.text import pad_left as pad_left

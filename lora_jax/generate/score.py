@@ -6,14 +6,11 @@ import dataclasses
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import numpy as np
-
 from lora_jax.core.errors import RequestError
 from lora_jax.data import Examples
 from lora_jax.data.completions import prompt_ids
-from lora_jax.generate.run import generate
 from lora_jax.generate.settings import Decoding
-from lora_jax.generate.text import decode_texts
+from lora_jax.generate.text import answer_rows, pad_left
 from lora_jax.models.model import Model
 from lora_jax.train.text_metrics import score_texts
 
@@ -58,21 +55,9 @@ def answer(
     program serves all batches. `show(n)` is called with the number of prompts answered.
     """
     rows = [prompt_ids(model.tokenizer, p, eos_token_id=model.eos_token_id) for p in prompts]
-    width = max(map(len, rows))
-    tokens = np.full((len(rows), width), model.pad_token_id, np.int32)
-    mask = np.zeros_like(tokens)
-    for place, ids in enumerate(rows):
-        tokens[place, width - len(ids) :] = ids
-        mask[place, width - len(ids) :] = 1
-    texts: list[str] = []
-    for start in range(0, len(rows), batch_size):
-        chosen = np.arange(start, min(start + batch_size, len(rows)))
-        filled = np.resize(chosen, batch_size)
-        found = generate(model, params, tokens[filled], mask[filled], settings)
-        texts += [text.strip() for text in decode_texts(model, found)[: len(chosen)]]
-        if show is not None:
-            show(len(texts))
-    return texts
+    tokens, mask = pad_left(rows, model.pad_token_id)
+    found = answer_rows(model, params, tokens, mask, settings, batch_size=batch_size, show=show)
+    return [text.strip() for text in found]
 
 
 def score(questions: Questions, texts: Sequence[str]) -> dict[str, Any]:

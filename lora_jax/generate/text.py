@@ -37,9 +37,26 @@ def generate_text(
     >>> len(generate_text(model, model.params, ["a lovely", "film"], Decoding(4)))
     2
     """
+    tokens, mask = encode_prompts(model, prompts)
+    return answer_rows(
+        model, params, tokens, mask, settings, key=key, batch_size=batch_size, show=show
+    )
+
+
+def answer_rows(
+    model: Model,
+    params: Any,
+    tokens: np.ndarray,
+    mask: np.ndarray,
+    settings: Decoding,
+    *,
+    key: jax.Array | None = None,
+    batch_size: int = 16,
+    show: Callable[[int], None] | None = None,
+) -> list[str]:
+    """`generate_text` for prompts that are token ids (B, T) already, as `pad_left` gives them."""
     if isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1:
         raise RequestError(f"batch_size={batch_size!r} must be a whole number of at least 1")
-    tokens, mask = encode_prompts(model, prompts)
     batch_size = min(batch_size, len(tokens))
     texts: list[str] = []
     for start in range(0, len(tokens), batch_size):
@@ -70,10 +87,19 @@ def encode_prompts(model: Model, prompts: Sequence[str]) -> tuple[np.ndarray, np
     for place, ids in enumerate(encoded):
         if not ids:
             raise RequestError(f"prompt {place} is {prompts[place]!r}: nothing to continue")
-    width = max(map(len, encoded))
-    tokens = np.full((len(encoded), width), model.pad_token_id, np.int32)
-    mask = np.zeros((len(encoded), width), np.int32)
-    for row, ids in enumerate(encoded):
+    return pad_left(encoded, model.pad_token_id)
+
+
+def pad_left(rows: Sequence[Sequence[int]], pad_token_id: int) -> tuple[np.ndarray, np.ndarray]:
+    """`(input_ids, attention_mask)` (B, T) int32 of token ids, padded to the longest row.
+
+    >>> pad_left([[5], [6, 7]], 0)[0].tolist()
+    [[0, 5], [6, 7]]
+    """
+    width = max(map(len, rows))
+    tokens = np.full((len(rows), width), pad_token_id, np.int32)
+    mask = np.zeros((len(rows), width), np.int32)
+    for row, ids in enumerate(rows):
         tokens[row, width - len(ids) :] = ids
         mask[row, width - len(ids) :] = 1
     return tokens, mask

@@ -15,7 +15,7 @@ from flax import nnx
 
 from lora_jax.core.errors import RequestError
 from lora_jax.models.attention import attend, mask_bias
-from lora_jax.models.config_fields import Fields
+from lora_jax.models.config_fields import MOST_LAYERS, Fields
 from lora_jax.models.layers import (
     ACTIVATIONS,
     Embedding,
@@ -72,7 +72,7 @@ class BertConfig:
         config = cls(
             vocab_size=fields.integer("vocab_size"),
             hidden_size=fields.integer("hidden_size"),
-            num_hidden_layers=fields.integer("num_hidden_layers"),
+            num_hidden_layers=fields.integer("num_hidden_layers", maximum=MOST_LAYERS),
             num_attention_heads=fields.integer("num_attention_heads"),
             intermediate_size=fields.integer("intermediate_size"),
             max_position_embeddings=fields.integer("max_position_embeddings"),

@@ -10,6 +10,8 @@ from typing import Any
 from lora_jax.core.errors import RequestError
 
 _REQUIRED = object()
+# Far above any model known: a file that claims a billion layers should not be believed for an hour.
+MOST_LAYERS = 1000
 
 
 def read_json(path: str | os.PathLike, *, kind: type) -> Any:
@@ -34,12 +36,24 @@ class Fields:
         self._raw = raw
         self._place = place
 
-    def integer(self, name: str, default: Any = _REQUIRED, *, minimum: int = 1) -> int:
+    def __contains__(self, name: str) -> bool:
+        return name in self._raw
+
+    def integer(
+        self,
+        name: str,
+        default: Any = _REQUIRED,
+        *,
+        minimum: int = 1,
+        maximum: int | None = None,
+    ) -> int:
         value = self._value(name, default)
         if value is None:
             return None
         if isinstance(value, bool) or not isinstance(value, int) or value < minimum:
             raise self.error(name, value, f"an integer of at least {minimum}")
+        if maximum is not None and value > maximum:
+            raise self.error(name, value, f"at most {maximum}")
         return value
 
     def positive(self, name: str, default: Any = _REQUIRED) -> float:

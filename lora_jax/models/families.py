@@ -12,7 +12,17 @@ from flax import nnx
 
 from lora_jax.core.errors import RequestError
 from lora_jax.core.rules import Part
-from lora_jax.models import bert, bert_hf, gpt2, gpt2_hf, llama, llama_hf, roberta, roberta_hf
+from lora_jax.models import (
+    bert,
+    bert_hf,
+    gpt2,
+    gpt2_hf,
+    llama,
+    llama_config,
+    llama_hf,
+    roberta,
+    roberta_hf,
+)
 from lora_jax.models.hf_names import Entry, linear
 
 ENCODER, CAUSAL_LM = "encoder", "causal-lm"
@@ -108,16 +118,16 @@ _GPT2 = Family(
 )
 _LLAMA = Family(
     kind=CAUSAL_LM,
-    config=llama.LlamaConfig,
+    config=llama_config.LlamaConfig,
     module=llama.Llama,
     entries=llama_hf.llama_entries,
     names=functools.partial(decoder_names, prefix=llama_hf.PREFIX),
     ignored=llama_hf.IGNORED,
-    aliases=llama.llama_aliases,
+    aliases=llama_config.llama_aliases,
     classifier=_SCORE,
     prefix=llama_hf.PREFIX,
     head_modules=llama_hf.HEAD_MODULES,
-    class_name=llama.class_name,
+    class_name=llama_config.class_name,
     cache=llama.llama_cache,
 )
 
@@ -126,7 +136,7 @@ FAMILIES: Mapping[str, Family] = MappingProxyType(
         "bert": _BERT,
         "roberta": _ROBERTA,
         "gpt2": _GPT2,
-        **dict.fromkeys(llama.MODEL_TYPES, _LLAMA),
+        **dict.fromkeys(llama_config.MODEL_TYPES, _LLAMA),
     }
 )
 

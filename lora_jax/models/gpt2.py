@@ -23,7 +23,7 @@ from lora_jax.models.attention import (
     put_columns,
     split_heads,
 )
-from lora_jax.models.config_fields import Fields
+from lora_jax.models.config_fields import MOST_LAYERS, Fields
 from lora_jax.models.decoder import check_tokens, make_layers, masks_and_positions, run_layers
 from lora_jax.models.layers import (
     ACTIVATIONS,
@@ -90,7 +90,7 @@ class GPT2Config:
         return cls(
             vocab_size=vocab_size,
             n_embd=width,
-            n_layer=fields.integer("n_layer"),
+            n_layer=fields.integer("n_layer", maximum=MOST_LAYERS),
             n_head=heads,
             n_positions=fields.integer("n_positions"),
             n_inner=fields.integer("n_inner", 4 * width),

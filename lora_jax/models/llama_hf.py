@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from lora_jax.models.hf_names import Entry, layer_entries, linear, norm
-from lora_jax.models.llama import LlamaConfig
+from lora_jax.models.llama_config import LlamaConfig
 
 # Index buffers that old files carry.
 IGNORED = (r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq",)

@@ -27,7 +27,7 @@ from lora_jax.models.families import CAUSAL_LM, family_of
 from lora_jax.models.functional import functional
 from lora_jax.models.gpt2 import GPT2Config
 from lora_jax.models.hf_names import params_from_tensors, tensors_from_params
-from lora_jax.models.llama import LlamaConfig
+from lora_jax.models.llama_config import LlamaConfig
 from lora_jax.models.pooling import FAMILY
 from lora_jax.models.roberta import RobertaConfig
 

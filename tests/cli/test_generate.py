@@ -61,9 +61,14 @@ def test_a_base_and_its_adapters_answer_side_by_side(adapters, capsys):
     assert found["model"] == "tiny-llama" and found["prompts"] == PROMPTS
     base, mine, other = found["answers"]
     assert [one["name"] for one in found["answers"]] == ["base", "mine", "theirs"]
-    assert base["texts"] == generate_text(model, model.params, PROMPTS, Decoding(6))
-    assert mine["texts"] == other["texts"] == generate_text(model, bound, PROMPTS, Decoding(6))
+    # As the run was trained: an end of text closes each prompt, whoever answers.
+    closed = [f"{text}<|endoftext|>" for text in PROMPTS]
+    assert base["texts"] == generate_text(model, model.params, closed, Decoding(6))
+    assert mine["texts"] == other["texts"] == generate_text(model, bound, closed, Decoding(6))
     assert mine["texts"] != base["texts"]
+    assert main([*args, "--json", "--open-prompt"]) == 0
+    opened = json.loads(capsys.readouterr().out)["answers"][0]["texts"]
+    assert opened == generate_text(model, model.params, PROMPTS, Decoding(6)) != base["texts"]
     assert 2 <= base["tokens"] <= 12 and base["tokens_per_s"] > 0
     assert captured.err.count("tokens/s") == 3
     # In a pipe: a block for each prompt, nothing taken for markup.

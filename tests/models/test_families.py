@@ -23,7 +23,7 @@ from lora_jax.models import load_model
 from lora_jax.models.families import FAMILIES
 from lora_jax.models.functional import flatten, functional, unflatten
 from lora_jax.models.gpt2 import GPT2Config
-from lora_jax.models.llama import LlamaConfig
+from lora_jax.models.llama_config import LlamaConfig
 from lora_jax.models.roberta import RobertaConfig
 
 FIXTURES = Path(__file__).resolve().parent.parent / "fixtures" / "families"
