@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,14 +21,19 @@ def is_peft(path: str) -> bool:
     return (Path(path) / PEFT_CONFIG).is_file()
 
 
-def load_adapted(path: str, base: str | None) -> tuple[Model, Method, Any, Any]:
+def load_adapted(
+    path: str, base: str | None, *, untie: bool = False
+) -> tuple[Model, Method, Any, Any]:
     """`(model, method, trainable, frozen)` of a run's cell, its adapter/ folder, or a PEFT folder.
 
-    `base` names the base of a PEFT adapter; by default its own config does. Raises `RequestError`
+    `base` names the base of a PEFT adapter; by default its own config does. `untie` gives the
+    head of a tied base a kernel of its own. Raises `RequestError`
     for a folder that is none of them, or a `base` beside a run, which knows its own.
     """
     if is_peft(path):
-        return _load_peft(path, base)
+        return _load_peft(path, base, untie)
+    if untie:
+        raise RequestError("--untie is for adapters in PEFT's format; a run knows its base")
     if base is not None:
         raise RequestError(
             f"--model={base} is for adapters in PEFT's format; the run in {path} knows its base"
@@ -40,8 +46,9 @@ def load_adapted(path: str, base: str | None) -> tuple[Model, Method, Any, Any]:
     return adapted.model, adapted.method, adapted.trainable, adapted.frozen
 
 
-def _load_peft(path: str, base: str | None):
+def _load_peft(path: str, base: str | None, untie: bool):
     from lora_jax.formats.peft import load_adapter
+    from lora_jax.formats.peft_keys import read_keys
     from lora_jax.models import load_model
     from lora_jax.models.config_fields import read_json
 
@@ -49,21 +56,38 @@ def _load_peft(path: str, base: str | None):
     base = base or raw.get("base_model_name_or_path")
     if not isinstance(base, str) or not base:
         raise RequestError(f"{path}/{PEFT_CONFIG} names no base model; give it: --model=…")
-    head = "classification" if raw.get("task_type") == "SEQ_CLS" else None
+    folder = Path(base) if Path(base).is_dir() else None
+    keys = read_keys(Path(path))
+    num_labels = _num_labels(Path(path), keys.whole)
+    head = "classification" if num_labels or _is_classifier(folder, keys) else None
     # Neither command reads a text; where the base has a tokenizer, a merged folder gets it.
-    has_none = Path(base).is_dir() and not (Path(base) / "tokenizer.json").is_file()
-    model = load_model(
-        base, head=head, num_labels=_num_labels(path) if head else None, tokenizer=not has_none
-    )
+    has_none = folder is not None and not (folder / "tokenizer.json").is_file()
+    model = load_model(base, head=head, num_labels=num_labels, tokenizer=not has_none, untie=untie)
     method, trainable = load_adapter(path, model)
     return model, method, trainable, model.params
 
 
-def _num_labels(path: str) -> int | None:
-    """Outputs of the classifier that the adapter holds; None leaves it to the base's own."""
-    from lora_jax.formats.peft_keys import read_keys
+def _num_labels(folder: Path, whole: Mapping[str, Any]) -> int | None:
+    """Outputs of the classifier that the adapter brings; None if it brings none."""
+    from lora_jax.formats.safetensors import read_tensors
+    from lora_jax.models.checkpoint import HEAD_FILE
 
-    for name, array in read_keys(Path(path)).whole.items():
-        if name in ("classifier.weight", "classifier.out_proj.weight", "score.weight"):
-            return int(array.shape[0])
+    if (folder / HEAD_FILE).is_file():
+        bias = read_tensors(folder / HEAD_FILE).get("head.bias")
+        return None if bias is None else int(bias.size)
+    for name in ("classifier.weight", "classifier.out_proj.weight", "score.weight"):
+        if name in whole:
+            return int(whole[name].shape[0])
     return None
+
+
+def _is_classifier(base: Path | None, keys: Any) -> bool:
+    """Whether the base's folder, or the adapter's own modules, are those of a classifier."""
+    from lora_jax.models.config_fields import read_json
+
+    if any(name.startswith(("classifier", "score")) for name in keys.parts):
+        return True
+    if base is None or not (base / "config.json").is_file():
+        return False
+    names = read_json(base / "config.json", kind=dict).get("architectures")
+    return isinstance(names, list) and any("SequenceClass" in str(name) for name in names)

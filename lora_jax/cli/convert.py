@@ -34,10 +34,13 @@ def run(argv: Sequence[str]) -> int:
     )
     parser.add_argument("--plain", action="store_true", help="alpha = r, one rank, scales in B")
     parser.add_argument("--dtype", help="of the factors, as float16 (default float32)")
+    parser.add_argument(
+        "--untie", action="store_true", help="give a tied base's head a kernel of its own"
+    )
     add_json(parser)
     options = parser.parse_args(argv)
 
-    model, method, trainable, _ = load_adapted(options.adapter, options.model)
+    model, method, trainable, _ = load_adapted(options.adapter, options.model, untie=options.untie)
 
     from lora_jax.formats.peft import save_adapter
     from lora_jax.models.load import checked_dtype

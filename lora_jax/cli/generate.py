@@ -37,6 +37,8 @@ Answers go to standard output, progress and tokens/s (of all prompts together) t
 A second start finds the compiled program on disk.
 """
 BASE = "base"
+# Prompts decoded at once; times the beams, what the cache must hold.
+BATCH = 16
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,10 +60,13 @@ def run(argv: Sequence[str]) -> int:
     options = _parser().parse_args(argv)
     prompts = _prompts(options)
     sampling = _sampling(options)
+    if options.seed is not None and not 0 <= options.seed < 2**63:
+        raise RequestError(f"--seed={options.seed} must be at least 0 and below 2^63")
 
     import jax
 
-    from lora_jax.generate import Decoding, chat_prompt
+    from lora_jax.data.completions import prompt_ids
+    from lora_jax.generate import Decoding, chat_prompt, encode_prompts, pad_left
     from lora_jax.models import load_model
     from lora_jax.train import enable_compilation_cache, load_adapter
 
@@ -84,15 +89,18 @@ def run(argv: Sequence[str]) -> int:
         model = known[runs[0]].model
     asked = [chat_prompt(model, text) for text in prompts] if options.chat else prompts
     if runs and not options.chat and not options.open_prompt:
-        # As in training on pairs (`data/completions.py`): the end of text says "now you".
-        asked = [text + model.tokenizer.id_to_token(model.eos_token_id) for text in asked]
+        # As in training on pairs: the end of text says "now you".
+        rows = [prompt_ids(model.tokenizer, p, eos_token_id=model.eos_token_id) for p in asked]
+        inputs = pad_left(rows, model.pad_token_id)
         _tell("prompts end in the end of text, as in the run's training; --open-prompt: as given")
+    else:
+        inputs = encode_prompts(model, asked)
     key = jax.random.key(options.seed or 0)
-    found = [_answer(model, model.params, BASE, None, asked, settings, key)]
+    found = [_answer(model, model.params, BASE, None, inputs, settings, key)]
     names = _names(options.adapter)
     for path, name in zip(options.adapter, names, strict=True):
         params = _bound(model, path, known)
-        found.append(_answer(model, params, name, path, asked, settings, key))
+        found.append(_answer(model, params, name, path, inputs, settings, key))
     if options.json:
         say(json.dumps(_as_json(model, prompts, found)))
     elif len(found) > 1 and sys.stdout.isatty():
@@ -205,23 +213,36 @@ def _names(paths: Sequence[str]) -> list[str]:
 
 
 def _answer(
-    model: Model, params: Any, name: str, path: str | None, prompts: list[str],
-    settings: Decoding, key: Any,
-) -> Answers:  # fmt: skip
+    model: Model,
+    params: Any,
+    name: str,
+    path: str | None,
+    inputs: Any,
+    settings: Decoding,
+    key: Any,
+) -> Answers:
     import numpy as np
 
-    from lora_jax.generate import compile_first, decode_texts, encode_prompts, generate
+    from lora_jax.generate import compile_first, decode_texts, generate
 
-    tokens, mask = encode_prompts(model, prompts)
+    tokens, mask = inputs
+    size = min(BATCH, len(tokens))
     _tell(f"{name}: compiling …")
-    seconds = compile_first(model, params, tokens, mask, settings, key=key)
+    seconds = compile_first(model, params, tokens[:size], mask[:size], settings, key=key)
     _tell(f"{name}: compiled in {seconds:.1f} s; answering …")
-    start = time.perf_counter()
-    found = generate(model, params, tokens, mask, settings, key=key)
-    num_tokens = int(np.asarray(found.lengths).sum())
-    answers = Answers(
-        name, path, decode_texts(model, found), num_tokens, time.perf_counter() - start
-    )
+    start, texts, num_tokens = time.perf_counter(), [], 0
+    for first in range(0, len(tokens), size):
+        chosen = np.arange(first, min(first + size, len(tokens)))
+        # The last batch is filled up, so that it has the shape of the others.
+        rows = np.resize(chosen, size)
+        found = generate(
+            model, params, tokens[rows], mask[rows], settings, key=key, row_numbers=rows
+        )
+        texts += decode_texts(model, found)[: len(chosen)]
+        num_tokens += int(np.asarray(found.lengths)[: len(chosen)].sum())
+        if len(tokens) > size:
+            _tell(f"{name}: {len(texts)} of {len(tokens)} prompts")
+    answers = Answers(name, path, texts, num_tokens, time.perf_counter() - start)
     _tell(f"{name}: {num_tokens} tokens, {answers.tokens_per_s:.1f} tokens/s")
     return answers
 

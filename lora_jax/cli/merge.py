@@ -32,10 +32,15 @@ def run(argv: Sequence[str]) -> int:
     parser.add_argument(
         "--model", help="the base of a PEFT adapter, where its config names no good"
     )
+    parser.add_argument(
+        "--untie", action="store_true", help="give a tied base's head a kernel of its own"
+    )
     add_json(parser)
     options = parser.parse_args(argv)
 
-    model, method, trainable, frozen = load_adapted(options.cell, options.model)
+    model, method, trainable, frozen = load_adapted(
+        options.cell, options.model, untie=options.untie
+    )
 
     from lora_jax.models import save_model
 

@@ -1,6 +1,7 @@
 """GLUE (Wang et al. 2018, arXiv:1804.07461): one task's folder of TSV files, as GLUE gives it."""
 
 import dataclasses
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from types import MappingProxyType
@@ -171,6 +172,9 @@ def _class(label: str, place: str, names: tuple[str, ...]) -> int:
 
 def _score(label: str, place: str) -> float:
     try:
-        return float(label)
-    except ValueError as error:
-        raise RequestError(f"{place}: the score is {label!r}, not a number; correct it") from error
+        score = float(label)
+    except ValueError:
+        score = math.nan
+    if not math.isfinite(score):
+        raise RequestError(f"{place}: the score is {label!r}, not a number; correct it")
+    return score

@@ -72,7 +72,7 @@ def _read_jsonl(path: Path) -> Iterator[tuple[dict, str]]:
         place = f"{path}:{number}"
         try:
             record = json.loads(line)
-        except (json.JSONDecodeError, RecursionError) as error:
+        except (ValueError, RecursionError) as error:
             raise RequestError(
                 f"{place}: not a JSON object ({error}); write one object a line"
             ) from error
@@ -202,8 +202,8 @@ def _label(value: Any, place: str, column: str) -> str:
 def _number(value: Any, place: str, column: str) -> str:
     """The label of a regression, as text that `float` reads."""
     try:
-        if not isinstance(value, bool) and math.isfinite(float(value)):
+        if not isinstance(value, bool) and abs(float(value)) < 3e38:
             return str(value)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         pass
     raise RequestError(f"{place}: column {column!r} holds {value!r}, not a number; correct it")

@@ -24,19 +24,24 @@ from lora_jax.formats.peft_config import CONFIG, PeftConfig
 from lora_jax.formats.peft_keys import TENSORS, Keys, read_keys
 from lora_jax.formats.peft_names import EMBEDDING, Module, Names, View
 from lora_jax.formats.peft_save import check_base, save_adapter
-from lora_jax.formats.peft_split import has_pooled_head
-from lora_jax.formats.safetensors import read_tensors
+from lora_jax.formats.peft_whole import (
+    and_more,
+    check_bases,
+    pooled_head,
+    stored_tables,
+    whole_values,
+)
 from lora_jax.methods import Combined, DoRA, LoRA, Method, RsLoRA
 from lora_jax.methods.lookup import LookupLoRA
-from lora_jax.models.checkpoint import HEAD_ENTRIES, HEAD_FILE
 from lora_jax.models.functional import flatten
-from lora_jax.models.hf_names import params_from_tensors
 from lora_jax.models.model import Model
 from lora_jax.models.sources import find_adapter
 
 __all__ = ["load_adapter", "save_adapter"]
 
 Trainable = dict[str, dict[str, Any]]
+# Of heads that say one thing of a text; an encoder's or a language model's adapter has none.
+_TASKS = ("SEQ_CLS", "FEATURE_EXTRACTION", "CAUSAL_LM")
 
 
 def load_adapter(
@@ -58,15 +63,22 @@ def load_adapter(
     check_base(folder / TENSORS, model)
     names = Names.of(model)
     view = names.view_of(keys.parts)
+    keys = keys.without({view.there(name) for name in names.phantoms})
     _check_tying(config, keys, names, view)
+    if model.head is not None and config.task_type not in (None, *_TASKS):
+        raise RequestError(
+            f"{config.place}: task_type is {config.task_type!r}, whose head is another than this "
+            "model's; load the model with head=None, and an adapter without a head"
+        )
     modules = _adapted_modules(config, keys, names, view, folder)
-    _check_bases(keys, names, view, model, folder)
+    config, keys = stored_tables(config, keys, names, view, model)
+    check_bases(keys, names, view, model, folder)
     parts = [
         _part_of(config, keys.parts[view.there(module.name)], module, view, folder)
         for module in modules
     ]
-    whole = _whole(config, keys, names, view, model, folder)
-    whole |= _pooled_head(model, folder)
+    whole = whole_values(config, keys, names, view, model, folder)
+    whole |= pooled_head(model, folder)
     return _method_of(config, parts, whole, model)
 
 
@@ -107,12 +119,12 @@ def _adapted_modules(
     if extra := sorted(found - wanted):
         raise RequestError(
             f"{folder / TENSORS} holds an adapter of {extra[0]!r}"
-            f"{_and_more(extra)}, which the target_modules of {CONFIG} do not name; they belong to "
+            f"{and_more(extra)}, which the target_modules of {CONFIG} do not name; they belong to "
             "different adapters"
         )
     if missing := sorted(wanted - found):
         raise RequestError(
-            f"{folder / TENSORS} lacks the adapter of {missing[0]!r}{_and_more(missing)}, which "
+            f"{folder / TENSORS} lacks the adapter of {missing[0]!r}{and_more(missing)}, which "
             f"{CONFIG} targets; copy the adapter again, or load the model it was made for"
         )
     if not wanted:
@@ -122,10 +134,6 @@ def _adapted_modules(
         )
     # In the model's own order.
     return [module for name, module in names.modules.items() if name in wanted]
-
-
-def _and_more(names: Sequence[str]) -> str:
-    return f" and {len(names) - 1} more" if len(names) > 1 else ""
 
 
 def _part_of(
@@ -170,105 +178,6 @@ def _part_of(
     )
 
 
-def _check_bases(keys: Keys, names: Names, view: View, model: Model, folder: Path) -> None:
-    """The frozen weights that lie beside an embedding's adapter must be this model's."""
-    flat = flatten(model.params)
-    for there, array in keys.bases.items():
-        module = names.modules.get(view.here(there))
-        if module is None:
-            raise RequestError(
-                f"{folder / TENSORS} holds the weight of {there!r}, which this model does not have"
-            )
-        own = np.asarray(flat[module.entry.path])
-        if own.shape != (array.T if module.entry.is_transposed else array).shape:
-            raise RequestError(
-                f"{folder / TENSORS} was made for an embedding {array.shape}, this model has "
-                f"{own.shape}; load the base whose vocabulary was resized in the same way"
-            )
-        own = own.T if module.entry.is_transposed else own
-        coarse = min(own.dtype, array.dtype, key=lambda dtype: dtype.itemsize)
-        if not np.array_equal(own.astype(coarse), array.astype(coarse)):
-            raise RequestError(
-                f"{folder / TENSORS} was made for other weights of {there!r} than this model has; "
-                "load the model that the adapter was made for"
-            )
-
-
-def _whole(
-    config: PeftConfig, keys: Keys, names: Names, view: View, model: Model, folder: Path
-) -> dict[str, Any]:
-    """`{path: array}` of the parameters that the file holds whole: heads, norms, biases."""
-    flat = flatten(model.params)
-    adapted = {view.here(name) for name in keys.parts}
-    stacked: dict[str, set[int]] = defaultdict(set)
-    values: dict[str, Any] = {}
-    given = {view.here(name): array for name, array in keys.whole.items()}
-    for name, entry in names.tensors.items():
-        module = name.rpartition(".")[0]
-        is_bias = name.endswith(".bias")
-        is_saved = config.saves(view.there(module))
-        is_bias_saved = is_bias and (
-            config.bias == "all" or (config.bias == "lora_only" and module in adapted)
-        )
-        if not (is_saved or is_bias_saved):
-            continue
-        if name not in given:
-            raise RequestError(
-                f"{folder / TENSORS} lacks {view.there(name)!r}, which {CONFIG} says was trained "
-                f"(modules_to_save={list(config.modules_to_save)}, bias={config.bias!r})"
-            )
-        if is_saved and module in names.modules and names.modules[module].is_tied:
-            raise RequestError(
-                f"{folder} trains {module!r} whole, apart from the table that this model ties it "
-                "to; load the model with load_model(…, untie=True)"
-            )
-        array = given.pop(name)
-        array = array.T if entry.is_transposed else array
-        old = flat[entry.path]
-        shape = tuple(old.shape) if entry.index is None else tuple(old.shape[1:])
-        if array.shape != shape:
-            raise RequestError(
-                f"{folder / TENSORS}: {view.there(name)!r} is {array.shape}, this model has "
-                f"{shape}; load the model that the adapter was made for"
-            )
-        if entry.index is None:
-            values[entry.path] = jnp.array(array, dtype=old.dtype)
-            continue
-        if entry.path not in values:
-            values[entry.path] = np.array(old)
-        values[entry.path][entry.index] = array
-        stacked[entry.path].add(entry.index)
-    if given:
-        extra = sorted(given)
-        raise RequestError(
-            f"{folder / TENSORS} holds {view.there(extra[0])!r}{_and_more(extra)}, which is no "
-            f"parameter of this model that {CONFIG} says was trained (modules_to_save="
-            f"{list(config.modules_to_save)}, bias={config.bias!r}); load the model it was made "
-            "for, with its head"
-        )
-    return {path: jnp.asarray(value) for path, value in values.items()}
-
-
-def _pooled_head(model: Model, folder: Path) -> dict[str, Any]:
-    """The head that `save_adapter` put beside, of a model whose head stands on a pooling."""
-    path, flat = folder / HEAD_FILE, flatten(model.params)
-    if not path.is_file():
-        return {}
-    if not has_pooled_head(model):
-        raise RequestError(
-            f"{folder} holds {HEAD_FILE}, a head for pooled hidden states, but this model has "
-            "none; load it with head='classification'"
-        )
-    return params_from_tensors(
-        read_tensors(path),
-        HEAD_ENTRIES,
-        flat,
-        ignored=(),
-        place=str(path),
-        convert=lambda p, array: jnp.array(array, dtype=flat[p].dtype),
-    )
-
-
 def _method_of(
     config: PeftConfig, parts: Sequence[Part], whole: Mapping[str, Any], model: Model
 ) -> tuple[Method, Trainable]:
@@ -289,6 +198,11 @@ def _method_of(
         ]
 
     shared = {"axes": model.axes if stacked else None, "aliases": model.aliases}
+    if both := sorted(trainable.keys() & whole.keys()):
+        raise RequestError(
+            f"{config.place}: {both[0]!r} is adapted in some layers and trained whole in others, "
+            "which one stacked parameter cannot be; load the model without scan_layers"
+        )
     train = tuple(re.escape(path) for path in whole)
     trainable |= {path: {"value": value} for path, value in whole.items()}
     methods: list[Method] = []

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import re
+import reprlib
 from collections.abc import Iterable, Mapping
 from pathlib import Path
+from re import _parser  # the only parser of expressions there is
 from typing import Any
 
 from lora_jax.core.errors import RequestError
@@ -13,6 +15,10 @@ from lora_jax.models.config_fields import Fields, read_json
 
 CONFIG = "adapter_config.json"
 BIASES = ("none", "lora_only", "all")
+
+# Of expressions: longer than any; and what counts as repeating many times.
+_LONGEST = 10_000
+_MANY = 10
 
 # Fields that change what is computed and are not implemented, with the value that means "off".
 _REFUSED: Mapping[str, str] = {
@@ -98,7 +104,7 @@ class PeftConfig:
             )
         layers = raw.get("layers_to_transform")
         return cls(
-            r=fields.integer("r", 8),
+            r=fields.integer("r", 8, maximum=2**20),
             lora_alpha=fields.positive("lora_alpha", 8),
             target_modules=_names(fields, raw, "target_modules", place, required=True),
             exclude_modules=_names(fields, raw, "exclude_modules", place),
@@ -220,8 +226,26 @@ def _pattern(fields: Fields, name: str, place: str, *, integers: bool):
 
 def _check_expression(text: str, name: str, place: str) -> None:
     try:
-        re.compile(text)
-    except re.error as error:
+        # As they will be put together: what stands alone may not stand within another.
+        for whole in (text, rf"(.*\.)?({text})$", rf"(?:^|.*?\.){text}\.(?P<layer>\d+)\."):
+            re.compile(whole)
+    except (re.error, OverflowError, RecursionError) as error:
         raise RequestError(
-            f"{place}: {name} holds {text!r}, which is no regular expression: {error}"
+            f"{place}: {name} holds {reprlib.repr(text)}, which is no regular expression: {error}"
         ) from error
+    if len(text) > _LONGEST or _repeats_repeats(_parser.parse(text)):
+        raise RequestError(
+            f"{place}: {name} holds {reprlib.repr(text)}, whose repetitions of repetitions could "
+            "take for ever to match; write the modules as a list"
+        )
+
+
+def _repeats_repeats(tree: Any, *, inside: bool = False) -> bool:
+    """Whether what repeats many times holds what does, as (a+)+: exponential time to fail."""
+    if isinstance(tree, tuple) and len(tree) == 2 and str(tree[0]).endswith("_REPEAT"):
+        _, most, body = tree[1]
+        is_many = most is _parser.MAXREPEAT or most > _MANY
+        return (inside and is_many) or _repeats_repeats(body, inside=inside or is_many)
+    if isinstance(tree, tuple | list | _parser.SubPattern):
+        return any(_repeats_repeats(part, inside=inside) for part in tree)
+    return False

@@ -39,6 +39,14 @@ class Keys:
     whole: Mapping[str, np.ndarray]
     bases: Mapping[str, np.ndarray]
 
+    def without(self, modules: set[str]) -> Keys:
+        """The keys but for those of `modules`."""
+        return Keys(
+            {name: x for name, x in self.parts.items() if name not in modules},
+            {name: x for name, x in self.whole.items() if name.rpartition(".")[0] not in modules},
+            {name: x for name, x in self.bases.items() if name not in modules},
+        )
+
 
 def read_keys(folder: Path) -> Keys:
     """Reads the file. Raises `RequestError` for a missing or damaged file, keys of another naming,
@@ -53,6 +61,7 @@ def read_keys(folder: Path) -> Keys:
     parts: dict[str, dict[str, np.ndarray]] = {}
     whole: dict[str, np.ndarray] = {}
     bases: dict[str, np.ndarray] = {}
+    wrapped: dict[str, np.ndarray] = {}
     for key, array in read_tensors(path).items():
         if not key.startswith(PREFIX):
             raise RequestError(
@@ -68,9 +77,24 @@ def read_keys(folder: Path) -> Keys:
                 whole[f"{found['module']}.bias"] = array
             else:
                 bases[found["module"]] = array
-        else:
-            whole[name] = array
+        elif ".original_module." not in name:  # what a saved module was before: not in use
+            wrapped[name] = array
+    for name, array in wrapped.items():
+        plain = _unwrapped(name, wrapped)
+        if plain in whole and not np.array_equal(whole[plain], array):
+            raise RequestError(f"{path} holds two different tensors for {plain!r}: {name!r}, too")
+        whole[plain] = array
     return Keys(parts, whole, bases)
+
+
+def _unwrapped(name: str, names: Mapping[str, np.ndarray]) -> str:
+    """A saved module's tensor without PEFT's wrapper, which some keys have beside the plain one,
+    with or without the adapter's name: "classifier.modules_to_save.default.dense.bias"."""
+    if ".modules_to_save." not in name:
+        return name
+    short = re.sub(r"\.modules_to_save\.", ".", name)
+    shorter = re.sub(r"\.modules_to_save\.[^.]+\.", ".", name)
+    return shorter if shorter != name and shorter in names else short
 
 
 def _check_values(path: Path, key: str, array: np.ndarray) -> None:

@@ -35,11 +35,14 @@ class Names:
 
     Names are those of the class that transformers would load the model into: with the family's
     prefix where that has a head ("bert.encoder…", "classifier"), without it where it has none.
+    `phantoms` are modules of that class which this model leaves out, since they cannot change what
+    it gives.
     """
 
     modules: Mapping[str, Module]
     tensors: Mapping[str, Entry]
     prefix: str
+    phantoms: tuple[str, ...] = ()
 
     @classmethod
     def of(cls, model: Model) -> Names:
@@ -71,7 +74,10 @@ class Names:
         if is_tied:
             table = next(e for e in entries if e.path == "embed/embedding")
             modules["lm_head"] = Module("lm_head", LINEAR, table, None, True, True)
-        return cls(modules, tensors, prefix)
+        bare = family.kind != CAUSAL_LM and not heads
+        has_pooler = any(name.endswith("pooler.dense") for name in modules)
+        phantoms = ("pooler.dense",) if bare and not has_pooler else ()
+        return cls(modules, tensors, prefix, phantoms)
 
     def view_of(self, modules: Iterable[str]) -> View:
         """How a file that names these modules writes names: as here, or with or without prefix."""
@@ -100,7 +106,8 @@ class View:
 
     def there(self, name: str) -> str:
         """A name of `Names` as the file has it."""
-        if self.add and not name.startswith(self.add):
+        is_head = name.startswith(("lm_head", "score", "classifier"))
+        if is_head or (self.add and not name.startswith(self.add)):
             return name
         return f"{self.cut}{name.removeprefix(self.add)}"
 

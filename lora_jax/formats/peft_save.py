@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from lora_jax.core.errors import RequestError
+from lora_jax.core.hashes import hash_params
 from lora_jax.formats.atomic import atomic_folder, write_json
 from lora_jax.formats.peft_config import CONFIG, PeftConfig
 from lora_jax.formats.peft_keys import PREFIX, TENSORS
@@ -23,10 +24,12 @@ from lora_jax.models.checkpoint import HEAD_ENTRIES, HEAD_FILE
 from lora_jax.models.families import CAUSAL_LM
 from lora_jax.models.functional import flatten
 from lora_jax.models.hf_names import tensors_from_params
-from lora_jax.models.model import Model
+from lora_jax.models.model import Model, unstack_layers
 
 # Of the weights that an adapter was trained on; readers that do not know it pass it over.
 _BASE_KEY = "lora_jax.base"
+# That a head lies beside, in a file of its own.
+HEAD_KEY = "lora_jax.head"
 # PEFT stores the frozen table beside an adapter of these.
 _STORED_TABLES = ("embed_tokens", "lm_head")
 
@@ -67,7 +70,8 @@ def save_adapter(
         write_json(temporary / CONFIG, config)
         # As a reader will read it: what our own reader cannot is never left behind.
         PeftConfig.read(temporary / CONFIG)
-        metadata = {"format": "pt", _BASE_KEY: _base_of(model)}
+        metadata = {"format": "pt", _BASE_KEY: f"{_dtype_of(model)}:{_body_hash(model)}"}
+        metadata |= {HEAD_KEY: HEAD_FILE} if written.has_pooled_head else {}
         write_tensors(temporary / TENSORS, tensors, metadata=metadata)
         if written.has_pooled_head:
             own = {path: trainable.get(path, {}).get("value", flat[path]) for path in POOLED_HEAD}
@@ -81,15 +85,22 @@ def check_base(path: Path, model: Model) -> None:
     """
     said = read_metadata(path).get(_BASE_KEY, "") if path.is_file() else ""
     dtype, _, base_hash = said.partition(":")
-    if base_hash and dtype == _dtype_of(model) and base_hash != model.base_hash:
+    if not base_hash or dtype != _dtype_of(model):
+        return
+    own = _body_hash(model)
+    if base_hash != own:
         raise RequestError(
-            f"{path} was trained on other weights than model {model.name} has (base hash "
-            f"{base_hash[:12]}, here {model.base_hash[:12]}); load the model it was trained on"
+            f"{path} was trained on other weights than model {model.name} has (hash "
+            f"{base_hash[:12]}, here {own[:12]}); load the model it was trained on"
         )
 
 
-def _base_of(model: Model) -> str:
-    return f"{_dtype_of(model)}:{model.base_hash}"
+def _body_hash(model: Model) -> str:
+    """sha256 of what is the same whatever head the model was loaded with, tied, untied or none."""
+    flat = unstack_layers(model.config, flatten(model.params))
+    return hash_params(
+        {path: x for path, x in flat.items() if not path.startswith(("head/", "pooler/"))}
+    )
 
 
 def _dtype_of(model: Model) -> str:
@@ -147,6 +158,9 @@ def _config(written: Written, names: Names, model: Model, method: Method) -> dic
         task = "CAUSAL_LM" if model.head is None else "SEQ_CLS"
     else:
         task = "SEQ_CLS" if any(m.is_output for m in names.modules.values()) else None
+    if any(names.modules[name].is_output for name in written.adapters):
+        # For SEQ_CLS, PEFT would put the head aside and leave its adapter out.
+        task = "CAUSAL_LM" if task == "CAUSAL_LM" else "FEATURE_EXTRACTION"
     modules_to_save = list(written.modules_to_save)
     return {
         "peft_type": "LORA",
@@ -187,6 +201,9 @@ def _target_modules(adapters: Mapping[str, Any], names: Names) -> list[str]:
             name
             for name, module in names.modules.items()
             if config.targets(name, is_linear=module.kind != EMBEDDING, is_output=module.is_output)
+        ]
+        meant += [
+            name for name in names.phantoms if config.targets(name, is_linear=True, is_output=False)
         ]
         if set(meant) == set(adapters):
             return listed

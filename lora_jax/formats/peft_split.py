@@ -176,7 +176,9 @@ def _adapter(module: Module, found, kernel: Any, use_rslora: bool) -> Adapter | 
         a, b = cut(site.widen(a, "sir")), cut(site.widen(b, "sro"))
         pieces.append((a, b, float(owner.scale(site.rule)), float(site.rule.alpha)))
     has_magnitude = any("magnitude" in entry for _, _, entry in found)
-    if index is not None and not has_magnitude and not any(b.any() for _, b, _, _ in pieces):
+    # An adapter that has not been trained yet has a b of zeros, too, but not an a.
+    is_empty = not has_magnitude and not any(a.any() or b.any() for a, b, _, _ in pieces)
+    if index is not None and is_empty:
         return None
     owner, site, entry = found[0]
     magnitude = cut(entry["magnitude"]) if "magnitude" in entry else None
@@ -216,7 +218,8 @@ def _whole_parts(whole: set[str], adapters: Mapping[str, Adapter], names: Names,
     elif of_adapted and of_adapted <= trained:
         bias, own = "lora_only", of_adapted
     rest = {name.rpartition(".")[0] for name in tensors - own}
-    if model.head is not None and not has_pooled_head(model):
+    head_adapted = any(one.module.is_output for one in adapters.values())
+    if model.head is not None and not has_pooled_head(model) and not head_adapted:
         # PEFT makes its own copy of a classifier, trained or not.
         rest |= {
             n.rpartition(".")[0] for n, e in names.tensors.items() if e.path.startswith("head/")

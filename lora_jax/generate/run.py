@@ -157,7 +157,7 @@ def _prepare(model, params, input_ids, attention_mask, settings, key, row_number
         key=key if settings.do_sample else None,
         row_R=row_R.astype(np.int32),
         temperature=np.float32(settings.temperature),
-        top_k=np.int32(settings.top_k),
+        top_k=np.int32(min(settings.top_k, model.config.vocab_size)),
         top_p=np.float32(settings.top_p),
     )
 

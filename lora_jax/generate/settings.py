@@ -11,6 +11,9 @@ import numpy as np
 from lora_jax.core.errors import RequestError
 
 NEVER = "never"
+MOST = 2**20
+# Below it logits overflow float32.
+LOWEST_TEMPERATURE = 1e-6
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,17 +56,21 @@ class Decoding:
     def __post_init__(self):
         for name, low in (("max_new_tokens", 1), ("num_beams", 1), ("num_return", 1)):
             _whole_number(name, getattr(self, name), low)
+            if getattr(self, name) > MOST:
+                raise RequestError(
+                    f"{name}={getattr(self, name)} is beyond reason; at most {MOST:,}"
+                )
         for name in ("top_k", "no_repeat_ngram_size"):
             _whole_number(name, getattr(self, name), 0, " (0 turns it off)")
         if not isinstance(self.do_sample, bool):
             raise RequestError(f"do_sample={self.do_sample!r}; it must be True or False")
-        if self.early_stopping not in (True, False, NEVER):
+        if not isinstance(self.early_stopping, bool) and self.early_stopping != NEVER:
             raise RequestError(
                 f"early_stopping={self.early_stopping!r}; choose True, False or {NEVER!r}"
             )
-        if not _real("temperature", self.temperature) > 0.0:
+        if not np.float32(_real("temperature", self.temperature)) >= LOWEST_TEMPERATURE:
             raise RequestError(
-                f"temperature={self.temperature!r} must be above 0; leave do_sample out for the "
+                f"temperature={self.temperature!r} must be above 1e-6; leave do_sample out for the "
                 "most probable token"
             )
         if not 0.0 < _real("top_p", self.top_p) <= 1.0:

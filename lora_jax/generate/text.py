@@ -83,6 +83,10 @@ def encode_prompts(model: Model, prompts: Sequence[str]) -> tuple[np.ndarray, np
     for place, prompt in enumerate(prompts):
         if not isinstance(prompt, str):
             raise RequestError(f"prompt {place} is {prompt!r}; prompts are texts")
+        try:
+            prompt.encode()
+        except UnicodeEncodeError as error:
+            raise RequestError(f"prompt {place} is {prompt!r}, which is not UTF-8") from error
     encoded = [e.ids for e in model.tokenizer.encode_batch(list(prompts))]
     for place, ids in enumerate(encoded):
         if not ids:

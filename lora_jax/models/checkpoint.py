@@ -25,6 +25,8 @@ from lora_jax.models.weights_files import Renamed, open_weights
 # A head trained here on another pooling than the family's own lies beside the encoder in a file of
 # its own, in torch's layout, so that other programs open model.safetensors as the plain encoder.
 HEAD_FILE = "head.safetensors"
+# What transformers' config.json says of a head, kept with it.
+_LABEL_FIELDS = ("id2label", "label2id", "problem_type")
 HEAD_ENTRIES = (
     Entry("head.weight", "head/kernel", is_transposed=True),
     Entry("head.bias", "head/bias"),
@@ -50,7 +52,7 @@ class Checkpoint:
     """A model as stored: `params` and `head` are `{path: array}`, kernels (in, out).
 
     `params` hold everything but a task's head; `head` is None where the folder has none, or none
-    was asked for.
+    was asked for, and `labels` are what its config.json says of the head's outputs.
     """
 
     name: str
@@ -61,6 +63,7 @@ class Checkpoint:
     pooling: str
     head: dict[str, Any] | None = None
     eos_token_ids: tuple[int, ...] = ()
+    labels: Mapping[str, Any] | None = None
 
 
 def read_checkpoint(folder: str | os.PathLike, name: str, request: Request) -> Checkpoint:
@@ -85,7 +88,10 @@ def read_checkpoint(folder: str | os.PathLike, name: str, request: Request) -> C
     if request.has_head and (folder / HEAD_FILE).is_file():
         head = _read_head(folder / HEAD_FILE, config.hidden_size, request)
     eos = _eos_token_ids(folder, config) if family.kind == CAUSAL_LM else ()
-    return Checkpoint(name, family, config, params, tokenizer, pooling, head, eos)
+    labels = {name: raw[name] for name in _LABEL_FIELDS if raw.get(name) is not None}
+    return Checkpoint(
+        name, family, config, params, tokenizer, pooling, head, eos, labels if head else None
+    )
 
 
 def change_config(config: Any, changes: Mapping[str, Any]) -> Any:
@@ -120,8 +126,14 @@ def read_params(
     if request.has_head or not lm_head:
         # A tied head is often stored, too; a classifier has no use for the other's.
         ignored.append(r"lm_head\.weight")
+    elif lm_head[0].tensor not in tensors and entries[0].tensor in tensors:
+        raise RequestError(
+            f"{place} is a decoder without its head ({lm_head[0].tensor}, which config.json does "
+            "not tie); load the folder of its …ForCausalLM model, or head='classification'"
+        )
     else:
         entries += lm_head
+    _check_names(tensors, entries, place)
     pooler, classifier = list(family.pooler), list(family.classifier)
     if pooling == FAMILY and pooler:
         if all(entry.tensor in tensors for entry in pooler):
@@ -150,6 +162,17 @@ def read_params(
         return params, None, pooling
     head = {entry.path: params.pop(entry.path) for entry in classifier}
     return params, head, pooling
+
+
+def _check_names(tensors: Mapping[str, Any], entries: Sequence[Entry], place: str) -> None:
+    """Raises `RequestError` where most of the file is missing: before a module of as many layers as
+    a damaged config claims is traced, which takes minutes for a thousand."""
+    missing = [entry.tensor for entry in entries if entry.tensor not in tensors]
+    if len(missing) > len(entries) // 2:
+        raise RequestError(
+            f"{place} does not fit its config.json: missing {', '.join(missing[:6])} and "
+            f"{max(0, len(missing) - 6)} more"
+        )
 
 
 def _exactly(name: str) -> str:
@@ -182,7 +205,8 @@ def _eos_token_ids(folder: Path, config: Any) -> tuple[int, ...]:
     if file.is_file():
         raw = read_json(file, kind=dict)
         known = {k: v for k, v in raw.items() if k == "eos_token_id"}
-        found = Fields(known, str(file)).special_tokens(config.vocab_size)["eos_token_id"] or found
+        said = Fields(known, str(file)).special_tokens(config.vocab_size)["eos_token_id"]
+        found = found if said is None else said
     return eos_ids(found)
 
 

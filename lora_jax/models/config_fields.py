@@ -1,15 +1,18 @@
 """Reading a `config.json` one checked field at a time, so that an error names the field."""
 
 import json
-import math
 import os
+import reprlib
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from lora_jax.core.errors import RequestError
 
 _REQUIRED = object()
+_LARGEST = float(np.finfo(np.float32).max)
 # Far above any model known: a file that claims a billion layers should not be believed for an hour.
 MOST_LAYERS = 1000
 
@@ -19,7 +22,7 @@ def read_json(path: str | os.PathLike, *, kind: type) -> Any:
     path = Path(path)
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+    except (ValueError, RecursionError) as error:
         raise RequestError(f"{path} is not valid JSON: {error}; restore the file") from error
     except OSError as error:
         raise RequestError(f"cannot read {path}: {error.strerror or error}") from error
@@ -58,8 +61,8 @@ class Fields:
 
     def positive(self, name: str, default: Any = _REQUIRED) -> float:
         value = self._value(name, default)
-        if not _is_number(value) or not 0.0 < value < math.inf:
-            raise self.error(name, value, "a positive number")
+        if not _is_number(value) or not 0.0 < value <= _LARGEST:
+            raise self.error(name, value, "a positive number within float32")
         return float(value)
 
     def probability(self, name: str, default: Any = _REQUIRED) -> float:
@@ -106,7 +109,10 @@ class Fields:
         return found
 
     def error(self, name: str, value: Any, wanted: str) -> RequestError:
-        return RequestError(f"{self._place}: {name} is {value!r}, but must be {wanted}")
+        shown = value if isinstance(value, int | float) else None
+        # A line is read by people: neither a thousand digits nor a page of text belong into it.
+        text = reprlib.repr(value) if shown is None or abs(shown) > 10**30 else repr(value)
+        return RequestError(f"{self._place}: {name} is {text}, but must be {wanted}")
 
     def _value(self, name: str, default: Any) -> Any:
         value = self._raw.get(name)

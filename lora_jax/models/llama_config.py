@@ -148,7 +148,8 @@ def _read_window(fields: Fields, model_type: str) -> int | None:
         # With it, only some of the layers have a window.
         fields.choice("use_sliding_window", [False], False)
         return None
-    return fields.integer("sliding_window", None if "sliding_window" in fields else _MISTRAL_WINDOW)
+    default = None if "sliding_window" in fields else _MISTRAL_WINDOW
+    return fields.integer("sliding_window", default, maximum=2**31 - 1)
 
 
 def class_name(config: LlamaConfig) -> str:

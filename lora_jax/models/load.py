@@ -108,6 +108,7 @@ def make_model(
         head_pattern=NO_HEAD if head is None else _HEAD_PATTERN,
         head_is_new=is_new,
         eos_token_ids=checkpoint.eos_token_ids,
+        labels=None if is_new else checkpoint.labels,
     )
 
 
@@ -179,7 +180,11 @@ def _converter(
                 "or pass dtype='float32'"
             )
         # A copy of its own: JAX may otherwise keep a view of the file's memory.
-        return jnp.array(array, dtype=wanted)
+        converted = jnp.array(array, dtype=wanted)
+        narrows = wanted.itemsize < array.dtype.itemsize
+        if narrows and np.isfinite(array).all() and not jnp.isfinite(converted).all():
+            raise RequestError(f"{path} of model {name} does not fit into {wanted}; load it wider")
+        return converted
 
     return convert
 

@@ -32,7 +32,8 @@ class Model:
     `position_ids` and `cache` and give logits (B, T, vocab). With a head ("classification",
     "regression") both give (B, num_labels). `output_hidden_states=True` returns that with the tuple
     of hidden states. `aliases` are regexes of parameter paths by short name, `head_pattern` the one
-    of the task head's; `head_is_new` says that the head was drawn, not loaded.
+    of the task head's; `head_is_new` says that the head was drawn, not loaded; `labels` are what
+    the file's config.json says of its outputs (`id2label`, `problem_type`).
     """
 
     name: str
@@ -47,6 +48,7 @@ class Model:
     head_pattern: str = NO_HEAD
     head_is_new: bool = False
     eos_token_ids: tuple[int, ...] = ()
+    labels: Mapping[str, Any] | None = None
 
     @property
     def family(self) -> Family:

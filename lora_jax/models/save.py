@@ -78,8 +78,11 @@ def _lm_class(prefix: str) -> str:
 def _task_fields(model: Model) -> dict[str, Any]:
     if model.head is None:
         return {}
+    if model.labels is not None:
+        return dict(model.labels)
     labels = {str(n): f"LABEL_{n}" for n in range(model.num_labels)}
-    kind = "regression" if model.head == "regression" else "single_label_classification"
+    is_number = model.head == "regression" or model.num_labels == 1
+    kind = "regression" if is_number else "single_label_classification"
     return {
         "id2label": labels,
         "label2id": {name: int(n) for n, name in labels.items()},

@@ -8,8 +8,9 @@ do: 1.3B prints 24 heads of 128 for a width of 2048 (here 16), 13B a width of 51
 
 from __future__ import annotations
 
+import dataclasses
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Any
 
@@ -19,7 +20,7 @@ from flax import nnx
 
 from lora_jax.core.errors import RequestError
 from lora_jax.core.trees import nearest
-from lora_jax.models.families import family_of
+from lora_jax.models.families import CAUSAL_LM, family_of
 from lora_jax.models.functional import functional, unflatten
 from lora_jax.models.gpt2 import GPT2Config
 from lora_jax.models.model import NO_HEAD, Model
@@ -98,10 +99,20 @@ def abstract_model(
             )
         config = SHAPES[name]
     family = family_of(config)
-    make: Callable[[], nnx.Module] = lambda: family.module(  # noqa: E731
-        config, num_labels=num_labels, pooling=FAMILY, rngs=nnx.Rngs(0)
-    )
-    shapes, apply = functional(make)
+
+    def module_of(config: Any):
+        make = lambda: family.module(  # noqa: E731
+            config, num_labels=num_labels, pooling=FAMILY, rngs=nnx.Rngs(0)
+        )
+        return functional(make)
+
+    if family.kind == CAUSAL_LM and not config.scan_layers:
+        # One stacked layer is traced in place of 96.
+        shapes = _unstacked(module_of(dataclasses.replace(config, scan_layers=True))[0])
+        call = functools.cache(lambda: module_of(config)[1])
+        apply = lambda *args, **kwargs: call()(*args, **kwargs)  # noqa: E731
+    else:
+        shapes, apply = module_of(config)
     params = {p: jax.ShapeDtypeStruct(x.shape, jnp.dtype(dtype)) for p, x in shapes.items()}
     has_head = num_labels is not None
     return Model(
@@ -115,3 +126,16 @@ def abstract_model(
         num_labels=num_labels,
         head_pattern=r"head/.*" if has_head else NO_HEAD,
     )
+
+
+def _unstacked(shapes: Mapping[str, Any]) -> dict[str, Any]:
+    """Shapes of a model with stacked layers as those of the same model without, layer by layer."""
+    shared = {p: x for p, x in shapes.items() if not p.startswith("layers/")}
+    stacked = {p.removeprefix("layers/"): x for p, x in shapes.items() if p.startswith("layers/")}
+    number = next(iter(stacked.values())).shape[0]
+    layers = {
+        f"layers/{n}/{rest}": jax.ShapeDtypeStruct(x.shape[1:], x.dtype)
+        for n in range(number)
+        for rest, x in stacked.items()
+    }
+    return {**shared, **layers}

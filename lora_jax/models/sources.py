@@ -34,7 +34,7 @@ _HUB_FILES = (
     "config.json", "generation_config.json", "*.safetensors", "*.safetensors.index.json",
     "tokenizer.json", "modules.json", "*_Pooling/*",
 )  # fmt: skip
-_ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
+_ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors", "head.safetensors")
 _HUB_ID = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?", re.ASCII)
 
 
@@ -86,7 +86,8 @@ def find_adapter(path: str | os.PathLike, adapter_name: str | None = None) -> Pa
     if not folder.exists():
         if not _HUB_ID.fullmatch(text):
             raise RequestError(f"there is no folder {text}; give an adapter's folder or a hub id")
-        folder = _hub_folder(text, _ADAPTER_FILES)
+        start = "" if adapter_name is None else f"{adapter_name}/"
+        folder = _hub_folder(text, [f"{start}{file}" for file in _ADAPTER_FILES])
     folder = folder if adapter_name is None else folder / adapter_name
     if not (folder / _ADAPTER_FILES[0]).is_file():
         beside = sorted(p.parent.name for p in folder.glob(f"*/{_ADAPTER_FILES[0]}"))

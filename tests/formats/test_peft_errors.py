@@ -82,6 +82,12 @@ def refused(match, folder, model, **options):
         ({"use_dora": True}, "lacks the magnitude"),
         ({"target_modules": "("}, "no regular expression"),
         ({"target_modules": []}, "target_modules is"),
+        ({"target_modules": "((a|b|_)+)+z"}, "take for ever"),
+        ({"target_modules": "(.*.*.*)*z"}, "take for ever"),
+        ({"rank_pattern": {"(?i)q_proj": 4}}, "no regular expression"),
+        ({"layers_pattern": "(?P<layer>x)", "layers_to_transform": 1}, "no regular expression"),
+        ({"task_type": "TOKEN_CLS", "r": 10**400}, "r is"),
+        ({"lora_alpha": 10**400}, "lora_alpha is"),
         ({"target_modules": ["q_proj"]}, "v_proj.*do not name"),
         ({"target_modules": ["q_proj", "v_proj", "o_proj"]}, "lacks the adapter of.*o_proj"),
         ({"rank_pattern": {"q_proj": 0}}, "q_proj is 0"),
@@ -116,7 +122,10 @@ def test_fields_that_change_nothing_are_passed_over(folder, model):
         (lambda t: t.pop(QUERY), "lacks the A of 'model.layers.0.self_attn.q_proj'"),
         (lambda t: t.update({QUERY.replace("q_proj", "r_proj"): t[QUERY]}), "does not have"),
         (lambda t: t.update({QUERY.replace("q_proj", "k_proj"): t[QUERY]}), "k_proj.*do not name"),
-        (lambda t: t.update({"base_model.model.lm_head.weight": t[QUERY]}), "lm_head.weight"),
+        (
+            lambda t: t.update({"base_model.model.lm_head.weight": t[QUERY]}),
+            "made for an embedding",
+        ),
         (lambda t: t.update({"lm_head.lora_A": t[QUERY]}), "does not begin with"),
         (lambda t: t.update({QUERY: t[QUERY].T.copy()}), r"A of .* is \(16, 4\)"),
         (lambda t: t.update({QUERY: np.ones((4, 15), "f")}), "inputs, outputs"),
@@ -128,6 +137,61 @@ def test_fields_that_change_nothing_are_passed_over(folder, model):
 def test_every_tensor_is_accounted_for(folder, model, edit, match):
     edit_tensors(folder, edit)
     refused(match, folder, model)
+
+
+def test_keys_that_peft_leaves_beside_the_plain_ones_are_understood(folder, model):
+    """Frozen tables (`save_embedding_layers`) and the wrappers of modules saved whole."""
+    start = "base_model.model."
+    norm = np.full(16, 1.5, "f")
+    table = np.asarray(model.params["embed"]["embedding"])
+    edit_config(folder, modules_to_save=["model.norm"])
+
+    def add(tensors):
+        tensors[f"{start}model.norm.weight"] = norm
+        tensors[f"{start}model.norm.modules_to_save.weight"] = norm
+        tensors[f"{start}model.norm.original_module.weight"] = norm - 1
+        tensors[f"{start}model.embed_tokens.weight"] = table
+
+    edit_tensors(folder, add)
+    _, trainable = load_adapter(folder, model)
+    assert set(trainable) - set(load_adapter(FOLDER / "adapters" / "llama-list", model)[1]) == {
+        "norm/scale"
+    }
+    # A table that is not the base's was trained or resized: it takes the base's place, as in peft.
+    edit_tensors(folder, lambda t: t.update({f"{start}model.embed_tokens.weight": table + 1}))
+    _, trainable = load_adapter(folder, model)
+    np.testing.assert_array_equal(trainable["embed/embedding"]["value"], table + 1)
+    edit_tensors(
+        folder, lambda t: t.update({f"{start}model.norm.modules_to_save.weight": norm + 1})
+    )
+    refused("two different tensors", folder, model)
+
+
+def test_a_stack_cannot_be_adapted_here_and_trained_whole_there(tmp_path):
+    model = lj.load_model(FOLDER / "bases" / "llama", tokenizer=False)
+    shared = {"aliases": model.aliases, "axes": model.axes}
+    method = lj.LoRA(targets="layers/1/mlp/down/kernel", rank=2, train=r"layers/0/mlp/.*", **shared)
+    trainable, _ = method.init(jax.random.key(0), model.params)
+    save_adapter(tmp_path / "out", method, trainable, model)
+    load_adapter(tmp_path / "out", model)
+    stacked = lj.load_model(FOLDER / "bases" / "llama", tokenizer=False, scan_layers=True)
+    refused("without scan_layers", tmp_path / "out", stacked)
+
+
+def test_a_head_of_another_task_is_refused(tmp_path):
+    folder = copy("bert-cls", tmp_path)
+    model = lj.load_model(FOLDER / "bases" / "bert_cls", head="classification", tokenizer=False)
+    load_adapter(folder, model)
+    edit_config(folder, task_type="TOKEN_CLS")
+    refused("task_type is 'TOKEN_CLS'", folder, model)
+
+
+def test_one_folder_serves_whatever_head_the_model_was_loaded_with(tied, tmp_path):
+    method, trainable = lora(tied, targets="q")
+    save_adapter(tmp_path / "out", method, trainable, tied)
+    for options in ({"untie": True}, {"head": "classification", "num_labels": 2}):
+        other = lj.load_model(FOLDER / "bases" / "llama_tied", tokenizer=False, **options)
+        load_adapter(tmp_path / "out", other)
 
 
 def test_the_wrong_base_is_refused(folder, model, tied, tmp_path):

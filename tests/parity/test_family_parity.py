@@ -18,6 +18,8 @@ NAMES = sorted(path.name.removesuffix("_states.safetensors") for path in FAMILIE
 DECODERS = [name for name in NAMES if not name.startswith(("bert", "roberta"))]
 LANGUAGE_MODELS = [name for name in DECODERS if "classifier" not in name]
 BARE_ENCODERS = ["bert", "roberta"]
+# A program each to compile: the others stacked are slow tests.
+FAST_STACKED = {"gpt2", "llama_gqa_tied", "mistral_window"}
 TOLERANCE = 5e-5
 
 
@@ -105,7 +107,10 @@ def test_logits_states_and_gradients_equal_transformers(name):
     assert_as_transformers(name, computed(name))
 
 
-@pytest.mark.parametrize("name", DECODERS)
+@pytest.mark.parametrize(
+    "name",
+    [n if n in FAST_STACKED else pytest.param(n, marks=pytest.mark.slow) for n in DECODERS],
+)
 def test_stacked_layers_equal_transformers_and_have_the_same_hash(name):
     # Of the stacked, one folder's gradients are enough: they take longest to compile.
     found = computed(name, scan_layers=True, gradients=name == "gpt2")

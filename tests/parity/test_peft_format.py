@@ -33,6 +33,11 @@ def fast_few(cases, fast):
     return [c if c in fast else pytest.param(c, marks=pytest.mark.slow) for c in cases]
 
 
+def compiled(function):
+    """`jax.jit` without the compiler's optimisations: the programs are many, and run once."""
+    return jax.jit(function, compiler_options={"xla_backend_optimization_level": 0})
+
+
 def base_of(case: str) -> str:
     config = json.loads((FOLDER / "adapters" / case / "adapter_config.json").read_text())
     return config["base_model_name_or_path"]
@@ -54,7 +59,7 @@ def logits_of(model, method, trainable, case: str, params=None):
     """Logits, and where they are of real positions."""
     ids, mask = batch_of(case)
     apply, params = lj.lift(model.apply), model.params if params is None else params
-    logits = jax.jit(lambda t: apply(method.bind(t, params), ids, mask))(trainable)
+    logits = compiled(lambda t: apply(method.bind(t, params), ids, mask))(trainable)
     real = mask[..., None] if logits.ndim == 3 else np.ones((len(ids), 1))
     return np.asarray(logits), np.broadcast_to(real, logits.shape) != 0
 
@@ -69,7 +74,7 @@ def gradients_of(model, method, trainable, case: str):
         logits = lj.lift(model.apply)(method.bind(trainable, model.params), ids, mask)
         return jnp.sum(logits * weights * real), logits
 
-    gradients, logits = jax.jit(jax.grad(loss, has_aux=True))(trainable)
+    gradients, logits = compiled(jax.grad(loss, has_aux=True))(trainable)
     return np.asarray(logits), np.broadcast_to(real, logits.shape) != 0, gradients
 
 
