@@ -1,6 +1,7 @@
 """LoRA on SmolLM2-135M and the E2E restaurants: how much rank does it take to say what one is told?
 
     lora-jax train --config=experiments/e2e_smollm2.py --workdir=runs/e2e
+    lora-jax train --config=experiments/e2e_smollm2.py:short --workdir=runs/e2e_short
     lora-jax sweep --config=experiments/e2e_smollm2.py --sweep=rank --workdir=runs/e2e_rank
 
 A prompt is a list of properties ("name : Blue Spice | area : riverside"), its completion a sentence
@@ -18,7 +19,9 @@ The paper's twin of this is GPT-2 medium on E2E by rank (Table 18, one run each,
 validation loss 1.23 nats a token at rank 1, 1.18 at 4, 1.16 from 16 to 512, BLEU between 68.7 and
 70.4 without an order. Other tokens here, so only the shape of that is to be compared.
 
-Measured here: not yet.
+Measured here, `:short` (240 steps, one seed, half an hour of 2 cores or more): validation NLL 1.67
+at 40 steps, 1.40 at 240; BLEU 0 before and 54 after, over 37 prompts
+(experiments/results/e2e_smollm2). The sweep has not been run.
 """
 
 from ml_collections import ConfigDict
