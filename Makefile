@@ -71,9 +71,10 @@ parity: $(VENV)/ready .venv-torch/ready ## compare live with transformers and pe
 attachment: $(VENV)/ready .venv-peers/ready ## where adapters attach: constructs beside qwix, nnx.LoRA and quax
 	$(PY) -m experiments.attachment --peers=.venv-peers/bin/python --out=experiments/results/attachment
 
-bench: $(VENV)/ready .venv-torch/ready ## step time beside hand-written LoRA, full fine-tuning, torch; packs beside runs alone
+bench: $(VENV)/ready .venv-torch/ready ## step time beside hand-written LoRA, full fine-tuning, torch; packs; decoding
 	$(PY) -m experiments.bench.hand_written --out=experiments/results/bench
 	$(PY) -m experiments.bench.packed --out=experiments/results/bench
+	$(PY) -m experiments.bench.decoding --new=32 --times=3 --out=experiments/results/bench
 	$(PY) -m experiments.bench.torch_pair --torch=.venv-torch/bin/python --out=experiments/results/bench
 
 clean: ## remove environments and caches, never runs/
