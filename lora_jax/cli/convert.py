@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
 
-from lora_jax.cli.adapters import load_adapted
+from lora_jax.cli.adapters import is_peft, load_adapted
 from lora_jax.cli.requests import Parser, add_json, say
+from lora_jax.core.errors import RequestError
 
 EXAMPLES = """\
 Examples:
@@ -42,6 +45,9 @@ def run(argv: Sequence[str]) -> int:
 
     model, method, trainable, _ = load_adapted(options.adapter, options.model, untie=options.untie)
 
+    if is_peft(options.adapter):
+        _check_names(options.adapter, model)
+
     from lora_jax.formats.peft import save_adapter
     from lora_jax.models.load import checked_dtype
 
@@ -52,3 +58,19 @@ def run(argv: Sequence[str]) -> int:
     else:
         say(f"{len(trainable)} adapted or trained parameters; the adapter is in {options.out}")
     return 0
+
+
+def _check_names(adapter: str, model: Any) -> None:
+    """Raises `RequestError` if the adapter's class has a head that `model` leaves out.
+
+    What is written is named for `model`'s own class, where peft on the other would find nothing.
+    """
+    from lora_jax.formats.peft_keys import read_keys
+    from lora_jax.formats.peft_names import Names
+
+    keys = read_keys(Path(adapter))
+    if cut := Names.of(model).view_of(keys.parts).cut:
+        raise RequestError(
+            f"{adapter} was made on a class with a head that {model.name} is read without (its "
+            f"modules begin with {cut!r}) and could not be read there again; `lora-jax merge` it"
+        )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +12,7 @@ import pytest
 import lora_jax as lj
 from lora_jax.cli.main import main
 from lora_jax.formats.peft import load_adapter, save_adapter
-from lora_jax.formats.safetensors import read_tensors
+from lora_jax.formats.safetensors import read_tensors, write_tensors
 
 FIXTURES = Path(__file__).resolve().parent.parent / "fixtures" / "peft"
 
@@ -79,6 +80,22 @@ def test_a_head_on_a_pooling_goes_beside_and_comes_back(tmp_path):
     jax.tree.map(np.testing.assert_array_equal, dict(trainable), again)
     with pytest.raises(lj.RequestError, match="head='classification'"):
         load_adapter(tmp_path / "out", lj.load_model("tiny-bert"))
+
+
+def test_names_of_a_class_with_another_head_are_not_lost_silently(tmp_path, capsys):
+    """As of BertForMaskedLM, whose modules begin with "bert.", read here as the bare encoder."""
+    folder = Path(shutil.copytree(FIXTURES / "adapters" / "bert-cls", tmp_path / "mlm"))
+    path = folder / "adapter_config.json"
+    changes = {"task_type": None, "modules_to_save": None}
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+    tensors = read_tensors(folder / "adapter_model.safetensors")
+    kept = {name: x for name, x in tensors.items() if "classifier" not in name}
+    write_tensors(folder / "adapter_model.safetensors", kept)
+    base = str(FIXTURES / "bases" / "bert")
+    load_adapter(folder, lj.load_model(base, tokenizer=False))
+    out = tmp_path / "out"
+    assert main(["convert", str(folder), f"--model={base}", f"--out={out}"]) == 2
+    assert "begin with 'bert.'" in capsys.readouterr().err and not out.exists()
 
 
 def test_counts_come_from_shapes_alone(capsys):
