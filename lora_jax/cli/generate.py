@@ -221,9 +221,8 @@ def _answer(
     settings: Decoding,
     key: Any,
 ) -> Answers:
-    import numpy as np
-
-    from lora_jax.generate import compile_first, decode_texts, generate
+    from lora_jax.generate import compile_first
+    from lora_jax.generate.text import answer_batches
 
     tokens, mask = inputs
     size = min(BATCH, len(tokens))
@@ -231,15 +230,11 @@ def _answer(
     seconds = compile_first(model, params, tokens[:size], mask[:size], settings, key=key)
     _tell(f"{name}: compiled in {seconds:.1f} s; answering …")
     start, texts, num_tokens = time.perf_counter(), [], 0
-    for first in range(0, len(tokens), size):
-        chosen = np.arange(first, min(first + size, len(tokens)))
-        # The last batch is filled up, so that it has the shape of the others.
-        rows = np.resize(chosen, size)
-        found = generate(
-            model, params, tokens[rows], mask[rows], settings, key=key, row_numbers=rows
-        )
-        texts += decode_texts(model, found)[: len(chosen)]
-        num_tokens += int(np.asarray(found.lengths)[: len(chosen)].sum())
+    for own, count in answer_batches(
+        model, params, tokens, mask, settings, key=key, batch_size=size
+    ):
+        texts += own
+        num_tokens += count
         if len(tokens) > size:
             _tell(f"{name}: {len(texts)} of {len(tokens)} prompts")
     answers = Answers(name, path, texts, num_tokens, time.perf_counter() - start)

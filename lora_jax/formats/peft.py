@@ -6,6 +6,7 @@ or alpha / √r with `use_rslora`; this project's `a` and `b` are their transpos
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import re
 from collections import defaultdict
@@ -211,11 +212,7 @@ def _method_of(
     if tied := rules(tied=True):
         # rsLoRA's scale, as an alpha.
         if config.use_rslora:
-            tied = [_with_alpha(rule, rule.alpha * rule.rank**0.5) for rule in tied]
+            tied = [dataclasses.replace(r, alpha=r.alpha * r.rank**0.5) for r in tied]
         own = {} if plain else {"train": train}
         methods.append(LookupLoRA(rules=tied, **own, **shared))
     return (methods[0] if len(methods) == 1 else Combined(methods)), trainable
-
-
-def _with_alpha(rule: Rule, alpha: float) -> Rule:
-    return Rule(rule.targets, rank=rule.rank, alpha=alpha, dropout=rule.dropout)

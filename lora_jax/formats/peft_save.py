@@ -12,7 +12,6 @@ from typing import Any
 import numpy as np
 
 from lora_jax.core.errors import RequestError
-from lora_jax.core.hashes import hash_params
 from lora_jax.formats.atomic import atomic_folder, write_json
 from lora_jax.formats.peft_config import CONFIG, PeftConfig
 from lora_jax.formats.peft_keys import PREFIX, TENSORS
@@ -24,7 +23,7 @@ from lora_jax.models.checkpoint import HEAD_ENTRIES, HEAD_FILE
 from lora_jax.models.families import CAUSAL_LM
 from lora_jax.models.functional import flatten
 from lora_jax.models.hf_names import tensors_from_params
-from lora_jax.models.model import Model, unstack_layers
+from lora_jax.models.model import Model
 
 # Of the weights that an adapter was trained on; readers that do not know it pass it over.
 _BASE_KEY = "lora_jax.base"
@@ -70,7 +69,7 @@ def save_adapter(
         write_json(temporary / CONFIG, config)
         # As a reader will read it: what our own reader cannot is never left behind.
         PeftConfig.read(temporary / CONFIG)
-        metadata = {"format": "pt", _BASE_KEY: f"{_dtype_of(model)}:{_body_hash(model)}"}
+        metadata = {"format": "pt", _BASE_KEY: f"{_dtype_of(model)}:{model.body_hash}"}
         metadata |= {HEAD_KEY: HEAD_FILE} if written.has_pooled_head else {}
         write_tensors(temporary / TENSORS, tensors, metadata=metadata)
         if written.has_pooled_head:
@@ -87,20 +86,12 @@ def check_base(path: Path, model: Model) -> None:
     dtype, _, base_hash = said.partition(":")
     if not base_hash or dtype != _dtype_of(model):
         return
-    own = _body_hash(model)
+    own = model.body_hash
     if base_hash != own:
         raise RequestError(
             f"{path} was trained on other weights than model {model.name} has (hash "
             f"{base_hash[:12]}, here {own[:12]}); load the model it was trained on"
         )
-
-
-def _body_hash(model: Model) -> str:
-    """sha256 of what is the same whatever head the model was loaded with, tied, untied or none."""
-    flat = unstack_layers(model.config, flatten(model.params))
-    return hash_params(
-        {path: x for path, x in flat.items() if not path.startswith(("head/", "pooler/"))}
-    )
 
 
 def _dtype_of(model: Model) -> str:

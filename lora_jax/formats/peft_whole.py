@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-from collections import defaultdict
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -79,7 +78,6 @@ def whole_values(
     """`{path: array}` of the parameters that the file holds whole: heads, norms, biases."""
     flat = flatten(model.params)
     adapted = {view.here(name) for name in keys.parts}
-    stacked: dict[str, set[int]] = defaultdict(set)
     values: dict[str, Any] = {}
     given = {view.here(name): array for name, array in keys.whole.items()}
     for name, entry in names.tensors.items():
@@ -116,7 +114,6 @@ def whole_values(
         if entry.path not in values:
             values[entry.path] = np.array(old)
         values[entry.path][entry.index] = array
-        stacked[entry.path].add(entry.index)
     if given:
         extra = sorted(given)
         raise RequestError(

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from lora_jax.core.errors import RequestError
-from lora_jax.data import Examples
+from lora_jax.data import Examples, references_of
 from lora_jax.data.completions import prompt_ids
 from lora_jax.generate.settings import Decoding
 from lora_jax.generate.text import answer_rows, pad_left
@@ -30,14 +30,12 @@ class Questions:
         """
         if examples.seconds is None:
             raise RequestError("these data have labels, not texts; decode a model of completions")
-        found: dict[str, list[str]] = {}
-        for prompt, completion in zip(examples.texts, examples.seconds, strict=True):
-            found.setdefault(prompt, []).append(completion)
+        found = references_of(examples)
         prompts = list(found)
         if 0 < limit < len(prompts):
             # Neighbours share most of their properties, so the first ones would be one restaurant.
             prompts = [prompts[n * len(prompts) // limit] for n in range(limit)]
-        return cls(tuple(prompts), tuple(tuple(found[prompt]) for prompt in prompts))
+        return cls(tuple(prompts), tuple(found[prompt] for prompt in prompts))
 
 
 def answer(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -57,8 +57,28 @@ def answer_rows(
     """`generate_text` for prompts that are token ids (B, T) already, as `pad_left` gives them."""
     if isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1:
         raise RequestError(f"batch_size={batch_size!r} must be a whole number of at least 1")
-    batch_size = min(batch_size, len(tokens))
     texts: list[str] = []
+    for own, _ in answer_batches(
+        model, params, tokens, mask, settings, key=key, batch_size=batch_size
+    ):
+        texts += own
+        if show is not None:
+            show(len(texts) // settings.num_return)
+    return texts
+
+
+def answer_batches(
+    model: Model,
+    params: Any,
+    tokens: np.ndarray,
+    mask: np.ndarray,
+    settings: Decoding,
+    *,
+    key: jax.Array | None,
+    batch_size: int,
+) -> Iterator[tuple[list[str], int]]:
+    """`(texts, number of their tokens)` of one batch of prompts after another."""
+    batch_size = min(batch_size, len(tokens))
     for start in range(0, len(tokens), batch_size):
         chosen = np.arange(start, min(start + batch_size, len(tokens)))
         # The last batch is filled up, so that it has the shape of the others.
@@ -67,10 +87,8 @@ def answer_rows(
         found = generate(
             model, params, tokens[rows], mask[rows], settings, key=key, row_numbers=numbers
         )
-        texts += decode_texts(model, found)[: len(chosen) * settings.num_return]
-        if show is not None:
-            show(len(texts) // settings.num_return)
-    return texts
+        count = len(chosen) * settings.num_return
+        yield decode_texts(model, found)[:count], int(np.asarray(found.lengths)[:count].sum())
 
 
 def encode_prompts(model: Model, prompts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:

@@ -97,6 +97,13 @@ class Model:
         base = {p: x for p, x in flat.items() if not re.fullmatch(self.head_pattern, p)}
         return hash_params(unstack_layers(self.config, base))
 
+    @functools.cached_property
+    def body_hash(self) -> str:
+        """sha256 (hex) of what is the same whatever head, tied or not, the model has."""
+        flat = unstack_layers(self.config, flatten(self.params))
+        body = {p: x for p, x in flat.items() if not p.startswith(("head/", "pooler/"))}
+        return hash_params(body)
+
     def make_cache(self, *, batch_size: int, length: int, dtype: Any = None) -> Cache:
         """An empty `Cache` for `length` columns; in the embedding's dtype by default.
 
