@@ -13,6 +13,6 @@ if "xla_force_host_platform_device_count" not in flags:
     os.environ["XLA_FLAGS"] = f"{flags} --xla_force_host_platform_device_count=8".strip()
 cache = ROOT / ".cache" / f"jax-{sys.version_info.major}.{sys.version_info.minor}"
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(cache))
-os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.3")
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.05")
 # Tests never reach for the network; a hub id must fail the way it does on a plane.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")

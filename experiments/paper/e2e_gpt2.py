@@ -24,7 +24,8 @@ Different here: the weights of the best validation loss are kept, theirs are the
 Adam adds eps before the bias correction, Optax after it.
 
 Decoding: beams of 10, no n-gram of 4 twice, at most 64 tokens. The length penalty is 0.9 in Table
-11 and 0.8 in the code's README; DECODING follows the paper. The README also ends at "\\n\\n" (628),
+11 and 0.8 in the code's README; DECODING follows the paper. N-grams of the prompt may come again,
+as in the code's gpt2_beam.py (transformers counts them). The README also ends at "\\n\\n" (628),
 which no training text has; here only the end of text ends.
 
 Measured here: not yet.
@@ -40,6 +41,7 @@ DECODING = {
     "num_beams": 10,
     "length_penalty": 0.9,
     "no_repeat_ngram_size": 4,
+    "no_repeat_in_prompt": False,
     "max_new_tokens": 64,
 }
 SIZES = {

@@ -46,16 +46,22 @@ def load_adapted(
     return adapted.model, adapted.method, adapted.trainable, adapted.frozen
 
 
+def base_of(folder: Path) -> str:
+    """The base model that a PEFT folder names. Raises `RequestError` if it names none."""
+    from lora_jax.models.config_fields import read_json
+
+    base = read_json(folder / PEFT_CONFIG, kind=dict).get("base_model_name_or_path")
+    if not isinstance(base, str) or not base:
+        raise RequestError(f"{folder}/{PEFT_CONFIG} names no base model; give it: --model=…")
+    return base
+
+
 def _load_peft(path: str, base: str | None, untie: bool):
     from lora_jax.formats.peft import load_adapter
     from lora_jax.formats.peft_keys import read_keys
     from lora_jax.models import load_model
-    from lora_jax.models.config_fields import read_json
 
-    raw = read_json(Path(path) / PEFT_CONFIG, kind=dict)
-    base = base or raw.get("base_model_name_or_path")
-    if not isinstance(base, str) or not base:
-        raise RequestError(f"{path}/{PEFT_CONFIG} names no base model; give it: --model=…")
+    base = base or base_of(Path(path))
     folder = Path(base) if Path(base).is_dir() else None
     keys = read_keys(Path(path))
     num_labels = _num_labels(Path(path), keys.whole)

@@ -10,6 +10,7 @@ from typing import Any
 from lora_jax.cli.adapters import is_peft, load_adapted
 from lora_jax.cli.requests import Parser, add_json, say
 from lora_jax.core.errors import RequestError
+from lora_jax.formats.atomic import check_new
 
 EXAMPLES = """\
 Examples:
@@ -42,16 +43,18 @@ def run(argv: Sequence[str]) -> int:
     )
     add_json(parser)
     options = parser.parse_args(argv)
+    check_new(options.out)
 
+    from lora_jax.models.load import checked_dtype
+
+    dtype = None if options.dtype is None else checked_dtype(options.dtype)
     model, method, trainable, _ = load_adapted(options.adapter, options.model, untie=options.untie)
 
     if is_peft(options.adapter):
         _check_names(options.adapter, model)
 
     from lora_jax.formats.peft import save_adapter
-    from lora_jax.models.load import checked_dtype
 
-    dtype = None if options.dtype is None else checked_dtype(options.dtype)
     save_adapter(options.out, method, trainable, model, plain=options.plain, dtype=dtype)
     if options.json:
         say(json.dumps({"folder": str(options.out), "entries": len(trainable)}))

@@ -19,13 +19,21 @@ Examples:
 
 A language model's own texts, before and after training, as the paper decodes E2E (0: all prompts):
   lora-jax evaluate runs/e2e/cells/run --texts=100 --num-beams=10 --length-penalty=0.9 \\
-      --no-repeat-ngram=4
+      --no-repeat-ngram=4 --repeat-prompt
 BLEU is sacrebleu's over all references of a prompt, ROUGE-L rouge_score's; every text is kept in
 the cell's texts-SPLIT.json.
 
 The data and the model are those of the run's config; its data must still have the same hash.
 """
 NUM_SHOWN = 10
+# Options of decoding, and what `Decoding` calls them.
+_DECODING = {
+    "max_new_tokens": "max_new_tokens",
+    "num_beams": "num_beams",
+    "length_penalty": "length_penalty",
+    "no_repeat_ngram": "no_repeat_ngram_size",
+    "no_repeat_in_prompt": "no_repeat_in_prompt",
+}
 
 
 def run(argv: Sequence[str]) -> int:
@@ -35,37 +43,50 @@ def run(argv: Sequence[str]) -> int:
     parser.add_argument("--merged", action="store_true", help="merge first, then the plain model")
     texts = parser.add_argument_group("a language model's texts, in place of its loss")
     texts.add_argument("--texts", type=int, metavar="N", help="decode N prompts of the split")
-    texts.add_argument("--max-new-tokens", type=int, default=64, metavar="N", help="default: 64")
-    texts.add_argument("--num-beams", type=int, default=1, metavar="N", help="default: 1, greedy")
-    texts.add_argument("--length-penalty", type=float, default=1.0, metavar="X")
-    texts.add_argument("--no-repeat-ngram", type=int, default=0, metavar="N")
+    texts.add_argument("--max-new-tokens", type=int, metavar="N", help="default: 64")
+    texts.add_argument("--num-beams", type=int, metavar="N", help="default: 1, greedy")
+    texts.add_argument("--length-penalty", type=float, metavar="X", help="default: 1")
+    texts.add_argument("--no-repeat-ngram", type=int, metavar="N", help="default: 0, none")
+    texts.add_argument(
+        "--repeat-prompt",
+        dest="no_repeat_in_prompt",
+        action="store_const",
+        const=False,
+        help="what stands in the prompt may come again, as in the paper's decoder",
+    )
     add_json(parser)
     options = parser.parse_args(argv)
     cell = cell_of(options.cell)
+    given = {name: value for name in _DECODING if (value := getattr(options, name)) is not None}
     if options.texts is not None:
-        return _texts(cell, options)
+        return _texts(cell, options, given)
+    if given:
+        option = f"--{next(iter(given)).replace('_', '-')}".replace("no-repeat-in", "repeat")
+        raise RequestError(f"{option} is for texts; add --texts=N, or leave it out")
 
     from lora_jax.train.again import evaluate_cell
+    from lora_jax.train.finish import measure
+    from lora_jax.train.task_metrics import describe_scores
+    from lora_jax.train.workdir import read_json_file
 
-    result, data_hash = evaluate_cell(cell, split=options.split, merged=options.merged)
+    result, splits = evaluate_cell(cell, split=options.split, merged=options.merged)
     numbers = {
         "split": options.split,
         "loss": result.loss,
         "accuracy": result.accuracy,
         "n": result.num_examples,
-        "data_hash": data_hash,
+        **measure(result, splits.metrics),
+        "data_hash": splits.data_hash,
     }
     if options.json:
         say(json.dumps(numbers))
     else:
-        say(
-            f"{cell.name}: {options.split} loss {result.loss:.4f}, accuracy {result.accuracy:.4f} "
-            f"({result.num_examples:,} examples)"
-        )
+        head = read_json_file(cell / "config.json")["model"].get("head")
+        say(f"{cell.name}: {options.split} {describe_scores(numbers, head)}")
     return 0
 
 
-def _texts(cell: Path, options: Any) -> int:
+def _texts(cell: Path, options: Any, given: dict[str, Any]) -> int:
     if options.texts < 0:
         raise RequestError(f"--texts={options.texts}; give a number of prompts, or 0 for all")
     from lora_jax.formats.atomic import write_json
@@ -74,19 +95,16 @@ def _texts(cell: Path, options: Any) -> int:
     from lora_jax.train import enable_compilation_cache
     from lora_jax.train.again import load_cell
 
-    settings = Decoding(
-        options.max_new_tokens,
-        num_beams=options.num_beams,
-        length_penalty=options.length_penalty,
-        no_repeat_ngram_size=options.no_repeat_ngram,
-    )
+    given = {"max_new_tokens": 64, **given}
+    settings = Decoding(**{_DECODING[name]: value for name, value in given.items()})
     enable_compilation_cache()
     _, adapted, splits = load_cell(cell)
     questions = Questions.of(getattr(splits, options.split), options.texts)
+    trained = adapted.method.merge if options.merged else adapted.method.bind
     found: dict[str, Any] = {}
     trees = {
         "base": adapted.model.params,
-        cell.name: adapted.method.bind(adapted.trainable, adapted.frozen),
+        cell.name: trained(adapted.trainable, adapted.frozen),
     }
     for name, params in trees.items():
 
@@ -97,12 +115,8 @@ def _texts(cell: Path, options: Any) -> int:
         found[name] = {"scores": score(questions, texts), "texts": texts}
     kept = {
         "split": options.split,
-        "decoding": {
-            "max_new_tokens": options.max_new_tokens,
-            "num_beams": options.num_beams,
-            "length_penalty": options.length_penalty,
-            "no_repeat_ngram_size": options.no_repeat_ngram,
-        },
+        "merged": options.merged,
+        "decoding": {name: getattr(settings, name) for name in _DECODING.values()},
         "prompts": questions.prompts,
         "references": questions.references,
         "answers": found,

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from lora_jax.cli.adapters import base_of
 from lora_jax.cli.requests import Parser, add_json, cell_of, say
 from lora_jax.core.errors import RequestError
 
@@ -28,7 +29,7 @@ Examples:
         --prompt="name[The Mill], food[Indian]" --prompt="name[Aromi], food[French]"
   Beam search, as the paper decodes E2E:
     lora-jax generate --adapter=runs/e2e/cells/run --prompts-file=meanings.txt \\
-        --num-beams=10 --length-penalty=0.8 --no-repeat-ngram=4
+        --num-beams=10 --length-penalty=0.9 --no-repeat-ngram=4 --repeat-prompt
   Draws instead of the most probable token (any of these four options turns drawing on):
     lora-jax generate --model=smollm2-135m --prompt="Once upon a time" \\
         --temperature=0.8 --top-k=50 --top-p=0.95 --seed=1
@@ -75,13 +76,14 @@ def run(argv: Sequence[str]) -> int:
         num_beams=options.num_beams,
         length_penalty=options.length_penalty,
         no_repeat_ngram_size=options.no_repeat_ngram,
+        no_repeat_in_prompt=not options.repeat_prompt,
         **sampling,
     )
     enable_compilation_cache()
     runs = [folder for path in options.adapter if (folder := _run_folder(path)) is not None]
     known = {runs[0]: load_adapter(runs[0])} if runs else {}
     if options.model is None and not runs:
-        raise RequestError("--model is missing; name the model, such as --model=smollm2-135m")
+        options.model = _base_of_first(options.adapter)
     stacked = bool(runs) and getattr(known[runs[0]].model.config, "scan_layers", False)
     if options.model is not None:
         model = load_model(options.model, scan_layers=stacked)
@@ -117,7 +119,9 @@ def _parser() -> Parser:
         epilog=EXAMPLES,
     )
     add = parser.add_argument
-    add("--model", metavar="NAME", help="a name, folder or hub id; default: the first run's own")
+    add(
+        "--model", metavar="NAME", help="a name, folder or hub id; default: the first adapter's own"
+    )
     add("--adapter", action="append", default=[], metavar="PATH",
         help="a run's WORKDIR/cells/NAME or its adapter/, or PEFT's; repeatable")  # fmt: skip
     add("--prompt", action="append", default=[], metavar="TEXT", help="repeatable")
@@ -130,6 +134,8 @@ def _parser() -> Parser:
     add("--length-penalty", type=float, default=1.0, metavar="X",
         help="of beams: score = log-probability / length^X; default: 1")  # fmt: skip
     add("--no-repeat-ngram", type=int, default=0, metavar="N", help="no run of N tokens twice")
+    add("--repeat-prompt", action="store_true",
+        help="but what stands in the prompt may come again, as the paper decodes")  # fmt: skip
     sampled = parser.add_argument_group("drawing (any of them turns it on)")
     sampled.add_argument("--temperature", type=float, metavar="X", help="default: 1")
     sampled.add_argument("--top-k", type=int, metavar="N", help="keep the N most probable tokens")
@@ -172,6 +178,15 @@ def _run_folder(path: str) -> Path | None:
     if not folder.is_dir() or (folder / "adapter_config.json").exists():
         return None
     return cell_of(folder) / "adapter"
+
+
+def _base_of_first(adapters: Sequence[str]) -> str:
+    """The base that the first of some PEFT adapters names."""
+    if not adapters:
+        raise RequestError("--model is missing; name the model, such as --model=smollm2-135m")
+    from lora_jax.models.sources import find_adapter
+
+    return base_of(find_adapter(adapters[0]))
 
 
 def _bound(model: Model, path: str, known: dict[Path, Adapted]) -> Any:

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 from lora_jax.cli.adapters import load_adapted
 from lora_jax.cli.requests import Parser, add_json, say
+from lora_jax.formats.atomic import check_new
 
 EXAMPLES = """\
 Examples:
@@ -37,6 +38,7 @@ def run(argv: Sequence[str]) -> int:
     )
     add_json(parser)
     options = parser.parse_args(argv)
+    check_new(options.out)
 
     model, method, trainable, frozen = load_adapted(
         options.cell, options.model, untie=options.untie

@@ -55,12 +55,14 @@ def run(argv: Sequence[str]) -> int:
 
 def summary(card, workdir: str, name: str) -> str:
     """The result in three lines, and where to look next."""
+    from lora_jax.train.task_metrics import describe_scores
+
     metrics, counts = card["metrics"], card["counts"]
     test, best = metrics["test"], metrics["validation"]["best_step"]
+    head = card["config"]["model"].get("head")
     return "\n".join(
         [
-            f"{name}: test loss {test['loss']:.4f}, accuracy {test['accuracy']:.4f} "
-            f"({test['n']:,} examples), with the weights of step {best}",
+            f"{name}: test {describe_scores(test, head)}, with the weights of step {best}",
             f"{counts['adapter']:,} adapter parameters and {counts['head']:,} of the head, "
             f"{metrics['adapter_bytes']:,} bytes; {metrics['stopped']}",
             f"in {workdir}/cells/{name}; see it: lora-jax report {shlex.quote(str(workdir))}",

@@ -45,7 +45,9 @@ class Rule:
     `rank` ≥ 1; `alpha` > 0 (LoRA's scale is alpha / rank); `dropout` in [0, 1) on the adapter's
     input; `init` names how `a` starts: "kaiming_uniform", U(±1/√in), as the paper's code has it
     (Kaiming with a = √5); "gaussian", N(0, 1/in), the paper's text, which leaves σ open; or
-    "orthogonal", orthonormal columns. `b` starts at zero. Raises `RequestError` for values outside.
+    "orthogonal", orthonormal columns. `b` starts at zero. `any_rank` allows a rank above the
+    matrix's own, which adds nothing but which adapters of others have. Raises `RequestError` for
+    values outside.
     """
 
     targets: str | Sequence[str]
@@ -56,6 +58,7 @@ class Rule:
     layers: Sequence[int] | None = None
     exclude: str | Sequence[str] = ()
     slice: tuple[int, int, int] | None = None
+    any_rank: bool = False
 
     def __post_init__(self):
         for name in ("targets", "exclude"):

@@ -22,7 +22,8 @@ class GlueTask:
     """Where a task's files have what: columns of one or two texts and of the label.
 
     `header` names the columns where the file does not; of each split's files the first that is
-    there is read; `metrics` are those beside accuracy that the task is judged by.
+    there is read; `metrics` are those beside accuracy that the task is judged by; `labels` are the
+    known ones of a file without a header, by which another task's file is told.
     """
 
     texts: tuple[str, ...]
@@ -33,6 +34,7 @@ class GlueTask:
     test: tuple[str, ...] = DEV
     target: str = "class"
     metrics: tuple[str, ...] = ()
+    labels: tuple[str, ...] = ()
 
 
 _SENTENCES = ("sentence1", "sentence2")
@@ -41,7 +43,10 @@ _MRPC_TEST = (*DEV, "msr_paraphrase_test.txt")
 GLUE_TASKS: Mapping[str, GlueTask] = MappingProxyType(
     {
         "cola": GlueTask(
-            ("sentence",), header=("source", "label", "star", "sentence"), metrics=("matthews",)
+            ("sentence",),
+            header=("source", "label", "star", "sentence"),
+            metrics=("matthews",),
+            labels=("0", "1"),
         ),
         "sst2": GlueTask(("sentence",)),
         "mrpc": GlueTask(
@@ -132,6 +137,11 @@ def read_glue(file: Path, task: GlueTask) -> tuple[list[tuple[tuple[str, ...], s
         label = record[task.label].strip()
         if not all(texts) or not label:
             raise RequestError(f"{place}: an empty text or label; fill it or remove the line")
+        if task.labels and label not in task.labels:
+            raise RequestError(
+                f"{place}: label {label!r} is none of {', '.join(task.labels)}; data.task must be "
+                "the folder's task"
+            )
         rows.append((texts, label, place))
     if not rows:
         raise RequestError(f"{file} holds no examples; put the task's own file there")

@@ -47,8 +47,7 @@ def atomic_folder(path: str | os.PathLike) -> Iterator[Path]:
     Raises `RequestError` if `path` exists already or the disk cannot take it.
     """
     path = Path(path)
-    if path.exists():
-        raise RequestError(f"{path} exists already; choose another folder or remove it first")
+    check_new(path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent))
@@ -64,6 +63,12 @@ def atomic_folder(path: str | os.PathLike) -> Iterator[Path]:
         raise _write_error(path, error) from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def check_new(path: str | os.PathLike) -> None:
+    """Raises `RequestError` if there is something at `path` already: before the long work."""
+    if os.path.lexists(path):
+        raise RequestError(f"{path} exists already; choose another folder or remove it first")
 
 
 def write_text(path: str | os.PathLike, text: str) -> None:

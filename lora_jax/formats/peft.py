@@ -193,7 +193,13 @@ def _method_of(
 
     def rules(tied: bool) -> list[Rule]:
         return [
-            Rule(pattern_of_paths(paths, flat), rank=rank, alpha=alpha, dropout=config.lora_dropout)
+            Rule(
+                pattern_of_paths(paths, flat),
+                rank=rank,
+                alpha=alpha,
+                dropout=config.lora_dropout,
+                any_rank=True,
+            )
             for (rank, alpha, is_tied), paths in groups.items()
             if is_tied == tied
         ]

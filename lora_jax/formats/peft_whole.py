@@ -139,14 +139,8 @@ def pooled_head(model: Model, folder: Path) -> dict[str, Any]:
             f"{folder} holds {HEAD_FILE}, a head for pooled hidden states, but this model has "
             "none; load it with head='classification'"
         )
-    return params_from_tensors(
-        read_tensors(path),
-        HEAD_ENTRIES,
-        flat,
-        ignored=(),
-        place=str(path),
-        convert=lambda p, array: jnp.array(array, dtype=flat[p].dtype),
-    )
+    head = params_from_tensors(read_tensors(path), HEAD_ENTRIES, flat, ignored=(), place=str(path))
+    return {p: jnp.array(array, dtype=flat[p].dtype) for p, array in head.items()}
 
 
 def and_more(names: Sequence[str]) -> str:

@@ -40,9 +40,9 @@ class Plan:
 class Data(NamedTuple):
     """What is not: prompts `tokens_BP`, `mask_BP` (padded on the left) and the settings.
 
-    `first` () int32 is the first column that the caller gave; those before are the program's own
-    padding. `row_R` are the numbers that the rows' keys are folded with. `key` is None where
-    nothing is drawn.
+    `first` () int32 is the first column whose tokens may not be repeated: the first that the caller
+    gave (those before are the program's own padding), or the first new one. `row_R` are the numbers
+    that the rows' keys are folded with. `key` is None where nothing is drawn.
     """
 
     tokens_BP: jax.Array

@@ -6,6 +6,7 @@ import time
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from lora_jax.core.errors import RequestError
@@ -56,8 +57,9 @@ def generate(
     nothing sees; all else is data, parameters included.
 
     The tokens are those of `transformers.generate` (5.x). As there, no_repeat_ngram_size counts the
-    prompt and the caller's padding. Unlike there, what follows the end of a text that beams found
-    is always `pad_token_id` (there it is the end itself if that id is 0).
+    prompt and the caller's padding (unless no_repeat_in_prompt=False). Unlike there, what follows
+    the end of a text that beams found is always `pad_token_id` (there it is the end itself if that
+    id is 0).
 
     Raises `RequestError` for a model without a language model's head, a prompt that is empty, all
     padding, or padded elsewhere than on the left, ids beyond the vocabulary, more tokens than a
@@ -139,8 +141,9 @@ def _prepare(model, params, input_ids, attention_mask, settings, key, row_number
     width = _width(model, given, settings.max_new_tokens)
     extra = ((0, 0), (width - given, 0))
     num_rows = num_prompts * settings.num_return
-    if settings.do_sample and key is None:
-        raise RequestError("do_sample=True needs a key to draw with: key=jax.random.key(0)")
+    if settings.do_sample and not _is_key(key):
+        found = "" if key is None else f", not {key!r}"
+        raise RequestError(f"do_sample=True needs a key to draw with: key=jax.random.key(0){found}")
     row_R = np.arange(num_rows) if row_numbers is None else np.asarray(row_numbers)
     if row_R.shape != (num_rows,):
         raise RequestError(
@@ -151,7 +154,7 @@ def _prepare(model, params, input_ids, attention_mask, settings, key, row_number
     return Data(
         tokens_BP=np.pad(tokens_BP, extra).astype(np.int32),
         mask_BP=np.pad(mask_BP, extra).astype(np.int32),
-        first=np.int32(width - given),
+        first=np.int32(width - given if settings.no_repeat_in_prompt else width),
         pad=np.int32(_in_vocabulary("pad_token_id", pad, model)),
         rules=_rules(model, settings),
         key=key if settings.do_sample else None,
@@ -160,6 +163,15 @@ def _prepare(model, params, input_ids, attention_mask, settings, key, row_number
         top_k=np.int32(min(settings.top_k, model.config.vocab_size)),
         top_p=np.float32(settings.top_p),
     )
+
+
+def _is_key(key: Any) -> bool:
+    """Whether it is one key of `jax.random.key`, or of the older `jax.random.PRNGKey`."""
+    if not isinstance(key, jax.Array):
+        return False
+    if jnp.issubdtype(key.dtype, jax.dtypes.prng_key):
+        return key.ndim == 0
+    return key.dtype == jnp.uint32 and key.ndim == 1
 
 
 def _rules(model: Model, settings: Decoding) -> Rules:

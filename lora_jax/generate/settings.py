@@ -27,7 +27,9 @@ class Decoding:
     log-probability / length ** `length_penalty`; `early_stopping` says when a search ends: True, as
     soon as there are `num_beams` finished texts; False, when no beam of the present length would
     improve on them; "never", when none of any length can. `no_repeat_ngram_size` n above 0 lets no
-    run of n tokens come twice, prompt included.
+    run of n tokens come twice, the prompt's among them; with `no_repeat_in_prompt=False`, which
+    transformers lacks, only new tokens count, as in the LoRA paper's decoder (microsoft/LoRA,
+    gpt2_beam.py): what the prompt says may then be said.
 
     `eos_token_ids` end a text (None: the model's own; (): nothing does), `pad_token_id` fills what
     comes after (None: the model's own). `num_return` texts are given for each prompt: the best of
@@ -48,6 +50,7 @@ class Decoding:
     top_p: float = 1.0
     length_penalty: float = 1.0
     no_repeat_ngram_size: int = 0
+    no_repeat_in_prompt: bool = True
     early_stopping: bool | str = False
     eos_token_ids: tuple[int, ...] | None = None
     pad_token_id: int | None = None
@@ -62,8 +65,13 @@ class Decoding:
                 )
         for name in ("top_k", "no_repeat_ngram_size"):
             _whole_number(name, getattr(self, name), 0, " (0 turns it off)")
-        if not isinstance(self.do_sample, bool):
-            raise RequestError(f"do_sample={self.do_sample!r}; it must be True or False")
+        for name in ("do_sample", "no_repeat_in_prompt"):
+            if not isinstance(getattr(self, name), bool):
+                raise RequestError(f"{name}={getattr(self, name)!r}; it must be True or False")
+        if not (self.no_repeat_in_prompt or self.no_repeat_ngram_size):
+            raise RequestError(
+                "no_repeat_in_prompt=False does nothing without no_repeat_ngram_size; set both"
+            )
         if not isinstance(self.early_stopping, bool) and self.early_stopping != NEVER:
             raise RequestError(
                 f"early_stopping={self.early_stopping!r}; choose True, False or {NEVER!r}"

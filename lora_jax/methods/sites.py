@@ -112,7 +112,7 @@ class Site:
                     "axis of stacked matrices; slice an axis of inputs or outputs"
                 )
         full = min(self.size("i"), self.size("o"))
-        if self.rank > full and not any_rank:
+        if self.rank > full and not (any_rank or self.rule.any_rank):
             raise RequestError(
                 f"rank {self.rank} is above the full rank {full} of {self.name!r} {self.shape}; "
                 f"choose a rank of at most {full} or leave this parameter out"

@@ -4,20 +4,19 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from flax import nnx
 from tokenizers import Tokenizer
 
 from lora_jax.core.errors import RequestError
 from lora_jax.formats.safetensors import read_tensors
 from lora_jax.models.config_fields import Fields, read_json
-from lora_jax.models.families import CAUSAL_LM, ENCODER, Family, find_family
-from lora_jax.models.functional import functional
+from lora_jax.models.families import CAUSAL_LM, ENCODER, Family, find_family, functional_model
 from lora_jax.models.hf_names import Entry, params_from_tensors
+from lora_jax.models.placing import OnHost, Placing
 from lora_jax.models.pooling import FAMILY, read_pooling
 from lora_jax.models.tokenizer import read_tokenizer
 from lora_jax.models.weights_files import Renamed, open_weights
@@ -35,14 +34,13 @@ HEAD_ENTRIES = (
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Request:
-    """What is wanted of a folder: with a task's head or without, and in which form.
+    """What is wanted of a folder: with a task's head or without, and where its tensors go.
 
-    `convert(path, array)` turns a NumPy array of the file into what is kept; `config_changes` are
-    fields of the family's config that are ours to choose (`scan_layers`).
+    `config_changes` are fields of the family's config that are ours to choose (`scan_layers`).
     """
 
     has_head: bool = False
-    convert: Callable[[str, np.ndarray], Any] = lambda path, array: array
+    placing: Placing = OnHost()
     config_changes: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     needs_tokenizer: bool = True
 
@@ -145,18 +143,12 @@ def read_params(
         entries += classifier
     ignored += [_exactly(e.tensor) for e in (*pooler, *classifier) if e not in entries]
     num_labels = tensors[classifier[-1].tensor].shape[:1] if found else ()
-    shapes, _ = functional(
-        lambda: family.module(
-            config,
-            num_labels=num_labels[0] if num_labels else (1 if request.has_head else None),
-            pooling=pooling,
-            rngs=nnx.Rngs(0),
-        )
-    )
+    labels = num_labels[0] if num_labels else (1 if request.has_head else None)
+    shapes, _ = functional_model(config, labels, pooling)
     if not lm_head and "lm_head.weight" in tensors and not request.has_head:
         _check_tied(tensors, family, config, place)
     params = params_from_tensors(
-        tensors, entries, shapes, ignored=ignored, place=place, convert=request.convert
+        tensors, entries, shapes, ignored=ignored, place=place, placing=request.placing
     )
     if not found:
         return params, None, pooling
@@ -225,5 +217,5 @@ def _read_head(path: Path, hidden_size: int, request: Request) -> dict[str, Any]
         "head/bias": np.empty((labels,)),
     }
     return params_from_tensors(
-        tensors, HEAD_ENTRIES, shapes, ignored=(), place=str(path), convert=request.convert
+        tensors, HEAD_ENTRIES, shapes, ignored=(), place=str(path), placing=request.placing
     )

@@ -23,7 +23,9 @@ from lora_jax.models import (
     roberta,
     roberta_hf,
 )
+from lora_jax.models.functional import functional
 from lora_jax.models.hf_names import Entry, linear
+from lora_jax.models.pooling import FAMILY
 
 ENCODER, CAUSAL_LM = "encoder", "causal-lm"
 
@@ -152,3 +154,16 @@ def find_family(model_type: Any, place: str) -> Family:
 def family_of(config: Any) -> Family:
     """Returns the family that a config object belongs to."""
     return next(f for f in FAMILIES.values() if type(config) is f.config)
+
+
+@functools.lru_cache(maxsize=64)
+def functional_model(
+    config: Any, num_labels: int | None = None, pooling: str = FAMILY
+) -> tuple[Mapping[str, Any], Callable]:
+    """`functional` of a config's module, traced once: models alike share what is compiled."""
+    family = family_of(config)
+    make = lambda: family.module(  # noqa: E731
+        config, num_labels=num_labels, pooling=pooling, rngs=nnx.Rngs(0)
+    )
+    shapes, call = functional(make)
+    return MappingProxyType(shapes), call

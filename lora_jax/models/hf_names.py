@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import ml_dtypes
 import numpy as np
 
 from lora_jax.core.errors import RequestError
+from lora_jax.models.placing import OnHost, Placing
 
 _FLOATS = frozenset(np.dtype(t) for t in (np.float64, np.float32, np.float16, ml_dtypes.bfloat16))
 
@@ -55,14 +56,14 @@ def params_from_tensors(
     *,
     ignored: Iterable[str],
     place: str,
-    convert: Callable[[str, np.ndarray], Any] = lambda path, array: array,
+    placing: Placing = OnHost(),  # noqa: B008
 ) -> dict[str, Any]:
-    """Returns `{path: convert(path, array)}`, accounting for every tensor of the file.
+    """Returns `{path: array}` as `placing` keeps them, accounting for every tensor of the file.
 
     Tensors are asked for one by one, and each is let go before the next: with a lazy mapping only
-    the result and one tensor are in memory (of stacked layers, the result and one parameter).
-    `ignored` are regexes (full match) of tensors that are known and not needed. Raises
-    `RequestError` listing what is missing, unexpected, misshapen, not a float, or not finite.
+    the result and one tensor are in memory (two of a layer where layers are stacked). `ignored` are regexes (full match)
+    of tensors that are known and not needed. Raises `RequestError` listing what is missing,
+    unexpected, misshapen, not a float or not finite, or for a number too large for its new dtype.
     """
     wanted = {entry.tensor for entry in entries}
     there = set(tensors)
@@ -72,7 +73,7 @@ def params_from_tensors(
     misshapen, not_float, not_finite = [], [], []
     params: dict[str, Any] = {}
     for path, group in _by_path(entries):
-        shape, stacked = tuple(shapes[path].shape), None
+        shape = tuple(shapes[path].shape)
         for entry in group:
             if entry.tensor not in there:
                 continue
@@ -87,15 +88,22 @@ def params_from_tensors(
                 continue
             if not np.isfinite(tensor).all():
                 not_finite.append(entry.tensor)
-            tensor = tensor.T if entry.is_transposed else tensor
-            if entry.index is None:
-                params[path] = convert(path, tensor)
                 continue
-            if stacked is None:
-                stacked = np.zeros(shape, tensor.dtype)
-            stacked[entry.index] = tensor
-        if stacked is not None:
-            params[path] = convert(path, stacked)
+            # Laid out and cast in one go, and the file's own let go, before it is copied again.
+            tensor = tensor.T if entry.is_transposed else tensor
+            # (Of stacked layers the first one's dtype is that of all.)
+            dtype = params[path].dtype if path in params else placing.dtype(path, tensor.dtype)
+            narrows = dtype.itemsize < tensor.dtype.itemsize
+            with np.errstate(over="ignore"):
+                tensor = np.asarray(tensor, dtype=dtype, order="C")
+            if narrows and not np.isfinite(tensor).all():
+                raise RequestError(f"{path} of {place} does not fit into {dtype}; load it wider")
+            if entry.index is None:
+                params[path] = placing.put(tensor)
+                continue
+            if path not in params:
+                params[path] = placing.empty(shape, dtype)
+            params[path] = placing.put_part(params[path], tensor, entry.index)
     problems = [
         f"{label} {_listed(names)}"
         for label, names in (

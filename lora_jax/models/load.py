@@ -4,21 +4,21 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import nnx
 
 from lora_jax.core.errors import RequestError
 from lora_jax.models.checkpoint import HEAD_FILE, Checkpoint, Request, read_checkpoint
-from lora_jax.models.families import CAUSAL_LM
-from lora_jax.models.functional import flatten, functional, unflatten
+from lora_jax.models.families import CAUSAL_LM, functional_model
+from lora_jax.models.functional import flatten, unflatten
 from lora_jax.models.gguf_checkpoint import is_gguf, read_gguf_checkpoint
 from lora_jax.models.model import NO_HEAD, Model
-from lora_jax.models.sources import find_source
+from lora_jax.models.placing import OnDevice
+from lora_jax.models.sources import checked_path, find_source
 from lora_jax.models.tiny import TINY_MODELS, make_tiny
 
 HEADS = ("classification", "regression")
@@ -60,10 +60,10 @@ def load_model(
         raise RequestError(f"head is {head!r}; choose None, 'classification' or 'regression'")
     num_labels = _checked_num_labels(head, num_labels)
     dtype = None if dtype is None else checked_dtype(dtype)
-    name = os.fspath(path_or_name)
+    name = checked_path(path_or_name)
     request = Request(
         has_head=head is not None,
-        convert=_converter(dtype, name, has_head=head is not None),
+        placing=OnDevice(dtype, name, has_head=head is not None),
         config_changes={"scan_layers": True} if scan_layers else {},
         needs_tokenizer=tokenizer,
     )
@@ -87,14 +87,14 @@ def make_model(
     is_new = head is not None and checkpoint.head is None
     if head is not None:
         num_labels = _num_labels(checkpoint, num_labels)
-        shapes, apply = _module_of(checkpoint, num_labels)
+        shapes, apply = functional_model(checkpoint.config, num_labels, checkpoint.pooling)
         of_head = {path: x.shape for path, x in shapes.items() if path.startswith("head/")}
         new = checkpoint.head or draw_head(of_head, head_key)
         flat |= {
             path: jnp.array(x, dtype=jnp.promote_types(base, "float32")) for path, x in new.items()
         }
     else:
-        shapes, apply = _module_of(checkpoint, None)
+        _, apply = functional_model(checkpoint.config, None, checkpoint.pooling)
     return Model(
         name=checkpoint.name,
         config=checkpoint.config,
@@ -109,13 +109,6 @@ def make_model(
         head_is_new=is_new,
         eos_token_ids=checkpoint.eos_token_ids,
         labels=None if is_new else checkpoint.labels,
-    )
-
-
-def _module_of(checkpoint: Checkpoint, num_labels: int | None):
-    family, config, pooling = checkpoint.family, checkpoint.config, checkpoint.pooling
-    return functional(
-        lambda: family.module(config, num_labels=num_labels, pooling=pooling, rngs=nnx.Rngs(0))
     )
 
 
@@ -154,6 +147,8 @@ def _checked_num_labels(head: str | None, num_labels: Any) -> int | None:
         raise RequestError(f"num_labels={num_labels!r} needs a head: pass head='classification'")
     if isinstance(num_labels, bool) or not isinstance(num_labels, int) or num_labels < 1:
         raise RequestError(f"num_labels is {num_labels!r}; it must be an integer of at least 1")
+    if head == "regression" and num_labels != 1:
+        raise RequestError(f"num_labels is {num_labels}, but a regression has one output")
     return num_labels
 
 
@@ -162,31 +157,9 @@ def checked_dtype(dtype: Any) -> np.dtype:
         resolved = jnp.dtype(dtype)
     except TypeError:
         resolved = None
-    if resolved is None or resolved.name not in _DTYPES:
+    if resolved is None or resolved.name not in _DTYPES or not resolved.isnative:
         raise RequestError(f"dtype is {dtype!r}; choose one of {', '.join(_DTYPES)}")
     return resolved
-
-
-def _converter(
-    dtype: np.dtype | None, name: str, *, has_head: bool
-) -> Callable[[str, np.ndarray], Any]:
-    def convert(path: str, array: np.ndarray) -> Any:
-        if has_head and path.startswith("head/"):
-            return array  # as the file has it: widened by `make_model`, never rounded
-        wanted = dtype or array.dtype
-        if wanted == np.float64 and not jax.config.jax_enable_x64:
-            raise RequestError(
-                f"model {name} in float64 needs jax.config.update('jax_enable_x64', True); "
-                "or pass dtype='float32'"
-            )
-        # A copy of its own: JAX may otherwise keep a view of the file's memory.
-        converted = jnp.array(array, dtype=wanted)
-        narrows = wanted.itemsize < array.dtype.itemsize
-        if narrows and np.isfinite(array).all() and not jnp.isfinite(converted).all():
-            raise RequestError(f"{path} of model {name} does not fit into {wanted}; load it wider")
-        return converted
-
-    return convert
 
 
 def _untied(checkpoint: Checkpoint, request: Request) -> Checkpoint:
@@ -209,6 +182,8 @@ def _num_labels(checkpoint: Checkpoint, num_labels: int | None) -> int:
             )
         return num_labels
     stored = checkpoint.head[_last_kernel(checkpoint.head)].shape[-1]
+    if not stored:
+        raise RequestError(f"the head in {checkpoint.name} has no outputs; its file is damaged")
     if num_labels not in (None, stored):
         raise RequestError(
             f"the head in {checkpoint.name} has {stored} labels, num_labels is {num_labels}; "

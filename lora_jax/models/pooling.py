@@ -66,7 +66,12 @@ def read_pooling(folder: str | os.PathLike) -> str:
         entries = [m for m in modules if isinstance(m, dict) and _is_pooling(m)]
         if not entries:
             return FAMILY
-        path = folder / str(entries[0].get("path", "1_Pooling")) / "config.json"
+        inside = str(entries[0].get("path", "1_Pooling"))
+        if inside != Path(inside).name:
+            raise RequestError(
+                f"{folder}/modules.json names {inside!r}, which is no folder in it; correct it"
+            )
+        path = folder / inside / "config.json"
         if not path.is_file():
             raise RequestError(f"{folder}/modules.json names {path}, which is missing; restore it")
     elif not path.is_file():

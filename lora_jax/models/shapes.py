@@ -16,12 +16,11 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from flax import nnx
 
 from lora_jax.core.errors import RequestError
 from lora_jax.core.trees import nearest
-from lora_jax.models.families import CAUSAL_LM, family_of
-from lora_jax.models.functional import functional, unflatten
+from lora_jax.models.families import CAUSAL_LM, family_of, functional_model
+from lora_jax.models.functional import unflatten
 from lora_jax.models.gpt2 import GPT2Config
 from lora_jax.models.model import NO_HEAD, Model
 from lora_jax.models.pooling import FAMILY
@@ -99,20 +98,13 @@ def abstract_model(
             )
         config = SHAPES[name]
     family = family_of(config)
-
-    def module_of(config: Any):
-        make = lambda: family.module(  # noqa: E731
-            config, num_labels=num_labels, pooling=FAMILY, rngs=nnx.Rngs(0)
-        )
-        return functional(make)
-
     if family.kind == CAUSAL_LM and not config.scan_layers:
         # One stacked layer is traced in place of 96.
-        shapes = _unstacked(module_of(dataclasses.replace(config, scan_layers=True))[0])
-        call = functools.cache(lambda: module_of(config)[1])
-        apply = lambda *args, **kwargs: call()(*args, **kwargs)  # noqa: E731
+        stacked = dataclasses.replace(config, scan_layers=True)
+        shapes = _unstacked(functional_model(stacked, num_labels)[0])
+        apply = lambda *args, **kwargs: functional_model(config, num_labels)[1](*args, **kwargs)  # noqa: E731
     else:
-        shapes, apply = module_of(config)
+        shapes, apply = functional_model(config, num_labels)
     params = {p: jax.ShapeDtypeStruct(x.shape, jnp.dtype(dtype)) for p, x in shapes.items()}
     has_head = num_labels is not None
     return Model(

@@ -43,17 +43,33 @@ def embedded_names() -> list[str]:
     return sorted([*_PACKAGED, *TINY_NAMES])
 
 
+def checked_path(path: str | os.PathLike) -> str:
+    """The path as text. Raises `RequestError` for what is no path, or one no system can have."""
+    text = os.fspath(path) if isinstance(path, str | os.PathLike) else path
+    if not isinstance(text, str) or not text or "\0" in text:
+        raise RequestError(f"{path!r} is not a path or a name; give one as text")
+    return text
+
+
+def _exists(text: str) -> Path | None:
+    """The path if there is something at it; a "~user" that is nobody, or too long, is nothing."""
+    try:
+        path = Path(text).expanduser()
+        return path if path.exists() else None
+    except (OSError, RuntimeError):
+        return None
+
+
 def find_source(path_or_name: str | os.PathLike) -> Path:
     """Returns a model's folder or file: a packaged name's, the path itself, or a hub snapshot.
 
     A name of `embedded_names()` wins over a folder of that name ("./minilm" is the folder). Raises
     `RequestError` when there is none, naming the way out.
     """
-    text = os.fspath(path_or_name)
+    text = checked_path(path_or_name)
     if text in _PACKAGED:
         return _packaged(text)
-    folder = Path(text).expanduser()
-    if folder.exists():
+    if (folder := _exists(text)) is not None:
         return folder
     if not _HUB_ID.fullmatch(text):
         raise RequestError(f"there is no folder {text}{_did_you_mean(text)}")
@@ -74,7 +90,7 @@ def find_adapter(path: str | os.PathLike, adapter_name: str | None = None) -> Pa
 
     `adapter_name` is the subfolder of one of several. Raises `RequestError` when there is none.
     """
-    text = os.fspath(path)
+    text = checked_path(path)
     if adapter_name is not None and (
         adapter_name != Path(adapter_name).name or adapter_name in ("", ".", "..")
     ):
@@ -82,8 +98,8 @@ def find_adapter(path: str | os.PathLike, adapter_name: str | None = None) -> Pa
             f"adapter name {adapter_name!r} is not the name of a folder in {text}; give it without "
             "separators"
         )
-    folder = Path(text).expanduser()
-    if not folder.exists():
+    folder = _exists(text)
+    if folder is None:
         if not _HUB_ID.fullmatch(text):
             raise RequestError(f"there is no folder {text}; give an adapter's folder or a hub id")
         start = "" if adapter_name is None else f"{adapter_name}/"
@@ -108,9 +124,10 @@ def _hub_folder(name: str, files: Sequence[str] = _HUB_FILES) -> Path:
         # Whatever goes wrong between here and the hub (no network, no such repository, no right to
         # it), the request cannot be met; the types raised differ by version of three libraries.
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        hint = _did_you_mean(name).removeprefix("; ")
         raise RequestError(
-            f"there is no folder {name}, and the Hugging Face hub did not give it: {reason}"
-            f"{_did_you_mean(name)}"
+            f"there is no folder {name}, and the Hugging Face hub did not give it; {hint} "
+            f"(the hub: {reason})"
         ) from error
 
 

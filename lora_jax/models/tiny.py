@@ -10,7 +10,6 @@ from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
-from flax import nnx
 from tokenizers import (
     AddedToken,
     Tokenizer,
@@ -23,8 +22,7 @@ from tokenizers import (
 
 from lora_jax.models.bert import BertConfig
 from lora_jax.models.checkpoint import Checkpoint, Request, change_config
-from lora_jax.models.families import CAUSAL_LM, family_of
-from lora_jax.models.functional import functional
+from lora_jax.models.families import CAUSAL_LM, family_of, functional_model
 from lora_jax.models.gpt2 import GPT2Config
 from lora_jax.models.hf_names import params_from_tensors, tensors_from_params
 from lora_jax.models.llama_config import LlamaConfig
@@ -69,16 +67,16 @@ def make_tiny(name: str, request: Request) -> Checkpoint:
     family = family_of(config)
     pooling = "mean" if name == "tiny-bert" else FAMILY
     is_decoder = family.kind == CAUSAL_LM
-    shapes, _ = functional(lambda: family.module(config, pooling=pooling, rngs=nnx.Rngs(0)))
+    shapes, _ = functional_model(config, None, pooling)
     params = _weights(shapes, config.initializer_range)
     entries = family.entries(config) + ([] if request.has_head else family.lm_head(config))
     # Through the names of a file and back, so that stacked layers have the same weights.
     tensors = tensors_from_params(params, entries)
     wanted = change_config(config, request.config_changes)
-    shapes, _ = functional(lambda: family.module(wanted, pooling=pooling, rngs=nnx.Rngs(0)))
+    shapes, _ = functional_model(wanted, None, pooling)
     entries = family.entries(wanted) + ([] if request.has_head else family.lm_head(wanted))
     params = params_from_tensors(
-        tensors, entries, shapes, ignored=(), place=name, convert=request.convert
+        tensors, entries, shapes, ignored=(), place=name, placing=request.placing
     )
     tokenizer = _byte_tokenizer() if is_decoder else _word_tokenizer()
     eos = (256,) if is_decoder else ()

@@ -20,7 +20,7 @@ from lora_jax.report.groups import Basin
 from lora_jax.report.quantities import count_text, rate_text
 from lora_jax.report.ranks import draw_ranks, ranks_by_targets
 from lora_jax.report.runs import Run
-from lora_jax.report.tables import Row, Summary
+from lora_jax.report.tables import Row, Summary, score_names
 
 MAX_PANELS = 24
 
@@ -49,7 +49,7 @@ def draw_figures(summary: Summary) -> list[Drawing]:
 
 def _draw_results(rows: tuple[Row, ...]) -> Drawing:
     """Accuracy and loss side by side, a line per method, with intervals and single seeds."""
-    styles = method_styles(row.method for row in rows)
+    styles, names = method_styles(row.method for row in rows), score_names(rows)
     figure = Figure(figsize=(WIDTH, 1.1 + 0.42 * len(rows)), layout="constrained")
     left, right = figure.subplots(1, 2, sharey=True)
     places = np.arange(len(rows))[::-1]
@@ -61,8 +61,8 @@ def _draw_results(rows: tuple[Row, ...]) -> Drawing:
     left.set_yticks(places, [row.label for row in rows], parse_math=False)
     left.set_ylim(-0.6, len(rows) - 0.4)
     for axes, title, label in (
-        (left, "Test accuracy", "accuracy (%)"),
-        (right, "Test loss", "cross-entropy (nats)"),
+        (left, f"Test {names.accuracy}", f"{names.accuracy} (%)"),
+        (right, "Test loss", names.loss),
     ):
         axes.set_title(title)
         axes.set_xlabel(label)
@@ -118,7 +118,7 @@ def _draw_size(rows: tuple[Row, ...]) -> Drawing:
     axes.set_xscale("log")
     axes.set_xlim(min(sizes) / 2, max(sizes) * 4)
     axes.set_xlabel("trained parameters, adapter and head")
-    axes.set_ylabel("test accuracy (%)")
+    axes.set_ylabel(f"test {score_names(rows).accuracy} (%)")
     axes.xaxis.set_major_formatter(lambda value, _: count_text(round(value)))
     label_points(
         figure,

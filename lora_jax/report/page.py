@@ -13,7 +13,7 @@ from lora_jax.report.groups import BASIN_MARGIN
 from lora_jax.report.quantities import count_text, number_text, rate_text
 from lora_jax.report.rendering import columns, to_csv, to_latex, to_markdown
 from lora_jax.report.runs import read_runs
-from lora_jax.report.tables import Row, Summary, summarise
+from lora_jax.report.tables import Row, Summary, score_names, summarise
 
 # Forbids the page every request, so that it shows the same here, offline and in ten years.
 _POLICY = "default-src 'none'; style-src 'unsafe-inline'; img-src data:"
@@ -131,7 +131,8 @@ def headline(summary: Summary) -> list[str]:
     lines.append(
         f"{best.label}, the adapter with the best validation loss, trains "
         f"{count_text(best.adapter_count)} parameters{share} besides the head, and "
-        f"reaches {number_text(100 * best.test_accuracy, '{:.1f}')}% test accuracy"
+        f"reaches {number_text(100 * best.test_accuracy, '{:.1f}')}% "
+        f"test {score_names(rows).accuracy}"
         f"{_compared(best)}."
     )
     return lines

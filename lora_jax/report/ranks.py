@@ -6,7 +6,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import NullLocator
 
 from lora_jax.report.canvas import LINES, WIDTH, Drawing, method_styles, to_svg
-from lora_jax.report.tables import Row
+from lora_jax.report.tables import Row, score_names
 
 _HUES = ("#2f86c9", "#159b78", "#c2699a", "#d1940a", "#7a6fd0", "#4aa3c7")
 
@@ -31,12 +31,12 @@ def ranks_by_targets(rows: tuple[Row, ...]) -> dict[tuple, list[Row]]:
 def draw_ranks(rows: tuple[Row, ...], series: dict[tuple, list[Row]]) -> Drawing:
     """Loss and accuracy against rank, a line per choice of targets, references as bands."""
     figure = Figure(figsize=(WIDTH, 3.9), layout="constrained")
-    both = figure.subplots(1, 2)
+    both, names = figure.subplots(1, 2), score_names(rows)
     ranks = sorted({row.rank for some in series.values() for row in some})
     shift = 0.06 * math.log2(max(ranks) / min(ranks) * 2)
     measures = (
-        (both[0], "Test loss", "cross-entropy (nats)", _loss),
-        (both[1], "Test accuracy", "accuracy (%)", _accuracy),
+        (both[0], "Test loss", names.loss, _loss),
+        (both[1], f"Test {names.accuracy}", f"{names.accuracy} (%)", _accuracy),
     )
     styles = method_styles(row.method for row in rows)
     for axes, title, label, measure in measures:

@@ -18,11 +18,12 @@ from lora_jax.report.quantities import (
     bytes_text,
     count_text,
     interval_text,
+    number_text,
     rate_text,
     seconds_text,
 )
 from lora_jax.report.statistics import Interval
-from lora_jax.report.tables import Row, Summary
+from lora_jax.report.tables import Row, Summary, score_names
 
 
 @dataclass(frozen=True)
@@ -47,7 +48,8 @@ def columns(summary: Summary) -> list[Column]:
         Column("adapter file", lambda row: (bytes_text(row.adapter_bytes), "")),
         Column("test loss", lambda row: interval_text(row.test_loss, row.loss, "{:.3f}")),
         *_loss_vs_lora(summary, "loss vs LoRA, nats"),
-        Column("test accuracy, %", _accuracy),
+        Column(f"test {score_names(summary.rows).accuracy}, %", _accuracy),
+        *_task_metrics(summary),
         *(Column(versus[name], _versus(name)) for name in summary.references),
         Column("steps and time, and why it ended", _ended_in, numeric=False),
         *([Column("memory", _memory)] if any(row.memory_bytes for row in summary.rows) else []),
@@ -64,7 +66,8 @@ def to_terminal(summary: Summary) -> Table:
         ),
         Column("test loss", lambda row: interval_text(row.test_loss, row.loss, "{:.3f}")),
         *_loss_vs_lora(summary, "vs LoRA"),
-        Column("accuracy %", _accuracy),
+        Column(f"{score_names(summary.rows).accuracy} %", _accuracy),
+        *_task_metrics(summary),
         *(Column(versus[name], _versus(name)) for name in summary.references),
         Column("steps, time", _ended_briefly, numeric=False),
     ]
@@ -120,7 +123,7 @@ def to_latex(summary: Summary) -> str:
 
 def to_records(summary: Summary) -> list[dict]:
     """One flat record per row, in the units of `Row`; what is absent or not finite is None."""
-    records = []
+    records, names = [], _metric_names(summary)
     for row in summary.rows:
         record = {
             "label": row.label,
@@ -139,6 +142,7 @@ def to_records(summary: Summary) -> list[dict]:
             **_interval_record("loss_vs_lora", None, row.loss_vs_lora),
             **_interval_record("accuracy_vs_full", None, row.versus["full"]),
             **_interval_record("accuracy_vs_head", None, row.versus["head"]),
+            **{f"test_{name}": row.task_metrics.get(name) for name in names},
             "test_examples": row.num_examples,
             "steps": " ".join(str(steps) for steps in row.steps),
             "stopped": "; ".join(dict.fromkeys(row.stopped)),
@@ -203,6 +207,24 @@ def _trained(row: Row) -> tuple[str, str]:
 def _accuracy(row: Row) -> tuple[str, str]:
     percent = row.accuracy and row.accuracy.scaled(100)
     return interval_text(100 * row.test_accuracy, percent, "{:.1f}")
+
+
+def _metric_names(summary: Summary) -> list[str]:
+    return list(dict.fromkeys(name for row in summary.rows for name in row.task_metrics))
+
+
+def _task_metrics(summary: Summary) -> list[Column]:
+    """A column for each metric that a data set has of its own, as means over seeds."""
+
+    def column(name: str) -> Column:
+        return Column(f"test {name}", lambda row: (_metric(row, name), ""))
+
+    return [column(name) for name in _metric_names(summary)]
+
+
+def _metric(row: Row, name: str) -> str:
+    value = row.task_metrics.get(name)
+    return ABSENT if value is None else number_text(value, "{:.3f}")
 
 
 def _versus(name: str) -> Callable[[Row], tuple[str, str]]:

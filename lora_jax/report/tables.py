@@ -1,7 +1,9 @@
 """What a working folder's runs amount to: one row per method, with intervals and differences."""
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 
@@ -17,6 +19,8 @@ from lora_jax.report.statistics import (
     paired_difference,
     spread_over_weights,
 )
+from lora_jax.train.task import NEAR
+from lora_jax.train.task_metrics import TASK_METRICS
 
 REFERENCES = ("full", "head")
 
@@ -31,7 +35,9 @@ class Row:
     packed run's seconds are its share. An interval is None where the predictions it needs
     are not there; versus holds, per reference in REFERENCES, this row's accuracy minus the
     reference's on the same examples (None for the reference itself). loss_vs_lora is a variant's
-    test loss minus that of plain LoRA on the same targets, on the same examples.
+    test loss minus that of plain LoRA on the same targets, on the same examples. task_metrics are
+    the means over seeds of what else a data set is judged by; is_regression says that "accuracy" is
+    the share of numbers close to their labels.
     """
 
     label: str
@@ -53,6 +59,8 @@ class Row:
     seed_accuracies: tuple[float, ...]
     versus: dict[str, Interval | None]
     loss_vs_lora: Interval | None
+    task_metrics: dict[str, float]
+    is_regression: bool
     num_examples: int
     steps: tuple[int, ...]
     stopped: tuple[str, ...]
@@ -70,6 +78,22 @@ class Row:
     def test_accuracy(self) -> float:
         """Mean test accuracy over seeds."""
         return self.accuracy.estimate if self.accuracy else float(np.mean(self.seed_accuracies))
+
+
+class ScoreNames(NamedTuple):
+    """What the two scores of every run are called: `loss` with its unit, and `accuracy`."""
+
+    loss: str
+    accuracy: str
+
+
+def score_names(rows: Sequence[Row]) -> ScoreNames:
+    """The names that hold for all rows; of numbers, "accuracy" is a share close to the labels."""
+    if rows and all(row.is_regression for row in rows):
+        return ScoreNames("squared error", f"share within {NEAR}")
+    if any(row.is_regression for row in rows):
+        return ScoreNames("cross-entropy (nats) or squared error", "accuracy")
+    return ScoreNames("cross-entropy (nats)", "accuracy")
 
 
 @dataclass(frozen=True)
@@ -158,6 +182,12 @@ def _row(group: Group, groups, differing, rates_tried: int, seed: int, num_resam
         seed_accuracies=tuple(run.metric("metrics.test.accuracy") for run in group.runs),
         versus=versus,
         loss_vs_lora=None if lora is None else _difference("loss", group, lora, **drawn),
+        task_metrics={
+            name: float(np.mean([run.metric(f"metrics.test.{name}") for run in group.runs]))
+            for name in TASK_METRICS
+            if all(name in run.card["metrics"]["test"] for run in group.runs)
+        },
+        is_regression=group.settings.get("model.head") == "regression",
         num_examples=0 if accuracy is None else accuracy.shape[1],
         steps=tuple(run.card["metrics"]["steps"] for run in group.runs),
         stopped=tuple(run.card["metrics"]["stopped"] for run in group.runs),

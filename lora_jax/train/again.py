@@ -33,11 +33,11 @@ def load_cell(cell: Path) -> tuple[ConfigDict, Adapted, Splits]:
 
 def evaluate_cell(
     cell: Path, *, split: str = "test", merged: bool = False
-) -> tuple[Evaluation, str]:
+) -> tuple[Evaluation, Splits]:
     """Scores the adapter of `cell` on a split of the data it was trained with.
 
     With `merged` the adapter is folded into the base first and the plain model is run. Returns the
-    scores and the hash of the data. Raises `RequestError` if the data have changed since.
+    scores and the data. Raises `RequestError` if the data have changed since.
     """
     config, adapted, splits = load_cell(cell)
     task = task_of(config.model, splits)
@@ -51,4 +51,4 @@ def evaluate_cell(
     if merged:
         trainable, frozen = {}, adapted.method.merge(trainable, frozen)
     scores = make_scores(adapted.model.apply, adapted.method, task=task)
-    return evaluate(scores, trainable, frozen, batches), splits.data_hash
+    return evaluate(scores, trainable, frozen, batches), splits

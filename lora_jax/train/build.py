@@ -23,7 +23,7 @@ from lora_jax.data import (
     load_splits,
     train_batches,
 )
-from lora_jax.formats.adapter import load_trainable
+from lora_jax.formats.adapter import DESCRIPTION, load_trainable
 from lora_jax.methods import Method
 from lora_jax.methods.named import method_of
 from lora_jax.models import Model, load_model
@@ -160,11 +160,11 @@ def make_model(settings: Any, head_key: jax.Array) -> Model:
             settings.name,
             head=head,
             num_labels=settings.get("num_labels"),
-            dtype=settings.dtype,
+            dtype=settings.get("dtype"),
             head_key=head_key,
         )
     scan_layers = bool(settings.get("scan_layers", False))
-    model = load_model(settings.name, dtype=settings.dtype, scan_layers=scan_layers)
+    model = load_model(settings.name, dtype=settings.get("dtype"), scan_layers=scan_layers)
     if model.kind != "causal-lm" or model.eos_token_id is None:
         lacks = f"is an {model.kind}" if model.kind != "causal-lm" else "has no end of text"
         raise RequestError(
@@ -224,14 +224,10 @@ def load_adapter(folder: str | os.PathLike) -> Adapted:
     trained on.
     """
     trainable, description = load_trainable(folder)
-    try:
-        config = ml_collections.ConfigDict(
-            {"model": description["model"], "method": description["method"]}
-        )
-        head_key, init_key, _ = keys_of(description["seed"])
-        base_hash = description["base_hash"]
-    except (KeyError, TypeError) as error:
-        raise RequestError(f"{folder}/method.json lacks {error}; train this cell again") from error
+    _check_description(description, f"{folder}/{DESCRIPTION}")
+    config = ml_collections.ConfigDict({name: description[name] for name in ("model", "method")})
+    head_key, init_key, _ = keys_of(description["seed"])
+    base_hash = description["base_hash"]
     model = make_model(config.model, head_key)
     if model.base_hash != base_hash:
         raise RequestError(
@@ -247,6 +243,27 @@ def load_adapter(folder: str | os.PathLike) -> Adapted:
             f"the tensors in {folder} are not those of its method.json; copy it again"
         )
     return Adapted(model, method, trainable, frozen, description)
+
+
+_DESCRIBED = {
+    "model": dict, "model.name": str, "method": dict, "method.name": str, "seed": int,
+    "base_hash": str,
+}  # fmt: skip
+
+
+def _check_description(description: Any, place: str) -> None:
+    """Raises `RequestError` for what `load_adapter` needs and the description has not."""
+    for name, kind in _DESCRIBED.items():
+        value = description
+        for key in name.split("."):
+            value = value.get(key) if isinstance(value, dict) else None
+        if not isinstance(value, kind) or isinstance(value, bool):
+            raise RequestError(
+                f"{place}: {name} is {value!r}, not {kind.__name__}; copy the folder again, or "
+                "train this cell again"
+            )
+    if not -(2**31) <= description["seed"] < 2**32:
+        raise RequestError(f"{place}: seed is {description['seed']}; copy the folder again")
 
 
 def _signature(leaf: Any) -> str:

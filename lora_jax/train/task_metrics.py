@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 import numpy as np
+
+from lora_jax.train.task import NEAR
 
 
 def matthews(labels: np.ndarray, predictions: np.ndarray) -> float:
@@ -27,6 +32,17 @@ def pearson(labels: np.ndarray, predictions: np.ndarray) -> float:
     x, y = x - x.mean(), y - y.mean()
     norm = np.sqrt(np.sum(x * x) * np.sum(y * y))
     return float(np.sum(x * y) / norm) if norm else 0.0
+
+
+def describe_scores(test: Mapping[str, Any], head: str | None) -> str:
+    """A card's test scores (or `evaluate`'s) in words; `head` is the config's `model.head`.
+
+    >>> describe_scores({"loss": 0.5, "accuracy": 0.75, "n": 8, "matthews": 0.5}, None)
+    'loss 0.5000, accuracy 0.7500, matthews 0.5000 (8 examples)'
+    """
+    share = f"within {NEAR} of the label" if head == "regression" else "accuracy"
+    own = "".join(f", {name} {test[name]:.4f}" for name in TASK_METRICS if name in test)
+    return f"loss {test['loss']:.4f}, {share} {test['accuracy']:.4f}{own} ({test['n']:,} examples)"
 
 
 TASK_METRICS = {"matthews": matthews, "pearson": pearson}

@@ -89,6 +89,25 @@ def test_the_last_position_of_a_model_is_used(gpt2):
         generate(gpt2, gpt2.params, ids, mask, max_new_tokens=23)
 
 
+def test_what_the_prompt_says_may_be_said_where_only_new_tokens_count(llama):
+    # A prompt that says nearly every token: where it counts, few are left to be said.
+    ids = np.random.default_rng(0).permutation(240)[None].astype(np.int32)
+    mask = np.ones_like(ids)
+    settings = {"max_new_tokens": NUM_NEW, "no_repeat_ngram_size": 1}
+    found = generate(llama, llama.params, ids, mask, no_repeat_in_prompt=False, **settings)
+    for row in range(len(ids)):
+        text = ids[row][mask[row] == 1].tolist()
+        start = len(text)
+        for _ in range(int(found.lengths[row])):
+            padded = text + [0] * (ids.shape[1] + NUM_NEW - len(text))
+            scores = next_log_probs(llama, llama.params, padded)[len(text) - 1].copy()
+            scores[text[start:]] = -np.inf
+            text.append(int(scores.argmax()))
+        assert found.tokens[row, : len(text) - start].tolist() == text[start:]
+    counted = generate(llama, llama.params, ids, mask, **settings)
+    assert not np.isin(counted.tokens, ids).any() and np.isin(found.tokens, ids).any()
+
+
 CACHED = {
     "sampled": ("llama", SAMPLED),
     "beams": ("gpt2", {"max_new_tokens": 6, "num_beams": 3, "no_repeat_ngram_size": 2}),

@@ -30,6 +30,7 @@ BAD = {
     "wrong word": ({"num_beams": 2, "early_stopping": "always"}, "'always'"),
     "beyond float32": ({"num_beams": 2, "length_penalty": 50.0}, "length_penalty=50.0"),
     "below float32": ({"num_beams": 2, "length_penalty": -60.0}, "length_penalty=-60.0"),
+    "prompt alone": ({"no_repeat_in_prompt": False}, "no_repeat_in_prompt=False does nothing"),
     "negative size": ({"no_repeat_ngram_size": -1}, "no_repeat_ngram_size=-1"),
     "ends as text": ({"eos_token_ids": "</s>"}, "eos_token_ids='</s>'"),
     "negative end": ({"eos_token_ids": (3, -1)}, "eos_token_ids=-1"),

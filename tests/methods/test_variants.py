@@ -12,7 +12,7 @@ import lora_jax as lj
 from lora_jax.methods.named import METHODS, method_of
 from lora_jax.train.optimizer import make_optimizer
 from tests.core.adapted import largest_difference
-from tests.methods.variants import AXES, TARGETS, X, apply, params_of, trained
+from tests.methods.variants import AXES, TARGETS, X, apply, params_of, started, trained
 
 RANKS = {"vera": 5, "lora_xs": 3}
 VARIANTS = {
@@ -53,8 +53,8 @@ def loss_of(method, frozen):
 
 @pytest.mark.parametrize("name", VARIANTS)
 def test_a_fresh_adapter_is_the_base(name):
-    params, method = params_of(), VARIANTS[name]
-    trainable, frozen = method.init(jax.random.key(1), params)
+    method = VARIANTS[name]
+    params, trainable, frozen = started(method)
     found = jax.jit(lj.lift(apply))(method.bind(trainable, frozen), X)
     base = jax.jit(apply)(params, X)
     if name in START:
@@ -87,17 +87,22 @@ def test_lifted_equals_merge_then_apply_without_materialising(name, float64):
 
 @pytest.mark.parametrize("name", few_fast("dora"))
 def test_adamw_trains_what_trains_and_leaves_fixed_parts_bit_for_bit(name):
-    method, params = VARIANTS[name], params_of()
-    trainable, frozen = method.init(jax.random.key(1), params)
+    method = VARIANTS[name]
+    params, trainable, frozen = started(method)
     tx = method.optimizer(optax.adamw(1e-2, weight_decay=0.5))
     state, start = tx.init(trainable), trainable
     sizes = sum(leaf.size for leaf in jax.tree.leaves(state) if leaf.ndim)
     assert sizes == 2 * method.table(params).num_trainable  # two moments, of what trains alone
     values = []
-    for _ in range(6):
+
+    @jax.jit
+    def step(trainable, state):
         value, grads = jax.value_and_grad(loss_of(method, frozen))(trainable)
         updates, state = tx.update(grads, state, trainable)
-        trainable = optax.apply_updates(trainable, updates)
+        return optax.apply_updates(trainable, updates), state, value
+
+    for _ in range(6):
+        trainable, state, value = step(trainable, state)
         values.append(float(value))
     assert values[-1] < values[0]
     for path, entry in start.items():
@@ -108,8 +113,8 @@ def test_adamw_trains_what_trains_and_leaves_fixed_parts_bit_for_bit(name):
 
 @pytest.mark.parametrize("name", VARIANTS)
 def test_the_table_counts_what_trains(name):
-    method, params = VARIANTS[name], params_of()
-    trainable, _ = method.init(jax.random.key(1), params)
+    method = VARIANTS[name]
+    params, trainable, _ = started(method)
     for row in method.table(params):
         parts = {k: v for k, v in trainable[row.path].items() if k not in method.FIXED}
         assert row.num_trainable == sum(leaf.size for leaf in parts.values())
@@ -119,7 +124,7 @@ def test_the_table_counts_what_trains(name):
 def test_the_norm_that_clips_sees_no_fixed_part(name):
     method = VARIANTS[name]
     _, trainable, frozen = trained(method)
-    grads = jax.grad(loss_of(method, frozen))(trainable)
+    grads = jax.jit(jax.grad(loss_of(method, frozen)))(trainable)
     for entry in grads.values():
         assert not any(np.any(entry[part]) for part in method.FIXED if part in entry)
 
@@ -168,6 +173,6 @@ def test_make_optimizer_takes_a_variants_parts():
     }.items():  # fmt: skip
         setattr(settings, key, value)
     tx = method.optimizer(make_optimizer(settings, 5))
-    grads = jax.grad(loss_of(method, frozen))(trainable)
-    updates, _ = tx.update(grads, tx.init(trainable), trainable)
+    grads = jax.jit(jax.grad(loss_of(method, frozen)))(trainable)
+    updates, _ = jax.jit(tx.update)(grads, tx.init(trainable), trainable)
     assert jax.tree.structure(updates) == jax.tree.structure(trainable)

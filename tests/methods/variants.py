@@ -32,10 +32,20 @@ AXES = lj.kernel_axes(apply, params_of(), X)
 TARGETS = "plain|stacked|heads|table"
 
 
+_STARTED = {}
+
+
+def started(method):
+    """`(params, trainable, frozen)` as the method starts; made once for all tests of a method."""
+    if id(method) not in _STARTED:
+        params = params_of()
+        _STARTED[id(method)] = method, (params, *method.init(jax.random.key(1), params))
+    return _STARTED[id(method)][1]
+
+
 def trained(method, seed=3):
     """`(params, trainable, frozen)` with every part that trains moved from its start at random."""
-    params = params_of()
-    trainable, frozen = method.init(jax.random.key(1), params)
+    params, trainable, frozen = started(method)
     noise = random_like(trainable, seed, scale=0.3)
     moved = {
         name: {

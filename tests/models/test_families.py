@@ -457,16 +457,15 @@ model = load_model(folder, tokenizer=False, scan_layers=scan_layers)
 jax.block_until_ready(model.params)
 done.set()
 thread.join()
-leaves = [x.nbytes for x in jax.tree.leaves(model.params)]
-grown = max(samples) - samples[0]
-print(json.dumps({"grown": grown, "copy": sum(leaves), "largest": max(leaves)}))
+copy = sum(x.nbytes for x in jax.tree.leaves(model.params))
+print(json.dumps({"grown": max(samples) - samples[0], "copy": copy}))
 """
 
 
 @pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads Linux' /proc")
 @pytest.mark.parametrize("form", ["apart", "stacked"])
-def test_loading_takes_one_copy_and_one_parameter_in_passing(tmp_path, form):
+def test_loading_takes_one_copy_and_one_tensor_in_passing(tmp_path, form):
     folder = copied("llama", tmp_path)
     sizes = {"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 3}
     edit_config(folder, **sizes, head_dim=256)
@@ -484,7 +483,9 @@ def test_loading_takes_one_copy_and_one_parameter_in_passing(tmp_path, form):
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     measured = json.loads(done.stdout.splitlines()[-1])
-    assert measured["copy"] > 190e6
-    # As read, and once more inside `jnp.array`; two copies of the model would be 404 MB.
-    slack = 24e6
-    assert measured["grown"] < measured["copy"] + 2 * measured["largest"] + slack, measured
+    largest = max(x.nbytes for x in tensors.values())
+    assert measured["copy"] > 190e6 and largest < 17e6
+    # A stack is there whole while a layer's tensor is turned, and small programs fill it; with one
+    # more copy of a parameter it would be another 17 MB, or 50.
+    most = {"apart": 4e6, "stacked": largest + 16e6}[form]
+    assert measured["grown"] < measured["copy"] + largest + most, measured

@@ -4,6 +4,7 @@ import pytest
 
 from lora_jax.core.errors import RequestError
 from lora_jax.formats.adapter import load_trainable, save_trainable
+from lora_jax.train import load_adapter
 
 
 @pytest.fixture
@@ -47,6 +48,27 @@ def test_damaged_adapter_is_named(trainable, tmp_path):
     (tmp_path / "adapter" / "method.json").write_text("{")
     with pytest.raises(RequestError, match="method.json"):
         load_trainable(tmp_path / "adapter")
+
+
+DESCRIBED = {
+    "model": {"name": "tiny-bert"},
+    "method": {"name": "lora"},
+    "seed": 0,
+    "base_hash": "0" * 64,
+}
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [({"seed": value}, "seed") for value in (None, "0", 1.5, True, [], 2**40)]
+    + [({"base_hash": value}, "base_hash") for value in (None, 3, {})]
+    + [({"model": value}, "model") for value in (None, "tiny-bert", [], {}, {"name": 3})]
+    + [({"method": value}, "method") for value in (None, "lora", [], {}, {"name": ["lora"]})],
+)
+def test_description_of_wrong_types_is_named(trainable, tmp_path, change, named):
+    save_trainable(tmp_path / "adapter", trainable, {**DESCRIBED, **change})
+    with pytest.raises(RequestError, match=f"method.json: {named}"):
+        load_adapter(tmp_path / "adapter")
 
 
 def test_existing_folder_is_not_touched(trainable, tmp_path):

@@ -6,8 +6,11 @@ import jax
 import numpy as np
 import pytest
 
+from lora_jax.cli.main import main
+from lora_jax.cli.train import summary
 from lora_jax.core.errors import RequestError
 from lora_jax.data import TrainIterator, load_splits
+from lora_jax.report.rendering import to_markdown, to_records
 from lora_jax.report.runs import read_runs
 from lora_jax.report.tables import summarise
 from lora_jax.sweeps import Cell, Sweep, run_sweep
@@ -122,9 +125,10 @@ def test_prompts_and_fused_kernels_of_gpt2_train(tmp_path):
 @pytest.mark.parametrize(
     ("task", "metric", "kind"), [("stsb", "pearson", "float32"), ("cola", "matthews", "int32")]
 )
-def test_task_metric_is_that_of_the_predictions(tmp_path, task, metric, kind):
+def test_task_metric_is_that_of_the_predictions_and_shown(tmp_path, capsys, task, metric, kind):
     config = make_config(file="paper/glue_roberta.py", arg=f"{task},smoke")
-    test = train(config, tmp_path, progress=False)["metrics"]["test"]
+    card = train(config, tmp_path, progress=False)
+    test = card["metrics"]["test"]
     with np.load(tmp_path / "cells" / "run" / "test_predictions.npz") as saved:
         label, predicted = saved["label"], saved["prediction"]
         assert predicted.dtype.name == kind and "weight" not in saved
@@ -136,6 +140,17 @@ def test_task_metric_is_that_of_the_predictions(tmp_path, task, metric, kind):
             assert test["accuracy"] == pytest.approx(np.mean(np.abs(label - predicted) <= 0.5))
     (run,) = read_runs(tmp_path)
     assert run.predictions.label.dtype == (np.float64 if task == "stsb" else np.int64)
+    share = "within 0.5 of the label" if task == "stsb" else "accuracy"
+    shown = f"{share} {test['accuracy']:.4f}, {metric} {test[metric]:.4f} ("
+    assert shown in summary(card, str(tmp_path), "run")
+    assert main(["evaluate", str(run.folder)]) == 0 and shown in capsys.readouterr().out
+    assert main(["evaluate", str(run.folder), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)[metric] == pytest.approx(test[metric], abs=1e-6)
+    found = summarise([run], num_resamples=20)
+    assert to_records(found)[0][f"test_{metric}"] == test[metric]
+    headings = to_markdown(found).splitlines()[0]
+    assert f"| test {metric} |" in headings
+    assert ("| test share within 0.5, % |" in headings) == (task == "stsb")
 
 
 def test_model_that_cannot_write_is_refused(tmp_path):
