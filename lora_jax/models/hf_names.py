@@ -61,9 +61,10 @@ def params_from_tensors(
     """Returns `{path: array}` as `placing` keeps them, accounting for every tensor of the file.
 
     Tensors are asked for one by one, and each is let go before the next: with a lazy mapping only
-    the result and one tensor are in memory (two of a layer where layers are stacked). `ignored` are regexes (full match)
-    of tensors that are known and not needed. Raises `RequestError` listing what is missing,
-    unexpected, misshapen, not a float or not finite, or for a number too large for its new dtype.
+    the result and one tensor are in memory (two of a layer where layers are stacked). `ignored` are
+    regexes (full match) of tensors that are known and not needed. Raises `RequestError` listing
+    what is missing, unexpected, misshapen, not a float or not finite, or for a number too large for
+    its new dtype.
     """
     wanted = {entry.tensor for entry in entries}
     there = set(tensors)
