@@ -56,13 +56,13 @@ def run(argv: Sequence[str]) -> int:
     )
     add_json(parser)
     options = parser.parse_args(argv)
-    cell = cell_of(options.cell)
     given = {name: value for name in _DECODING if (value := getattr(options, name)) is not None}
-    if options.texts is not None:
-        return _texts(cell, options, given)
-    if given:
+    if given and options.texts is None:
         option = f"--{next(iter(given)).replace('_', '-')}".replace("no-repeat-in", "repeat")
         raise RequestError(f"{option} is for texts; add --texts=N, or leave it out")
+    cell = cell_of(options.cell)
+    if options.texts is not None:
+        return _texts(cell, options, given)
 
     from lora_jax.train.again import evaluate_cell
     from lora_jax.train.finish import measure

@@ -33,6 +33,12 @@ def delta_of(folder, base):
     return merged["layers"]["1"]["mlp"]["down"]["kernel"], model
 
 
+@pytest.mark.parametrize("command", ["merge", "convert"])
+def test_a_folder_that_is_there_is_told_before_anything_is_loaded(command, tmp_path, capsys):
+    assert main([command, "/no/such/adapter", f"--out={tmp_path}"]) == 2
+    assert f"{tmp_path} exists already" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("case", ["llama-patterns", "llama-rslora"])
 def test_plain_files_say_the_same_with_alpha_equal_to_r(case, tmp_path, capsys):
     source, base = str(FIXTURES / "adapters" / case), base_of(case)

@@ -115,6 +115,18 @@ def test_a_bad_request_names_the_value_and_prints_no_answer(name, capsys):
     assert words in captured.err.splitlines()[-1] and not captured.out
 
 
+def test_a_peft_adapter_alone_brings_its_base(adapters, capsys):
+    model, bound, _, theirs = adapters
+    argv = ["generate", f"--adapter={theirs}", "--prompt=a film", "--max-new-tokens=4", "--json"]
+    assert main(argv) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["model"] == "tiny-llama" and [a["name"] for a in found["answers"]][1:] == [
+        "theirs"
+    ]
+    wanted = generate_text(model, bound, ["a film"], Decoding(4))
+    assert found["answers"][1]["texts"] == wanted
+
+
 def test_an_adapter_of_another_base_is_refused(adapters, tmp_path, capsys):
     model, _, run, _ = adapters
     argv = ["generate", "--model=tiny-gpt2", "--prompt=a", "--max-new-tokens=2"]

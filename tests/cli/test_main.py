@@ -65,6 +65,7 @@ BAD = {
     "rank 0": (["inspect", CONFIG, "--config.method.rank=0"], "rank is 0"),
     "rank above the matrix": (["inspect", CONFIG, "--config.method.rank=33"], "at most 32"),
     "missing folder": (["inspect", CONFIG, "--config.model.name=/no/such"], "/no/such"),
+    "decoding without texts": (["evaluate", "RUN", "--num-beams=2"], "--num-beams is for texts"),
     "missing run": (["evaluate", "/no/such/run"], "/no/such/run"),
     "report of nothing": (["report", "/no/such/run"], "/no/such/run"),
     "verify nothing": (["verify", "/no/such/run"], "/no/such/run"),

@@ -105,6 +105,15 @@ def test_fault_is_named(tmp_path, task, train, words):
         load(tmp_path, task)
 
 
+def test_cola_is_not_read_from_another_tasks_folder(tmp_path):
+    for name in ("train", "dev"):
+        (tmp_path / f"{name}.tsv").write_text(FILES["stsb"][0])
+    with pytest.raises(
+        RequestError, match=r"train.tsv:1: label 'genre' is none of 0, 1; data.task"
+    ):
+        load(tmp_path, "cola")
+
+
 def test_score_that_is_no_number_is_named(tmp_path):
     for name in ("train", "dev"):
         (tmp_path / f"{name}.tsv").write_text(FILES["stsb"][0].replace("0.750", "low"))

@@ -145,6 +145,15 @@ def test_a_cache_of_stacked_layers_changes_nothing_either(beams):
     np.testing.assert_array_equal(*both)
 
 
+@pytest.mark.parametrize(
+    "key", [None, 3, np.zeros(2, np.uint32), jax.random.split(jax.random.key(0))]
+)
+def test_what_is_no_key_is_named(llama, key):
+    ids, mask = prompts([3])
+    with pytest.raises(RequestError, match="needs a key to draw with: key=jax.random.key"):
+        generate(llama, llama.params, ids, mask, key=key, **SAMPLED)
+
+
 def test_a_row_draws_the_same_text_whatever_is_beside_and_before_it(llama):
     key = jax.random.key(1)
     ids, mask = prompts([5, 2, 7])

@@ -54,6 +54,13 @@ def test_a_folder_that_is_not_there():
     refused("there is no folder /nowhere/at/all", "/nowhere/at/all")
     refused(r"there is no folder \./minilm", "./minilm")
     refused("there is no folder a/b/c", Path("a/b/c"))
+    refused("there is no folder ~nobody-here/x", "~nobody-here/x")
+    refused("there is no folder xxx", "x" * 5000 + "/y")
+
+
+@pytest.mark.parametrize("path", [None, 3, b"model", "", "a\0b"])
+def test_what_is_no_path_is_named(path):
+    refused("is not a path or a name", path)
 
 
 def test_a_name_that_is_nothing_suggests_the_nearest():
@@ -286,12 +293,17 @@ def test_pooling_that_is_not_supported(folder):
     path.unlink()
     (folder / "modules.json").write_text('[{"type": "a.Pooling", "path": "1_Pooling"}]')
     refused("which is missing", folder)
+    (folder / "modules.json").write_text('[{"type": "a.Pooling", "path": "../elsewhere"}]')
+    refused("no folder in it", folder)
 
 
 def test_a_head_that_does_not_fit(folder):
     refused("3 labels, num_labels is 5", folder, head="classification", num_labels=5)
     save_file({"head.weight": np.ones((3, 8), "f")}, folder / "head.safetensors")
     refused("missing head.bias", folder, head="classification")
+    empty = {"head.weight": np.ones((0, 32), "f"), "head.bias": np.ones(0, "f")}
+    save_file(empty, folder / "head.safetensors")
+    refused("has no outputs", folder, head="classification")
     (folder / "head.safetensors").unlink()
     refused("give num_labels", folder, head="classification")
 
@@ -305,6 +317,8 @@ def test_a_head_that_does_not_fit(folder):
         ({"head": "classification", "num_labels": "2"}, "num_labels is '2'"),
         ({"dtype": "int8"}, "dtype is 'int8'"),
         ({"dtype": "float33"}, "dtype is 'float33'"),
+        ({"dtype": ">f4"}, "dtype is '>f4'"),
+        ({"head": "regression", "num_labels": 2}, "a regression has one output"),
     ],
 )
 def test_arguments_that_cannot_be(arguments, match):

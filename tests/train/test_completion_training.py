@@ -113,6 +113,20 @@ def test_resumed_run_ends_with_the_same_bits(tmp_path, monkeypatch):
     assert {**whole, "steps": None} == {**parts, "steps": None}
 
 
+def test_texts_are_scored_before_and_after_merged_or_not(workdir, capsys):
+    cell = workdir / "cells" / "r4"
+    argv = ["evaluate", str(cell), "--texts=3", "--max-new-tokens=5", "--json"]
+    found = []
+    for extra in ([], ["--merged"]):
+        assert main([*argv, *extra]) == 0
+        scores = json.loads(capsys.readouterr().out)
+        assert list(scores) == ["base", "r4"] and scores["r4"]["n"] == 3
+        kept = json.loads((cell / "texts-test.json").read_text())
+        assert kept["merged"] == bool(extra) and kept["decoding"]["max_new_tokens"] == 5
+        found.append({name: one["texts"] for name, one in kept["answers"].items()})
+    assert found[0] == found[1] and found[0]["base"] != found[0]["r4"]
+
+
 def test_prompts_and_fused_kernels_of_gpt2_train(tmp_path):
     config = make_config(file="paper/e2e_gpt2.py", arg="gpt2-large,smoke")
     card = train(config, tmp_path, progress=False)
