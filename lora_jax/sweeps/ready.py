@@ -17,7 +17,7 @@ from lora_jax.sweeps.program import Program
 from lora_jax.sweeps.settings import CellSettings
 from lora_jax.train.build import Base
 from lora_jax.train.evaluate import make_scores
-from lora_jax.train.loss import make_loss
+from lora_jax.train.loss import loss_settings, make_loss
 from lora_jax.train.optimizer import make_optimizer
 
 
@@ -81,8 +81,7 @@ class Ready:
 def make_ready(group: Group, base: Base, *, at_once: int) -> Ready:
     """What training `group` needs; nothing is compiled yet. `at_once` as in `Program`."""
     first, plan = group.cells[0].config, group.plan
-    smoothing = first.train.label_smoothing
-    loss = make_loss(base.model.apply, plan.pack, label_smoothing=smoothing, task=base.task)
+    loss = make_loss(base.model.apply, plan.pack, task=base.task, **loss_settings(first.train))
 
     def tx_of(cell: CellSettings):
         settings = {

@@ -30,7 +30,7 @@ from lora_jax.models import Model, load_model
 from lora_jax.models.load import redraw_head
 from lora_jax.train.compilation import CompiledByShape
 from lora_jax.train.evaluate import make_scores
-from lora_jax.train.loss import make_loss
+from lora_jax.train.loss import loss_settings, make_loss
 from lora_jax.train.optimizer import make_optimizer, make_schedule
 from lora_jax.train.state import TrainState, init_state
 from lora_jax.train.step import make_train_step
@@ -123,8 +123,7 @@ def build(config: Any, base: Base | None = None) -> tuple[Setup, TrainState]:
     batches = base.train_batches_of(config)
     plan = plan_steps(config.train, batches.steps_per_epoch)
     tx = method.optimizer(make_optimizer(config.optimizer, plan["num_steps"]))
-    smoothing = config.train.label_smoothing
-    loss = make_loss(model.apply, method, label_smoothing=smoothing, task=base.task)
+    loss = make_loss(model.apply, method, task=base.task, **loss_settings(config.train))
     trainable, frozen = method.init(init_key, model.params)
     if not trainable:
         raise RequestError(f"method.name={config.method.name!r} trains nothing in this model")

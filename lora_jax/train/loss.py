@@ -19,6 +19,18 @@ LossFunction = Callable[[Any, Any, Any, jax.Array], tuple[jax.Array, dict[str, j
 INPUTS = ("input_ids", "attention_mask", "token_type_ids")
 
 
+# Apart from what adapters fold their keys with, hashes of their paths.
+_OF_THE_MODEL = 2106_09685
+
+
+def loss_settings(settings: Any) -> dict[str, Any]:
+    """The arguments of `make_loss` that a config's `train` section holds."""
+    return {
+        "label_smoothing": settings.label_smoothing,
+        "model_dropout": bool(settings.get("model_dropout", False)),
+    }
+
+
 def weighted_mean(values: jax.Array, weights: jax.Array) -> jax.Array:
     """`sum(w * v) / sum(w)`, 0 where all weights are 0; rows of weight 0 may hold anything."""
     total = jnp.sum(weights)
@@ -31,14 +43,16 @@ def make_loss(
     method: Any,
     *,
     label_smoothing: float = 0.0,
+    model_dropout: bool = False,
     task: Task = CLASSIFICATION,
 ) -> LossFunction:
     """The loss of a model `apply(params, input_ids, attention_mask) -> logits` under `method`.
 
-    Raises `RequestError` if `label_smoothing` is not in [0, 1), or the task has none.
+    With `model_dropout` the model's own dropout is on, beside the adapters'. Raises `RequestError`
+    if `label_smoothing` is not in [0, 1), or the task has none.
     """
     task.check_smoothing(label_smoothing)
-    logits_of = make_logits(apply, method)
+    logits_of = make_logits(apply, method, model_dropout=model_dropout)
 
     def loss(trainable, frozen, batch, key):
         logits = logits_of(trainable, frozen, batch, key)
@@ -50,12 +64,18 @@ def make_loss(
     return loss
 
 
-def make_logits(apply: Callable, method: Any) -> Callable:
-    """`(trainable, frozen, batch, key=None) -> logits (B, …)`; a key turns dropout on."""
+def make_logits(apply: Callable, method: Any, *, model_dropout: bool = False) -> Callable:
+    """`(trainable, frozen, batch, key=None) -> logits (B, …)`; a key turns dropout on.
+
+    That is the adapters', and with `model_dropout` the model's own, by its config's rates.
+    """
     lifted = lift(apply)
 
     def logits(trainable, frozen, batch, key=None):
         params = method.bind(trainable, frozen, key=key)
-        return lifted(params, *(batch[name] for name in INPUTS if name in batch))
+        inputs = [batch[name] for name in INPUTS if name in batch]
+        if not model_dropout or key is None:
+            return lifted(params, *inputs)
+        return lifted(params, *inputs, dropout_key=jax.random.fold_in(key, _OF_THE_MODEL))
 
     return logits

@@ -44,26 +44,30 @@ def packed(make_config, tmp_path_factory):
     return workdir
 
 
-def test_cells_of_a_pack_leave_what_they_leave_alone(make_config, packed, tmp_path):
-    for name, own in CELLS.items():
-        train(make_config({**DECAY, **own}), tmp_path, name, progress=False)
-        here, alone = packed / "cells" / name, tmp_path / "cells" / name
-        (ours, _), (theirs, _) = (load_trainable(cell / "adapter") for cell in (here, alone))
-        assert ours.keys() == theirs.keys()
-        for path, entry in ours.items():
-            for part, array in entry.items():
-                # Adam divides by the root of a mean square: rounding moves a weight by more than
-                # its own last bit, but far less than a step of 3e-3.
-                assert np.max(np.abs(array - theirs[path][part])) < 1e-5, (name, path, part)
-        rows = zip(rows_of(here), rows_of(alone), strict=True)
-        for row, other in rows:
-            assert row.keys() == other.keys()
-            assert all(np.isclose(row[k], other[k], atol=1e-5) for k in row if k != "split")
-        cards = [json.loads((cell / "card.json").read_text()) for cell in (here, alone)]
-        for key in ("config_hash", "base_hash", "data_hash", "counts", "seeds"):
-            assert cards[0][key] == cards[1][key]
-        assert [card["program"]["K"] for card in cards] == [4, 1]
-        assert cards[0]["seconds"]["shared_by"] == 4
+# Two of the four differ most: in targets and decay, in rank and dropout.
+@pytest.mark.parametrize(
+    "name",
+    [n if n in ("all-r2", "up-r8") else pytest.param(n, marks=pytest.mark.slow) for n in CELLS],
+)
+def test_a_cell_of_a_pack_leaves_what_it_leaves_alone(make_config, packed, tmp_path, name):
+    train(make_config({**DECAY, **CELLS[name]}), tmp_path, name, progress=False)
+    here, alone = packed / "cells" / name, tmp_path / "cells" / name
+    (ours, _), (theirs, _) = (load_trainable(cell / "adapter") for cell in (here, alone))
+    assert ours.keys() == theirs.keys()
+    for path, entry in ours.items():
+        for part, array in entry.items():
+            # Adam divides by the root of a mean square: rounding moves a weight by more than its
+            # own last bit, but far less than a step of 3e-3.
+            assert np.max(np.abs(array - theirs[path][part])) < 1e-5, (path, part)
+    rows = zip(rows_of(here), rows_of(alone), strict=True)
+    for row, other in rows:
+        assert row.keys() == other.keys()
+        assert all(np.isclose(row[k], other[k], atol=1e-5) for k in row if k != "split")
+    cards = [json.loads((cell / "card.json").read_text()) for cell in (here, alone)]
+    for key in ("config_hash", "base_hash", "data_hash", "counts", "seeds"):
+        assert cards[0][key] == cards[1][key]
+    assert [card["program"]["K"] for card in cards] == [4, 1]
+    assert cards[0]["seconds"]["shared_by"] == 4
 
 
 def test_the_adapter_of_a_packed_cell_scores_what_its_card_says(packed):

@@ -167,6 +167,24 @@ def test_task_metric_is_that_of_the_predictions_and_shown(tmp_path, capsys, task
     assert ("| test share within 0.5, % |" in headings) == (task == "stsb")
 
 
+def test_cells_with_the_models_own_dropout_end_packed_where_they_end_alone(tmp_path):
+    changes = {"train.num_steps": 3, "train.eval_every_steps": 3}
+    configs = {}
+    for seed in (0, 1):
+        configs[f"s{seed}"] = make_config(file="paper/glue_roberta.py", arg="cola,smoke")
+        configs[f"s{seed}"].update_from_flattened_dict({**changes, "seed": seed})
+    sweep = Sweep("seeds", tuple(Cell(name, config) for name, config in configs.items()))
+    results = run_sweep(sweep, tmp_path / "packed", progress=False)
+    alone = train(configs["s1"], tmp_path / "alone", "s1", progress=False)
+    assert results["s1"]["program"]["K"] == 2 and configs["s1"].train.model_dropout
+    off = make_config(file="paper/glue_roberta.py", arg="cola,smoke")
+    off.update_from_flattened_dict({**changes, "seed": 1, "train.model_dropout": False})
+    off = train(off, tmp_path / "alone", "off", progress=False)
+    of = lambda card: card["metrics"]["train"]["loss"]  # noqa: E731
+    assert of(results["s1"]) == pytest.approx(of(alone), abs=1e-5)
+    assert abs(of(off) - of(alone)) > 1e-4
+
+
 def test_model_that_cannot_write_is_refused(tmp_path):
     config = make_config({"model.name": "tiny-bert", "model.scan_layers": False})
     with pytest.raises(RequestError, match="'tiny-bert' is an encoder; name a causal"):

@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 
 from lora_jax.core.errors import RequestError
-from lora_jax.methods import FullFineTuning
+from lora_jax.methods import FullFineTuning, LoRA
+from lora_jax.models import load_model
 from lora_jax.train.loss import cross_entropy, make_loss, weighted_mean
 
 
@@ -34,6 +35,26 @@ def test_mean_counts_each_row_by_its_weight():
     values, weights = np.array([1.0, 2.0, 4.0]), np.array([1.0, 0.5, 0.0])
     assert float(weighted_mean(values, weights)) == pytest.approx(2.0 / 1.5)
     assert float(weighted_mean(values, np.zeros(3))) == 0.0
+
+
+def test_the_models_own_dropout_acts_in_training_where_asked_and_never_without_a_key():
+    model = load_model("tiny-roberta", head="classification", num_labels=2)
+    method = LoRA(targets="q,v", rank=2, dropout=0.5, aliases=model.aliases)
+    trainable, frozen = method.init(jax.random.key(0), model.params)
+    ids = np.arange(24).reshape(3, 8) % 50 + 5
+    batch = {"input_ids": ids, "attention_mask": np.ones_like(ids), "labels": np.array([0, 1, 1])}
+    batch["weights"] = np.ones(3, np.float32)
+    key = jax.random.key(4)
+
+    def value(on, key):
+        loss = make_loss(model.apply, method, model_dropout=on)
+        return float(jax.jit(loss)(trainable, frozen, batch, key)[0])
+
+    # B is zero, so that the adapters' own dropout changes nothing: all of it is the model's.
+    assert value(False, key) == pytest.approx(value(True, None), abs=1e-6)
+    dropped = [value(True, jax.random.key(seed)) for seed in (4, 4, 5)]
+    assert dropped[0] == dropped[1] != dropped[2]
+    assert abs(dropped[0] - value(False, key)) > 1e-4
 
 
 def test_rows_of_no_weight_change_neither_loss_nor_gradient():
