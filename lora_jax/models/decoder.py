@@ -1,4 +1,4 @@
-"""What all decoders share: a run through the layers, in a Python list or stacked under `scan`.
+"""What all decoders share: the run through layers, in a list or stacked, and what follows it.
 
 A layer is an NNX module `layer(h_BTD, inputs, past) -> (h_BTD, (keys, values))`, where `inputs` is
 what is the same for all layers and `past` is None or that layer's part of a cache. Stacked layers
@@ -17,7 +17,23 @@ from jax import lax
 
 from lora_jax.core.errors import RequestError
 from lora_jax.models.attention import Cache
-from lora_jax.models.layers import fold_key
+from lora_jax.models.layers import at_least_float32, fold_key
+from lora_jax.models.pooling import last_token
+
+
+class Decoder(nnx.Module):
+    """A decoder's end; `embed`, `norm`, `head` (None: tied) and `num_labels` are its own."""
+
+    def finish(self, h_BTD, mask_BS, cache: Cache | None, states: tuple | None):
+        """The output from what the layers gave: with the cache, or the states, where there are."""
+        h_BTD = pooled_BD = self.norm(h_BTD)
+        if self.num_labels is not None:
+            pooled_BD = last_token(h_BTD, mask_BS)
+        scores = self.embed.attend(pooled_BD) if self.head is None else self.head(pooled_BD)
+        output = at_least_float32(scores)
+        if cache is not None:
+            return output, cache
+        return output if states is None else (output, (*states, h_BTD))
 
 
 def make_layers(make: Callable[[nnx.Rngs], nnx.Module], number: int, *, stacked: bool, rngs):

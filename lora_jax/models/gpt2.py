@@ -24,17 +24,21 @@ from lora_jax.models.attention import (
     split_heads,
 )
 from lora_jax.models.config_fields import MOST_LAYERS, Fields
-from lora_jax.models.decoder import check_tokens, make_layers, masks_and_positions, run_layers
+from lora_jax.models.decoder import (
+    Decoder,
+    check_tokens,
+    make_layers,
+    masks_and_positions,
+    run_layers,
+)
 from lora_jax.models.layers import (
     ACTIVATIONS,
     Embedding,
     LayerNorm,
     Linear,
-    at_least_float32,
     dropout,
     fold_key,
 )
-from lora_jax.models.pooling import last_token
 
 
 @dataclasses.dataclass(frozen=True)
@@ -135,7 +139,7 @@ def gpt2_aliases(config: GPT2Config) -> Mapping[str, str | Part]:
     )
 
 
-class GPT2(nnx.Module):
+class GPT2(Decoder):
     """The decoder and its head: the embedding's own table, or `head/kernel` where untied.
 
     With `num_labels` the head is a classifier on the last token that is no padding.
@@ -188,7 +192,7 @@ class GPT2(nnx.Module):
         def call(layer, h, past, key):
             return layer(h, bias, past, start, key)
 
-        h_BTD, states, (keys, values) = run_layers(
+        h_BTD, states, new = run_layers(
             self.layers,
             h_BTD,
             call,
@@ -196,17 +200,9 @@ class GPT2(nnx.Module):
             key=fold_key(dropout_key, 1),
             keep_states=output_hidden_states,
         )
-        h_BTD = self.norm(h_BTD)
-        output = self._output(h_BTD, mask_BS)
         if cache is not None:
-            return output, Cache(keys, values, mask_BS, start + input_ids.shape[1])
-        return (output, (*states, h_BTD)) if output_hidden_states else output
-
-    def _output(self, h_BTD, mask_BS):
-        if self.num_labels is not None:
-            h_BTD = last_token(h_BTD, mask_BS)
-        scores = self.embed.attend(h_BTD) if self.head is None else self.head(h_BTD)
-        return at_least_float32(scores)
+            cache = Cache(*new, mask_BS, start + input_ids.shape[1])
+        return self.finish(h_BTD, mask_BS, cache, states if output_hidden_states else None)
 
 
 def gpt2_cache(config: GPT2Config, *, batch_size: int, length: int, dtype) -> Cache:

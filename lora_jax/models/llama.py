@@ -19,13 +19,18 @@ from lora_jax.models.attention import (
     rotate,
     split_heads,
 )
-from lora_jax.models.decoder import check_tokens, make_layers, masks_and_positions, run_layers
-from lora_jax.models.layers import ACTIVATIONS, Embedding, Linear, RMSNorm, at_least_float32
+from lora_jax.models.decoder import (
+    Decoder,
+    check_tokens,
+    make_layers,
+    masks_and_positions,
+    run_layers,
+)
+from lora_jax.models.layers import ACTIVATIONS, Embedding, Linear, RMSNorm
 from lora_jax.models.llama_config import LlamaConfig
-from lora_jax.models.pooling import last_token
 
 
-class Llama(nnx.Module):
+class Llama(Decoder):
     """The decoder and its head: `head/kernel`, or the embedding's own table where tied.
 
     With `num_labels` the head is a classifier on the last token that is no padding.
@@ -80,7 +85,7 @@ class Llama(nnx.Module):
         def call(layer, h, past, _):
             return layer(h, bias, positions_BT, past, start)
 
-        h_BTD, states, (keys, values) = run_layers(
+        h_BTD, states, new = run_layers(
             self.layers,
             self.embed(input_ids),
             call,
@@ -88,17 +93,9 @@ class Llama(nnx.Module):
             key=None,
             keep_states=output_hidden_states,
         )
-        h_BTD = self.norm(h_BTD)
-        output = self._output(h_BTD, mask_BS)
         if cache is not None:
-            return output, Cache(keys, values, mask_BS, start + input_ids.shape[1])
-        return (output, (*states, h_BTD)) if output_hidden_states else output
-
-    def _output(self, h_BTD, mask_BS):
-        if self.num_labels is not None:
-            h_BTD = last_token(h_BTD, mask_BS)
-        scores = self.embed.attend(h_BTD) if self.head is None else self.head(h_BTD)
-        return at_least_float32(scores)
+            cache = Cache(*new, mask_BS, start + input_ids.shape[1])
+        return self.finish(h_BTD, mask_BS, cache, states if output_hidden_states else None)
 
 
 def llama_cache(config: LlamaConfig, *, batch_size: int, length: int, dtype) -> Cache:
