@@ -1,0 +1,107 @@
+"""ΔW against W: what an adapter amplifies. Hu et al. 2021, Section 7.3, Table 7, Appendix H.4."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from lora_jax.analysis.factors import SVD, delta_svd, kernel_svd, wide
+from lora_jax.core.errors import RequestError
+
+
+class Amplification(NamedTuple):
+    """One row of Table 7, each `(…)`: ‖UᵀWV‖_F with U and V from three places, and two norms.
+
+    `from_delta`, `from_kernel` and `from_random` are what W does between the first r singular
+    vectors of ΔW, those of W itself (the most that r directions can hold), and random ones.
+    `factor` is ‖ΔW‖_F / `from_delta`: how much stronger ΔW is in its own directions than W was.
+    """
+
+    from_delta: jax.Array
+    from_kernel: jax.Array
+    from_random: jax.Array
+    delta_norm: jax.Array
+    kernel_norm: jax.Array
+    factor: jax.Array
+
+
+def projected_norm(kernel: jax.Array, u: jax.Array, v: jax.Array) -> jax.Array:
+    """‖uᵀ @ kernel @ v‖_F `(…)` of `kernel (…, d_in, d_out)`, `u (…, d_in, k)`, `v (…, d_out, l)`.
+
+    The paper's ‖UᵀWVᵀ‖_F, whose W is this kernel's transpose.
+
+    >>> kernel = jnp.diag(jnp.array([3.0, 4.0]))
+    >>> projected_norm(kernel, jnp.eye(2), jnp.eye(2)[:, :1]).item()
+    3.0
+    """
+    kernel, u, v = wide(kernel), wide(u), wide(v)
+    inner = jnp.einsum("...ik,...io->...ko", u, kernel)
+    return _norm(jnp.einsum("...ko,...ol->...kl", inner, v))
+
+
+def amplification(
+    delta_kernel: jax.Array, kernel: jax.Array, rank: int, *, key: jax.Array | None = None
+) -> Amplification:
+    """Table 7 for a dense ΔW and W, `(…, d_in, d_out)` both, and the first `rank` directions.
+
+    `key` draws the random directions (`jax.random.key(0)`). Raises `RequestError` for shapes that
+    differ or a rank beyond them.
+
+    >>> delta, kernel = jnp.zeros((4, 4)).at[3, 3].set(2.0), jnp.diag(jnp.array([8.0, 4, 2, 1]))
+    >>> amplification(delta, kernel, 1).factor.item()
+    2.0
+    """
+    return amplification_of(kernel_svd(delta_kernel), kernel, rank, key=key)
+
+
+def adapter_amplification(
+    a: jax.Array,
+    b: jax.Array,
+    scale: jax.Array | float,
+    kernel: jax.Array,
+    *,
+    rank: int | None = None,
+    key: jax.Array | None = None,
+) -> Amplification:
+    """`amplification` of an adapter, ΔW = scale · a @ b, not formed; by default of all r."""
+    svd = delta_svd(a, b, scale)
+    return amplification_of(svd, kernel, svd.s.shape[-1] if rank is None else rank, key=key)
+
+
+def amplification_of(
+    delta: SVD, kernel: jax.Array, rank: int, *, key: jax.Array | None = None, of_kernel=None
+) -> Amplification:
+    """`amplification` of a ΔW whose SVD is there already; `of_kernel` is W's, where that is."""
+    kernel = wide(kernel)
+    d_in, d_out = kernel.shape[-2:]
+    if (delta.u.shape[-2], delta.v.shape[-2]) != (d_in, d_out):
+        found = (delta.u.shape[-2], delta.v.shape[-2])
+        raise RequestError(f"ΔW is {found}, the kernel {(d_in, d_out)}; give those of one kernel")
+    if not 1 <= rank <= min(delta.s.shape[-1], d_in, d_out):
+        most = min(delta.s.shape[-1], d_in, d_out)
+        raise RequestError(f"rank is {rank}; it must be from 1 to {most}, the directions of ΔW")
+    of_kernel = kernel_svd(kernel) if of_kernel is None else of_kernel
+    from_delta = projected_norm(
+        kernel, delta.basis("input")[..., :rank], delta.basis("output")[..., :rank]
+    )
+    delta_norm = jnp.sqrt(jnp.sum(jnp.square(delta.s), axis=-1))
+    keys = jax.random.split(jax.random.key(0) if key is None else key)
+    random = [
+        jnp.linalg.qr(jax.random.normal(k, (*kernel.shape[:-2], d, rank), kernel.dtype))[0]
+        for k, d in zip(keys, (d_in, d_out), strict=True)
+    ]
+    return Amplification(
+        from_delta=from_delta,
+        from_kernel=jnp.sqrt(jnp.sum(jnp.square(of_kernel.s[..., :rank]), axis=-1)),
+        from_random=projected_norm(kernel, *random),
+        delta_norm=delta_norm,
+        kernel_norm=_norm(kernel),
+        # A ΔW where W is 0 amplifies beyond all bounds; no ΔW amplifies nothing.
+        factor=jnp.where(delta_norm > 0, delta_norm / from_delta, 0.0),
+    )
+
+
+def _norm(matrix: jax.Array) -> jax.Array:
+    return jnp.sqrt(jnp.sum(jnp.square(matrix), axis=(-2, -1)))

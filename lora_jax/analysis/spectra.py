@@ -1,0 +1,115 @@
+"""How many directions a change of a kernel really has, and which of them the kernel had not."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from lora_jax.analysis.factors import SVD, kernel_svd
+from lora_jax.core.errors import RequestError
+
+
+def stable_rank(s: jax.Array) -> jax.Array:
+    """‖ΔW‖²_F / ‖ΔW‖²₂ from singular values `s (…, k)`; `(…)`, 0 for a change of 0.
+
+    Between 1 and the rank; small singular values hardly count. Source: Rudelson & Vershynin 2007
+    (arXiv:math/0503442), "numerical rank".
+
+    >>> stable_rank(jnp.array([2.0, 2.0, 0.0])).item()
+    2.0
+    """
+    squares = jnp.square(_checked(s))
+    return _share(squares.sum(-1), squares.max(-1, initial=0.0))
+
+
+def entropy_rank(s: jax.Array) -> jax.Array:
+    """exp(H(p)), p = s / Σs, from singular values `s (…, k)`; `(…)`, 0 for a change of 0.
+
+    Source: Roy & Vetterli 2007, "The effective rank", EUSIPCO.
+
+    >>> round(entropy_rank(jnp.array([1.0, 1.0, 1.0, 0.0])).item(), 4)
+    3.0
+    """
+    s = _checked(s)
+    total = s.sum(-1)
+    p = _share(s, total[..., None])
+    entropy = -jnp.sum(jnp.where(p > 0, p * jnp.log(jnp.where(p > 0, p, 1.0)), 0.0), axis=-1)
+    return jnp.where(total > 0, jnp.exp(entropy), 0.0)
+
+
+def energy_rank(s: jax.Array, share: float = 0.9) -> jax.Array:
+    """The fewest singular values that hold `share` of Σs², from `s (…, k)` descending; int32.
+
+    0 for a change of 0. Source: Biderman et al. 2024, "LoRA Learns Less and Forgets Less"
+    (arXiv:2405.09673), Section 4.6, with 90%. Raises `RequestError` for a share outside (0, 1].
+
+    >>> energy_rank(jnp.array([4.0, 1.0, 0.1])).item(), energy_rank(jnp.array([1.0, 1.0])).item()
+    (1, 2)
+    """
+    if not 0.0 < share <= 1.0:
+        raise RequestError(f"share is {share!r}; it must be above 0 and at most 1")
+    squares = jnp.square(_checked(s))
+    total = squares.sum(-1, keepdims=True)
+    # What is left below a place, not what is reached at it: a sum of small squares onto a large one
+    # may never reach the total in float32.
+    left = jnp.cumsum(squares[..., ::-1], axis=-1)[..., ::-1]
+    return jnp.sum((left > (1.0 - share) * total) & (squares > 0), axis=-1).astype(jnp.int32)
+
+
+class Intruders(NamedTuple):
+    """`count (…)` int32 of the first k directions; `cosines (…, k)`, each one's nearest in W."""
+
+    count: jax.Array
+    cosines: jax.Array
+
+
+def intruder_dimensions(
+    kernel: jax.Array,
+    tuned: jax.Array,
+    *,
+    threshold: float = 0.5,
+    num_directions: int = 10,
+    space: str = "output",
+) -> Intruders:
+    """Singular vectors of the tuned kernel that are like none of the kernel's own.
+
+    Of the first `num_directions` singular vectors y of `tuned (…, d_in, d_out)` those are intruders
+    whose largest |cos(y, x)| over all singular vectors x of `kernel` is below `threshold`. The
+    source takes left vectors of (out, in) matrices: outputs, here "output". Source: Shuttleworth et
+    al. 2024 (arXiv:2410.21228), Algorithm 1, k = 10, ε = 0.5. Raises `RequestError` for shapes that
+    differ.
+
+    >>> kernel = jnp.diag(jnp.array([3.0, 2.0, 1.0]))
+    >>> intruder_dimensions(kernel, kernel).count.item()
+    0
+    """
+    if jnp.shape(kernel) != jnp.shape(tuned):
+        raise RequestError(
+            f"the kernel is {jnp.shape(kernel)}, tuned it is {jnp.shape(tuned)}; give the same "
+            "kernel before and after"
+        )
+    return intruders_of(kernel_svd(kernel), kernel_svd(tuned), threshold, num_directions, space)
+
+
+def intruders_of(
+    base: SVD, tuned: SVD, threshold: float, num_directions: int, space: str
+) -> Intruders:
+    """`intruder_dimensions` of SVDs that are there already."""
+    x, y = base.basis(space), tuned.basis(space)[..., :num_directions]
+    cosines = jnp.max(jnp.abs(jnp.einsum("...dk,...dn->...kn", y, x)), axis=-1)
+    is_there = jnp.any(y != 0, axis=-2)
+    count = jnp.sum((cosines < threshold) & is_there, axis=-1)
+    return Intruders(count.astype(jnp.int32), cosines)
+
+
+def _checked(s: jax.Array) -> jax.Array:
+    s = jnp.asarray(s)
+    if not s.ndim or not jnp.issubdtype(s.dtype, jnp.floating):
+        raise RequestError(f"got {s.dtype} of shape {s.shape}; give singular values (…, k)")
+    return s.astype(jnp.promote_types(s.dtype, jnp.float32))
+
+
+def _share(part: jax.Array, whole: jax.Array) -> jax.Array:
+    return jnp.where(whole > 0, part / jnp.where(whole > 0, whole, 1.0), 0.0)
