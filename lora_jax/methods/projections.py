@@ -1,0 +1,171 @@
+"""Random maps from d numbers to D: the subspaces that intrinsic dimension is measured in.
+
+θ = θ₀ + P θ_d with P (D, d) fixed and θ_d trained (Li et al. 2018, arXiv:1804.08838). P has columns
+of unit norm, exactly or in expectation, that are nearly orthogonal: a step in θ_d is one of the
+same length in θ, whatever d.
+
+Fastfood (Le et al. 2013, arXiv:1408.3060; Li et al., Section S7) is P = c · (H G Π H B) cut to its
+first D rows and d columns, with n = 2^⌈log₂ D⌉, H the n × n matrix of Walsh and Hadamard, B random
+signs, Π a permutation, G Gaussian, and c = 1 / √(D Σg²). P is never formed: a product costs
+O(n log n) operations and O(n) memory, forwards and back. Columns beyond d play no part, so that the
+subspace of d lies in that of every larger d of the same key.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+
+from lora_jax.core.errors import RequestError
+
+# The transform works on axes of at most this size: a product with a small matrix for every seven
+# doublings passes over memory less often than seven sums and differences.
+_MOST = 128
+
+
+def fastfood(theta: jax.Array, size: int, key: jax.Array) -> jax.Array:
+    """P θ of a Fastfood projection, `theta (d,)` to `(size,)`, in theta's dtype (float32 or wider).
+
+    `key` draws B, Π and G, the same for every d. Differentiable in theta; the adjoint is computed
+    as fast as the product, and is exactly its transpose. Raises `RequestError` for a d above the
+    power of 2 that holds `size`.
+
+    >>> fastfood(jnp.ones(3), 10, jax.random.key(0)).shape
+    (10,)
+    """
+    theta = jnp.asarray(theta)
+    if theta.ndim != 1 or not jnp.issubdtype(theta.dtype, jnp.floating):
+        raise RequestError(f"theta is {theta.dtype} {theta.shape}; give floating point (d,)")
+    width = _width(size)
+    if not 1 <= theta.shape[0] <= width:
+        raise RequestError(
+            f"d is {theta.shape[0]}; a subspace of {size} parameters has 1 to {width} dimensions"
+        )
+    return _fastfood(size, theta.shape[0])(theta, key)
+
+
+def dense(theta: jax.Array, size: int, key: jax.Array) -> jax.Array:
+    """P θ of a Gaussian P (size, d) with columns of norm 1, which is formed: for small networks.
+
+    As in the code of Li et al. 2018 (uber-research/intrinsic-dimension), normalised over the whole
+    network. Column k depends on the key and k alone.
+    """
+    theta = jnp.asarray(theta)
+    columns = jax.vmap(lambda k: jax.random.normal(jax.random.fold_in(key, k), (size,)))
+    rows = columns(jnp.arange(theta.shape[0])).astype(theta.dtype)
+    return theta @ (rows / jnp.linalg.norm(rows, axis=1, keepdims=True))
+
+
+def walsh_hadamard(x: jax.Array) -> jax.Array:
+    """H @ x along the last axis, whose size is a power of 2; H is of ±1, not normalised.
+
+    H is symmetric with H @ H = n. Sylvester's order.
+
+    >>> walsh_hadamard(jnp.array([1.0, 2.0]))
+    Array([ 3., -1.], dtype=float32)
+    """
+    width = x.shape[-1]
+    if width < 1 or width & (width - 1):
+        raise RequestError(f"the last axis of {x.shape} is {width}; it must be a power of 2")
+    shape, done = x.shape, 1
+    while done < width:
+        own = min(_MOST, width // done)
+        # H of a product of sizes is the Kronecker product of theirs: the last axis is transformed
+        # and becomes the first, until each has been last once and all stand as they stood.
+        x = x.reshape(*shape[:-1], width // own, own)
+        x = jnp.matmul(x, _hadamard(own, x.dtype), precision=jax.lax.Precision.HIGHEST)
+        x = jnp.swapaxes(x, -1, -2)
+        done *= own
+    return x.reshape(shape)
+
+
+def _fastfood(size: int, num: int) -> Callable[[jax.Array, jax.Array], jax.Array]:
+    """The product as a function with a transpose of its own: a gather's own one is a scatter."""
+    width = _width(size)
+
+    def draw(key, dtype):
+        of_signs, of_order, of_gains = jax.random.split(key, 3)
+        signs = jax.random.rademacher(of_signs, (width,), jnp.int8).astype(dtype)
+        gains = jax.random.normal(of_gains, (width,), dtype)
+        # c, so that a column has norm 1 in expectation over its rows.
+        return signs, _Order(of_order, width), gains / jnp.sqrt(size * jnp.sum(gains**2))
+
+    @jax.custom_vjp
+    def forward(theta, key):
+        signs, order, gains = draw(key, theta.dtype)
+        x = jnp.pad(theta, (0, width - num)) * signs
+        return walsh_hadamard(order.take(walsh_hadamard(x)) * gains)[:size]
+
+    def backward(key, cotangent):
+        signs, order, gains = draw(key, cotangent.dtype)
+        x = walsh_hadamard(jnp.pad(cotangent, (0, width - size))) * gains
+        return (walsh_hadamard(order.put(x)) * signs)[:num], None
+
+    forward.defvjp(lambda theta, key: (forward(theta, key), key), backward)
+    return forward
+
+
+class _Order:
+    """A permutation of 2^k places by arithmetic: no table of n indices, none to sort or keep.
+
+    i becomes i · odd, then i ^ (i >> k/2), three times, with odd numbers from the key: each is a
+    bijection of k bits, so the inverse is known too. (Mixing as hash functions do, "xorshift-
+    multiply".)
+    """
+
+    ROUNDS = 3
+
+    def __init__(self, key: jax.Array, width: int):
+        self.width = width
+        self._bits = max(1, width.bit_length() - 1)
+        self._mask = jnp.uint32(width - 1)
+        drawn = jax.random.bits(key, (self.ROUNDS, 2), jnp.uint32)
+        self._odd, self._plus = drawn[:, 0] | jnp.uint32(1), drawn[:, 1]
+
+    def take(self, x: jax.Array) -> jax.Array:
+        """y[i] = x[order(i)]."""
+        return x[self._order(jnp.arange(self.width, dtype=jnp.uint32))]
+
+    def put(self, x: jax.Array) -> jax.Array:
+        """The inverse and transpose of `take`: y[order(i)] = x[i]."""
+        return x[self._inverse(jnp.arange(self.width, dtype=jnp.uint32))]
+
+    def _order(self, i):
+        for n in range(self.ROUNDS):
+            i = (i * self._odd[n] + self._plus[n]) & self._mask
+            i = i ^ (i >> self._shift)
+        return i
+
+    def _inverse(self, i):
+        for n in reversed(range(self.ROUNDS)):
+            # x ^ (x >> s) is undone by x ^ (x >> s) ^ (x >> 2s) …; with 2s >= k, by itself.
+            i = i ^ (i >> self._shift)
+            i = ((i - self._plus[n]) * _inverse_of_odd(self._odd[n])) & self._mask
+        return i
+
+    @property
+    def _shift(self) -> int:
+        return (self._bits + 1) // 2
+
+
+def _inverse_of_odd(odd: jax.Array) -> jax.Array:
+    """The inverse modulo 2^32, by Newton's method: each round doubles the right bits, from 3."""
+    x = odd
+    for _ in range(4):
+        x = x * (jnp.uint32(2) - odd * x)
+    return x
+
+
+def _hadamard(size: int, dtype) -> jax.Array:
+    i = jnp.arange(size)
+    ones = jax.lax.population_count(i[:, None] & i)
+    return (1 - 2 * (ones & 1)).astype(dtype)
+
+
+def _width(size: int) -> int:
+    if size < 1:
+        raise RequestError(f"there are {size} parameters to move; give at least 1")
+    return 1 << math.ceil(math.log2(size)) if size > 1 else 1
