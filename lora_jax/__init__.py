@@ -15,6 +15,7 @@ from lora_jax.methods import Combined as Combined
 from lora_jax.methods import DoRA as DoRA
 from lora_jax.methods import FullFineTuning as FullFineTuning
 from lora_jax.methods import HeadOnly as HeadOnly
+from lora_jax.methods import IntrinsicDimension as IntrinsicDimension
 from lora_jax.methods import LoRA as LoRA
 from lora_jax.methods import LoRAFA as LoRAFA
 from lora_jax.methods import LoRAPlus as LoRAPlus
@@ -40,9 +41,12 @@ def __getattr__(name: str):
         return load_model
     if name == "formats":
         import lora_jax.formats
-        import lora_jax.formats.peft
 
         return lora_jax.formats
+    if name == "analysis":
+        import lora_jax.analysis
+
+        return lora_jax.analysis
     if name == "sweep":
         from lora_jax.sweeps.api import sweep
 

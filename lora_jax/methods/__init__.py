@@ -6,6 +6,7 @@ from lora_jax.methods.dora import DoRA as DoRA
 from lora_jax.methods.full import BitFit as BitFit
 from lora_jax.methods.full import FullFineTuning as FullFineTuning
 from lora_jax.methods.full import HeadOnly as HeadOnly
+from lora_jax.methods.intrinsic import IntrinsicDimension as IntrinsicDimension
 from lora_jax.methods.lora import LoRA as LoRA
 from lora_jax.methods.lora_fa import LoRAFA as LoRAFA
 from lora_jax.methods.lora_plus import LoRAPlus as LoRAPlus

@@ -13,6 +13,7 @@ from lora_jax.core.trees import nearest
 from lora_jax.methods.base import Method
 from lora_jax.methods.dora import DoRA
 from lora_jax.methods.full import BitFit, FullFineTuning, HeadOnly
+from lora_jax.methods.intrinsic import IntrinsicDimension
 from lora_jax.methods.lora import LoRA
 from lora_jax.methods.lora_fa import LoRAFA
 from lora_jax.methods.lora_plus import LoRAPlus
@@ -31,6 +32,7 @@ METHODS: Mapping[str, type[Method]] = MappingProxyType(
         "pissa": PiSSA,
         "vera": VeRA,
         "lora_xs": LoRAXS,
+        "intrinsic": IntrinsicDimension,
         "full": FullFineTuning,
         "bitfit": BitFit,
         "head": HeadOnly,
@@ -38,6 +40,8 @@ METHODS: Mapping[str, type[Method]] = MappingProxyType(
 )
 
 
+# Methods whose `train` is the caller's to choose; that of the others is what they are.
+_WITH_WHOLE = LoRA | HeadOnly | IntrinsicDimension
 _RULE_FIELDS = tuple(field.name for field in dataclasses.fields(Rule))
 
 
@@ -48,7 +52,8 @@ def settings_of(kind: type[Method]) -> tuple[str, ...]:
     ((), True)
     """
     if not issubclass(kind, LoRA):
-        return ()
+        shared = {field.name for field in dataclasses.fields(Method)}
+        return tuple(f.name for f in dataclasses.fields(kind) if f.name not in shared)
     of_rule = [name for name in _RULE_FIELDS if name not in kind.WITHOUT]
     shared = {field.name for field in dataclasses.fields(LoRA)}
     own = [field.name for field in dataclasses.fields(kind) if field.name not in shared]
@@ -76,7 +81,7 @@ def method_of(name: str, settings: Mapping[str, Any], *, axes: Any, aliases: Any
     Raises `RequestError` for an unknown name or values that the method refuses.
     """
     kind = kind_of(name)
-    wanted = (*settings_of(kind), *(("rows", "train") if issubclass(kind, LoRA | HeadOnly) else ()))
+    wanted = (*settings_of(kind), *(("rows", "train") if issubclass(kind, _WITH_WHOLE) else ()))
     given = {
         key: settings[key]
         for key in wanted

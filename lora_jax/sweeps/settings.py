@@ -138,7 +138,8 @@ def _in_full(given: Mapping[str, Any], rates, seed: int) -> dict[str, Any]:
     method = given.get("method", "lora")
     full = {"method": method if isinstance(method, str) else type(method).__name__}
     if isinstance(method, str) and "rules" not in given:
-        fields = {field.name: field.default for field in dataclasses.fields(Rule)}
+        own = (Rule, METHODS[method])
+        fields = {field.name: field.default for kind in own for field in dataclasses.fields(kind)}
         shown = [key for key in settings_of(METHODS[method]) if key in SHOWN]
         full |= {key: given.get(key, fields[key]) for key in shown}
     rest = {key: value for key, value in given.items() if key not in ("name", "method")}

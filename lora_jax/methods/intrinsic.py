@@ -1,0 +1,179 @@
+"""Training in a random subspace: how few dimensions a task needs.
+
+θ = θ₀ + P θ_d, θ_d (d,) starts at zero and trains, P is fixed and random. The smallest d that
+reaches 90% of what training all parameters reaches is the intrinsic dimension of the task, d₉₀.
+Li et al. 2018 (arXiv:1804.08838), Eq. (2); for fine-tuning Aghajanyan et al. 2020
+(arXiv:2012.13255): DID as above, and SAID, θᵢ = θ₀ᵢ + λᵢ (P θ_{d−m})ᵢ with a trained λᵢ, 1 at
+first, for each of m layers, which count among the d.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType
+from typing import Any, ClassVar
+
+import jax
+import jax.numpy as jnp
+
+from lora_jax.core import trees
+from lora_jax.core.errors import RequestError
+from lora_jax.core.rules import check_each_matches, layer_of, pattern_of
+from lora_jax.core.values import is_adapted
+from lora_jax.methods.base import Method, PyTree, Trainable
+from lora_jax.methods.projections import dense, fastfood
+from lora_jax.methods.table import Row
+
+# The one entry of `trainable`: it is of all moved parameters together.
+NAME = "intrinsic"
+PROJECTIONS = MappingProxyType({"fastfood": fastfood, "dense": dense})
+STRUCTURES = ("did", "said")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class IntrinsicDimension(Method):
+    """Moves the parameters that `targets` match together, in a random subspace of `dim` dimensions.
+
+    `targets`: as in `Rule`; all floating-point parameters by default, but for those that `train`
+    names, which train whole beside (a new head). `dim`: all that trains in the subspace, SAID's λ
+    included. `projection`: "fastfood", or "dense" for networks small enough to hold P (D, dim).
+    `structure`: "did", or "said", with a λ for each layer (the first whole number among a path's
+    keys) and for each other top-level part (embeddings, a pooler).
+
+    `trainable["intrinsic"]` holds `theta (dim − m,)` float32, SAID's `scales (m,)` float32, and
+    `key`, which says which subspace it is and does not train. Raises `RequestError` for values
+    outside.
+
+    >>> params = {"kernel": jnp.ones((6, 4)), "bias": jnp.zeros(4)}
+    >>> method = IntrinsicDimension(dim=3)
+    >>> trainable, frozen = method.init(jax.random.key(0), params)
+    >>> trainable["intrinsic"]["theta"].shape, method.table(params).num_trainable
+    ((3,), 3)
+    """
+
+    dim: int = 100
+    targets: str | Sequence[str] = r".*"
+    projection: str = "fastfood"
+    structure: str = "did"
+
+    FIXED: ClassVar[frozenset[str]] = frozenset({"key"})
+
+    def __post_init__(self):
+        if isinstance(self.dim, bool) or not isinstance(self.dim, int) or self.dim < 1:
+            raise RequestError(f"dim is {self.dim!r}; it must be a whole number of 1 or more")
+        for name, known in (("projection", PROJECTIONS), ("structure", STRUCTURES)):
+            value = getattr(self, name)
+            if value not in known:
+                raise RequestError(f"{name} is {value!r}; {trees.nearest(str(value), known)}")
+        if not isinstance(self.targets, str):
+            object.__setattr__(self, "targets", tuple(self.targets))
+
+    def moved(self, params: PyTree) -> dict[str, int]:
+        """`{path: number of parameters}` of what moves, in the tree's order: the order in θ."""
+        return self._moved(params, frozenset(self.whole_paths(params)))
+
+    def _moved(self, params: PyTree, whole: frozenset[str]) -> dict[str, int]:
+        leaves = dict(trees.flatten(params, is_leaf=is_adapted).items())
+        floats = [p for p, x in leaves.items() if is_adapted(x) or trees.is_float(x)]
+        check_each_matches("targets", self.targets, floats, self.aliases)
+        pattern = pattern_of(self.targets, self.aliases)
+        moved = {p: leaves[p].size for p in floats if p not in whole and pattern.fullmatch(p)}
+        if not moved:
+            raise RequestError(
+                f"targets={self.targets!r} name nothing but what train={self.train!r} trains whole"
+            )
+        if (taken := sum(moved.values())) < self.dim:
+            raise RequestError(
+                f"dim is {self.dim}, but only {taken:,} parameters move; choose a smaller one"
+            )
+        return moved
+
+    def _groups(self, moved: Mapping[str, int]) -> list[int]:
+        """For each moved parameter the number of its λ."""
+        names = [f"layer {n}" if (n := layer_of(p)) is not None else p.split("/")[0] for p in moved]
+        numbers = {name: number for number, name in enumerate(dict.fromkeys(names))}
+        if self.structure == "said" and len(numbers) >= self.dim:
+            raise RequestError(
+                f"dim is {self.dim}, but structure='said' needs {len(numbers)} of it for the "
+                f"scales of the layers; choose at least {len(numbers) + 1}"
+            )
+        return [numbers[name] for name in names]
+
+    def _init_adapters(self, key, params, whole: frozenset[str]) -> Trainable:
+        moved = self._moved(params, whole)
+        trees.check_not_untied(params, moved)
+        groups = self._groups(moved)
+        entry: dict[str, jax.Array] = {"key": _to_numbers(key)}
+        num = self.dim
+        if self.structure == "said":
+            entry["scales"] = jnp.ones(max(groups) + 1)
+            num -= max(groups) + 1
+        return {NAME: {**entry, "theta": jnp.zeros(num)}}
+
+    def _bind_over(self, trainable, frozen, *, key, data, beneath) -> PyTree:
+        rest = {name: entry for name, entry in trainable.items() if name != NAME}
+        tree = super()._bind_over(rest, frozen, key=key, data=data, beneath=beneath)
+        if NAME not in trainable:
+            return tree
+        whole = frozenset(name for name, entry in rest.items() if "value" in entry)
+        moved = self._moved(tree, whole)
+        leaves = dict(trees.flatten(tree, is_leaf=is_adapted).items())
+        if under := [path for path in moved if is_adapted(leaves[path])]:
+            raise RequestError(
+                f"{under[0]!r} holds an adapter already; a subspace moves plain parameters alone"
+            )
+        delta = self._delta(trainable[NAME], moved)
+        return trees.put(
+            tree,
+            {path: _moved_by(leaves[path], delta[path]) for path in moved},
+            is_leaf=is_adapted,
+        )
+
+    def _delta(self, entry: Mapping[str, jax.Array], moved: Mapping[str, int]) -> dict[str, Any]:
+        """`{path: flat (size,)}`: λ P θ."""
+        parts = {"key", "theta"} | ({"scales"} if self.structure == "said" else set())
+        if set(entry) != parts:
+            raise RequestError(
+                f"{NAME!r} holds {sorted(entry)}, but structure={self.structure!r} has "
+                f"{sorted(parts)}; use the method that made it"
+            )
+        num = sum(x.size for name, x in entry.items() if name != "key")
+        if num != self.dim:
+            raise RequestError(
+                f"{NAME!r} holds {num} dimensions, dim is {self.dim}; use the method that made it"
+            )
+        key = _to_key(jax.lax.stop_gradient(entry["key"]))
+        steps = PROJECTIONS[self.projection](entry["theta"], sum(moved.values()), key)
+        groups, found, start = self._groups(moved), {}, 0
+        for (path, size), group in zip(moved.items(), groups, strict=True):
+            own = steps[start : start + size]
+            found[path] = entry["scales"][group] * own if self.structure == "said" else own
+            start += size
+        return found
+
+    def owns(self, name: str) -> bool:
+        return name == NAME
+
+    def table(self, params: PyTree):
+        table = super().table(params)
+        size = sum(self.moved(params).values())
+        row = Row(NAME, (size,), None, None, self.dim)
+        return dataclasses.replace(table, rows=(row, *table.rows))
+
+
+def _moved_by(leaf: jax.Array, flat: jax.Array) -> jax.Array:
+    """θ₀ + the step, summed in float32 or wider and rounded once."""
+    wide = leaf.astype(jnp.promote_types(leaf.dtype, flat.dtype))
+    return (wide + flat.reshape(leaf.shape)).astype(leaf.dtype)
+
+
+def _to_numbers(key: jax.Array) -> jax.Array:
+    """A key as float32 numbers of 16 bits each: what is trained, stored and stacked are floats."""
+    words = jax.random.key_data(key).astype(jnp.uint32).reshape(-1)
+    return jnp.stack([words >> 16, words & 0xFFFF], axis=-1).reshape(-1).astype(jnp.float32)
+
+
+def _to_key(numbers: jax.Array) -> jax.Array:
+    halves = numbers.astype(jnp.uint32).reshape(-1, 2)
+    return jax.random.wrap_key_data((halves[:, 0] << 16) | halves[:, 1])

@@ -1,0 +1,16 @@
+"""`lj.formats.peft` and its like are there however the package was come by."""
+
+import subprocess
+import sys
+
+import pytest
+
+BEFORE = ["", "lj.load_model; import lora_jax.formats.safetensors", "lj.load_model('tiny-bert')"]
+
+
+@pytest.mark.parametrize("before", BEFORE)
+@pytest.mark.parametrize("name", ["formats.peft.load_adapter", "analysis.subspace_similarity"])
+def test_names_of_the_contract_are_there_whatever_was_imported_before(before, name):
+    code = f"import lora_jax as lj\n{before}\nassert callable(lj.{name})"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
