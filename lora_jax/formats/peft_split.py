@@ -104,14 +104,13 @@ def split(
                 f"{name!r} are single trained rows, which this version does not write for PEFT; "
                 "merge them and save the model, or train the table whole"
             )
-        path = path_of(name)
-        if path not in by_path:
-            raise RequestError(
-                f"{name!r} is no weight of a module that PEFT can adapt in {model.name}"
-            )
-        owner = method._owner_of(name)
+        path, owner = path_of(name), method._owner_of(name)
         if not isinstance(owner, LoRA):
             raise RequestError(f"{type(owner).__name__} at {name!r} has no form in PEFT; merge it")
+        if path not in by_path:
+            raise RequestError(
+                f"{name!r} is no weight of a module that PEFT can adapt in {model.name}; merge it"
+            )
         tied = by_path[path][0].is_tied
         if tied and not isinstance(owner, LookupLoRA):
             raise RequestError(

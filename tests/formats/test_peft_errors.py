@@ -283,12 +283,18 @@ def lora(model, **settings):
     return method, jax.tree.map(grow, trainable)
 
 
+def subspace(model):
+    method = lj.IntrinsicDimension(dim=3)
+    return method, method.init(jax.random.key(0), model.params)[0]
+
+
 @pytest.mark.parametrize(
     ("make", "match"),
     [
         (lambda m: lora(m, targets="embed"), "tied to the head"),
         (lambda m: lora(m, targets="q", rows={"embed": [1]}), "single trained rows"),
         (lambda m: (lj.HeadOnly(train="norm/scale"), {}), "no low-rank adapter"),
+        (lambda m: subspace(m), "IntrinsicDimension at 'intrinsic' has no form in PEFT; merge it"),
     ],
 )
 def test_what_peft_cannot_say_is_refused_and_nothing_is_written(tied, make, match, tmp_path):
