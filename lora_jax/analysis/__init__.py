@@ -3,6 +3,8 @@
 from lora_jax.analysis.factors import SVD as SVD
 from lora_jax.analysis.factors import delta_svd as delta_svd
 from lora_jax.analysis.factors import kernel_svd as kernel_svd
+from lora_jax.analysis.intrinsic import Dimension as Dimension
+from lora_jax.analysis.intrinsic import intrinsic_dimension as intrinsic_dimension
 from lora_jax.analysis.kernels import Amplification as Amplification
 from lora_jax.analysis.kernels import adapter_amplification as adapter_amplification
 from lora_jax.analysis.kernels import amplification as amplification
