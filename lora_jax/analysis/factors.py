@@ -22,12 +22,14 @@ class SVD(NamedTuple):
     def basis(self, space: str) -> jax.Array:
         """`u` for "input", `v` for "output"; directions of singular value 0 are zero.
 
-        They are arbitrary: what has not been learned shares nothing with anything.
+        They are arbitrary: what has not been learned shares nothing with anything. A value is 0 if
+        it is below the rounding of the largest, eps · max(d_in, d_out) · s[0].
         """
         if space not in SPACES:
             raise RequestError(f"space is {space!r}; choose one of {', '.join(SPACES)}")
         vectors = self.u if space == "input" else self.v
-        return jnp.where(is_there(self.s, vectors.shape[-2])[..., None, :], vectors, 0)
+        size = max(self.u.shape[-2], self.v.shape[-2])
+        return jnp.where(is_there(self.s, size)[..., None, :], vectors, 0)
 
 
 def is_there(s: jax.Array, size: int) -> jax.Array:
@@ -59,7 +61,8 @@ def delta_svd(a: jax.Array, b: jax.Array, scale: jax.Array | float = 1.0) -> SVD
     """The thin SVD of `scale * a @ b`, `a (…, d_in, r)`, `b (…, r, d_out)`: at most r directions.
 
     By QR of both factors and an SVD of r x r: O((d_in + d_out) r^2), where forming ΔW would cost
-    O(d_in d_out r). `scale` () or (…) is positive. Raises `RequestError` for ranks that differ.
+    O(d_in d_out r). What is left where large factors cancel, up to eps · r · ‖a‖ ‖b‖, is rounding
+    and becomes 0. `scale` is () or (…). Raises `RequestError` for ranks that differ.
 
     >>> a, b = jnp.array([[3.0], [4.0]]), jnp.array([[0.0, 2.0, 0.0]])
     >>> [round(float(s), 4) for s in delta_svd(a, b).s]
@@ -74,4 +77,8 @@ def delta_svd(a: jax.Array, b: jax.Array, scale: jax.Array | float = 1.0) -> SVD
     q_a, r_a = jnp.linalg.qr(a)
     q_b, r_b = jnp.linalg.qr(jnp.swapaxes(b, -1, -2))
     u, s, vh = jnp.linalg.svd(r_a @ jnp.swapaxes(r_b, -1, -2), full_matrices=False)
-    return SVD(q_a @ u, s * jnp.asarray(scale)[..., None], q_b @ jnp.swapaxes(vh, -1, -2))
+    norms = jnp.linalg.norm(r_a, axis=(-2, -1)) * jnp.linalg.norm(r_b, axis=(-2, -1))
+    s = jnp.where(s > jnp.finfo(s.dtype).eps * a.shape[-1] * norms[..., None], s, 0)
+    scale = jnp.asarray(scale, s.dtype)[..., None]
+    v = q_b @ jnp.swapaxes(vh, -1, -2)
+    return SVD(q_a @ u, s * jnp.abs(scale), v * jnp.where(scale < 0, -1, 1)[..., None, :])

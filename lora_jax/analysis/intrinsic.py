@@ -44,6 +44,8 @@ def intrinsic_dimension(
         raise RequestError(
             f"scores are {scores.shape} for {len(dims)} dimensions; give (dimensions, seeds)"
         )
+    if np.isnan(scores).any():
+        raise RequestError("scores hold NaN; give 0 for a run that diverged, or leave its seed out")
     if not 0.0 < share <= 1.0 or not np.isfinite(full_score) or full_score <= 0:
         raise RequestError(
             f"share is {share!r} of a full score of {full_score!r}; both must be above 0, the "

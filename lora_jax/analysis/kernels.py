@@ -16,7 +16,8 @@ class Amplification(NamedTuple):
 
     `from_delta`, `from_kernel` and `from_random` are what W does between the first r singular
     vectors of ΔW, those of W itself (the most that r directions can hold), and random ones.
-    `factor` is ‖ΔW‖_F / `from_delta`: how much stronger ΔW is in its own directions than W was.
+    `factor` is ΔW's own norm in its first r directions, ‖ΔW‖_F in the paper, where r is its rank,
+    over `from_delta`: how much stronger ΔW is in its own directions than W was.
     """
 
     from_delta: jax.Array
@@ -86,7 +87,9 @@ def amplification_of(
     from_delta = projected_norm(
         kernel, delta.basis("input")[..., :rank], delta.basis("output")[..., :rank]
     )
-    delta_norm = jnp.sqrt(jnp.sum(jnp.square(delta.s), axis=-1))
+    delta_norm, inside = (
+        jnp.sqrt(jnp.sum(jnp.square(s), axis=-1)) for s in (delta.s, delta.s[..., :rank])
+    )
     keys = jax.random.split(jax.random.key(0) if key is None else key)
     random = [
         jnp.linalg.qr(jax.random.normal(k, (*kernel.shape[:-2], d, rank), kernel.dtype))[0]
@@ -99,7 +102,7 @@ def amplification_of(
         delta_norm=delta_norm,
         kernel_norm=_norm(kernel),
         # A ΔW where W is 0 amplifies beyond all bounds; no ΔW amplifies nothing.
-        factor=jnp.where(delta_norm > 0, delta_norm / from_delta, 0.0),
+        factor=jnp.where(inside > 0, inside / from_delta, 0.0),
     )
 
 

@@ -97,6 +97,11 @@ def intruders_of(
     base: SVD, tuned: SVD, threshold: float, num_directions: int, space: str
 ) -> Intruders:
     """`intruder_dimensions` of SVDs that are there already."""
+    if num_directions < 1 or not 0.0 < threshold <= 1.0:
+        raise RequestError(
+            f"num_directions is {num_directions!r}, threshold {threshold!r}; give at least 1 "
+            "direction and a cosine above 0, at most 1"
+        )
     x, y = base.basis(space), tuned.basis(space)[..., :num_directions]
     cosines = jnp.max(jnp.abs(jnp.einsum("...dk,...dn->...kn", y, x)), axis=-1)
     is_there = jnp.any(y != 0, axis=-2)

@@ -65,6 +65,8 @@ def kernel_subspace_similarity(
     With W and ΔW it is Figure 8 of Hu et al. 2021 (numbered 7 in their first version): whether what
     was learned lies in directions that W has already. At most `num_directions` of each.
     """
+    if num_directions < 1:
+        raise RequestError(f"num_directions is {num_directions!r}; give at least 1")
     bases = (kernel_svd(kernel).basis(space) for kernel in (kernel1, kernel2))
     return basis_similarity(*(basis[..., :num_directions] for basis in bases))
 

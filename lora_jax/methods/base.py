@@ -43,6 +43,8 @@ class Method:
 
     # Parts of an adapter that stay as `init` made them: they travel with it and never train.
     FIXED: ClassVar[frozenset[str]] = frozenset()
+    # Whether it moves parameters that the names in `trainable` do not say.
+    ALONE: ClassVar[bool] = False
 
     def init(self, key: jax.Array, params: PyTree) -> tuple[Trainable, PyTree]:
         """Splits `params` into `(trainable, frozen)`; `params` is untouched.

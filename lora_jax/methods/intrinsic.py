@@ -10,16 +10,18 @@ first, for each of m layers, which count among the d.
 from __future__ import annotations
 
 import dataclasses
+import zlib
 from collections.abc import Mapping, Sequence
 from types import MappingProxyType
 from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from lora_jax.core import trees
 from lora_jax.core.errors import RequestError
-from lora_jax.core.rules import check_each_matches, layer_of, pattern_of
+from lora_jax.core.rules import check_each_matches, pattern_of
 from lora_jax.core.values import is_adapted
 from lora_jax.methods.base import Method, PyTree, Trainable
 from lora_jax.methods.projections import dense, fastfood
@@ -38,12 +40,14 @@ class IntrinsicDimension(Method):
     `targets`: as in `Rule`; all floating-point parameters by default, but for those that `train`
     names, which train whole beside (a new head). `dim`: all that trains in the subspace, SAID's λ
     included. `projection`: "fastfood", or "dense" for networks small enough to hold P (D, dim).
-    `structure`: "did", or "said", with a λ for each layer (the first whole number among a path's
-    keys) and for each other top-level part (embeddings, a pooler).
+    `structure`: "did", or "said", with a λ for each layer (a path up to the first whole number
+    among its keys) and for each other top-level part (embeddings, a pooler; layers that are stacked
+    in one parameter).
 
-    `trainable["intrinsic"]` holds `theta (dim − m,)` float32, SAID's `scales (m,)` float32, and
-    `key`, which says which subspace it is and does not train. Raises `RequestError` for values
-    outside.
+    `trainable["intrinsic"]` holds, in float32, `theta (dim − m,)`, SAID's `scales (m,)`, and what
+    does not train: `key`, which says which subspace it is, and `layout`, a hash of what moves. It
+    moves all of it together, so that it goes beside no other method. Raises `RequestError` for
+    values outside.
 
     >>> params = {"kernel": jnp.ones((6, 4)), "bias": jnp.zeros(4)}
     >>> method = IntrinsicDimension(dim=3)
@@ -57,7 +61,8 @@ class IntrinsicDimension(Method):
     projection: str = "fastfood"
     structure: str = "did"
 
-    FIXED: ClassVar[frozenset[str]] = frozenset({"key"})
+    FIXED: ClassVar[frozenset[str]] = frozenset({"key", "layout"})
+    ALONE: ClassVar[bool] = True
 
     def __post_init__(self):
         if isinstance(self.dim, bool) or not isinstance(self.dim, int) or self.dim < 1:
@@ -91,7 +96,7 @@ class IntrinsicDimension(Method):
 
     def _groups(self, moved: Mapping[str, int]) -> list[int]:
         """For each moved parameter the number of its λ."""
-        names = [f"layer {n}" if (n := layer_of(p)) is not None else p.split("/")[0] for p in moved]
+        names = [_group_of(path) for path in moved]
         numbers = {name: number for number, name in enumerate(dict.fromkeys(names))}
         if self.structure == "said" and len(numbers) >= self.dim:
             raise RequestError(
@@ -104,12 +109,12 @@ class IntrinsicDimension(Method):
         moved = self._moved(params, whole)
         trees.check_not_untied(params, moved)
         groups = self._groups(moved)
-        entry: dict[str, jax.Array] = {"key": _to_numbers(key)}
+        entry: dict[str, jax.Array] = {"key": _to_numbers(key), "layout": _layout_of(moved)}
         num = self.dim
         if self.structure == "said":
-            entry["scales"] = jnp.ones(max(groups) + 1)
+            entry["scales"] = jnp.ones(max(groups) + 1, jnp.float32)
             num -= max(groups) + 1
-        return {NAME: {**entry, "theta": jnp.zeros(num)}}
+        return {NAME: {**entry, "theta": jnp.zeros(num, jnp.float32)}}
 
     def _bind_over(self, trainable, frozen, *, key, data, beneath) -> PyTree:
         rest = {name: entry for name, entry in trainable.items() if name != NAME}
@@ -132,19 +137,27 @@ class IntrinsicDimension(Method):
 
     def _delta(self, entry: Mapping[str, jax.Array], moved: Mapping[str, int]) -> dict[str, Any]:
         """`{path: flat (size,)}`: λ P θ."""
-        parts = {"key", "theta"} | ({"scales"} if self.structure == "said" else set())
+        parts = {"key", "layout", "theta"} | ({"scales"} if self.structure == "said" else set())
         if set(entry) != parts:
             raise RequestError(
                 f"{NAME!r} holds {sorted(entry)}, but structure={self.structure!r} has "
                 f"{sorted(parts)}; use the method that made it"
             )
-        num = sum(x.size for name, x in entry.items() if name != "key")
+        num = sum(x.size for name, x in entry.items() if name not in self.FIXED)
         if num != self.dim:
             raise RequestError(
                 f"{NAME!r} holds {num} dimensions, dim is {self.dim}; use the method that made it"
             )
+        total, layout = sum(moved.values()), entry["layout"]
+        # Under a trace its numbers are not known; what is loaded or merged is seen here.
+        is_known = not isinstance(layout, jax.core.Tracer)
+        if is_known and not np.array_equal(layout, _layout_of(moved)):
+            raise RequestError(
+                f"{NAME!r} was made for other parameters than the {len(moved)} that move here "
+                f"({total:,} numbers); bind it to the tree it was made for"
+            )
         key = _to_key(jax.lax.stop_gradient(entry["key"]))
-        steps = PROJECTIONS[self.projection](entry["theta"], sum(moved.values()), key)
+        steps = PROJECTIONS[self.projection](entry["theta"], total, key)
         groups, found, start = self._groups(moved), {}, 0
         for (path, size), group in zip(moved.items(), groups, strict=True):
             own = steps[start : start + size]
@@ -156,10 +169,14 @@ class IntrinsicDimension(Method):
         return name == NAME
 
     def table(self, params: PyTree):
-        table = super().table(params)
-        size = sum(self.moved(params).values())
-        row = Row(NAME, (size,), None, None, self.dim)
+        table, moved = super().table(params), self.moved(params)
+        self._groups(moved)  # for its check
+        row = Row(NAME, (sum(moved.values()),), None, None, self.dim)
         return dataclasses.replace(table, rows=(row, *table.rows))
+
+    def mask(self, tree: PyTree) -> PyTree:
+        """Raises `RequestError`: all that is bound is computed from what trains."""
+        return self._mask_of(NAME, None)
 
 
 def _moved_by(leaf: jax.Array, flat: jax.Array) -> jax.Array:
@@ -168,12 +185,24 @@ def _moved_by(leaf: jax.Array, flat: jax.Array) -> jax.Array:
     return (wide + flat.reshape(leaf.shape)).astype(leaf.dtype)
 
 
+def _group_of(path: str) -> str:
+    keys = path.split("/")
+    place = next((n for n, key in enumerate(keys) if key.isdecimal()), 0)
+    return "/".join(keys[: place + 1])
+
+
+def _layout_of(moved: Mapping[str, int]) -> jax.Array:
+    """(2,) float32: a hash of the paths and sizes in their order."""
+    found = zlib.crc32(repr(list(moved.items())).encode())
+    return jnp.array([found >> 16, found & 0xFFFF], jnp.float32)
+
+
 def _to_numbers(key: jax.Array) -> jax.Array:
-    """A key as float32 numbers of 16 bits each: what is trained, stored and stacked are floats."""
-    words = jax.random.key_data(key).astype(jnp.uint32).reshape(-1)
+    """(4,) float32 of 16 bits each: what is trained, stored and stacked are floats."""
+    words = jax.random.bits(key, (2,), jnp.uint32)  # of a key of any kind
     return jnp.stack([words >> 16, words & 0xFFFF], axis=-1).reshape(-1).astype(jnp.float32)
 
 
 def _to_key(numbers: jax.Array) -> jax.Array:
     halves = numbers.astype(jnp.uint32).reshape(-1, 2)
-    return jax.random.wrap_key_data((halves[:, 0] << 16) | halves[:, 1])
+    return jax.random.wrap_key_data((halves[:, 0] << 16) | halves[:, 1], impl="threefry2x32")

@@ -42,7 +42,8 @@ METHODS: Mapping[str, type[Method]] = MappingProxyType(
 
 # Methods whose `train` is the caller's to choose; that of the others is what they are.
 _WITH_WHOLE = LoRA | HeadOnly | IntrinsicDimension
-_RULE_FIELDS = tuple(field.name for field in dataclasses.fields(Rule))
+# (A rank above the matrix's is for adapters that come so, not for a config to ask for.)
+_RULE_FIELDS = tuple(f.name for f in dataclasses.fields(Rule) if f.name != "any_rank")
 
 
 def settings_of(kind: type[Method]) -> tuple[str, ...]:

@@ -27,19 +27,16 @@ _MOST = 128
 
 
 def fastfood(theta: jax.Array, size: int, key: jax.Array) -> jax.Array:
-    """P θ of a Fastfood projection, `theta (d,)` to `(size,)`, in theta's dtype (float32 or wider).
+    """P θ of a Fastfood projection, `theta (d,)` to `(size,)`, in float32 or theta's wider dtype.
 
-    `key` draws B, Π and G, the same for every d. Differentiable in theta; the adjoint is computed
-    as fast as the product, and is exactly its transpose. Raises `RequestError` for a d above the
-    power of 2 that holds `size`.
+    `key` draws B, Π and G, the same for every d, dtype and setting of x64. Differentiable in theta
+    in reverse mode (`jax.grad`, `jax.vjp`): the adjoint is computed as fast as the product, and is
+    its transpose. Raises `RequestError` for a d above the power of 2 that holds `size`.
 
     >>> fastfood(jnp.ones(3), 10, jax.random.key(0)).shape
     (10,)
     """
-    theta = jnp.asarray(theta)
-    if theta.ndim != 1 or not jnp.issubdtype(theta.dtype, jnp.floating):
-        raise RequestError(f"theta is {theta.dtype} {theta.shape}; give floating point (d,)")
-    width = _width(size)
+    theta, width = _wide(theta), _width(size)
     if not 1 <= theta.shape[0] <= width:
         raise RequestError(
             f"d is {theta.shape[0]}; a subspace of {size} parameters has 1 to {width} dimensions"
@@ -53,9 +50,10 @@ def dense(theta: jax.Array, size: int, key: jax.Array) -> jax.Array:
     As in the code of Li et al. 2018 (uber-research/intrinsic-dimension), normalised over the whole
     network. Column k depends on the key and k alone.
     """
-    theta = jnp.asarray(theta)
-    columns = jax.vmap(lambda k: jax.random.normal(jax.random.fold_in(key, k), (size,)))
-    rows = columns(jnp.arange(theta.shape[0])).astype(theta.dtype)
+    theta = _wide(theta)
+    _width(size)
+    draw = lambda k: jax.random.normal(jax.random.fold_in(key, k), (size,), jnp.float32)  # noqa: E731
+    rows = jax.vmap(draw)(jnp.arange(theta.shape[0], dtype=jnp.uint32)).astype(theta.dtype)
     return theta @ (rows / jnp.linalg.norm(rows, axis=1, keepdims=True))
 
 
@@ -88,8 +86,9 @@ def _fastfood(size: int, num: int) -> Callable[[jax.Array, jax.Array], jax.Array
 
     def draw(key, dtype):
         of_signs, of_order, of_gains = jax.random.split(key, 3)
-        signs = jax.random.rademacher(of_signs, (width,), jnp.int8).astype(dtype)
-        gains = jax.random.normal(of_gains, (width,), dtype)
+        # Drawn in types of their own: those of JAX's defaults, and what is drawn, change with x64.
+        signs = 1 - 2 * (jax.random.bits(of_signs, (width,), jnp.uint32) & 1).astype(dtype)
+        gains = jax.random.normal(of_gains, (width,), jnp.float32).astype(dtype)
         # c, so that a column has norm 1 in expectation over its rows.
         return signs, _Order(of_order, width), gains / jnp.sqrt(size * jnp.sum(gains**2))
 
@@ -163,6 +162,13 @@ def _hadamard(size: int, dtype) -> jax.Array:
     i = jnp.arange(size)
     ones = jax.lax.population_count(i[:, None] & i)
     return (1 - 2 * (ones & 1)).astype(dtype)
+
+
+def _wide(theta: jax.Array) -> jax.Array:
+    theta = jnp.asarray(theta)
+    if theta.ndim != 1 or not jnp.issubdtype(theta.dtype, jnp.floating):
+        raise RequestError(f"theta is {theta.dtype} {theta.shape}; give floating point (d,)")
+    return theta.astype(jnp.promote_types(theta.dtype, jnp.float32))
 
 
 def _width(size: int) -> int:

@@ -35,6 +35,7 @@ def bind_all(
     """
     if not adapters:
         raise RequestError("bind_all got no adapters; bind at least one, or use the tree itself")
+    _check_go_together([method for method, _ in adapters])
     seen: dict[str, bool] = {}
     for _, trainable in adapters:
         for name, entry in trainable.items():
@@ -50,6 +51,15 @@ def bind_all(
         own = None if key is None else jax.random.fold_in(key, number)
         tree = method._bind_over(trainable, tree, key=own, data={}, beneath=beneath)
     return tree
+
+
+def _check_go_together(methods: Sequence[Method]) -> None:
+    alone = [type(method).__name__ for method in methods if method.ALONE]
+    if alone and len(methods) > 1:
+        raise RequestError(
+            f"{alone[0]} moves all its parameters together and goes beside no other; name those "
+            "that train whole in its own train=, or merge one and bind the other to the result"
+        )
 
 
 def merge_all(adapters: Sequence[tuple[Method, Trainable]], frozen: PyTree) -> PyTree:
@@ -77,6 +87,7 @@ class Combined(Method):
         if len(methods) < 2:
             raise RequestError(f"Combined takes two methods or more, not {len(methods)}")
         super().__init__()
+        _check_go_together(methods)
         object.__setattr__(self, "methods", tuple(methods))
 
     def init(self, key: jax.Array, params: PyTree) -> tuple[Trainable, PyTree]:

@@ -94,7 +94,7 @@ def params_from_tensors(
             tensor = tensor.T if entry.is_transposed else tensor
             # (Of stacked layers the first one's dtype is that of all.)
             dtype = params[path].dtype if path in params else placing.dtype(path, tensor.dtype)
-            narrows = dtype.itemsize < tensor.dtype.itemsize
+            narrows = ml_dtypes.finfo(dtype).max < ml_dtypes.finfo(tensor.dtype).max
             with np.errstate(over="ignore"):
                 tensor = np.asarray(tensor, dtype=dtype, order="C")
             if narrows and not np.isfinite(tensor).all():

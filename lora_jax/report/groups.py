@@ -16,6 +16,7 @@ METHOD_NAMES = {
     "pissa": "PiSSA",
     "vera": "VeRA",
     "lora_xs": "LoRA-XS",
+    "intrinsic": "random subspace",
     "full": "full fine-tuning",
     "bitfit": "BitFit",
     "head": "head only",
@@ -191,6 +192,8 @@ def _settings(config: dict) -> dict[str, object]:
     dropped = {*_SEEDS, *_BOOKKEEPING}
     if flat.get("method.name") in _WITHOUT_FACTORS:
         dropped |= {*_FACTOR_SETTINGS}
+    if flat.get("method.name") == "intrinsic":
+        dropped |= {*_FACTOR_SETTINGS} - {"method.targets"}
     return {
         key: value
         for key, value in flat.items()
@@ -269,4 +272,6 @@ def _short_label(group: Group) -> str:
         parts.append(str(targets))
     if rank is not None:
         parts.append(f"r={rank}")
+    if (dim := group.settings.get("method.dim")) is not None and group.method == "intrinsic":
+        parts.append(f"d={dim}")
     return " ".join(parts)

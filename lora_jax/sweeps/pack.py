@@ -17,7 +17,6 @@ import jax
 import jax.numpy as jnp
 
 from lora_jax.core.axes import KernelAxes
-from lora_jax.core.rules import Rule
 from lora_jax.methods import LoRA, Method
 from lora_jax.methods.base import PyTree, Trainable
 from lora_jax.methods.sites import Site
@@ -130,7 +129,15 @@ def make_pack(methods: Sequence[Method], params: PyTree) -> Pack:
     # that masks are drawn at all.
     dropout = max(own.rule.dropout for cell in sites for own in cell.values())
     rules = [
-        Rule(re.escape(own.path), own.rank, 1.0, dropout, slice=own.rule.slice)
+        dataclasses.replace(
+            own.rule,
+            targets=re.escape(own.path),
+            rank=own.rank,
+            alpha=1.0,
+            dropout=dropout,
+            layers=None,
+            exclude=(),
+        )
         for own in widest.values()
     ]
     union = dataclasses.replace(

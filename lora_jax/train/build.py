@@ -261,7 +261,7 @@ def _check_description(description: Any, place: str) -> None:
                 f"{place}: {name} is {value!r}, not {kind.__name__}; copy the folder again, or "
                 "train this cell again"
             )
-    if not -(2**31) <= description["seed"] < 2**32:
+    if not 0 <= description["seed"] < 2**63:
         raise RequestError(f"{place}: seed is {description['seed']}; copy the folder again")
 
 

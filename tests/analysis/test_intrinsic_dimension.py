@@ -35,6 +35,7 @@ def test_a_share_of_1_is_all_of_it_and_nothing_tried_may_be_enough():
         (([4, 4], np.ones((2, 1)), 1.0), r"dims are \[4, 4\]"),
         ((DIMS, np.ones(4), 1.0), r"scores are \(4,\) for 4"),
         ((DIMS, np.ones((4, 0)), 1.0), r"scores are \(4, 0\)"),
+        ((DIMS, np.full((4, 1), np.nan), 1.0), "scores hold NaN"),
         ((DIMS, np.ones((4, 1)), 0.0), "full score of 0.0"),
     ],
 )

@@ -32,6 +32,13 @@ def test_the_svd_of_factors_is_that_of_their_product(d_in, r, d_out):
     np.testing.assert_allclose(found, delta, atol=2e-5)
 
 
+def test_a_negative_scale_turns_the_directions_of_one_side():
+    a, b = normal(0, 6, 2), normal(1, 2, 5)
+    u, s, v = analysis.delta_svd(a, b, -2.0)
+    assert np.all(s > 0)
+    np.testing.assert_allclose((u * s) @ v.T, -2.0 * a @ b, atol=1e-5)
+
+
 def test_ranks_are_those_of_float64_numpy():
     s = np.sort(np.abs(normal(0, 4, 7)), axis=-1)[:, ::-1].copy()
     s[3, 4:] = 0.0
@@ -126,12 +133,30 @@ def test_what_random_directions_see_of_a_kernel_has_the_expected_size():
     assert np.mean(np.square(seen)) == pytest.approx(wanted, rel=0.15)
 
 
+def test_no_change_amplifies_nothing_and_fewer_directions_are_weighed_alone():
+    kernel = normal(0, 12, 10)
+    assert analysis.amplification(np.zeros((12, 10)), kernel, 2).factor.item() == 0.0
+    delta = normal(1, 12, 10)
+    u, s, vh = np.linalg.svd(delta)
+    for rank in (1, 4):
+        row = analysis.amplification(delta, kernel, rank)
+        inside = np.linalg.norm(u[:, :rank].T @ kernel @ vh[:rank].T)
+        assert row.factor.item() == pytest.approx(np.linalg.norm(s[:rank]) / inside, rel=2e-5)
+        assert row.delta_norm.item() == pytest.approx(np.linalg.norm(s), rel=1e-5)
+
+
+def intruders(**options):
+    return analysis.intruder_dimensions(normal(0, 4, 3), normal(1, 4, 3), **options)
+
+
 @pytest.mark.parametrize(
     ("call", "words"),
     [
         (lambda: analysis.energy_rank(np.ones(3), 0.0), "share is 0.0"),
         (lambda: analysis.stable_rank(np.float32(3)), "singular values"),
         (lambda: analysis.intruder_dimensions(normal(0, 3, 4), normal(0, 4, 3)), "the same kernel"),
+        (lambda: intruders(num_directions=0), "num_directions is 0"),
+        (lambda: intruders(threshold=1.5), "threshold 1.5"),
         (lambda: analysis.amplification(normal(0, 3, 4), normal(0, 4, 3), 1), "of one kernel"),
         (lambda: analysis.amplification(normal(0, 4, 3), normal(0, 4, 3), 4), "rank is 4.*1 to 3"),
     ],

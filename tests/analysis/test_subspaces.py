@@ -110,6 +110,29 @@ def test_phi_of_deltas_is_that_of_the_dense_ones_and_no_mixing_changes_it(space)
     np.testing.assert_allclose(plain[-1], moved[-1], atol=2e-5)
 
 
+def test_what_cancels_in_the_factors_is_no_direction():
+    a, b = normal(0, 30, 8), normal(1, 8, 20)
+    nothing = np.concatenate([a, a], axis=1), np.concatenate([b, -b])
+    for svd in (analysis.delta_svd(*nothing), analysis.delta_svd(0 * a, b)):
+        assert (
+            not np.any(svd.s) and not np.any(svd.basis("input")) and not np.any(svd.basis("output"))
+        )
+    # One direction beside them, a tenth as large, is one.
+    u, v = normal(2, 30, 1), normal(3, 1, 20)
+    one = analysis.delta_svd(np.c_[nothing[0], u / 10], np.r_[nothing[1], v])
+    for space in ("input", "output"):
+        assert np.sum(np.any(one.basis(space) != 0, axis=0)) == 1
+    assert one.s[0] == pytest.approx(np.linalg.norm(u) * np.linalg.norm(v) / 10, rel=1e-4)
+
+
+def test_both_spaces_of_one_kernel_have_as_many_directions():
+    for seed in range(6):
+        kernel = (normal(seed, 3, 2) @ normal(seed + 9, 2, 4000)).astype(np.float32)
+        svd = analysis.kernel_svd(kernel)
+        counts = [int(np.any(svd.basis(s) != 0, axis=0).sum()) for s in ("input", "output")]
+        assert counts == [2, 2]
+
+
 def test_phi_of_dense_kernels_takes_their_first_directions():
     w1, w2 = normal(0, 8, 6), normal(1, 8, 6)
     for space, turned in (("input", lambda x: x), ("output", lambda x: x.T)):

@@ -11,6 +11,7 @@ import pytest
 import lora_jax as lj
 from lora_jax.core.errors import RequestError
 from lora_jax.methods import IntrinsicDimension
+from lora_jax.methods.intrinsic import _to_key
 from lora_jax.methods.projections import dense, fastfood
 from tests.methods.test_methods import X, apply, model_params
 
@@ -38,7 +39,7 @@ def started(method, seed=0):
     trainable, frozen = method.init(jax.random.key(seed), params)
     rng = np.random.default_rng(1)
     entry = {
-        part: x if part == "key" else x + jnp.asarray(rng.normal(size=x.shape), jnp.float32)
+        part: x if part in method.FIXED else x + jnp.asarray(rng.normal(size=x.shape), jnp.float32)
         for part, x in trainable["intrinsic"].items()
     }
     return params, {**trainable, "intrinsic": entry}, frozen
@@ -53,7 +54,8 @@ def test_what_is_bound_is_the_start_and_a_step_in_the_subspace(name):
     project = dense if "dense" in name else fastfood
     num = entry["theta"].size
     assert num == (5 if "said" in name else 7)  # two layers' λ are two of the seven
-    columns = jax.vmap(lambda e: project(e, SIZE, jax.random.key(0)))(jnp.eye(num))
+    key = _to_key(entry["key"])
+    columns = jax.vmap(lambda e: project(e, SIZE, key))(jnp.eye(num))
     step = np.asarray(columns, np.float64).T @ np.asarray(entry["theta"], np.float64)
     bound, before, start = flat(method.bind(trainable, frozen)), flat(params), 0
     assert list(method.moved(params)) == MOVED and sum(method.moved(params).values()) == SIZE
@@ -87,14 +89,12 @@ def test_the_gradient_is_the_full_one_projected(name):
         {k: v for k, v in bound.items() if k != "steps"}
     ))  # fmt: skip
     project = dense if "dense" in name else fastfood
-    num = trainable["intrinsic"]["theta"].size
-    columns = np.asarray(
-        jax.vmap(lambda e: project(e, SIZE, jax.random.key(0)))(jnp.eye(num)), np.float64
-    ).T
+    num, key = trainable["intrinsic"]["theta"].size, _to_key(trainable["intrinsic"]["key"])
+    columns = np.asarray(jax.vmap(lambda e: project(e, SIZE, key))(jnp.eye(num)), np.float64).T
     scales = trainable["intrinsic"].get("scales", jnp.ones(2))
     parts = [float(scales[int(p.split("/")[1])]) * dense_gradient[p].ravel() for p in MOVED]
     np.testing.assert_allclose(found["theta"], columns.T @ np.concatenate(parts), atol=2e-6)
-    assert not np.any(found["key"])
+    assert not np.any(found["key"]) and not np.any(found["layout"])
 
 
 @pytest.mark.parametrize("name", ["did fastfood", "said fastfood"])
@@ -120,7 +120,7 @@ def test_adamw_trains_the_subspace_and_the_head_and_never_the_key(name):
     assert values[-1] < values[0]
     for path, entry in start.items():
         for part, before in entry.items():
-            assert np.array_equal(before, trainable[path][part]) == (part == "key"), (path, part)
+            assert np.array_equal(before, trainable[path][part]) == (part in method.FIXED)
 
 
 def test_seeds_and_rates_of_one_dimension_share_a_program_and_end_as_alone():
@@ -150,8 +150,8 @@ def test_all_dimensions_move_everywhere_and_a_dense_square_p_spans_all():
     params = {"kernel": jnp.zeros((3, 4))}
     method = IntrinsicDimension(dim=12, projection="dense")
     trainable, frozen = method.init(jax.random.key(0), params)
-    wanted = np.random.default_rng(0).normal(size=12)
-    columns = np.asarray(jax.vmap(lambda e: dense(e, 12, jax.random.key(0)))(jnp.eye(12))).T
+    wanted, key = np.random.default_rng(0).normal(size=12), _to_key(trainable["intrinsic"]["key"])
+    columns = np.asarray(jax.vmap(lambda e: dense(e, 12, key))(jnp.eye(12))).T
     theta = np.linalg.solve(columns.astype(np.float64), wanted)
     trainable["intrinsic"]["theta"] = jnp.asarray(theta, jnp.float32)
     found = method.merge(trainable, frozen)["kernel"]
@@ -199,3 +199,66 @@ def test_parts_of_another_dimension_or_structure_are_refused():
         IntrinsicDimension(dim=8, train="head/.*").bind(trainable, frozen)
     with pytest.raises(RequestError, match="structure='said' has"):
         METHODS["said fastfood"].bind(trainable, frozen)
+
+
+def test_it_is_bound_to_the_parameters_it_was_made_for_alone():
+    """P depends on all sizes and their order: another tree would be moved by something else."""
+    method = IntrinsicDimension(dim=4)
+    trainable, frozen = method.init(jax.random.key(0), model_params())
+    for tree in (
+        {k: v for k, v in model_params().items() if k != "head"},
+        {**model_params(), "more": jnp.ones((2, 2))},
+    ):
+        with pytest.raises(RequestError, match="made for other parameters"):
+            method.bind(trainable, tree)
+    assert method.bind(trainable, frozen)
+
+
+def test_it_goes_beside_no_other_method():
+    method, other = IntrinsicDimension(dim=4), lj.LoRA(targets="head/kernel", rank=1)
+    params = model_params()
+    adapters = [(m, m.init(jax.random.key(0), params)[0]) for m in (method, other)]
+    for pair in (adapters, adapters[::-1]):
+        with pytest.raises(RequestError, match="IntrinsicDimension moves all .* beside no other"):
+            lj.merge_all(pair, params)
+    with pytest.raises(RequestError, match="goes beside no other"):
+        lj.Combined([other, method])
+    alone = lj.merge_all(adapters[:1], params)
+    jax.tree.map(np.testing.assert_array_equal, alone, method.merge(adapters[0][1], params))
+
+
+def test_no_mask_says_how_it_trains():
+    method, params = IntrinsicDimension(dim=4), model_params()
+    trainable, frozen = method.init(jax.random.key(0), params)
+    with pytest.raises(RequestError, match="computed from what trains"):
+        method.mask(method.bind(trainable, frozen))
+
+
+def test_a_cell_that_cannot_be_does_not_stop_the_others():
+    cells = [
+        {"method": "intrinsic", "structure": "said", "dim": 2, "lr": 1e-2},
+        {"method": "intrinsic", "dim": 2, "lr": 1e-2},
+    ]
+    rows = lj.sweep(
+        lambda params, batch: jnp.mean(apply(params, batch) ** 2),
+        model_params(), [X], cells, num_steps=2, progress=False,
+    )  # fmt: skip
+    assert "needs 3 of it" in rows[0].error and not rows[1].error
+
+
+@pytest.mark.parametrize("impl", ["threefry2x32", "rbg"])
+def test_a_key_of_any_kind_and_x64_give_the_same_subspace_again(impl):
+    params = {"kernel": jnp.zeros((5, 4), jnp.float32)}
+    method = IntrinsicDimension(dim=3)
+    trainable, frozen = method.init(jax.random.key(1, impl=impl), params)
+    trainable["intrinsic"]["theta"] = jnp.array([1.0, -2.0, 0.5], jnp.float32)
+    found = np.asarray(method.merge(trainable, frozen)["kernel"])
+    before = jax.config.jax_enable_x64
+    try:
+        jax.config.update("jax_enable_x64", not before)
+        again, frozen = method.init(jax.random.key(1, impl=impl), params)
+        assert all(x.dtype == jnp.float32 for x in again["intrinsic"].values())
+        np.testing.assert_array_equal(again["intrinsic"]["key"], trainable["intrinsic"]["key"])
+        np.testing.assert_array_equal(method.merge(trainable, frozen)["kernel"], found)
+    finally:
+        jax.config.update("jax_enable_x64", before)

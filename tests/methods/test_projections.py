@@ -49,7 +49,7 @@ def test_fastfood_is_the_product_of_its_factors():
     """H G Π H B from the definition, in float64, with B, Π and G read off the code's own draws."""
     size, num, key = 50, 20, jax.random.key(3)
     of_signs, of_order, of_gains = jax.random.split(key, 3)
-    signs = np.asarray(jax.random.rademacher(of_signs, (64,), jnp.int8), np.float64)
+    signs = 1 - 2.0 * np.asarray(jax.random.bits(of_signs, (64,), jnp.uint32) % 2)
     gains = np.asarray(jax.random.normal(of_gains, (64,)), np.float64)
     order = np.asarray(_Order(of_order, 64).take(jnp.arange(64.0))).astype(int)
     h = hadamard64(64)
@@ -100,6 +100,24 @@ def test_a_subspace_lies_in_every_larger_one_of_its_key(name):
     wider = jnp.pad(theta, (0, 21))
     np.testing.assert_allclose(project(theta, 80, key), project(wider, 80, key), atol=1e-6)
     assert not np.allclose(project(theta, 80, key), project(theta, 80, jax.random.key(6)))
+
+
+@pytest.mark.parametrize("name", PROJECTIONS)
+def test_the_matrix_is_the_same_for_every_dtype_and_setting_of_x64(name):
+    key, theta = jax.random.key(2), jnp.array([1.0, -0.5, 2.0], jnp.float32)
+    project, before = PROJECTIONS[name], jax.config.jax_enable_x64
+    found = np.asarray(project(theta, 21, key))
+    narrow = project(theta.astype(jnp.bfloat16), 21, key)
+    assert narrow.dtype == jnp.float32
+    np.testing.assert_array_equal(narrow, found)  # 1, -0.5 and 2 are bfloat16's own
+    try:
+        jax.config.update("jax_enable_x64", True)
+        np.testing.assert_array_equal(project(theta, 21, key), found)
+        wide = project(theta.astype(jnp.float64), 21, key)
+        assert wide.dtype == jnp.float64
+        np.testing.assert_allclose(wide, found, atol=1e-6)
+    finally:
+        jax.config.update("jax_enable_x64", before)
 
 
 def test_memory_is_that_of_a_few_vectors_of_parameters():

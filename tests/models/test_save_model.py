@@ -69,9 +69,11 @@ def test_where_a_text_ends_is_what_generation_config_says(tmp_path):
         assert load_model(folder, tokenizer=False).eos_token_ids == found
 
 
-def test_weights_that_overflow_the_dtype_asked_for_are_refused(tmp_path):
+@pytest.mark.parametrize("stored", ["float32", "bfloat16"])  # the latter as wide, but not as far
+def test_weights_that_overflow_the_dtype_asked_for_are_refused(tmp_path, stored):
     folder = copied("llama", tmp_path)
     tensors = load_file(folder / "model.safetensors")
+    tensors = {name: x.astype(stored) for name, x in tensors.items()}
     tensors["model.norm.weight"] = np.full_like(tensors["model.norm.weight"], 1e30)
     save_file(tensors, folder / "model.safetensors")
     load_model(folder, tokenizer=False)

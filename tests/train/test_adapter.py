@@ -60,7 +60,7 @@ DESCRIBED = {
 
 @pytest.mark.parametrize(
     ("change", "named"),
-    [({"seed": value}, "seed") for value in (None, "0", 1.5, True, [], 2**40)]
+    [({"seed": value}, "seed") for value in (None, "0", 1.5, True, [], -1, 2**70)]
     + [({"base_hash": value}, "base_hash") for value in (None, 3, {})]
     + [({"model": value}, "model") for value in (None, "tiny-bert", [], {}, {"name": 3})]
     + [({"method": value}, "method") for value in (None, "lora", [], {}, {"name": ["lora"]})],
