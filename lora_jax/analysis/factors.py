@@ -51,12 +51,14 @@ def wide(array: jax.Array) -> jax.Array:
     return array.astype(jnp.promote_types(array.dtype, jnp.float32))
 
 
+@jax.jit
 def kernel_svd(kernel: jax.Array) -> SVD:
     """The thin SVD of `kernel (…, d_in, d_out)`, in float32 or wider."""
     u, s, vh = jnp.linalg.svd(wide(kernel), full_matrices=False)
     return SVD(u, s, jnp.swapaxes(vh, -1, -2))
 
 
+@jax.jit
 def delta_svd(a: jax.Array, b: jax.Array, scale: jax.Array | float = 1.0) -> SVD:
     """The thin SVD of `scale * a @ b`, `a (…, d_in, r)`, `b (…, r, d_out)`: at most r directions.
 

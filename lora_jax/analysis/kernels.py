@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import NamedTuple
 
 import jax
@@ -28,6 +29,7 @@ class Amplification(NamedTuple):
     factor: jax.Array
 
 
+@jax.jit
 def projected_norm(kernel: jax.Array, u: jax.Array, v: jax.Array) -> jax.Array:
     """‖uᵀ @ kernel @ v‖_F `(…)` of `kernel (…, d_in, d_out)`, `u (…, d_in, k)`, `v (…, d_out, l)`.
 
@@ -42,6 +44,7 @@ def projected_norm(kernel: jax.Array, u: jax.Array, v: jax.Array) -> jax.Array:
     return _norm(jnp.einsum("...ko,...ol->...kl", inner, v))
 
 
+@functools.partial(jax.jit, static_argnames="rank")
 def amplification(
     delta_kernel: jax.Array, kernel: jax.Array, rank: int, *, key: jax.Array | None = None
 ) -> Amplification:
@@ -57,6 +60,7 @@ def amplification(
     return amplification_of(kernel_svd(delta_kernel), kernel, rank, key=key)
 
 
+@functools.partial(jax.jit, static_argnames="rank")
 def adapter_amplification(
     a: jax.Array,
     b: jax.Array,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import NamedTuple
 
 import jax
@@ -11,6 +12,7 @@ from lora_jax.analysis.factors import SVD, kernel_svd
 from lora_jax.core.errors import RequestError
 
 
+@jax.jit
 def stable_rank(s: jax.Array) -> jax.Array:
     """‖ΔW‖²_F / ‖ΔW‖²₂ from singular values `s (…, k)`; `(…)`, 0 for a change of 0.
 
@@ -24,6 +26,7 @@ def stable_rank(s: jax.Array) -> jax.Array:
     return _share(squares.sum(-1), squares.max(-1, initial=0.0))
 
 
+@jax.jit
 def entropy_rank(s: jax.Array) -> jax.Array:
     """exp(H(p)), p = s / Σs, from singular values `s (…, k)`; `(…)`, 0 for a change of 0.
 
@@ -39,6 +42,7 @@ def entropy_rank(s: jax.Array) -> jax.Array:
     return jnp.where(total > 0, jnp.exp(entropy), 0.0)
 
 
+@functools.partial(jax.jit, static_argnames="share")
 def energy_rank(s: jax.Array, share: float = 0.9) -> jax.Array:
     """The fewest singular values that hold `share` of Σs², from `s (…, k)` descending; int32.
 
@@ -65,6 +69,7 @@ class Intruders(NamedTuple):
     cosines: jax.Array
 
 
+@functools.partial(jax.jit, static_argnames=("threshold", "num_directions", "space"))
 def intruder_dimensions(
     kernel: jax.Array,
     tuned: jax.Array,

@@ -11,6 +11,8 @@ shows nothing: at d = 64 two random spaces of 32 directions already have 0.5 in 
 
 from __future__ import annotations
 
+import functools
+
 import jax
 import jax.numpy as jnp
 
@@ -18,6 +20,7 @@ from lora_jax.analysis.factors import delta_svd, is_there, kernel_svd, wide
 from lora_jax.core.errors import RequestError
 
 
+@jax.jit
 def subspace_similarity(a1: jax.Array, a2: jax.Array) -> jax.Array:
     """φ(i, j) of the spaces that the columns of two matrices span, for all i and j at once.
 
@@ -37,6 +40,7 @@ def subspace_similarity(a1: jax.Array, a2: jax.Array) -> jax.Array:
     return basis_similarity(_column_basis(a1), _column_basis(a2))
 
 
+@functools.partial(jax.jit, static_argnames="space")
 def delta_subspace_similarity(
     a1: jax.Array, b1: jax.Array, a2: jax.Array, b2: jax.Array, *, space: str = "input"
 ) -> jax.Array:
@@ -57,6 +61,7 @@ def delta_subspace_similarity(
     return basis_similarity(delta_svd(a1, b1).basis(space), delta_svd(a2, b2).basis(space))
 
 
+@functools.partial(jax.jit, static_argnames=("space", "num_directions"))
 def kernel_subspace_similarity(
     kernel1: jax.Array, kernel2: jax.Array, *, space: str = "input", num_directions: int = 64
 ) -> jax.Array:
@@ -71,6 +76,7 @@ def kernel_subspace_similarity(
     return basis_similarity(*(basis[..., :num_directions] for basis in bases))
 
 
+@jax.jit
 def basis_similarity(u1: jax.Array, u2: jax.Array) -> jax.Array:
     """φ(i, j) `(…, r1, r2)` of orthonormal columns `u1 (…, d, r1)`, `u2 (…, d, r2)`."""
     u1, u2 = wide(u1), wide(u2)
@@ -98,6 +104,7 @@ def expected_similarity(num1: int, num2: int, dimension: int) -> jax.Array:
     return jnp.maximum(i, j) / dimension
 
 
+@functools.partial(jax.jit, static_argnames=("num1", "num2", "dimension", "num_samples"))
 def sample_similarity(
     key: jax.Array, num1: int, num2: int, dimension: int, *, num_samples: int = 32
 ) -> jax.Array:

@@ -13,6 +13,7 @@ subspace of d lies in that of every larger d of the same key.
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable
 
@@ -26,6 +27,7 @@ from lora_jax.core.errors import RequestError
 _MOST = 128
 
 
+@functools.partial(jax.jit, static_argnames="size")
 def fastfood(theta: jax.Array, size: int, key: jax.Array) -> jax.Array:
     """P θ of a Fastfood projection, `theta (d,)` to `(size,)`, in float32 or theta's wider dtype.
 
@@ -44,6 +46,7 @@ def fastfood(theta: jax.Array, size: int, key: jax.Array) -> jax.Array:
     return _fastfood(size, theta.shape[0])(theta, key)
 
 
+@functools.partial(jax.jit, static_argnames="size")
 def dense(theta: jax.Array, size: int, key: jax.Array) -> jax.Array:
     """P θ of a Gaussian P (size, d) with columns of norm 1, which is formed: for small networks.
 
@@ -57,6 +60,7 @@ def dense(theta: jax.Array, size: int, key: jax.Array) -> jax.Array:
     return theta @ (rows / jnp.linalg.norm(rows, axis=1, keepdims=True))
 
 
+@jax.jit
 def walsh_hadamard(x: jax.Array) -> jax.Array:
     """H @ x along the last axis, whose size is a power of 2; H is of ±1, not normalised.
 
@@ -80,6 +84,7 @@ def walsh_hadamard(x: jax.Array) -> jax.Array:
     return x.reshape(shape)
 
 
+@functools.cache
 def _fastfood(size: int, num: int) -> Callable[[jax.Array, jax.Array], jax.Array]:
     """The product as a function with a transpose of its own: a gather's own one is a scatter."""
     width = _width(size)

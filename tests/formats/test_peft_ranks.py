@@ -41,9 +41,10 @@ def test_rank_above_the_matrix_is_counted_bound_merged_and_saved(wide, tmp_path)
     assert sum(row.num_trainable for row in rows) == held
     ids = jnp.arange(12).reshape(2, 6)
     mask = jnp.ones_like(ids)
-    bound = lj.lift(model.apply)(method.bind(trainable, model.params), ids, mask)
-    merged = model.apply(method.merge(trainable, model.params), ids, mask)
-    plain = model.apply(model.params, ids, mask)
+    apply = jax.jit(lj.lift(model.apply))
+    bound = apply(method.bind(trainable, model.params), ids, mask)
+    merged = apply(method.merge(trainable, model.params), ids, mask)
+    plain = apply(model.params, ids, mask)
     np.testing.assert_allclose(bound, merged, atol=1e-4)
     assert float(jnp.max(jnp.abs(bound - plain))) > 0.1
     fresh, _ = method.init(jax.random.key(0), model.params)

@@ -64,10 +64,15 @@ def test_one_unchanged_step_trains_every_method_and_only_what_it_names(name):
     tx = optax.adamw(1e-2)
     state, start = tx.init(trainable), trainable
     losses = []
-    for _ in range(8):
+
+    @jax.jit
+    def step(trainable, state):
         value, grads = jax.value_and_grad(lambda t: loss(method, frozen, t))(trainable)
         updates, state = tx.update(grads, state, trainable)
-        trainable = optax.apply_updates(trainable, updates)
+        return optax.apply_updates(trainable, updates), state, value
+
+    for _ in range(8):
+        trainable, state, value = step(trainable, state)
         losses.append(float(value))
     assert losses[-1] < losses[0]
     moved = jax.tree.map(lambda a, b: bool(jnp.any(a != b)), start, trainable)

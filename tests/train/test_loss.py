@@ -46,9 +46,10 @@ def test_the_models_own_dropout_acts_in_training_where_asked_and_never_without_a
     batch["weights"] = np.ones(3, np.float32)
     key = jax.random.key(4)
 
+    losses = {on: jax.jit(make_loss(model.apply, method, model_dropout=on)) for on in (0, 1)}
+
     def value(on, key):
-        loss = make_loss(model.apply, method, model_dropout=on)
-        return float(jax.jit(loss)(trainable, frozen, batch, key)[0])
+        return float(losses[on](trainable, frozen, batch, key)[0])
 
     # B is zero, so that the adapters' own dropout changes nothing: all of it is the model's.
     assert value(False, key) == pytest.approx(value(True, None), abs=1e-6)
