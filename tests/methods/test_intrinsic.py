@@ -78,7 +78,10 @@ def test_a_fresh_one_is_the_base_bit_for_bit(name):
     assert np.array_equal(found, jax.jit(apply)(params, X))
 
 
-@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize(
+    "name",
+    [n if "fastfood" in n else pytest.param(n, marks=pytest.mark.slow) for n in METHODS],
+)
 def test_the_gradient_is_the_full_one_projected(name):
     method = METHODS[name]
     params, trainable, frozen = started(method)

@@ -59,7 +59,15 @@ def test_fastfood_is_the_product_of_its_factors():
 
 
 @pytest.mark.parametrize("name", PROJECTIONS)
-@pytest.mark.parametrize(("size", "num"), [(1, 1), (7, 3), (64, 64), (1000, 40), (5000, 3000)])
+@pytest.mark.parametrize(
+    ("size", "num"),
+    [
+        (1, 1),
+        (7, 3),
+        (5000, 3000),
+        *(pytest.param(*sizes, marks=pytest.mark.slow) for sizes in ((64, 64), (1000, 40))),
+    ],
+)
 def test_the_adjoint_matches_the_product_by_inner_products(name, size, num):
     rng = np.random.default_rng(size)
     theta, x = (jnp.asarray(rng.normal(size=n), jnp.float32) for n in (num, size))

@@ -37,6 +37,7 @@ def test_mean_counts_each_row_by_its_weight():
     assert float(weighted_mean(values, np.zeros(3))) == 0.0
 
 
+@pytest.mark.slow  # that packed cells drop as alone ones is among the fast tests
 def test_the_models_own_dropout_acts_in_training_where_asked_and_never_without_a_key():
     model = load_model("tiny-roberta", head="classification", num_labels=2)
     method = LoRA(targets="q,v", rank=2, dropout=0.5, aliases=model.aliases)

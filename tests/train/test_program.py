@@ -133,7 +133,9 @@ def plain_floor(adapted: set[str]) -> float:
     return program.compile().cost_analysis()["flops"] + products
 
 
-@pytest.mark.parametrize("name", ADAPTED)
+@pytest.mark.parametrize(
+    "name", [n if n == "qv" else pytest.param(n, marks=pytest.mark.slow) for n in ADAPTED]
+)
 def test_xla_counts_the_plain_model_and_the_adapters_products_and_no_more(
     name, flops, record_property
 ):

@@ -115,7 +115,17 @@ def load_model_and_head(config):
     return dict(trees.flatten(model.params).items())
 
 
-@pytest.mark.parametrize(("name", "pattern"), [("full", ".*"), ("bitfit", ".*bias"), ("head", "")])
+SLOW = pytest.mark.slow
+
+
+@pytest.mark.parametrize(
+    ("name", "pattern"),
+    [
+        ("full", ".*"),
+        pytest.param("bitfit", ".*bias", marks=SLOW),
+        pytest.param("head", "", marks=SLOW),
+    ],
+)
 def test_each_method_trains_what_it_names(name, pattern, make_config, tmp_path):
     changes = {"method.name": name, "train.num_steps": 2}
     card = train(make_config(changes), tmp_path, progress=False)
