@@ -20,7 +20,7 @@ ROOT = Path(__file__).resolve().parents[2]
 RESULTS = ROOT / "experiments" / "results" / "attachment"
 RECORD = json.loads((RESULTS / "attachment.json").read_text(encoding="utf-8"))
 # One of each group; the others are made again among the slow tests.
-FEW = ("fused_slice", "tied_embedding", "grouped_conv", "ragged_experts", "bfloat16")
+FEW = ("fused_slice", "tied_embedding", "ragged_experts")
 
 
 @pytest.fixture

@@ -51,7 +51,7 @@ def loss_of(method, frozen):
     return lambda trainable: jnp.mean(lj.lift(apply)(method.bind(trainable, frozen), X) ** 2)
 
 
-@pytest.mark.parametrize("name", few_fast("lora", "dora", "pissa", "lora_xs"))
+@pytest.mark.parametrize("name", few_fast("dora", "pissa", "lora_xs"))
 def test_a_fresh_adapter_is_the_base(name):
     method = VARIANTS[name]
     params, trainable, frozen = started(method)
@@ -63,7 +63,7 @@ def test_a_fresh_adapter_is_the_base(name):
         assert np.array_equal(found, base)
 
 
-@pytest.mark.parametrize("name", few_fast("lora", "dora", "pissa", "vera", "lora_xs"))
+@pytest.mark.parametrize("name", few_fast("dora", "pissa", "vera", "lora_xs"))
 def test_lifted_equals_merge_then_apply_without_materialising(name, float64):
     method = VARIANTS[name]
     _, trainable, frozen = trained(method)
@@ -129,7 +129,7 @@ def test_the_norm_that_clips_sees_no_fixed_part(name):
         assert not any(np.any(entry[part]) for part in method.FIXED if part in entry)
 
 
-@pytest.mark.parametrize("name", few_fast("vera"))
+@pytest.mark.parametrize("name", few_fast())
 def test_cells_of_a_variant_end_in_a_pack_where_they_end_alone(name):
     own = {"rank": RANKS.get(name, 2)}
     cells = [

@@ -37,10 +37,11 @@ _STARTED = {}
 
 def started(method):
     """`(params, trainable, frozen)` as the method starts; made once for all tests of a method."""
-    if id(method) not in _STARTED:
+    place = id(method), jax.config.jax_enable_x64  # what is drawn depends on it
+    if place not in _STARTED:
         params = params_of()
-        _STARTED[id(method)] = method, (params, *method.init(jax.random.key(1), params))
-    return _STARTED[id(method)][1]
+        _STARTED[place] = method, (params, *method.init(jax.random.key(1), params))
+    return _STARTED[place][1]
 
 
 def trained(method, seed=3):
