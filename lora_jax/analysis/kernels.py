@@ -76,9 +76,9 @@ def adapter_amplification(
 
 
 def amplification_of(
-    delta: SVD, kernel: jax.Array, rank: int, *, key: jax.Array | None = None, of_kernel=None
+    delta: SVD, kernel: jax.Array, rank: int, *, key: jax.Array | None = None
 ) -> Amplification:
-    """`amplification` of a ΔW whose SVD is there already; `of_kernel` is W's, where that is."""
+    """`amplification` of a ΔW whose SVD is there already."""
     kernel = wide(kernel)
     d_in, d_out = kernel.shape[-2:]
     if (delta.u.shape[-2], delta.v.shape[-2]) != (d_in, d_out):
@@ -87,7 +87,6 @@ def amplification_of(
     if not 1 <= rank <= min(delta.s.shape[-1], d_in, d_out):
         most = min(delta.s.shape[-1], d_in, d_out)
         raise RequestError(f"rank is {rank}; it must be from 1 to {most}, the directions of ΔW")
-    of_kernel = kernel_svd(kernel) if of_kernel is None else of_kernel
     from_delta = projected_norm(
         kernel, delta.basis("input")[..., :rank], delta.basis("output")[..., :rank]
     )
@@ -101,7 +100,7 @@ def amplification_of(
     ]
     return Amplification(
         from_delta=from_delta,
-        from_kernel=jnp.sqrt(jnp.sum(jnp.square(of_kernel.s[..., :rank]), axis=-1)),
+        from_kernel=jnp.sqrt(jnp.sum(jnp.square(kernel_svd(kernel).s[..., :rank]), axis=-1)),
         from_random=projected_norm(kernel, *random),
         delta_norm=delta_norm,
         kernel_norm=_norm(kernel),

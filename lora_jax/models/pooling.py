@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from lora_jax.core.errors import RequestError
 from lora_jax.models.attention import MASKED
 from lora_jax.models.config_fields import read_json
+from lora_jax.models.sources import is_plain_name
 
 
 def _cls(h_BTD: jax.Array, mask_BT: jax.Array) -> jax.Array:
@@ -66,8 +67,8 @@ def read_pooling(folder: str | os.PathLike) -> str:
         entries = [m for m in modules if isinstance(m, dict) and _is_pooling(m)]
         if not entries:
             return FAMILY
-        inside = str(entries[0].get("path", "1_Pooling"))
-        if inside != Path(inside).name:
+        inside = entries[0].get("path", "1_Pooling")
+        if not is_plain_name(inside):
             raise RequestError(
                 f"{folder}/modules.json names {inside!r}, which is no folder in it; correct it"
             )

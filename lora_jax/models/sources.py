@@ -51,6 +51,15 @@ def checked_path(path: str | os.PathLike) -> str:
     return text
 
 
+def is_plain_name(name: object) -> bool:
+    """Whether it names a file or folder of a folder: a path out of it reads what nobody gave.
+
+    >>> is_plain_name("1_Pooling"), is_plain_name(".."), is_plain_name("../1_Pooling")
+    (True, False, False)
+    """
+    return isinstance(name, str) and name == Path(name).name and name not in ("", ".", "..")
+
+
 def _exists(text: str) -> Path | None:
     """The path if there is something at it; a "~user" that is nobody, or too long, is nothing."""
     try:
@@ -91,9 +100,7 @@ def find_adapter(path: str | os.PathLike, adapter_name: str | None = None) -> Pa
     `adapter_name` is the subfolder of one of several. Raises `RequestError` when there is none.
     """
     text = checked_path(path)
-    if adapter_name is not None and (
-        adapter_name != Path(adapter_name).name or adapter_name in ("", ".", "..")
-    ):
+    if adapter_name is not None and not is_plain_name(adapter_name):
         raise RequestError(
             f"adapter name {adapter_name!r} is not the name of a folder in {text}; give it without "
             "separators"

@@ -10,6 +10,7 @@ import numpy as np
 from lora_jax.core.errors import RequestError
 from lora_jax.formats.safetensors import LazyTensors
 from lora_jax.models.config_fields import read_json
+from lora_jax.models.sources import is_plain_name
 
 ONE_FILE, INDEX = "model.safetensors", "model.safetensors.index.json"
 
@@ -36,8 +37,7 @@ def _open_shards(folder: Path) -> Mapping[str, np.ndarray]:
     if not isinstance(weight_map, dict) or not weight_map:
         raise RequestError(f"{place} has no weight_map; download the model's index again")
     for tensor, file in weight_map.items():
-        # A path out of the folder would read a file that nobody meant to give.
-        if not isinstance(file, str) or file != Path(file).name or file in ("", ".", ".."):
+        if not is_plain_name(file):
             raise RequestError(
                 f"{place} places {tensor} in {file!r}, which is not the name of a file in the same "
                 "folder; download the model's index again"

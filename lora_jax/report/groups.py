@@ -31,14 +31,12 @@ _BOOKKEEPING = (
     "train.eval_batch_size",
 )
 _BOOKKEEPING_SECTIONS = ("workdir", "name", "mesh", "logging")
-_WITHOUT_FACTORS = ("full", "bitfit", "head")  # to these, the settings below mean nothing
-_FACTOR_SETTINGS = (
-    "method.targets",
-    "method.rank",
-    "method.alpha",
-    "method.dropout",
-    "method.init",
-)
+_OF_FACTORS = ("method.rank", "method.alpha", "method.dropout", "method.init")
+# What a config may hold and a method has no use for.
+_MEANINGLESS = {
+    **dict.fromkeys(("full", "bitfit", "head"), ("method.targets", *_OF_FACTORS)),
+    "intrinsic": _OF_FACTORS,
+}
 _NAMED = ("method.name", "method.targets", "method.rank", "optimizer.lr")
 
 
@@ -190,10 +188,7 @@ def differing_settings(groups: list[Group]) -> list[str]:
 def _settings(config: dict) -> dict[str, object]:
     flat = flatten(config)
     dropped = {*_SEEDS, *_BOOKKEEPING}
-    if flat.get("method.name") in _WITHOUT_FACTORS:
-        dropped |= {*_FACTOR_SETTINGS}
-    if flat.get("method.name") == "intrinsic":
-        dropped |= {*_FACTOR_SETTINGS} - {"method.targets"}
+    dropped |= {*_MEANINGLESS.get(flat.get("method.name"), ())}
     return {
         key: value
         for key, value in flat.items()

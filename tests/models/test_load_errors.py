@@ -293,8 +293,10 @@ def test_pooling_that_is_not_supported(folder):
     path.unlink()
     (folder / "modules.json").write_text('[{"type": "a.Pooling", "path": "1_Pooling"}]')
     refused("which is missing", folder)
-    (folder / "modules.json").write_text('[{"type": "a.Pooling", "path": "../elsewhere"}]')
-    refused("no folder in it", folder)
+    for outside in ("../elsewhere", ".."):
+        modules = [{"type": "a.Pooling", "path": outside}]
+        (folder / "modules.json").write_text(json.dumps(modules))
+        refused("no folder in it", folder)
 
 
 def test_a_head_that_does_not_fit(folder):
