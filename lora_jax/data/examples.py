@@ -152,11 +152,13 @@ def hash_splits(splits: dict[str, Examples], label_names: Sequence[str]) -> str:
     return digest.hexdigest()
 
 
-def limit_examples(examples: Examples, limit: int, *, target: str = "class") -> Examples:
+def limit_examples(
+    examples: Examples, limit: int, *, target: str = "class", every_class: bool = True
+) -> Examples:
     """At most `limit` examples in their order, classes in their proportions; 0 keeps all.
 
     Which ones depends on the texts alone, and a smaller limit takes a subset of a larger one's.
-    Raises `RequestError` if the limit is negative or leaves a class out.
+    Raises `RequestError` if the limit is negative or, with `every_class`, leaves a class out.
     """
     if limit < 0:
         raise RequestError(f"data.limit is {limit}; give a positive number, or 0 for all examples")
@@ -174,7 +176,8 @@ def limit_examples(examples: Examples, limit: int, *, target: str = "class") -> 
         place[i] = ((seen[label] + 0.5) / counts[label], label)
         seen[label] += 1
     kept = sorted(sorted(place, key=place.__getitem__)[:limit])
-    if missing := len(counts) - len({int(examples.labels[i]) for i in kept}):
+    missing = len(counts) - len({int(examples.labels[i]) for i in kept})
+    if missing and every_class:
         raise RequestError(
             f"data.limit={limit} leaves {missing} of {len(counts)} labels without a training "
             "example; raise it"
@@ -186,10 +189,11 @@ def limit_evaluation(examples: Examples, limit: int, *, target: str) -> Examples
     """`limit_examples` for a split that is only looked at: prompts keep all of their completions.
 
     A text is judged by every reference of its prompt, so of pairs whole prompts are taken, in an
-    order that depends on them alone, while they fit into `limit` pairs (one prompt at least).
+    order that depends on them alone, while they fit into `limit` pairs (one prompt at least). A
+    rare class may be left out.
     """
     if target != "text" or limit <= 0 or limit >= len(examples):
-        return limit_examples(examples, limit, target=target)
+        return limit_examples(examples, limit, target=target, every_class=False)
     groups: dict[str, list[int]] = {}
     for i, prompt in enumerate(examples.texts):
         groups.setdefault(prompt, []).append(i)

@@ -7,9 +7,11 @@ from lora_jax.data.e2e import load_e2e
 from lora_jax.data.examples import Splits, limit_evaluation, limit_examples, make_splits
 from lora_jax.data.files import load_files
 from lora_jax.data.glue import load_glue
+from lora_jax.data.newsgroups import load_newsgroups
 from lora_jax.data.reviews import load_reviews
 from lora_jax.data.tables import EXTENSIONS, nearest_name
 from lora_jax.data.tiny_sources import load_tiny_glue, load_tiny_pairs
+from lora_jax.data.wordnet import load_wordnet
 
 # Those that need no file of the user's.
 BUILT_IN = {
@@ -17,7 +19,9 @@ BUILT_IN = {
     "tiny-pairs": lambda data: load_tiny_pairs(),
     "tiny-glue": lambda data: load_tiny_glue(_task(data)),
 }
-SOURCES = (*BUILT_IN, "e2e", "glue", *EXTENSIONS)
+# Those that are found by themselves, or in a folder at data.path.
+FOUND = {"newsgroups": load_newsgroups, "wordnet": load_wordnet}
+SOURCES = (*BUILT_IN, *FOUND, "e2e", "glue", *EXTENSIONS)
 
 
 def _task(data: Any) -> str:
@@ -44,6 +48,8 @@ def load_splits(data: Any, *, target: str = "class") -> Splits:
                 f"data.source to the file's kind ({', '.join(EXTENSIONS)})"
             )
         splits = BUILT_IN[data.source](data)
+    elif data.source in FOUND:
+        splits = FOUND[data.source](data.path)
     elif data.source == "glue":
         splits = load_glue(data.path, _task(data))
     elif data.source == "e2e":
