@@ -6,7 +6,7 @@
 
 The argument is a size: none, or `smoke` (a tiny model on 64 reviews; sweep `smoke`, a minute).
 
-Compared: MiniLM, glosses of WordNet's nouns to their 26 domains (`data/wordnet.py`; the commonest is
+Compared: MiniLM, glosses of WordNet's nouns to their 26 domains (`data/wordnet.py`; the largest
 14%), 200 steps of 32 glosses, no gloss twice, cut at 16 tokens; AdamW, linear decay, alpha 16 for
 all ranks, so that the scale is 16 / r. The head trains beside, at the same rate. Each contestant at
 six rates on seed 0, the best on validation with four more seeds; 1,500 validation and test glosses.
