@@ -16,6 +16,7 @@ COMMANDS = {
     "generate": "continue prompts with a model and with adapters on it, side by side",
     "merge": "fold a trained adapter into its base and write the model's folder",
     "convert": "write an adapter in PEFT's format, for peft, vLLM and others",
+    "analyze": "what adapters learned: spectra, similarity of subspaces, ΔW beside W",
     "inspect": "what a method adapts: path, shape, rank, scale, trainable parameters",
     "verify": "train a finished cell again and compare, bit for bit",
     "cite": "BibTeX for a finished run or sweep, with its hash",

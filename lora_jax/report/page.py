@@ -2,7 +2,6 @@
 
 from dataclasses import dataclass
 from html import escape
-from importlib.resources import files
 from pathlib import Path
 
 from lora_jax.core.errors import RequestError
@@ -10,13 +9,11 @@ from lora_jax.formats.atomic import write_text
 from lora_jax.report.details import reproduction, run_details, setting_line, what_was_run
 from lora_jax.report.figures import draw_figures
 from lora_jax.report.groups import BASIN_MARGIN
+from lora_jax.report.html import html_figure, html_page, html_warnings
 from lora_jax.report.quantities import count_text, number_text, rate_text
 from lora_jax.report.rendering import columns, to_csv, to_latex, to_markdown
 from lora_jax.report.runs import read_runs
 from lora_jax.report.tables import Row, Summary, score_names, summarise
-
-# Forbids the page every request, so that it shows the same here, offline and in ten years.
-_POLICY = "default-src 'none'; style-src 'unsafe-inline'; img-src data:"
 
 
 def write_report(
@@ -74,19 +71,18 @@ class Beside:
 def to_page(summary: Summary, folder, beside: Beside | None = None) -> str:
     """The page as HTML; everything that came from outside is escaped."""
     name = Path(folder).resolve().name
-    style = files("lora_jax.report").joinpath("page.css").read_text(encoding="utf-8")
     parts = [
         f"<h1>{escape(name)}</h1>",
         *(f'<p class="lead">{escape(line)}</p>' for line in headline(summary)),
         f'<p class="quiet">{escape(setting_line(summary.runs))} <a href="#what">in full</a></p>',
-        _warnings(summary),
+        html_warnings(summary.warnings),
         '<h2 id="table">Results</h2>' if summary.rows else "",
         _table(summary),
         _reading_notes(summary),
         _beside(beside),
         '<h2 id="figures">Figures</h2>' if summary.rows else "",
         *(
-            _figure(drawing) + (_rates(summary) if drawing.name == "rates" else "")
+            html_figure(drawing) + (_rates(summary) if drawing.name == "rates" else "")
             for drawing in draw_figures(summary)
         ),
         '<h2 id="what">What was run</h2>',
@@ -99,14 +95,7 @@ def to_page(summary: Summary, folder, beside: Beside | None = None) -> str:
         '<footer class="quiet">Written by lora-jax. This file holds all it shows and asks nothing '
         "of the network; table.md, table.tex and table.csv beside it hold the table.</footer>",
     ]
-    body = "\n".join(part for part in parts if part)
-    return (
-        '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
-        f'<meta http-equiv="Content-Security-Policy" content="{_POLICY}">\n'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
-        f"<title>{escape(name)} · lora-jax report</title>\n<style>\n{style}</style>\n</head>\n"
-        f"<body>\n{body}\n</body>\n</html>\n"
-    )
+    return html_page(f"{name} · lora-jax report", parts)
 
 
 def headline(summary: Summary) -> list[str]:
@@ -152,13 +141,6 @@ def _compared(row: Row) -> str:
     return f": {' and '.join(clauses)}" if clauses else ""
 
 
-def _warnings(summary: Summary) -> str:
-    if not summary.warnings:
-        return ""
-    lines = "".join(f"<p>{escape(warning)}</p>" for warning in summary.warnings)
-    return f'<div class="warnings" role="note">{lines}</div>'
-
-
 def _beside(beside: Beside | None) -> str:
     if beside is None:
         return ""
@@ -167,7 +149,7 @@ def _beside(beside: Beside | None) -> str:
             f'<h2 id="beside">Beside it: {escape(beside.folder.resolve().name)}</h2>',
             f'<p class="quiet">{escape(beside.label)}: '
             f"{escape(setting_line(beside.summary.runs))}</p>",
-            _warnings(beside.summary),
+            html_warnings(beside.summary.warnings),
             _table(beside.summary),
             _reading_notes(beside.summary),
         ]
@@ -224,14 +206,6 @@ def _reading_notes(summary: Summary) -> str:
     if any(1 < len(row.seeds) < 10 for row in summary.rows):
         sentences.append("With few seeds, their share of an interval is somewhat too narrow.")
     return f'<p class="quiet">{escape(" ".join(sentences))}</p>'
-
-
-def _figure(drawing) -> str:
-    return (
-        f'<figure id="figure-{drawing.name}"><h3>{escape(drawing.title)}</h3>'
-        f'<div class="picture">{drawing.svg}</div>'
-        f"<figcaption>{escape(drawing.caption)}</figcaption></figure>"
-    )
 
 
 def _rates(summary: Summary) -> str:

@@ -1,0 +1,307 @@
+"""Two adapters, or an adapter and its base, matrix by matrix: what `lora-jax analyze` shows."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import re
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+
+from lora_jax.analysis.factors import delta_svd, kernel_svd
+from lora_jax.analysis.kernels import Amplification, amplification_of
+from lora_jax.analysis.spectra import energy_rank, entropy_rank, intruders_of, stable_rank
+from lora_jax.analysis.subspaces import basis_similarity, expected_similarity, sample_similarity
+from lora_jax.core import trees
+from lora_jax.core.errors import RequestError
+from lora_jax.core.values import is_adapted
+from lora_jax.formats.peft_factors import AdapterFactors, Factors
+from lora_jax.methods.base import Method, PyTree, Trainable
+from lora_jax.methods.changes import Changes
+from lora_jax.methods.sites import path_of
+
+# φ is shown of so many directions at most: the grid of r = 256 has 65,536 cells.
+NUM_DIRECTIONS = 64
+NUM_SAMPLES = 32
+# Shuttleworth et al. 2024: k and ε.
+NUM_INTRUDERS, INTRUDER_COSINE = 10, 0.5
+
+Progress = Callable[[str], None]
+# W `(d_in, d_out)` of one matrix of an adapter.
+Kernels = Callable[[AdapterFactors, str], Any]
+
+
+@dataclasses.dataclass(frozen=True)
+class MatrixProfile:
+    """What an adapter learned in one matrix `(d_in, d_out)`.
+
+    `s (r,)` are ΔW's singular values and the three ranks are theirs (see `spectra`). Where the base
+    is known, `amplification` is Table 7 for all r directions, `kernel_similarity (n, k)` φ of W's
+    first n directions of inputs and ΔW's first k (Figure 8), `intruders` the number among the first
+    `NUM_INTRUDERS` of W + ΔW's.
+    """
+
+    module: str
+    shape: tuple[int, int]
+    rank: int
+    s: np.ndarray
+    stable_rank: float
+    entropy_rank: float
+    energy_rank: int
+    amplification: Amplification | None = None
+    kernel_similarity: np.ndarray | None = None
+    intruders: int | None = None
+
+    @property
+    def delta_norm(self) -> float:
+        """‖ΔW‖_F."""
+        return float(np.sqrt(np.sum(np.square(self.s))))
+
+
+@dataclasses.dataclass(frozen=True)
+class PairProfile:
+    """φ(i, j) of two adapters' ΔW in one matrix, `(r1, r2)` each, at most `NUM_DIRECTIONS`.
+
+    `expected` is E[φ] of random spaces of inputs, and `highest` what the largest of `NUM_SAMPLES`
+    pairs of them reached, in inputs or in outputs whichever is more.
+    """
+
+    module: str
+    shape: tuple[int, int]
+    input: np.ndarray
+    output: np.ndarray
+    expected: np.ndarray
+    expected_output: np.ndarray
+    highest: np.ndarray
+
+    @property
+    def ranks(self) -> tuple[int, int]:
+        """Directions of the first and of the second."""
+        return self.input.shape
+
+
+@dataclasses.dataclass(frozen=True)
+class Pair:
+    """Two adapters: the matrices both change, those of one alone, and those of other shapes."""
+
+    first: str
+    second: str
+    profiles: tuple[PairProfile, ...]
+    alone: tuple[str, ...]
+    unlike: tuple[str, ...]
+
+
+def factors_of(
+    method: Method, trainable: Trainable, params: PyTree, *, name: str = "adapter"
+) -> AdapterFactors:
+    """The matrices that a method of this project changes, by path, as `Factors`.
+
+    Stacked layers come apart, `path[0]`, `path[1]`, …; several axes of inputs or outputs count as
+    one. What trains whole is left out. Raises `RequestError` for a method whose change is not
+    low-rank (DoRA, full fine-tuning: see `lj.analysis.kernel_svd` of the difference), or where
+    nothing is adapted.
+
+    >>> import lora_jax as lj
+    >>> params = {"w": jax.numpy.ones((6, 4))}
+    >>> method = lj.LoRA(targets="w", rank=2, alpha=4)
+    >>> factors_of(method, method.init(jax.random.key(0), params)[0], params).factors["w"].shape
+    (6, 4)
+    """
+    found = {}
+    for own, part, layer in _parts_of(method, trainable, params):
+        site = part.site
+        a = np.asarray(part.a).reshape(site.size("s"), site.size("i"), -1)
+        b = np.asarray(part.b).reshape(site.size("s"), -1, site.size("o"))
+        found[own] = Factors(a[layer], b[layer], 1.0)
+    if not found:
+        raise RequestError(
+            f"{type(method).__name__} adapts no matrix here; there is nothing to analyse"
+        )
+    return AdapterFactors(name=name, factors=found)
+
+
+def kernels_of(method: Method, trainable: Trainable, params: PyTree) -> Kernels:
+    """W of the matrices that `factors_of` names, for `profile_adapter`. Raises as that does.
+
+    >>> import lora_jax as lj
+    >>> params = {"w": jax.numpy.ones((6, 4))}
+    >>> method = lj.LoRA(targets="w", rank=2, alpha=4)
+    >>> trainable = method.init(jax.random.key(0), params)[0]
+    >>> adapter = factors_of(method, trainable, params)
+    >>> kernels_of(method, trainable, params)(adapter, "w").shape
+    (6, 4)
+    """
+    flat = dict(trees.flatten(params, is_leaf=is_adapted).items())
+    places = {own: (part.site, layer) for own, part, layer in _parts_of(method, trainable, params)}
+
+    def kernel(adapter: AdapterFactors, module: str) -> np.ndarray:
+        if module not in places:
+            raise RequestError(
+                f"the base has no matrix {module!r}; {trees.nearest(module, places)}"
+            )
+        site, layer = places[module]
+        whole = np.asarray(site.cut(flat[site.path]), np.float32)
+        order = [n for role in "sio" for n, own in enumerate(site.roles) if own == role]
+        sizes = tuple(site.size(role) for role in "sio")
+        return whole.transpose(order).reshape(sizes)[layer]
+
+    return kernel
+
+
+def _parts_of(method: Method, trainable: Trainable, params: PyTree):
+    """`(name, LowRank, layer)` of every matrix that has an adapter."""
+    flat = dict(trees.flatten(params, is_leaf=is_adapted).items())
+    changes = Changes(flat)
+    for name, entry in trainable.items():
+        if path_of(name) not in flat:
+            raise RequestError(
+                f"the adapter is of {name!r}, which the parameters do not have; give the params "
+                "it was trained on"
+            )
+        changes.add(method, name, entry, 1.0)
+    for name, parts in changes.low_rank.items():
+        for part in parts:
+            is_stacked = bool(part.site.sizes("s"))
+            for layer in range(part.site.size("s")):
+                yield (f"{name}[{layer}]" if is_stacked else name), part, layer
+
+
+def select(adapter: AdapterFactors, pattern: str) -> AdapterFactors:
+    """The matrices whose name contains a match of the regular expression. Raises `RequestError`."""
+    try:
+        expression = re.compile(pattern)
+    except re.error as error:
+        raise RequestError(f"{pattern!r} is no regular expression: {error}") from error
+    kept = {name: one for name, one in adapter.factors.items() if expression.search(name)}
+    if not kept:
+        near = trees.nearest(pattern, adapter.factors)
+        raise RequestError(f"no matrix of {adapter.name} matches {pattern!r}; {near}")
+    return dataclasses.replace(adapter, factors=kept)
+
+
+def profile_adapter(
+    adapter: AdapterFactors,
+    kernel: Kernels | None = None,
+    *,
+    on_progress: Progress | None = None,
+) -> list[MatrixProfile]:
+    """Each matrix of an adapter, in the file's order, beside its base where `kernel` gives it.
+
+    `kernel(adapter, module)` is W: `BaseKernels.kernel`, or what `kernels_of` gives. Raises what it
+    raises. `on_progress(module)` is called after each.
+    """
+    found = []
+    for module, factors in adapter.factors.items():
+        weight = None if kernel is None else np.asarray(kernel(adapter, module), np.float32)
+        found.append(_profile(module, factors, weight))
+        if on_progress:
+            on_progress(module)
+    return found
+
+
+def _profile(module: str, factors: Factors, weight: np.ndarray | None) -> MatrixProfile:
+    delta = delta_svd(_float(factors.a), _float(factors.b), factors.scale)
+    beside: dict[str, Any] = {}
+    if weight is not None:
+        k = min(factors.rank, *factors.shape)
+        changed = weight + factors.scale * _float(factors.a) @ _float(factors.b)
+        base = kernel_svd(weight)
+        of_kernel, of_delta = base.basis("input"), delta.basis("input")
+        beside = {
+            "amplification": jax.tree.map(float, amplification_of(delta, weight, k)),
+            "kernel_similarity": np.asarray(
+                basis_similarity(of_kernel[:, :NUM_DIRECTIONS], of_delta[:, :NUM_DIRECTIONS])
+            ),
+            "intruders": int(
+                intruders_of(
+                    base, kernel_svd(changed), INTRUDER_COSINE, NUM_INTRUDERS, "output"
+                ).count
+            ),
+        }
+    return MatrixProfile(
+        module=module,
+        shape=factors.shape,
+        rank=factors.rank,
+        s=np.asarray(delta.s),
+        stable_rank=float(stable_rank(delta.s)),
+        entropy_rank=float(entropy_rank(delta.s)),
+        energy_rank=int(energy_rank(delta.s)),
+        **beside,
+    )
+
+
+def compare_adapters(
+    one: AdapterFactors,
+    other: AdapterFactors,
+    *,
+    num_directions: int = NUM_DIRECTIONS,
+    on_progress: Progress | None = None,
+) -> Pair:
+    """φ of the matrices that both adapters change, at most `num_directions` of each.
+
+    A pair without a common matrix has no profiles: see `alone` and `unlike`. Raises `RequestError`
+    for a number of directions below 1.
+    """
+    if num_directions < 1:
+        raise RequestError(f"num_directions is {num_directions}; give at least 1")
+    common = [name for name in one.factors if name in other.factors]
+    unlike = [n for n in common if one.factors[n].shape != other.factors[n].shape]
+    found = []
+    for module in common:
+        if module not in unlike:
+            found.append(
+                _compare(module, one.factors[module], other.factors[module], num_directions)
+            )
+        if on_progress:
+            on_progress(module)
+    return Pair(
+        first=one.name,
+        second=other.name,
+        profiles=tuple(found),
+        alone=tuple(sorted(one.factors.keys() ^ other.factors.keys())),
+        unlike=tuple(unlike),
+    )
+
+
+def _compare(module: str, one: Factors, other: Factors, num_directions: int) -> PairProfile:
+    svds = [delta_svd(_float(x.a), _float(x.b), x.scale) for x in (one, other)]
+    grids = {}
+    for space in ("input", "output"):
+        bases = (svd.basis(space)[:, :num_directions] for svd in svds)
+        grids[space] = np.asarray(basis_similarity(*bases))
+    ranks, (d_in, d_out) = grids["input"].shape, one.shape
+    return PairProfile(
+        module=module,
+        shape=one.shape,
+        input=grids["input"],
+        output=grids["output"],
+        expected=np.asarray(expected_similarity(*ranks, d_in)),
+        expected_output=np.asarray(expected_similarity(*ranks, d_out)),
+        highest=np.maximum(_highest(*ranks, d_in), _highest(*ranks, d_out)),
+    )
+
+
+@functools.cache
+def _highest(num1: int, num2: int, dimension: int) -> np.ndarray:
+    key = jax.random.key(0)
+    samples = sample_similarity(key, num1, num2, dimension, num_samples=NUM_SAMPLES)
+    return np.asarray(samples.max(axis=0))
+
+
+def group_by_kind(modules: Mapping[str, Any] | Sequence[str]) -> dict[str, list[str]]:
+    """Modules by what they are in each layer: the name with its numbers left out.
+
+    >>> group_by_kind(["layers.0.q_proj", "layers.1.q_proj"])
+    {'layers.*.q_proj': ['layers.0.q_proj', 'layers.1.q_proj']}
+    """
+    found: dict[str, list[str]] = {}
+    for module in modules:
+        found.setdefault(re.sub(r"(?<![^./\[])\d+(?![^./\]])", "*", module), []).append(module)
+    return found
+
+
+def _float(array: np.ndarray) -> np.ndarray:
+    return np.asarray(array, np.float64 if array.dtype == np.float64 else np.float32)

@@ -1,0 +1,286 @@
+"""One page about adapters on disk: what each learned, and what they have in common."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from collections.abc import Sequence
+from html import escape
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from lora_jax.analysis.adapters import (
+    INTRUDER_COSINE,
+    NUM_INTRUDERS,
+    MatrixProfile,
+    Pair,
+    PairProfile,
+    group_by_kind,
+)
+from lora_jax.core.errors import RequestError
+from lora_jax.formats.atomic import write_text
+from lora_jax.report.adapter_figures import (
+    draw_against_kernel,
+    draw_amplification,
+    draw_similarity,
+    draw_spectra,
+)
+from lora_jax.report.html import html_figure, html_page, html_table, html_warnings
+
+PAGE = "analysis.html"
+
+
+@dataclasses.dataclass(frozen=True)
+class Analysis:
+    """What `lora-jax analyze` found. `profiles` is `{adapter: its matrices}`; `notes` are sentences
+    that a reader must not miss (another base, no common matrix, DoRA's scaling left out).
+    """
+
+    profiles: dict[str, list[MatrixProfile]]
+    pairs: tuple[Pair, ...]
+    notes: tuple[str, ...]
+    base: str = ""
+
+
+def write_analysis(analysis: Analysis, out) -> Path:
+    """Writes the page to `out`, a path that ends in .html or a folder; returns its path.
+
+    Raises `RequestError` for a place that cannot be written.
+    """
+    out = Path(out)
+    if out.suffix.lower() not in (".html", ".htm"):
+        if out.exists() and not out.is_dir():
+            raise RequestError(f"{out} is a file; give a folder, or a path that ends in .html")
+        out = out / PAGE
+    write_text(out, analysis_page(analysis))
+    return out
+
+
+def analysis_page(analysis: Analysis) -> str:
+    """The page as HTML; everything that came from outside is escaped."""
+    names = list(analysis.profiles)
+    known = _with_base(analysis)
+    parts = [
+        f"<h1>{escape(', '.join(names))}</h1>",
+        *(f'<p class="lead">{escape(line)}</p>' for line in headline(analysis)),
+        html_warnings(analysis.notes),
+        '<h2 id="similarity">What they have in common</h2>' if analysis.pairs else "",
+    ]
+    for number, pair in enumerate(analysis.pairs):
+        parts.append(f"<h3>{escape(pair.first)} and {escape(pair.second)}</h3>")
+        if pair.profiles:
+            parts.append(
+                html_table("similarity", _PAIR_HEAD, [_pair_row(p) for p in pair.profiles])
+            )
+            parts += [html_figure(draw_similarity(pair, number, s)) for s in ("input", "output")]
+    if analysis.pairs:
+        parts.append(f'<p class="quiet">{escape(_PAIR_NOTE)}</p>')
+    parts.append('<h2 id="spectra">What each learned</h2>')
+    parts.append(html_figure(draw_spectra(analysis.profiles)))
+    for name, profiles in analysis.profiles.items():
+        parts.append(f"<h3>{escape(name)}</h3>")
+        head = (*_HEAD, *_BASE_HEAD) if name in known else _HEAD
+        parts.append(html_table(name, head, [_row(profile) for profile in profiles]))
+    parts.append(f'<p class="quiet">{escape(_NOTE)}</p>')
+    if known:
+        parts.append(f'<h2 id="base">ΔW beside W{escape(_of(analysis.base))}</h2>')
+        parts.append(html_figure(draw_amplification(known)))
+        for number, (name, profiles) in enumerate(known.items()):
+            parts.append(html_figure(draw_against_kernel(name, number, profiles)))
+        parts.append(f'<p class="quiet">{escape(_BASE_NOTE)}</p>')
+    parts.append(
+        '<footer class="quiet">Written by lora-jax analyze. This file holds all it shows and asks '
+        "nothing of the network.</footer>"
+    )
+    return html_page(f"{', '.join(names)} · lora-jax analysis", parts)
+
+
+def headline(analysis: Analysis) -> list[str]:
+    """What was found, in a sentence for each adapter and each pair."""
+    lines = []
+    for name, profiles in analysis.profiles.items():
+        ranks = sorted({profile.rank for profile in profiles})
+        ranks_text = (
+            " and ".join(map(str, ranks)) if len(ranks) < 4 else f"{ranks[0]} to {ranks[-1]}"
+        )
+        stable = np.median([profile.stable_rank for profile in profiles])
+        line = (
+            f"{name} changes {len(profiles)} "
+            f"{'matrices' if len(profiles) > 1 else 'matrix'} at rank {ranks_text}; the median "
+            f"stable rank of its ΔW is {stable:.1f}"
+        )
+        if profiles[0].amplification is not None:
+            factor = np.median([profile.amplification.factor for profile in profiles])
+            line += f", the median amplification {factor:.1f}"
+        lines.append(f"{line}.")
+    for pair in analysis.pairs:
+        if pair.profiles:
+            first = np.mean([profile.input[0, 0] for profile in pair.profiles])
+            null = np.mean([profile.expected[0, 0] for profile in pair.profiles])
+            above = sum(bool(p.input[0, 0] > p.highest[0, 0]) for p in pair.profiles)
+            lines.append(
+                f"{pair.first} and {pair.second}: the first directions of inputs have φ = "
+                f"{first:.2f} on average over {len(pair.profiles)}, random ones {null:.3f}; "
+                f"in {above} it is more than any of the random pairs reached."
+            )
+    return lines
+
+
+_HEAD = (
+    "matrix",
+    "inputs × outputs",
+    "rank",
+    "‖ΔW‖",
+    "stable rank",
+    "entropy rank",
+    "90% of energy",
+)
+_BASE_HEAD = (
+    *("‖ΔW‖ / ‖W‖", "amplification", "‖UᵀWV‖, ΔW's", "W's own", "random"),
+    f"intruders of {NUM_INTRUDERS}",
+)
+_PAIR_HEAD = (
+    *("matrix", "ranks", "φ(1, 1) inputs", "φ(r, r) inputs", "random, expected"),
+    *("φ(1, 1) outputs", "φ(r, r) outputs", "random, expected"),
+)
+_NOTE = (
+    "Of ΔW, by its singular values s: stable rank Σs² / s₁², entropy rank exp(H(s / Σs)), and the "
+    "fewest directions that hold 90% of Σs²."
+)
+_BASE_NOTE = (
+    "Amplification is ‖ΔW‖ over ‖UᵀWV‖ with ΔW's own r directions of inputs and outputs; beside it "
+    "‖UᵀWV‖ with W's first r and with random ones (Hu et al. 2021, Table 7). Intruders: of the "
+    f"first {NUM_INTRUDERS} directions of outputs of W + ΔW those like none of W's, every "
+    f"|cosine| below {INTRUDER_COSINE} (Shuttleworth et al. 2024)."
+)
+_PAIR_NOTE = (
+    "φ(r, r) is of all directions shown of both (the smaller number, where ranks differ); random "
+    "spaces of as many have what stands beside in common. φ is of ΔW's singular directions, which "
+    "no other way of writing the same ΔW as a product changes."
+)
+
+
+def _row(profile: MatrixProfile) -> tuple[str, ...]:
+    found = (
+        profile.module,
+        f"{profile.shape[0]} × {profile.shape[1]}",
+        str(profile.rank),
+        f"{profile.delta_norm:.3g}",
+        f"{profile.stable_rank:.2f}",
+        f"{profile.entropy_rank:.2f}",
+        str(profile.energy_rank),
+    )
+    one = profile.amplification
+    if one is None:
+        return found
+    return (
+        *found,
+        f"{one.delta_norm / one.kernel_norm:.3g}",
+        f"{one.factor:.3g}",
+        f"{one.from_delta:.3g}",
+        f"{one.from_kernel:.3g}",
+        f"{one.from_random:.3g}",
+        str(profile.intruders),
+    )
+
+
+def _pair_row(profile: PairProfile) -> tuple[str, ...]:
+    last = min(profile.ranks) - 1
+    found = [profile.module, " and ".join(map(str, profile.ranks))]
+    for grid, null in (
+        (profile.input, profile.expected),
+        (profile.output, profile.expected_output),
+    ):
+        found += [f"{grid[0, 0]:.3f}", f"{grid[last, last]:.3f}"]
+        found.append(f"{null[0, 0]:.3f}, {null[last, last]:.3f}")
+    return tuple(found)
+
+
+def summary_rows(profiles: Sequence[MatrixProfile]) -> list[tuple[str, ...]]:
+    """Texts for a terminal: a line for each kind of matrix, means over its layers."""
+    by_name = {profile.module: profile for profile in profiles}
+    rows = []
+    kinds = group_by_kind(list(by_name))
+    start = os.path.commonprefix(list(kinds)).rpartition(".")[0] if len(kinds) > 1 else ""
+    for kind, modules in kinds.items():
+        some = [by_name[module] for module in modules]
+        mean = lambda values: float(np.mean(list(values)))  # noqa: E731
+        row = [
+            kind.removeprefix(f"{start}."),
+            str(len(some)),
+            f"{mean(p.delta_norm for p in some):.3g}",
+            f"{mean(p.stable_rank for p in some):.2f}",
+            f"{mean(p.entropy_rank for p in some):.2f}",
+            f"{mean(p.energy_rank for p in some):.1f}",
+        ]
+        if some[0].amplification is not None:
+            row.append(f"{mean(p.amplification.factor for p in some):.3g}")
+            row.append(f"{mean(p.intruders for p in some):.1f}")
+        rows.append(tuple(row))
+    return rows
+
+
+def analysis_json(analysis: Analysis) -> dict[str, Any]:
+    """All numbers of the page, grids in full, as JSON values."""
+    return {
+        "base": analysis.base or None,
+        "notes": list(analysis.notes),
+        "adapters": {
+            name: [_profile_json(profile) for profile in profiles]
+            for name, profiles in analysis.profiles.items()
+        },
+        "pairs": [
+            {
+                "first": pair.first,
+                "second": pair.second,
+                "only_one_changes": list(pair.alone),
+                "other_shapes": list(pair.unlike),
+                "matrices": [_pair_json(profile) for profile in pair.profiles],
+            }
+            for pair in analysis.pairs
+        ],
+    }
+
+
+def _profile_json(profile: MatrixProfile) -> dict[str, Any]:
+    found = {
+        "matrix": profile.module,
+        "shape": list(profile.shape),
+        "rank": profile.rank,
+        "singular_values": profile.s.tolist(),
+        "delta_norm": profile.delta_norm,
+        "stable_rank": profile.stable_rank,
+        "entropy_rank": profile.entropy_rank,
+        "energy_rank": profile.energy_rank,
+    }
+    if profile.amplification is not None:
+        found["amplification"] = profile.amplification._asdict()
+        found["kernel_similarity"] = profile.kernel_similarity.tolist()
+        found["intruders"] = profile.intruders
+    return found
+
+
+def _pair_json(profile: PairProfile) -> dict[str, Any]:
+    return {
+        "matrix": profile.module,
+        "shape": list(profile.shape),
+        "input": profile.input.tolist(),
+        "input_expected": profile.expected.tolist(),
+        "output": profile.output.tolist(),
+        "output_expected": profile.expected_output.tolist(),
+        "random_highest": profile.highest.tolist(),
+    }
+
+
+def _with_base(analysis: Analysis) -> dict[str, list[MatrixProfile]]:
+    return {
+        name: profiles
+        for name, profiles in analysis.profiles.items()
+        if profiles[0].amplification is not None
+    }
+
+
+def _of(base: str) -> str:
+    return f" of {base}" if base else ""

@@ -1,0 +1,61 @@
+"""What every page of this project shares: one file, which asks nothing of any network."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from html import escape
+from importlib.resources import files
+
+from lora_jax.report.canvas import Drawing
+
+# Forbids the page every request, so that it shows the same here, offline and in ten years.
+_POLICY = "default-src 'none'; style-src 'unsafe-inline'; img-src data:"
+
+
+def html_page(title: str, parts: Sequence[str]) -> str:
+    """A whole page of the parts that are not empty; they are HTML already, `title` is text."""
+    style = files("lora_jax.report").joinpath("page.css").read_text(encoding="utf-8")
+    body = "\n".join(part for part in parts if part)
+    return (
+        '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
+        f'<meta http-equiv="Content-Security-Policy" content="{_POLICY}">\n'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
+        f"<title>{escape(title)}</title>\n<style>\n{style}</style>\n</head>\n"
+        f"<body>\n{body}\n</body>\n</html>\n"
+    )
+
+
+def html_warnings(lines: Sequence[str]) -> str:
+    """Lines of text that a reader must not miss; nothing where there are none."""
+    if not lines:
+        return ""
+    paragraphs = "".join(f"<p>{escape(line)}</p>" for line in lines)
+    return f'<div class="warnings" role="note">{paragraphs}</div>'
+
+
+def html_table(label: str, head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A table of texts that scrolls sideways where it must: the first column says what a row is."""
+    first, *rest = (escape(text) for text in head)
+    heading = f'<th scope="col" class="text">{first}</th>'
+    heading += "".join(f'<th scope="col" class="number">{text}</th>' for text in rest)
+    lines = [
+        f'<tr><th scope="row" class="text">{escape(row[0])}</th>'
+        + "".join(f'<td class="number">{escape(text)}</td>' for text in row[1:])
+        + "</tr>"
+        for row in rows
+    ]
+    return (
+        f'<div class="scroll" tabindex="0" role="region" aria-label="{escape(label)}"><table>'
+        f"<thead><tr>{heading}</tr></thead>\n<tbody>\n"
+        + "\n".join(lines)
+        + "\n</tbody></table></div>"
+    )
+
+
+def html_figure(drawing: Drawing) -> str:
+    """A figure with its title and caption."""
+    return (
+        f'<figure id="figure-{drawing.name}"><h3>{escape(drawing.title)}</h3>'
+        f'<div class="picture">{drawing.svg}</div>'
+        f"<figcaption>{escape(drawing.caption)}</figcaption></figure>"
+    )

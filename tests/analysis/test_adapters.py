@@ -1,0 +1,167 @@
+"""Adapters on disk, matrix by matrix, against float64 NumPy on the files' own numbers."""
+
+import json
+import shutil
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+from safetensors.numpy import load_file, save_file
+
+import lora_jax as lj
+from lora_jax.analysis.adapters import (
+    compare_adapters,
+    factors_of,
+    group_by_kind,
+    kernels_of,
+    profile_adapter,
+    select,
+)
+from lora_jax.core.errors import RequestError
+from lora_jax.formats.peft_factors import BaseKernels, read_factors
+
+FIXTURES = Path(__file__).parents[1] / "fixtures" / "peft"
+ADAPTERS, BASES = FIXTURES / "adapters", FIXTURES / "bases"
+
+
+def numpy_delta(name: str, module: str) -> np.ndarray:
+    """s · (B A)ᵀ of a fixture, (d_in, d_out), from its files alone."""
+    config = json.loads((ADAPTERS / name / "adapter_config.json").read_text())
+    tensors = load_file(ADAPTERS / name / "adapter_model.safetensors")
+    at = f"base_model.model.{module}."
+    table = f"{at}lora_embedding_A" in tensors
+    a, b = (
+        tensors[f"{at}lora_embedding_{x}" if table else f"{at}lora_{x}.weight"] for x in ("A", "B")
+    )
+    scale = config["lora_alpha"] / config["r"] ** (0.5 if config["use_rslora"] else 1)
+    return scale * (b.astype(np.float64) @ a.astype(np.float64)).T
+
+
+def weight(base: str, tensor: str) -> np.ndarray:
+    return load_file(BASES / base / "model.safetensors")[tensor].astype(np.float64)
+
+
+def numpy_phi(u1: np.ndarray, u2: np.ndarray) -> np.ndarray:
+    return np.array(
+        [
+            [
+                np.linalg.norm(u1[:, :i].T @ u2[:, :j]) ** 2 / min(i, j)
+                for j in range(1, u2.shape[1] + 1)
+            ]
+            for i in range(1, u1.shape[1] + 1)
+        ]
+    )
+
+
+@pytest.mark.parametrize(
+    "name, module, base, prefix, is_linear",
+    [
+        ("llama-rslora", "model.layers.1.self_attn.q_proj", "llama", "", True),
+        ("llama-embedding", "model.embed_tokens", "llama", "", False),
+        ("gpt2-c_attn", "transformer.h.1.attn.c_attn", "gpt2", "", False),
+        ("bert-cls", "bert.encoder.layer.0.attention.self.value", "bert_cls", "", True),
+        # The base's class has a prefix that the adapter's has not.
+        ("bert-bare", "encoder.layer.0.attention.self.query", "bert_cls", "bert.", True),
+    ],
+)
+def test_a_profile_is_float64_numpys(name, module, base, prefix, is_linear):
+    adapter = select(read_factors(ADAPTERS / name), f"^{module}$")
+    (found,) = profile_adapter(adapter, BaseKernels(BASES / base).kernel)
+    delta = numpy_delta(name, module)
+    kernel = weight(base, f"{prefix}{module}.weight")
+    kernel = kernel.T if is_linear else kernel
+    u, s, vh = np.linalg.svd(delta)
+    r = found.rank
+    np.testing.assert_allclose(found.s, s[:r], rtol=1e-4)
+    np.testing.assert_allclose(found.delta_norm, np.linalg.norm(delta), rtol=1e-5)
+    np.testing.assert_allclose(found.stable_rank, (s**2).sum() / s[0] ** 2, rtol=1e-4)
+    one = found.amplification
+    inside = np.linalg.norm(u[:, :r].T @ kernel @ vh[:r].T)
+    np.testing.assert_allclose(one.from_delta, inside, rtol=1e-3)
+    np.testing.assert_allclose(one.factor, np.linalg.norm(delta) / inside, rtol=1e-3)
+    u_w = np.linalg.svd(kernel, full_matrices=False)[0]
+    np.testing.assert_allclose(found.kernel_similarity, numpy_phi(u_w, u[:, :r]), atol=1e-4)
+    u_t = np.linalg.svd((kernel + delta).T, full_matrices=False)[0]
+    u_b = np.linalg.svd(kernel.T, full_matrices=False)[0]
+    cosines = np.abs(u_t[:, :10].T @ u_b).max(axis=1)
+    assert found.intruders == np.sum(cosines < 0.5)
+
+
+def test_a_pair_is_float64_numpys():
+    one, other = (read_factors(ADAPTERS / name) for name in ("llama-all-linear", "llama-list"))
+    pair = compare_adapters(one, other)
+    assert {p.module.rpartition(".")[2] for p in pair.profiles} == {"q_proj", "v_proj"}
+    assert len(pair.alone) == 10 and not pair.unlike
+    for profile in pair.profiles:
+        deltas = [numpy_delta(a.name, profile.module) for a in (one, other)]
+        svds = [np.linalg.svd(delta) for delta in deltas]
+        ranks = [a.factors[profile.module].rank for a in (one, other)]
+        inputs = numpy_phi(*(svd[0][:, :r] for svd, r in zip(svds, ranks, strict=True)))
+        outputs = numpy_phi(*(svd[2][:r].T for svd, r in zip(svds, ranks, strict=True)))
+        np.testing.assert_allclose(profile.input, inputs, atol=1e-4)
+        np.testing.assert_allclose(profile.output, outputs, atol=1e-4)
+        assert np.all(profile.highest >= profile.expected - 1e-6)
+    two = compare_adapters(one, other, num_directions=1)
+    assert {profile.ranks for profile in two.profiles} == {(1, 1)}
+
+
+def test_adapters_of_this_project_are_read_as_their_merged_change():
+    rng = np.random.default_rng(0)
+    params = {
+        "w": rng.normal(size=(6, 4)).astype(np.float32),
+        "stack": rng.normal(size=(3, 5, 8)).astype(np.float32),
+    }
+    axes = {"stack": lj.KernelAxes(stack=(-3,), in_=(-2,), out=(-1,))}
+    rules = [lj.Rule("w", rank=2, alpha=4), lj.Rule("stack", rank=2, alpha=1, slice=(-1, 2, 6))]
+    method = lj.LoRA(rules=rules, axes=axes)
+    trainable, frozen = method.init(jax.random.key(0), params)
+    trainable = jax.tree.map(lambda x: rng.normal(size=x.shape).astype(np.float32), trainable)
+    merged = method.merge(trainable, frozen)
+    adapter, kernel = factors_of(method, trainable, params), kernels_of(method, trainable, params)
+    names = [n for n in adapter.factors if n.startswith("stack")]
+    assert len(names) == 3
+    changes = {"w": (merged["w"] - params["w"], params["w"])}
+    for layer, name in enumerate(names):
+        part = (layer, slice(None), slice(2, 6))
+        changes[name] = ((merged["stack"] - params["stack"])[part], params["stack"][part])
+    for name, (delta, base) in changes.items():
+        own = adapter.factors[name]
+        np.testing.assert_allclose(own.scale * own.a @ own.b, delta, atol=1e-5)
+        np.testing.assert_array_equal(kernel(adapter, name), base)
+
+
+def test_layers_come_in_their_order_and_kinds_leave_numbers_out():
+    names = ["h.10.q", "h.2.q", "h.2.v1"]
+    assert group_by_kind(names) == {"h.*.q": ["h.10.q", "h.2.q"], "h.*.v1": ["h.2.v1"]}
+    found = list(read_factors(ADAPTERS / "llama-all-linear").factors)
+    assert found == sorted(found)
+
+
+def test_what_is_asked_in_vain_is_named(tmp_path):
+    llama = read_factors(ADAPTERS / "llama-list")
+    with pytest.raises(RequestError, match="no weight of 'model.layers.0"):
+        profile_adapter(llama, BaseKernels(BASES / "gpt2").kernel)
+    with pytest.raises(RequestError, match="no matrix of llama-list matches 'c_attn'"):
+        select(llama, "c_attn")
+    with pytest.raises(RequestError, match="at least 1"):
+        compare_adapters(llama, llama, num_directions=0)
+    # A base of the same names and another width.
+    folder = tmp_path / "wide"
+    shutil.copytree(BASES / "llama", folder)
+    tensors = load_file(folder / "model.safetensors")
+    tensors = {n: np.zeros((2 * x.shape[0], *x.shape[1:]), x.dtype) for n, x in tensors.items()}
+    save_file(tensors, folder / "model.safetensors")
+    with pytest.raises(RequestError, match="made for another base"):
+        profile_adapter(llama, BaseKernels(folder).kernel)
+    method = lj.FullFineTuning()
+    params = {"w": np.ones((3, 2), np.float32)}
+    with pytest.raises(RequestError, match="adapts no matrix"):
+        factors_of(method, method.init(jax.random.key(0), params)[0], params)
+    broken = tmp_path / "nan"
+    shutil.copytree(ADAPTERS / "llama-list", broken)
+    tensors = load_file(broken / "adapter_model.safetensors")
+    next(iter(tensors.values()))[0, 0] = np.nan
+    save_file(tensors, broken / "adapter_model.safetensors")
+    with pytest.raises(RequestError, match="NaN"):
+        read_factors(broken)

@@ -1,0 +1,96 @@
+"""`lora-jax analyze` on folders that peft wrote and on runs of this project."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+
+from lora_jax.cli.analyze import distinct_names
+from lora_jax.cli.main import main
+from lora_jax.models import load
+
+FIXTURES = Path(__file__).parents[1] / "fixtures" / "peft"
+ADAPTERS, BASES = FIXTURES / "adapters", FIXTURES / "bases"
+
+
+@pytest.fixture
+def no_models(monkeypatch):
+    def refuse(*args, **kwargs):
+        raise AssertionError("a model was loaded")
+
+    monkeypatch.setattr(load, "load_model", refuse)
+    monkeypatch.setattr("lora_jax.models.load_model", refuse)
+
+
+def test_two_folders_of_peft_make_a_page_without_a_model(tmp_path, capsys, no_models):
+    paths = [str(ADAPTERS / name) for name in ("llama-all-linear", "llama-list")]
+    assert main(["analyze", *paths, f"--base={BASES / 'llama'}", f"--out={tmp_path}"]) == 0
+    page = (tmp_path / "analysis.html").read_text()
+    assert page.count("<svg") == 6  # φ of inputs and outputs, spectra, Table 7, Figure 8 of each
+    for text in ("q_proj", "intruders of 10", "random spaces, expected"):
+        assert text in page
+    out = capsys.readouterr().out
+    assert "the page: file://" in out and "10 matrices are changed by one alone" in out
+
+
+def test_json_holds_every_number(tmp_path, capsys, no_models):
+    paths = [str(ADAPTERS / name) for name in ("llama-rslora", "llama-list")]
+    args = ["analyze", *paths, f"--out={tmp_path / 'a.html'}", "--json", "--directions=1"]
+    assert main(args) == 0
+    found = json.loads(capsys.readouterr().out)
+    (pair,) = found["pairs"]
+    assert pair["matrices"] and all(len(m["input"]) == 1 for m in pair["matrices"])
+    matrix = found["adapters"]["llama-list"][0]
+    assert len(matrix["singular_values"]) == matrix["rank"] and "amplification" not in matrix
+    assert Path(found["page"]) == tmp_path / "a.html" and Path(found["page"]).is_file()
+
+
+def test_what_cannot_be_compared_is_said(tmp_path, capsys):
+    paths = [str(ADAPTERS / name) for name in ("llama-list", "bert-cls")]
+    assert main(["analyze", *paths, f"--out={tmp_path}"]) == 0
+    out = " ".join(capsys.readouterr().out.split())
+    assert "have no common matrix" in out
+    assert "have no common matrix" in (tmp_path / "analysis.html").read_text()
+
+
+@pytest.mark.parametrize(
+    "args, says",
+    [
+        (["llama-list", "llama-list"], "given twice"),
+        (["llama-list", "--directions=2"], "there is one"),
+        (["llama-list", "llama-rslora", "--directions=0"], "have 1 to"),
+        (["llama-list", "llama-rslora", "--directions=99"], "have 1 to"),
+        (["llama-list", "--modules=("], "no regular expression"),
+        (["llama-list", "--modules=c_attn"], "no matrix of llama-list"),
+        (["llama-list", "--base=BASES/bert"], "has no weight of"),
+        (["nothing-here"], "there is no folder"),
+    ],
+)
+def test_a_bad_request_is_one_line_and_writes_nothing(args, says, tmp_path, capsys):
+    paths = [str(ADAPTERS / a) if not a.startswith("-") else a for a in args]
+    paths = [path.replace("BASES", str(BASES)) for path in paths]
+    assert main(["analyze", *paths, f"--out={tmp_path / 'page.html'}"]) == 2
+    error = capsys.readouterr().err
+    assert says in error and error.count("\n") == 1
+    assert not any(tmp_path.iterdir())
+
+
+def test_runs_of_this_project_know_their_base(tmp_path, capsys):
+    config = "--config=experiments/reviews_minilm.py:lora,smoke"
+    args = ["--name=one", f"--workdir={tmp_path}", "--config.method.rank=4"]
+    assert main(["train", config, *args]) == 0
+    shutil.copytree(tmp_path / "cells" / "one", tmp_path / "cells" / "two")
+    cells = [str(tmp_path / "cells" / name) for name in ("one", "two")]
+    capsys.readouterr()
+    assert main(["analyze", *cells, f"--out={tmp_path}", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert all(m["rank"] == 4 and "amplification" in m for m in found["adapters"]["one"])
+    assert not found["notes"]
+    for matrix in found["pairs"][0]["matrices"]:
+        assert matrix["input"][0][0] == pytest.approx(1, abs=1e-5)
+
+
+def test_names_are_as_short_as_tells_them_apart():
+    assert distinct_names(["a/x/adapter", "b/x/adapter"]) == ["a/x/adapter", "b/x/adapter"]
+    assert distinct_names(["one/", "two"]) == ["one", "two"]
