@@ -26,8 +26,6 @@ r = 1 and 0.630 at r = 8, at one rate), margin 0.02 nats of test loss:
 Measured: experiments/results/what_rank/README.md.
 """
 
-import sys
-
 from ml_collections import ConfigDict
 
 RANKS = (1, 2, 4, 8, 64)
@@ -128,10 +126,76 @@ def get_config(arg: str = "") -> ConfigDict:
     return config
 
 
-def main(args: list[str]) -> None:
-    """Reads a finished sweep, and writes what was found."""
-    raise SystemExit(f"not yet: {args}")
+def write(workdir, out) -> None:
+    """Reads the finished sweep, and writes what was found."""
+    from experiments import findings
+
+    found = findings.read_contestants(workdir)
+    verdicts = []
+    if {"qv-r64", "q-r64"} <= found.keys():  # not in the smoke sweep: a tiny model has no such rank
+        verdicts = [
+            findings.equivalent(
+                "flat", "q,v r = 64 equals r = 8", found["qv-r64"], found["qv-r8"], MARGIN
+            ),
+            findings.worse(
+                "low_rank", "q,v r = 1 is worse than r = 8", found["qv-r1"], found["qv-r8"], MARGIN
+            ),
+            findings.worse(
+                "q_alone",
+                "q r = 64 is worse than q,v r = 1",
+                found["q-r64"],
+                found["qv-r1"],
+                MARGIN,
+            ),
+            findings.worse(
+                "full", "q,v r = 64 is worse than full", found["qv-r64"], found["full"], MARGIN
+            ),
+        ]
+    runs = [run for one in found.values() for run in one.all_runs]
+    shown = findings.figure_file(_draw(found), out, "ranks", runs)
+    findings.write_findings(
+        out,
+        title="What rank",
+        command="python -m experiments.what_rank runs/what_rank",
+        verdicts=verdicts,
+        parts=[findings.contestant_table(found), shown],
+        runs=runs,
+    )
+
+
+def _draw(found):
+    """Test loss against rank, q,v and q; full fine-tuning and the probe as bands."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7, 4), layout="constrained")
+    axes = figure.subplots()
+    for name, colour in (("head", "#8b8b8b"), ("full", "#d9661f")):
+        loss = found[name].test_loss
+        axes.axhline(loss.estimate, color=colour, label={"head": "frozen probe"}.get(name, name))
+        axes.axhspan(loss.low, loss.high, color=colour, alpha=0.15, linewidth=0)
+    for start, colour in (("qv-r", "#2f86c9"), ("q-r", "#159b78")):
+        some = {int(n.removeprefix(start)): c for n, c in found.items() if n.startswith(start)}
+        losses = [one.test_loss for one in some.values()]
+        axes.errorbar(
+            list(some),
+            [loss.estimate for loss in losses],
+            [
+                [loss.estimate - loss.low for loss in losses],
+                [loss.high - loss.estimate for loss in losses],
+            ],
+            fmt="o-",
+            color=colour,
+            capsize=3,
+            label={"qv-r": "LoRA on q,v", "q-r": "LoRA on q"}[start],
+        )
+    axes.set_xscale("log", base=2)
+    axes.set_xlabel("rank")
+    axes.set_ylabel("test loss (nats), mean over seeds, 95%")
+    axes.legend()
+    return figure
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    from experiments.findings import run_main
+
+    run_main("what_rank", write)

@@ -37,7 +37,7 @@ def subspace_similarity(a1: jax.Array, a2: jax.Array) -> jax.Array:
     Array([[0., 0.],
            [0., 0.]], dtype=float32)
     """
-    return basis_similarity(_column_basis(a1), _column_basis(a2))
+    return basis_similarity(column_basis(a1), column_basis(a2))
 
 
 @functools.partial(jax.jit, static_argnames="space")
@@ -122,7 +122,9 @@ def sample_similarity(
     return jax.lax.map(one, jax.random.split(key, num_samples))
 
 
-def _column_basis(a: jax.Array) -> jax.Array:
+def column_basis(a: jax.Array) -> jax.Array:
+    """Orthonormal columns `(…, d, r)` of `a`'s space by its singular values; zeros where it has
+    none."""
     a = wide(a)
     u, s, _ = jnp.linalg.svd(a, full_matrices=False)
     return jnp.where(is_there(s, a.shape[-2])[..., None, :], u, 0)

@@ -1,0 +1,286 @@
+"""What the experiments share: reading a finished sweep, verdicts on hypotheses, what is committed.
+
+An experiment's `main` reads its runs, decides each hypothesis of its docstring by an interval, and
+writes `experiments/results/NAME`: `cells.jsonl` (a line a run, with the hashes of its card),
+`verdicts.json`, figures, and a README made of them, so that no figure in it is typed by hand.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import math
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from lora_jax.core.errors import RequestError
+from lora_jax.formats.atomic import write_json, write_text
+from lora_jax.report.quantities import rate_text
+from lora_jax.report.runs import Run, read_runs
+from lora_jax.report.statistics import Interval, mean_interval, paired_difference
+
+RESULTS = Path(__file__).parent / "results"
+HOLDS, REFUTED, OPEN = "holds", "does not hold", "open"
+
+
+@dataclasses.dataclass(frozen=True)
+class Contestant:
+    """One contestant of a sweep: its runs at the rate with the best validation loss, by seed.
+
+    `rates` is `{rate: validation loss}` on the seed that all rates ran with; inf: diverged.
+    """
+
+    name: str
+    rates: Mapping[float, float]
+    lr: float
+    runs: tuple[Run, ...]
+    all_runs: tuple[Run, ...]
+
+    @property
+    def losses(self) -> np.ndarray:
+        """Test losses `(seeds, examples)`, examples by index."""
+        return np.stack([run.predictions.loss for run in self.runs])
+
+    @property
+    def test_loss(self) -> Interval:
+        """Mean test loss with its 95% interval over seeds and examples."""
+        return mean_interval(self.losses, seed=0)
+
+    @property
+    def seeds(self) -> tuple[int, ...]:
+        """The training seeds of `runs`."""
+        return tuple(run.config["seed"] for run in self.runs)
+
+    @property
+    def at_edge(self) -> bool:
+        """Whether the chosen rate is the smallest or largest tried."""
+        return len(self.rates) > 1 and self.lr in (min(self.rates), max(self.rates))
+
+    def mean(self, metric: str) -> float:
+        """Mean over seeds of a number of the cards: "metrics.test.accuracy"."""
+        return float(np.mean([run.metric(metric) for run in self.runs]))
+
+    def at(self, lr: float) -> Run:
+        """The run of one rate on the seed that all rates ran with."""
+        return next(run for run in self.all_runs if run.config["optimizer"]["lr"] == lr)
+
+
+def read_contestants(workdir: str | Path) -> dict[str, Contestant]:
+    """The contestants of a sweep whose cells are named NAME-lrRATE-sSEED, in the sweep's order.
+
+    Raises `RequestError` for cells of other names, or a sweep that has not ended.
+    """
+    named: dict[str, list[Run]] = {}
+    runs = read_runs(workdir)
+    order = json.loads((Path(workdir) / "sweep.json").read_text())["cells"]
+    for run in sorted(runs, key=lambda run: order.index(run.name)):
+        name, mark, _ = run.name.rpartition("-lr")
+        if not mark:
+            raise RequestError(f"{workdir}: cell {run.name!r} is of no tuned contestant")
+        failed = run.folder / "failure.json"
+        if not run.finished and not failed.exists():
+            raise RequestError(f"{workdir}: {run.name} has not ended; run the sweep to its end")
+        named.setdefault(name, []).append(run)
+    return {name: _contestant(name, some) for name, some in named.items()}
+
+
+def _contestant(name: str, runs: list[Run]) -> Contestant:
+    seed = runs[0].config["seed"]
+    first = {r.config["optimizer"]["lr"]: r for r in runs if r.config["seed"] == seed}
+    rates = {lr: _validation_loss(run) for lr, run in sorted(first.items())}
+    lr = min(rates, key=rates.get)
+    own = [run for run in runs if run.config["optimizer"]["lr"] == lr and run.finished]
+    own.sort(key=lambda run: run.config["seed"])
+    tried = [run for run in runs if run.finished and run.config["seed"] == seed]
+    return Contestant(name, rates, lr, tuple(own), (*tried, *(r for r in own if r not in tried)))
+
+
+def _validation_loss(run: Run) -> float:
+    loss = run.metric("metrics.validation.loss") if run.finished else math.inf
+    return loss if math.isfinite(loss) else math.inf
+
+
+def difference(first: Contestant, second: Contestant, *, level: float = 0.95) -> Interval:
+    """Test loss of the first minus the second's, paired over examples and, where they share them,
+    seeds.
+    """
+    return paired_difference(
+        first.losses,
+        second.losses,
+        first_index=first.runs[0].predictions.index,
+        second_index=second.runs[0].predictions.index,
+        first_seeds=first.seeds,
+        second_seeds=second.seeds,
+        seed=0,
+        level=level,
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class Verdict:
+    """A hypothesis, what was seen, and whether it holds."""
+
+    name: str
+    claim: str
+    seen: str
+    verdict: str
+
+
+def _interval_text(one: Interval, level: float, form: str = "+.3f") -> str:
+    return f"{one.estimate:{form}} [{one.low:{form}}, {one.high:{form}}] ({level:.0%})"
+
+
+def worse(name: str, claim: str, first: Contestant, second: Contestant, margin: float) -> Verdict:
+    """Whether the first's test loss is above the second's by more than the margin.
+
+    It holds where the 95% interval lies above the margin, not where it lies below, else open.
+    """
+    found = difference(first, second)
+    verdict = HOLDS if found.low > margin else REFUTED if found.high < margin else OPEN
+    return Verdict(name, claim, _interval_text(found, 0.95), verdict)
+
+
+def equivalent(
+    name: str, claim: str, first: Contestant, second: Contestant, margin: float
+) -> Verdict:
+    """Whether two test losses are the same within the margin: two one-sided tests at 5%.
+
+    It holds where the 90% interval lies within ±margin, not where it lies beyond, else open.
+    """
+    found = difference(first, second, level=0.90)
+    inside = -margin < found.low and found.high < margin
+    outside = found.low > margin or found.high < -margin
+    verdict = HOLDS if inside else REFUTED if outside else OPEN
+    return Verdict(name, claim, _interval_text(found, 0.90), verdict)
+
+
+def decide(name: str, claim: str, seen: str, holds: bool | None) -> Verdict:
+    """A verdict on what has no interval of its own; None: open."""
+    return Verdict(name, claim, seen, OPEN if holds is None else HOLDS if holds else REFUTED)
+
+
+def cell_record(run: Run) -> dict[str, Any]:
+    """What is committed of a run: one line, with the hashes that its card has."""
+    card = run.card
+    return {
+        "cell": run.name,
+        "method": run.config["method"]["name"],
+        "targets": run.config["method"].get("targets"),
+        "rank": run.config["method"].get("rank"),
+        "lr": run.config["optimizer"]["lr"],
+        "seed": run.config["seed"],
+        "steps": card["metrics"]["steps"],
+        "adapter_parameters": card["counts"]["adapter"],
+        "validation_loss": run.metric("metrics.validation.loss"),
+        "test_loss": run.metric("metrics.test.loss"),
+        "test_accuracy": run.metric("metrics.test.accuracy"),
+        "config_hash": card["config_hash"],
+        "base_hash": card["base_hash"],
+        "data_hash": card["data_hash"],
+        "commit": card["commit"],
+        "weights_sha256": card["metrics"].get("weights_sha256"),
+    }
+
+
+def contestant_table(contestants: Mapping[str, Contestant]) -> str:
+    """Markdown: each contestant at its rate, with basin and interval."""
+    lines = [
+        "| contestant | adapter parameters | rate | rates within 0.01 nats | test loss, 95% | "
+        "accuracy, % | seeds |",
+        "|---|---:|---:|---|---:|---:|---:|",
+    ]
+    for one in contestants.values():
+        near = [lr for lr, loss in one.rates.items() if loss <= min(one.rates.values()) + 0.01]
+        basin = " ".join(map(rate_text, near)) + (" (edge of the grid)" if one.at_edge else "")
+        loss = one.test_loss
+        lines.append(
+            f"| {one.name} | {one.runs[0].card['counts']['adapter']:,} | {rate_text(one.lr)} | "
+            f"{basin} | {loss.estimate:.3f} [{loss.low:.3f}, {loss.high:.3f}] | "
+            f"{100 * one.mean('metrics.test.accuracy'):.1f} | {len(one.runs)} |"
+        )
+    return "\n".join(lines)
+
+
+def verdict_table(verdicts: Sequence[Verdict]) -> str:
+    """Markdown: hypothesis, seen, verdict."""
+    lines = ["| hypothesis | seen | verdict |", "|---|---|---|"]
+    lines += [f"| {v.name}: {v.claim} | {v.seen} | **{v.verdict}** |" for v in verdicts]
+    return "\n".join(lines)
+
+
+def figure_file(figure, out: Path, name: str, runs: Sequence[Run] = ()) -> str:
+    """Writes `out`/NAME.png with the cards' hashes in its metadata; returns Markdown that shows it.
+
+    White behind, so that it reads on a dark page too.
+    """
+    from lora_jax.formats.atomic import atomic_path
+
+    out.mkdir(parents=True, exist_ok=True)
+    hashes = " ".join(sorted({run.card["config_hash"][:12] for run in runs}))
+    with atomic_path(out / f"{name}.png") as temporary:
+        figure.savefig(
+            temporary, format="png", dpi=110, facecolor="white",
+            metadata={"Software": "lora_jax", "Description": f"config hashes: {hashes}"},
+        )  # fmt: skip
+    return f"![{name}]({name}.png)"
+
+
+def write_findings(
+    out: str | Path,
+    *,
+    title: str,
+    command: str,
+    verdicts: Sequence[Verdict],
+    parts: Sequence[str],
+    runs: Sequence[Run],
+    extra: Mapping[str, Any] | None = None,
+) -> None:
+    """Writes cells.jsonl, verdicts.json and README.md of an experiment; prints the verdicts.
+
+    `parts` are Markdown, after the verdicts; `extra` are numbers that the README only shows in
+    figures, kept in verdicts.json.
+    """
+    out = Path(out)
+    out.mkdir(parents=True, exist_ok=True)
+    records = [cell_record(run) for run in runs if run.finished]
+    write_text(out / "cells.jsonl", "".join(json.dumps(record) + "\n" for record in records))
+    commits = sorted({record["commit"] for record in records})
+    devices = sorted({json.dumps(run.card["device"]) for run in runs if run.finished})
+    versions = runs[0].card["versions"] if runs else {}
+    found = {
+        "verdicts": [dataclasses.asdict(verdict) for verdict in verdicts],
+        "commits": commits,
+        "devices": [json.loads(device) for device in devices],
+        "versions": versions,
+        **(extra or {}),
+    }
+    write_json(out / "verdicts.json", found)
+    run_on = ", ".join(commit[:12] for commit in commits)
+    note = (
+        f"{len(records)} runs, commit {run_on}, JAX {versions.get('jax', '?')}; "
+        "differences are paired over examples and seeds. Made by the command below; a line a run "
+        "in cells.jsonl."
+    )
+    text = "\n\n".join(
+        [f"# {title}", note, f"    {command}", verdict_table(verdicts), *filter(None, parts)]
+    )
+    write_text(out / "README.md", text + "\n")
+    for verdict in verdicts:
+        print(f"{verdict.name}: {verdict.verdict}: {verdict.seen}")
+    print(f"written: {out}")
+
+
+def run_main(name: str, write: Callable[[Path, Path], None], argv: Sequence[str] | None = None):
+    """The command line of an experiment: where its runs are, where its findings go."""
+    parser = argparse.ArgumentParser(prog=f"python -m experiments.{name}")
+    parser.add_argument("workdir", type=Path, help="a finished sweep's --workdir")
+    parser.add_argument("--out", type=Path, default=RESULTS / name, help="(default: %(default)s)")
+    options = parser.parse_args(argv)
+    try:
+        write(options.workdir, options.out)
+    except RequestError as error:
+        parser.exit(2, f"{parser.prog}: {error}\n")

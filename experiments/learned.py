@@ -1,0 +1,110 @@
+"""What the adapters of finished runs learned, for the experiments that look inside."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Mapping, Sequence
+
+import jax
+import numpy as np
+
+from lora_jax.analysis import basis_similarity, delta_svd
+from lora_jax.analysis.adapters import factors_of
+from lora_jax.analysis.subspaces import column_basis
+from lora_jax.core.errors import RequestError
+from lora_jax.core.trees import flatten
+from lora_jax.report.runs import Run
+from lora_jax.train import load_adapter
+
+key = jax.random.key
+
+
+@functools.lru_cache(maxsize=64)
+def adapted(folder):
+    """The run's adapter on its base: `model`, `method`, `trainable`, `frozen`."""
+    if not (folder / "adapter").is_dir():
+        raise RequestError(f"{folder} has no adapter/ any more; train the sweep again")
+    return load_adapter(folder / "adapter")
+
+
+def delta_bases(run: Run) -> dict[str, np.ndarray]:
+    """`{path: (d_in, r)}`: ΔW's singular vectors of inputs, of every adapted matrix."""
+    one = adapted(run.folder)
+    found = factors_of(one.method, one.trainable, one.model.params).factors
+    return {
+        path: np.asarray(delta_svd(x.a, x.b, x.scale).basis("input")) for path, x in found.items()
+    }
+
+
+def a_bases(run: Run) -> dict[str, np.ndarray]:
+    """`{path: (d_in, r)}`: the singular vectors of `a` alone, as in the paper's Section 7.2."""
+    one = adapted(run.folder)
+    found = factors_of(one.method, one.trainable, one.model.params).factors
+    return {path: np.asarray(column_basis(x.a)) for path, x in found.items()}
+
+
+def lora_deltas(run: Run) -> dict[str, np.ndarray]:
+    """`{path: ΔW (d_in, d_out)}` of every adapted matrix."""
+    one = adapted(run.folder)
+    found = factors_of(one.method, one.trainable, one.model.params).factors
+    return {path: x.scale * x.a @ x.b for path, x in found.items()}
+
+
+def full_deltas(run: Run, paths: Sequence[str]) -> dict[str, np.ndarray]:
+    """`{path: ΔW (d_in, d_out)}` of a run of full fine-tuning."""
+    one = adapted(run.folder)
+    base, tuned = (
+        dict(flatten(tree).items())
+        for tree in (one.model.params, one.method.merge(one.trainable, one.frozen))
+    )
+    return {path: np.asarray(tuned[path]) - np.asarray(base[path]) for path in paths}
+
+
+def base_kernels(run: Run, paths: Sequence[str]) -> dict[str, np.ndarray]:
+    """`{path: W (d_in, d_out)}` of the run's base."""
+    base = dict(flatten(adapted(run.folder).model.params).items())
+    return {path: np.asarray(base[path]) for path in paths}
+
+
+def mean_similarity(
+    first: Sequence[Mapping[str, np.ndarray]],
+    second: Sequence[Mapping[str, np.ndarray]],
+    module: str,
+    pairs: Sequence[tuple[int, int]],
+) -> np.ndarray:
+    """φ(i, j) of one matrix, the mean over pairs of runs."""
+    grids = [basis_similarity(first[m][module], second[n][module]) for m, n in pairs]
+    return np.mean([np.asarray(grid) for grid in grids], axis=0)
+
+
+def short(path: str) -> str:
+    """A matrix' path for a table: "layer 3 query".
+
+    >>> short("encoder/layers/3/attention/query/kernel")
+    'layer 3 query'
+    """
+    parts = path.split("/")
+    layer = next((part for part in parts if part.isdecimal()), "")
+    return f"layer {layer} {parts[-2]}"
+
+
+def heat_maps(panels: Mapping[str, np.ndarray], first: str, second: str):
+    """Grids of φ side by side, on one scale from 0 to 1."""
+    from matplotlib.figure import Figure
+
+    columns = min(3, len(panels))
+    rows = -(-len(panels) // columns)
+    figure = Figure(figsize=(3.4 * columns, 3 * rows), layout="constrained")
+    axes = figure.subplots(rows, columns, squeeze=False).ravel()
+    for one, (title, grid) in zip(axes, panels.items(), strict=False):
+        image = one.imshow(
+            grid, vmin=0, vmax=1, origin="lower", aspect="auto", interpolation="nearest",
+            extent=(0.5, grid.shape[1] + 0.5, 0.5, grid.shape[0] + 0.5),
+        )  # fmt: skip
+        one.set_title(title, fontsize=9)
+        one.set_xlabel(second)
+        one.set_ylabel(first)
+    for one in axes[len(panels) :]:
+        one.set_visible(False)
+    figure.colorbar(image, ax=list(axes), shrink=0.8, label="φ")
+    return figure
