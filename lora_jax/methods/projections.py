@@ -25,6 +25,8 @@ from lora_jax.core.errors import RequestError
 # The transform works on axes of at most this size: a product with a small matrix for every seven
 # doublings passes over memory less often than seven sums and differences.
 _MOST = 128
+# Signs are drawn so many at a time.
+_BLOCK = 1024
 
 
 @functools.partial(jax.jit, static_argnames="size")
@@ -86,13 +88,17 @@ def walsh_hadamard(x: jax.Array) -> jax.Array:
 
 @functools.cache
 def _fastfood(size: int, num: int) -> Callable[[jax.Array, jax.Array], jax.Array]:
-    """The product as a function with a transpose of its own: a gather's own one is a scatter."""
-    width = _width(size)
+    """The product as a function with a transpose of its own: a gather's own one is a scatter.
+
+    θ has d numbers and then zeros, and row i of H's first m columns, m a power of 2, is row i mod m
+    of the m × m matrix: the inner transform is one of m ≥ d numbers, read again and again.
+    """
+    width, inner = _width(size), _width(num)
 
     def draw(key, dtype):
         of_signs, of_order, of_gains = jax.random.split(key, 3)
-        # Drawn in types of their own: those of JAX's defaults, and what is drawn, change with x64.
-        signs = 1 - 2 * (jax.random.bits(of_signs, (width,), jnp.uint32) & 1).astype(dtype)
+        signs = _signs(of_signs, num).astype(dtype)
+        # Drawn in a type of its own: JAX's default, and what is drawn, change with x64.
         gains = jax.random.normal(of_gains, (width,), jnp.float32).astype(dtype)
         # c, so that a column has norm 1 in expectation over its rows.
         return signs, _Order(of_order, width), gains / jnp.sqrt(size * jnp.sum(gains**2))
@@ -100,16 +106,24 @@ def _fastfood(size: int, num: int) -> Callable[[jax.Array, jax.Array], jax.Array
     @jax.custom_vjp
     def forward(theta, key):
         signs, order, gains = draw(key, theta.dtype)
-        x = jnp.pad(theta, (0, width - num)) * signs
-        return walsh_hadamard(order.take(walsh_hadamard(x)) * gains)[:size]
+        x = walsh_hadamard(jnp.pad(theta * signs, (0, inner - num)))
+        return walsh_hadamard(order.take(x) * gains)[:size]
 
     def backward(key, cotangent):
         signs, order, gains = draw(key, cotangent.dtype)
         x = walsh_hadamard(jnp.pad(cotangent, (0, width - size))) * gains
-        return (walsh_hadamard(order.put(x)) * signs)[:num], None
+        x = jnp.sum(order.put(x).reshape(-1, inner), axis=0)
+        return walsh_hadamard(x)[:num] * signs, None
 
     forward.defvjp(lambda theta, key: (forward(theta, key), key), backward)
     return forward
+
+
+def _signs(key: jax.Array, num: int) -> jax.Array:
+    """(num,) int32 of ±1, the first ones the same for every `num`."""
+    blocks = jnp.arange(-(-num // _BLOCK), dtype=jnp.uint32)
+    draw = lambda n: jax.random.bits(jax.random.fold_in(key, n), (_BLOCK,), jnp.uint32)  # noqa: E731
+    return 1 - 2 * (jax.vmap(draw)(blocks).reshape(-1)[:num] & 1).astype(jnp.int32)
 
 
 class _Order:
@@ -130,11 +144,12 @@ class _Order:
         self._odd, self._plus = drawn[:, 0] | jnp.uint32(1), drawn[:, 1]
 
     def take(self, x: jax.Array) -> jax.Array:
-        """y[i] = x[order(i)]."""
-        return x[self._order(jnp.arange(self.width, dtype=jnp.uint32))]
+        """y[i] = x[order(i)], of an x of `width` numbers, or of a power of 2 that repeats."""
+        order = self._order(jnp.arange(self.width, dtype=jnp.uint32))
+        return x[order & jnp.uint32(x.shape[0] - 1)]
 
     def put(self, x: jax.Array) -> jax.Array:
-        """The inverse and transpose of `take`: y[order(i)] = x[i]."""
+        """The inverse and transpose of `take` of `width` numbers: y[order(i)] = x[i]."""
         return x[self._inverse(jnp.arange(self.width, dtype=jnp.uint32))]
 
     def _order(self, i):

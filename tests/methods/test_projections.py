@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from lora_jax.core.errors import RequestError
-from lora_jax.methods.projections import _Order, dense, fastfood, walsh_hadamard
+from lora_jax.methods.projections import _Order, _signs, dense, fastfood, walsh_hadamard
 
 PROJECTIONS = {"fastfood": fastfood, "dense": dense}
 
@@ -49,7 +49,7 @@ def test_fastfood_is_the_product_of_its_factors():
     """H G Π H B from the definition, in float64, with B, Π and G read off the code's own draws."""
     size, num, key = 50, 20, jax.random.key(3)
     of_signs, of_order, of_gains = jax.random.split(key, 3)
-    signs = 1 - 2.0 * np.asarray(jax.random.bits(of_signs, (64,), jnp.uint32) % 2)
+    signs = np.resize(np.asarray(_signs(of_signs, num), np.float64), 64)  # beyond num: of zeros
     gains = np.asarray(jax.random.normal(of_gains, (64,)), np.float64)
     order = np.asarray(_Order(of_order, 64).take(jnp.arange(64.0))).astype(int)
     h = hadamard64(64)
