@@ -128,12 +128,20 @@ class IntrinsicDimension(Method):
             raise RequestError(
                 f"{under[0]!r} holds an adapter already; a subspace moves plain parameters alone"
             )
-        delta = self._delta(trainable[NAME], moved)
+        delta = self._delta(self._cut(trainable[NAME], data), moved)
         return trees.put(
             tree,
             {path: _moved_by(leaves[path], delta[path]) for path in moved},
             is_leaf=is_adapted,
         )
+
+    @staticmethod
+    def _cut(entry, data):
+        """In a pack over several d: what lies beyond a cell's own d plays no part, and stays 0."""
+        if not data or NAME not in data:
+            return entry
+        is_own = jnp.arange(entry["theta"].shape[0]) < data[NAME]["width"]
+        return {**entry, "theta": jnp.where(is_own, entry["theta"], 0)}
 
     def _delta(self, entry: Mapping[str, jax.Array], moved: Mapping[str, int]) -> dict[str, Any]:
         """`{path: flat (size,)}`: λ P θ."""
@@ -164,6 +172,11 @@ class IntrinsicDimension(Method):
             found[path] = entry["scales"][group] * own if self.structure == "said" else own
             start += size
         return found
+
+    def theta_size(self, params: PyTree) -> int:
+        """How many numbers θ has: dim, less SAID's λ."""
+        groups = self._groups(self.moved(params))
+        return self.dim - (max(groups) + 1 if self.structure == "said" else 0)
 
     def owns(self, name: str) -> bool:
         return name == NAME

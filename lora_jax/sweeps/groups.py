@@ -30,6 +30,7 @@ OWN = (
     "method.alpha",
     "method.dropout",
     "method.init",
+    "method.dim",
     "optimizer.lr",
     "optimizer.weight_decay",
     "seed",

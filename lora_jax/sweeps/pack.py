@@ -4,6 +4,9 @@ The parts of an adapter are padded with zeros to the widest rank of the pack, an
 cell does not use has zeros for all. Zeros stay zeros: the gradient of a padded column of `a` passes
 through the padded row of `b`, which is zero, and the other way round; Adam and weight decay of zero
 are zero. The scale is that of the true rank, and data, like the dropout rate.
+
+Random subspaces of several dimensions lie in the widest: a cell's θ is padded with zeros, too, and
+what lies beyond its own d is cut off where it is used, so that it has no gradient.
 """
 
 from __future__ import annotations
@@ -17,8 +20,9 @@ import jax
 import jax.numpy as jnp
 
 from lora_jax.core.axes import KernelAxes
-from lora_jax.methods import LoRA, Method
+from lora_jax.methods import IntrinsicDimension, LoRA, Method
 from lora_jax.methods.base import PyTree, Trainable
+from lora_jax.methods.intrinsic import NAME as SUBSPACE
 from lora_jax.methods.sites import Site
 
 
@@ -28,18 +32,21 @@ class Pack:
 
     `union` binds any of them: padded ranks, all their targets. `sites` holds, for each member,
     `{adapter: Site}`; `ranks` the padded rank of each adapter; both are empty where nothing needs
-    padding, since the methods are equal.
+    padding, since the methods are equal. `widths` are the members' own sizes of θ, where they
+    are random subspaces.
     """
 
     members: tuple[Method, ...]
     union: Method
     sites: tuple[Mapping[str, Site], ...]
     ranks: Mapping[str, int]
+    widths: tuple[int, ...] = ()
 
     def take(self, places: Sequence[int]) -> Pack:
         """The same pack with these members only: same union, so the same shapes for each."""
         members, sites = ([of[k] for k in places] for of in (self.members, self.sites))
-        return dataclasses.replace(self, members=tuple(members), sites=tuple(sites))
+        widths = tuple(self.widths[k] for k in places) if self.widths else ()
+        return dataclasses.replace(self, members=tuple(members), sites=tuple(sites), widths=widths)
 
     def init(self, keys: Sequence[jax.Array], params: Sequence[PyTree]) -> Trainable:
         """The trainable trees of all, leaves with a leading axis K, each as it starts alone.
@@ -53,7 +60,7 @@ class Pack:
             own, _ = member.init(key, tree)
             cells.append(
                 {
-                    name: self._padded(name, own[name], k)
+                    name: self._padded(name, own[name], k, entry)
                     if name in own
                     else jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), entry)
                     for name, entry in shapes.items()
@@ -62,13 +69,16 @@ class Pack:
         return jax.tree.map(lambda *leaves: jnp.stack(leaves), *cells)
 
     def data(self) -> dict[str, dict[str, jax.Array]]:
-        """`{adapter: {"scale": (K,), "dropout": (K,)}}`, 0 where a member does not have it."""
+        """`{adapter: {"scale": (K,), "dropout": (K,)}}`, 0 where a member does not have it; of
+        random subspaces `{"intrinsic": {"width": (K,)}}`."""
 
         def of_member(k: int, name: str) -> tuple[float, float]:
             site = self.sites[k].get(name)
             return (self.members[k].scale(site.rule), site.rule.dropout) if site else (0.0, 0.0)
 
-        found = {}
+        found: dict[str, dict[str, jax.Array]] = {}
+        if self.widths:
+            found[SUBSPACE] = {"width": jnp.array(self.widths)}
         for name in self.ranks:
             both = zip(*(of_member(k, name) for k in range(len(self.members))), strict=True)
             found[name] = dict(zip(("scale", "dropout"), map(jnp.array, both), strict=True))
@@ -86,7 +96,9 @@ class Pack:
         """Member k's own trainable tree, at its true ranks and targets, out of its padded one."""
         own = {}
         for name, entry in trainable.items():
-            if name not in self.ranks:
+            if self.widths and name == SUBSPACE:
+                own[name] = {**entry, "theta": entry["theta"][: self.widths[k]]}
+            elif name not in self.ranks:
                 own[name] = entry
             elif name in self.sites[k]:
                 site = self.sites[k][name]
@@ -99,7 +111,9 @@ class Pack:
     def _part_shape(self, part: str, site: Site) -> tuple[int, ...]:
         return site.part_shape(self.union.PARTS[part])
 
-    def _padded(self, name: str, entry, k: int):
+    def _padded(self, name: str, entry, k: int, shapes):
+        if self.widths and name == SUBSPACE:
+            return {**entry, "theta": _pad(entry["theta"], shapes["theta"].shape)}
         if name not in self.ranks:
             return entry
         site = self.sites[k][name]
@@ -113,11 +127,20 @@ def is_padded(method: Method) -> bool:
     return isinstance(method, LoRA) and bool(method.PADS)
 
 
+def is_subspace(method: Method) -> bool:
+    """Whether cells of this method may differ in dimension in one pack."""
+    return isinstance(method, IntrinsicDimension)
+
+
 def make_pack(methods: Sequence[Method], params: PyTree) -> Pack:
     """The pack of `methods`: all equal, or of one padded kind, with one view of each kernel's axes.
 
     Raises `RequestError` as their rules do.
     """
+    if is_subspace(methods[0]):
+        widest = max(methods, key=lambda method: method.dim)
+        sizes = tuple(method.theta_size(params) for method in methods)
+        return Pack(tuple(methods), widest, tuple({} for _ in methods), {}, sizes)
     if not is_padded(methods[0]):
         return Pack(tuple(methods), methods[0], tuple({} for _ in methods), {})
     sites = tuple(method.sites(params) for method in methods)

@@ -8,9 +8,11 @@ from typing import Any
 
 from lora_jax.core.errors import RequestError
 from lora_jax.methods import FullFineTuning
-from lora_jax.sweeps.pack import Pack, is_padded, make_pack
+from lora_jax.sweeps.pack import Pack, is_padded, is_subspace, make_pack
 from lora_jax.sweeps.settings import CellSettings
 
+# In the place of any dimension: subspaces of all of them share a program, whose cost is what moves.
+_ANY = 1
 NARROWEST_BUCKET = 8  # below it, padding a rank costs nothing that could be measured
 
 
@@ -36,12 +38,14 @@ class Planned:
     def __str__(self) -> str:
         names = [cell.name for cell in self.cells]
         shown = ", ".join(names if len(names) <= 4 else [*names[:3], f"… {len(names) - 3} more"])
-        ranks = sorted(set(self.pack.ranks.values()))
+        ranks, widths = sorted(set(self.pack.ranks.values())), set(self.pack.widths)
         padded = (
             f"; padded to rank {', '.join(map(str, ranks))} on {len(self.pack.ranks)} "
             f"parameter{'' if len(self.pack.ranks) == 1 else 's'}, {self.padding_efficiency:.0%} "
             "of it their own"
             if ranks
+            else f"; padded to {max(widths)} dimensions"
+            if len(widths) > 1
             else ""
         )
         return f"{len(names)} in one program{padded}: {shown}"
@@ -111,6 +115,9 @@ class _Group:
 def _shape_of(cell: CellSettings, params) -> _Shape:
     method = cell.method
     whole = tuple(method.whole_paths(params))
+    if is_subspace(method):
+        method.table(params)  # for its checks
+        return _Shape((dataclasses.replace(method, dim=_ANY), whole), {})
     if not is_padded(method):
         # Nothing is known of other methods but that equal ones have equal programs.
         method.table(params)  # for its checks

@@ -13,6 +13,7 @@ from lora_jax.core.errors import RequestError
 from lora_jax.methods import IntrinsicDimension
 from lora_jax.methods.intrinsic import _to_key
 from lora_jax.methods.projections import dense, fastfood
+from lora_jax.sweeps.pack import make_pack
 from tests.methods.test_methods import X, apply, model_params
 
 # In the tree's order, which is the order in θ; the head trains whole beside.
@@ -126,13 +127,22 @@ def test_adamw_trains_the_subspace_and_the_head_and_never_the_key(name):
             assert np.array_equal(before, trainable[path][part]) == (part in method.FIXED)
 
 
-def test_seeds_and_rates_of_one_dimension_share_a_program_and_end_as_alone():
+@pytest.mark.parametrize("structure", ["did", pytest.param("said", marks=pytest.mark.slow)])
+def test_dimensions_seeds_and_rates_share_a_program_and_end_as_alone(structure):
     def loss(params, batch):
         return jnp.mean(apply(params, batch) ** 2)
 
     cells = [
-        {"method": "intrinsic", "dim": 5, "train": "head/.*", "lr": lr, "seed": seed}
-        for lr, seed in ((1e-2, 0), (1e-2, 1), (3e-2, 1))
+        {
+            "method": "intrinsic",
+            "dim": dim,
+            "train": "head/.*",
+            "lr": lr,
+            "seed": seed,
+            "weight_decay": 0.1,
+            "structure": structure,
+        }
+        for dim, lr, seed in ((5, 1e-2, 0), (17, 1e-2, 1), (3, 3e-2, 1))
     ]
 
     def run(cells):
@@ -145,6 +155,8 @@ def test_seeds_and_rates_of_one_dimension_share_a_program_and_end_as_alone():
         assert np.max(np.abs(row.losses - alone.losses)) < 1e-5
         pairs = zip(jax.tree.leaves(row.trainable), jax.tree.leaves(alone.trainable), strict=True)
         assert max(float(jnp.max(jnp.abs(x - y))) for x, y in pairs) < 1e-4
+        num_scales = 2 if structure == "said" else 0
+        assert row.trainable["intrinsic"]["theta"].shape == (cell["dim"] - num_scales,)
     assert np.max(np.abs(together[0].losses[1:] - together[1].losses[1:])) > 1e-6
 
 
@@ -235,6 +247,31 @@ def test_no_mask_says_how_it_trains():
     trainable, frozen = method.init(jax.random.key(0), params)
     with pytest.raises(RequestError, match="computed from what trains"):
         method.mask(method.bind(trainable, frozen))
+
+
+def test_what_lies_beyond_a_cells_own_dimension_stays_zero():
+    methods = [IntrinsicDimension(dim=dim, train="head/.*") for dim in (9, 4)]
+    params = model_params()
+    pack = make_pack(methods, params)
+    trainable = pack.init([jax.random.key(0)] * 2, [params] * 2)
+    _, frozen = methods[0].init(jax.random.key(0), params)
+    tx = pack.union.optimizer(optax.adamw(1e-2, weight_decay=0.1))
+
+    def step(trainable, state, data):
+        def loss(t):
+            return jnp.mean(lj.lift(apply)(pack.bind(t, (data, frozen)), X) ** 2)
+
+        updates, state = tx.update(jax.grad(loss)(trainable), state, trainable)
+        return optax.apply_updates(trainable, updates), state
+
+    step = jax.jit(jax.vmap(step))
+    state = jax.vmap(tx.init)(trainable)
+    for _ in range(3):
+        trainable, state = step(trainable, state, pack.data())
+    theta = np.asarray(trainable["intrinsic"]["theta"])
+    assert theta.shape == (2, 9) and np.all(theta[0] != 0)
+    assert np.all(theta[1, :4] != 0) and not np.any(theta[1, 4:])
+    assert pack.unpack(jax.tree.map(lambda x: x[1], trainable), 1)["intrinsic"]["theta"].size == 4
 
 
 def test_a_cell_that_cannot_be_does_not_stop_the_others():
