@@ -212,6 +212,24 @@ def verdict_table(verdicts: Sequence[Verdict]) -> str:
     return "\n".join(lines)
 
 
+def draw_contestants(contestants: Mapping[str, Contestant]):
+    """Test losses with their 95% intervals, a line a contestant, single seeds as small marks."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7, 1 + 0.4 * len(contestants)), layout="constrained")
+    axes = figure.subplots()
+    places = range(len(contestants), 0, -1)
+    for place, one in zip(places, contestants.values(), strict=True):
+        loss = one.test_loss
+        axes.plot([loss.low, loss.high], [place, place], color="#2f86c9", linewidth=3, alpha=0.5)
+        axes.plot(one.losses.mean(axis=1), [place - 0.2] * len(one.runs), "k.", markersize=4)
+        axes.plot([loss.estimate], [place], "o", color="#2f86c9")
+    axes.set_yticks(list(places), list(contestants))
+    axes.set_xlabel("test loss (nats), mean over seeds, 95%; dots: seeds")
+    axes.grid(axis="x", alpha=0.3)
+    return figure
+
+
 def figure_file(figure, out: Path, name: str, runs: Sequence[Run] = ()) -> str:
     """Writes `out`/NAME.png with the cards' hashes in its metadata; returns Markdown that shows it.
 

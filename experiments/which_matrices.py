@@ -1,0 +1,164 @@
+"""Which matrices, at an equal budget? And MLP against attention? (Hu et al. 2021, Table 5)
+
+    make testbeds
+    lora-jax sweep --config=experiments/which_matrices.py --sweep=full_size --workdir=runs/which
+    python -m experiments.which_matrices runs/which
+
+The argument is a size: none, or `smoke` (a tiny model on 64 reviews; sweep `smoke`, a minute).
+
+Compared: MiniLM, glosses of WordNet's nouns to their 26 domains, as in `what_rank`: 200 steps of 32
+glosses of at most 16 tokens, alpha 2 r, so that every contestant has scale 2. Equal budgets: 36,864
+parameters (q, k, v or o at r = 8; q,k and q,v at r = 4; all four at r = 2), and 92,160 for MLP
+(up and down, r = 4) against attention (all four, r = 5). Five rates on seed 0, the best on
+validation with four more seeds.
+
+The source: Table 5 (GPT-3, 18 M): WikiSQL q 70.4, k 70.0, v 73.0, o 73.2, qk 71.4, qv 73.7, qkvo
+73.7; MNLI 91.0 90.8 91.0 91.3 91.3 91.3 91.7. "LoRA Without Regret" (2025): adapters of attention
+alone are worse than of the MLP alone, even with more parameters (r = 256, 0.25 B; r = 128, 0.24 B).
+
+Hypotheses, written before the run (of `what_rank` seed 0 had been seen: validation loss 0.720 with
+q and 0.680 with q,v at r = 8), margin 0.02 nats of test loss:
+- spread: q at r = 8 is worse than all four at r = 2 by more than the margin, as in Table 5.
+- k_alone: k at r = 8 is worse than v at r = 8 by more than the margin, as in Table 5.
+- pair: q,v at r = 4 is equivalent to all four at r = 2 (90% interval within the margin).
+- value_or_pair: v at r = 8 is worse than q,v at r = 4 by more than the margin (Table 5: by 0.7).
+- mlp: attention is worse than the MLP at equal parameters by more than the margin.
+Measured: experiments/results/which_matrices/README.md.
+"""
+
+from ml_collections import ConfigDict
+
+# name: targets, rank
+CONTESTANTS = {
+    "q-r8": ("q", 8),
+    "k-r8": ("k", 8),
+    "v-r8": ("v", 8),
+    "o-r8": ("o", 8),
+    "qk-r4": ("q,k", 4),
+    "qv-r4": ("q,v", 4),
+    "qkvo-r2": ("q,k,v,o", 2),
+    "attention-r5": ("q,k,v,o", 5),
+    "mlp-r4": ("up,down", 4),
+}
+RATES = (1e-3, 2e-3, 5e-3, 1e-2, 2e-2)
+MORE_SEEDS = (1, 2, 3, 4)
+MARGIN = 0.02
+
+SMOKE = {
+    "model.name": "tiny-bert",
+    "model.num_labels": 2,
+    "data.source": "reviews",
+    "data.limit": 64,
+    "data.eval_limit": 64,
+    "train.num_steps": 4,
+    "train.eval_every_steps": 4,
+}
+
+
+def sweep_full_size(add):
+    """Nine choices of matrices at five rates, then four more seeds at the best."""
+    for name, (targets, rank) in CONTESTANTS.items():
+        tuned = {"tune": ("optimizer.lr", RATES), "more_seeds": MORE_SEEDS}
+        own = {"method.targets": targets, "method.rank": rank, "method.alpha": 2.0 * rank}
+        add(name, **tuned, **own)
+
+
+def sweep_smoke(add):
+    """The same contestants, two rates and two seeds each."""
+    for name, (targets, rank) in CONTESTANTS.items():
+        tuned = {"tune": ("optimizer.lr", RATES[1:3]), "more_seeds": (1,)}
+        own = {"method.targets": targets, "method.rank": rank, "method.alpha": 2.0 * rank}
+        add(name, **tuned, **SMOKE, **own)
+
+
+def get_config(arg: str = "") -> ConfigDict:
+    """The config for `arg`: nothing, or "smoke"."""
+    if arg not in ("", "smoke"):
+        raise ValueError(f"which_matrices.py:{arg}: give no size, or smoke")
+    config = ConfigDict(
+        {
+            "seed": 0,
+            "model": {"name": "minilm", "num_labels": 26, "dtype": "float32"},
+            "data": {
+                "source": "wordnet",
+                "path": "",
+                "text": "text",
+                "label": "label",
+                "max_length": 16,
+                "buckets": (16,),
+                "batch_size": 32,
+                "seed": 0,
+                "limit": 6400,  # one epoch
+                "eval_limit": 1500,
+            },
+            "method": {
+                "name": "lora",
+                "targets": "q,v",
+                "rank": 8,
+                "alpha": 16.0,
+                "dropout": 0.0,
+                "init": "kaiming_uniform",
+                "train": "head/.*",
+            },
+            "optimizer": {
+                "lr": 2e-3,
+                "schedule": "linear",
+                "warmup_ratio": 0.06,
+                "weight_decay": 0.01,
+                "beta1": 0.9,
+                "beta2": 0.999,
+                "eps": 1e-8,
+                "clip_norm": 1.0,
+            },
+            "train": {
+                "num_epochs": 1.0,
+                "num_steps": 0,
+                "label_smoothing": 0.0,
+                "eval_every_steps": 200,
+                "checkpoint_every_steps": 0,
+                "patience": 0,
+                "eval_batch_size": 128,
+                "log_every_steps": 10,
+            },
+        }
+    )
+    if arg:
+        config.update_from_flattened_dict(SMOKE)
+    return config
+
+
+def write(workdir, out) -> None:
+    """Reads the finished sweep, and writes what was found."""
+    from experiments import findings
+
+    found = findings.read_contestants(workdir)
+    compared = (
+        ("spread", "q r = 8 is worse than all four r = 2", "q-r8", "qkvo-r2"),
+        ("k_alone", "k r = 8 is worse than v r = 8", "k-r8", "v-r8"),
+        ("value_or_pair", "v r = 8 is worse than q,v r = 4", "v-r8", "qv-r4"),
+        ("mlp", "attention r = 5 is worse than the MLP r = 4", "attention-r5", "mlp-r4"),
+    )
+    verdicts = [
+        findings.worse(name, claim, found[first], found[second], MARGIN)
+        for name, claim, first, second in compared
+    ]
+    pair = ("pair", "q,v r = 4 equals all four r = 2", found["qv-r4"], found["qkvo-r2"])
+    verdicts.insert(2, findings.equivalent(*pair, MARGIN))
+    runs = [run for one in found.values() for run in one.all_runs]
+    findings.write_findings(
+        out,
+        title="Which matrices",
+        command="python -m experiments.which_matrices runs/which",
+        verdicts=verdicts,
+        parts=[
+            findings.contestant_table(found),
+            findings.figure_file(findings.draw_contestants(found), out, "matrices", runs),
+        ],
+        runs=runs,
+    )
+
+
+if __name__ == "__main__":
+    from experiments.findings import run_main
+
+    run_main("which_matrices", write)
