@@ -22,6 +22,8 @@ from lora_jax.formats.atomic import write_json, write_text
 from lora_jax.report.quantities import rate_text
 from lora_jax.report.runs import Run, read_runs
 from lora_jax.report.statistics import Interval, mean_interval, paired_difference
+from lora_jax.train.card import device_description, git_commit
+from lora_jax.train.card import versions as package_versions
 
 RESULTS = Path(__file__).parent / "results"
 HOLDS, REFUTED, OPEN = "holds", "does not hold", "open"
@@ -265,10 +267,14 @@ def write_findings(
     out = Path(out)
     out.mkdir(parents=True, exist_ok=True)
     records = [cell_record(run) for run in runs if run.finished]
-    write_text(out / "cells.jsonl", "".join(json.dumps(record) + "\n" for record in records))
-    commits = sorted({record["commit"] for record in records})
-    devices = sorted({json.dumps(run.card["device"]) for run in runs if run.finished})
-    versions = runs[0].card["versions"] if runs else {}
+    if records:
+        write_text(out / "cells.jsonl", "".join(json.dumps(record) + "\n" for record in records))
+        commits = sorted({record["commit"] for record in records})
+        devices = sorted({json.dumps(run.card["device"]) for run in runs if run.finished})
+        versions = runs[0].card["versions"]
+    else:  # of an experiment that keeps no cards: here and now
+        commits, devices = [git_commit()], [json.dumps(device_description())]
+        versions = package_versions()
     found = {
         "verdicts": [dataclasses.asdict(verdict) for verdict in verdicts],
         "commits": commits,
@@ -278,11 +284,10 @@ def write_findings(
     }
     write_json(out / "verdicts.json", found)
     run_on = ", ".join(commit[:12] for commit in commits)
-    note = (
-        f"{len(records)} runs, commit {run_on}, JAX {versions.get('jax', '?')}; "
-        "differences are paired over examples and seeds. Made by the command below; a line a run "
-        "in cells.jsonl."
-    )
+    note = f"Commit {run_on}, JAX {versions.get('jax', '?')}; made by the command below."
+    if records:
+        note = f"{len(records)} runs, a line each in cells.jsonl (intervals are over seeds and "
+        note += f"examples, differences paired). {note}"
     text = "\n\n".join(
         [f"# {title}", note, f"    {command}", verdict_table(verdicts), *filter(None, parts)]
     )

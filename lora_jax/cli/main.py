@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import os
 import sys
 from collections.abc import Sequence
 
@@ -62,15 +63,15 @@ def usage() -> str:
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command; returns the exit code. A bad request is one line on stderr and code 2."""
     argv = list(sys.argv[1:] if argv is None else argv)
-    if not argv or argv[0] in ("-h", "--help", "help"):
-        print(usage())
-        return 0
-    if argv[0] == "--version":
-        import lora_jax
-
-        print(lora_jax.__version__)
-        return 0
     try:
+        if not argv or argv[0] in ("-h", "--help", "help"):
+            print(usage(), flush=True)
+            return 0
+        if argv[0] == "--version":
+            import lora_jax
+
+            print(lora_jax.__version__)
+            return 0
         if argv[0] not in COMMANDS:
             raise RequestError(
                 f"there is no command {argv[0]!r}; {nearest(argv[0], COMMANDS)}; "
@@ -81,6 +82,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except RequestError as error:
         print(f"lora-jax: {error}", file=sys.stderr)
         return 2
+    except BrokenPipeError:  # `| head` has read enough; Python would complain once more at exit
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
     except KeyboardInterrupt:
         print("lora-jax: stopped", file=sys.stderr)
         return 130
