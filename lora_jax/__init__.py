@@ -24,6 +24,7 @@ from lora_jax.methods import Method as Method
 from lora_jax.methods import PiSSA as PiSSA
 from lora_jax.methods import RsLoRA as RsLoRA
 from lora_jax.methods import Rule as Rule
+from lora_jax.methods import UniLoRA as UniLoRA
 from lora_jax.methods import VeRA as VeRA
 from lora_jax.methods import arithmetic as arithmetic
 from lora_jax.methods import bind_all as bind_all

@@ -16,4 +16,5 @@ from lora_jax.methods.rslora import RsLoRA as RsLoRA
 from lora_jax.methods.several import Combined as Combined
 from lora_jax.methods.several import bind_all as bind_all
 from lora_jax.methods.several import merge_all as merge_all
+from lora_jax.methods.uni_lora import UniLoRA as UniLoRA
 from lora_jax.methods.vera import VeRA as VeRA

@@ -10,26 +10,25 @@ first, for each of m layers, which count among the d.
 from __future__ import annotations
 
 import dataclasses
-import zlib
 from collections.abc import Mapping, Sequence
 from types import MappingProxyType
 from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from lora_jax.core import trees
 from lora_jax.core.errors import RequestError
 from lora_jax.core.rules import check_each_matches, pattern_of
 from lora_jax.core.values import is_adapted
 from lora_jax.methods.base import Method, PyTree, Trainable
-from lora_jax.methods.projections import dense, fastfood
+from lora_jax.methods.projections import dense, fastfood, grouped
+from lora_jax.methods.subspace import check_dim, check_layout, key_numbers, key_of, layout_of
 from lora_jax.methods.table import Row
 
 # The one entry of `trainable`: it is of all moved parameters together.
 NAME = "intrinsic"
-PROJECTIONS = MappingProxyType({"fastfood": fastfood, "dense": dense})
+PROJECTIONS = MappingProxyType({"fastfood": fastfood, "dense": dense, "grouped": grouped})
 STRUCTURES = ("did", "said")
 
 
@@ -39,7 +38,8 @@ class IntrinsicDimension(Method):
 
     `targets`: as in `Rule`; all floating-point parameters by default, but for those that `train`
     names, which train whole beside (a new head). `dim`: all that trains in the subspace, SAID's λ
-    included. `projection`: "fastfood", or "dense" for networks small enough to hold P (D, dim).
+    included. `projection`: "fastfood"; "dense" for networks small enough to hold P (D, dim); or
+    "grouped", the cheapest: dim groups of parameters move by one number each.
     `structure`: "did", or "said", with a λ for each layer (a path up to the first whole number
     among its keys) and for each other top-level part (embeddings, a pooler; layers that are stacked
     in one parameter).
@@ -65,8 +65,7 @@ class IntrinsicDimension(Method):
     ALONE: ClassVar[bool] = True
 
     def __post_init__(self):
-        if isinstance(self.dim, bool) or not isinstance(self.dim, int) or self.dim < 1:
-            raise RequestError(f"dim is {self.dim!r}; it must be a whole number of 1 or more")
+        check_dim(self.dim)
         for name, known in (("projection", PROJECTIONS), ("structure", STRUCTURES)):
             value = getattr(self, name)
             if value not in known:
@@ -109,7 +108,7 @@ class IntrinsicDimension(Method):
         moved = self._moved(params, whole)
         trees.check_not_untied(params, moved)
         groups = self._groups(moved)
-        entry: dict[str, jax.Array] = {"key": _to_numbers(key), "layout": _layout_of(moved)}
+        entry: dict[str, jax.Array] = {"key": key_numbers(key), "layout": layout_of(moved)}
         num = self.dim
         if self.structure == "said":
             entry["scales"] = jnp.ones(max(groups) + 1, jnp.float32)
@@ -156,16 +155,9 @@ class IntrinsicDimension(Method):
             raise RequestError(
                 f"{NAME!r} holds {num} dimensions, dim is {self.dim}; use the method that made it"
             )
-        total, layout = sum(moved.values()), entry["layout"]
-        # Under a trace its numbers are not known; what is loaded or merged is seen here.
-        is_known = not isinstance(layout, jax.core.Tracer)
-        if is_known and not np.array_equal(layout, _layout_of(moved)):
-            raise RequestError(
-                f"{NAME!r} was made for other parameters than the {len(moved)} that move here "
-                f"({total:,} numbers); bind it to the tree it was made for"
-            )
-        key = _to_key(jax.lax.stop_gradient(entry["key"]))
-        steps = PROJECTIONS[self.projection](entry["theta"], total, key)
+        check_layout(NAME, entry["layout"], moved)
+        project = PROJECTIONS[self.projection]
+        steps = project(entry["theta"], sum(moved.values()), key_of(entry["key"]))
         groups, found, start = self._groups(moved), {}, 0
         for (path, size), group in zip(moved.items(), groups, strict=True):
             own = steps[start : start + size]
@@ -202,20 +194,3 @@ def _group_of(path: str) -> str:
     keys = path.split("/")
     place = next((n for n, key in enumerate(keys) if key.isdecimal()), 0)
     return "/".join(keys[: place + 1])
-
-
-def _layout_of(moved: Mapping[str, int]) -> jax.Array:
-    """(2,) float32: a hash of the paths and sizes in their order."""
-    found = zlib.crc32(repr(list(moved.items())).encode())
-    return jnp.array([found >> 16, found & 0xFFFF], jnp.float32)
-
-
-def _to_numbers(key: jax.Array) -> jax.Array:
-    """(4,) float32 of 16 bits each: what is trained, stored and stacked are floats."""
-    words = jax.random.bits(key, (2,), jnp.uint32)  # of a key of any kind
-    return jnp.stack([words >> 16, words & 0xFFFF], axis=-1).reshape(-1).astype(jnp.float32)
-
-
-def _to_key(numbers: jax.Array) -> jax.Array:
-    halves = numbers.astype(jnp.uint32).reshape(-1, 2)
-    return jax.random.wrap_key_data((halves[:, 0] << 16) | halves[:, 1], impl="threefry2x32")

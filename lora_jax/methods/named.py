@@ -20,6 +20,7 @@ from lora_jax.methods.lora_plus import LoRAPlus
 from lora_jax.methods.lora_xs import LoRAXS
 from lora_jax.methods.pissa import PiSSA
 from lora_jax.methods.rslora import RsLoRA
+from lora_jax.methods.uni_lora import UniLoRA
 from lora_jax.methods.vera import VeRA
 
 METHODS: Mapping[str, type[Method]] = MappingProxyType(
@@ -33,6 +34,7 @@ METHODS: Mapping[str, type[Method]] = MappingProxyType(
         "vera": VeRA,
         "lora_xs": LoRAXS,
         "intrinsic": IntrinsicDimension,
+        "uni_lora": UniLoRA,
         "full": FullFineTuning,
         "bitfit": BitFit,
         "head": HeadOnly,
@@ -41,7 +43,7 @@ METHODS: Mapping[str, type[Method]] = MappingProxyType(
 
 
 # Methods whose `train` is the caller's to choose; that of the others is what they are.
-_WITH_WHOLE = LoRA | HeadOnly | IntrinsicDimension
+_WITH_WHOLE = LoRA | HeadOnly | IntrinsicDimension | UniLoRA
 # (A rank above the matrix's is for adapters that come so, not for a config to ask for.)
 _RULE_FIELDS = tuple(f.name for f in dataclasses.fields(Rule) if f.name != "any_rank")
 
@@ -53,7 +55,7 @@ def settings_of(kind: type[Method]) -> tuple[str, ...]:
     ((), True)
     """
     if not issubclass(kind, LoRA):
-        shared = {field.name for field in dataclasses.fields(Method)}
+        shared = {field.name for field in dataclasses.fields(Method)} | {"axes"}
         return tuple(f.name for f in dataclasses.fields(kind) if f.name not in shared)
     of_rule = [name for name in _RULE_FIELDS if name not in kind.WITHOUT]
     shared = {field.name for field in dataclasses.fields(LoRA)}
@@ -88,11 +90,11 @@ def method_of(name: str, settings: Mapping[str, Any], *, axes: Any, aliases: Any
         for key in wanted
         if key in settings and settings[key] is not None and settings[key] != ""
     }
-    if issubclass(kind, LoRA):
+    if issubclass(kind, LoRA | UniLoRA):
         given["axes"] = axes
-        if given.get("rules"):
-            of_rule = {key: given.pop(key) for key in _RULE_FIELDS if key in given}
-            given["rules"] = [_rule_of(rule, of_rule, kind) for rule in given["rules"]]
+    if issubclass(kind, LoRA) and given.get("rules"):
+        of_rule = {key: given.pop(key) for key in _RULE_FIELDS if key in given}
+        given["rules"] = [_rule_of(rule, of_rule, kind) for rule in given["rules"]]
     return kind(aliases=aliases, **given)
 
 

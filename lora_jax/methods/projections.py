@@ -25,6 +25,8 @@ from lora_jax.core.errors import RequestError
 # The transform works on axes of at most this size: a product with a small matrix for every seven
 # doublings passes over memory less often than seven sums and differences.
 _MOST = 128
+# Those whose subspace of d lies in that of every larger d of the same key.
+NESTED = ("fastfood", "dense")
 # Signs are drawn so many at a time.
 _BLOCK = 1024
 
@@ -60,6 +62,27 @@ def dense(theta: jax.Array, size: int, key: jax.Array) -> jax.Array:
     draw = lambda k: jax.random.normal(jax.random.fold_in(key, k), (size,), jnp.float32)  # noqa: E731
     rows = jax.vmap(draw)(jnp.arange(theta.shape[0], dtype=jnp.uint32)).astype(theta.dtype)
     return theta @ (rows / jnp.linalg.norm(rows, axis=1, keepdims=True))
+
+
+@functools.partial(jax.jit, static_argnames="size")
+def grouped(theta: jax.Array, size: int, key: jax.Array) -> jax.Array:
+    """P θ where each of the `size` rows of P has one entry that is not 0, in a random column.
+
+    Column j holds 1/√n_j in its n_j rows, so that PᵀP is the identity: d groups of parameters move
+    by one number each. O(size). Source: Li et al. 2025, "Uni-LoRA" (arXiv:2506.00799), Section 3.
+    Unlike the others' its subspaces are not nested in d. Raises `RequestError` for a d above
+    `size`, which would leave columns empty.
+
+    >>> grouped(jnp.ones(2), 6, jax.random.key(0)).shape
+    (6,)
+    """
+    theta, num = _wide(theta), theta.shape[0]
+    if not 1 <= num <= size:
+        raise RequestError(f"d is {num}; {size} parameters make 1 to {size} groups")
+    # A random order, dealt out in turn: no group has two members more than another.
+    column = _Order(key, _width(size)).among(size) % jnp.uint32(num)
+    counts = (jnp.uint32(size - 1) - column) // jnp.uint32(num) + 1
+    return theta[column] / jnp.sqrt(counts.astype(theta.dtype))
 
 
 @jax.jit
@@ -145,14 +168,24 @@ class _Order:
 
     def take(self, x: jax.Array) -> jax.Array:
         """y[i] = x[order(i)], of an x of `width` numbers, or of a power of 2 that repeats."""
-        order = self._order(jnp.arange(self.width, dtype=jnp.uint32))
+        order = self.of(jnp.arange(self.width, dtype=jnp.uint32))
         return x[order & jnp.uint32(x.shape[0] - 1)]
 
     def put(self, x: jax.Array) -> jax.Array:
         """The inverse and transpose of `take` of `width` numbers: y[order(i)] = x[i]."""
         return x[self._inverse(jnp.arange(self.width, dtype=jnp.uint32))]
 
-    def _order(self, i):
+    def among(self, size: int) -> jax.Array:
+        """A permutation of the first `size` places, uint32: what leads out of them goes on until it
+        is back among them, which it must be, since a permutation is made of cycles."""
+        return jax.lax.while_loop(
+            lambda i: jnp.any(i >= size),
+            lambda i: jnp.where(i >= size, self.of(i), i),
+            self.of(jnp.arange(size, dtype=jnp.uint32)),
+        )
+
+    def of(self, i: jax.Array) -> jax.Array:
+        """order(i) of uint32 places."""
         for n in range(self.ROUNDS):
             i = (i * self._odd[n] + self._plus[n]) & self._mask
             i = i ^ (i >> self._shift)

@@ -17,6 +17,7 @@ METHOD_NAMES = {
     "vera": "VeRA",
     "lora_xs": "LoRA-XS",
     "intrinsic": "random subspace",
+    "uni_lora": "Uni-LoRA",
     "full": "full fine-tuning",
     "bitfit": "BitFit",
     "head": "head only",
@@ -267,6 +268,6 @@ def _short_label(group: Group) -> str:
         parts.append(str(targets))
     if rank is not None:
         parts.append(f"r={rank}")
-    if (dim := group.settings.get("method.dim")) is not None and group.method == "intrinsic":
+    if (dim := group.settings.get("method.dim")) and group.method in ("intrinsic", "uni_lora"):
         parts.append(f"d={dim}")
     return " ".join(parts)

@@ -23,6 +23,7 @@ from lora_jax.core.axes import KernelAxes
 from lora_jax.methods import IntrinsicDimension, LoRA, Method
 from lora_jax.methods.base import PyTree, Trainable
 from lora_jax.methods.intrinsic import NAME as SUBSPACE
+from lora_jax.methods.projections import NESTED
 from lora_jax.methods.sites import Site
 
 
@@ -128,8 +129,8 @@ def is_padded(method: Method) -> bool:
 
 
 def is_subspace(method: Method) -> bool:
-    """Whether cells of this method may differ in dimension in one pack."""
-    return isinstance(method, IntrinsicDimension)
+    """Whether cells of this method may differ in dimension in one pack: where subspaces nest."""
+    return isinstance(method, IntrinsicDimension) and method.projection in NESTED
 
 
 def make_pack(methods: Sequence[Method], params: PyTree) -> Pack:

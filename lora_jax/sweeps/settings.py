@@ -11,7 +11,7 @@ from typing import Any
 from lora_jax.core import trees
 from lora_jax.core.errors import RequestError
 from lora_jax.core.rules import Rule
-from lora_jax.methods import LoRA, Method
+from lora_jax.methods import LoRA, Method, UniLoRA
 from lora_jax.methods.named import METHODS, all_settings, settings_of
 from lora_jax.sweeps.cells import read_tune, value_text
 
@@ -121,7 +121,7 @@ def _method_of(given: Mapping[str, Any], axes, aliases) -> Method:
     if useless is not None:
         raise RequestError(f"{useless!r} means nothing to method {kind!r}; remove it")
     settings = {key: given[key] for key in (*own, "train", "rows") if key in given}
-    if issubclass(METHODS[kind], LoRA):
+    if issubclass(METHODS[kind], LoRA | UniLoRA):
         settings["axes"] = axes
     return METHODS[kind](aliases=aliases, **settings)
 

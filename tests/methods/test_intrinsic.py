@@ -11,8 +11,8 @@ import pytest
 import lora_jax as lj
 from lora_jax.core.errors import RequestError
 from lora_jax.methods import IntrinsicDimension
-from lora_jax.methods.intrinsic import _to_key
 from lora_jax.methods.projections import dense, fastfood
+from lora_jax.methods.subspace import key_of
 from lora_jax.sweeps.pack import make_pack
 from tests.methods.test_methods import X, apply, model_params
 
@@ -55,7 +55,7 @@ def test_what_is_bound_is_the_start_and_a_step_in_the_subspace(name):
     project = dense if "dense" in name else fastfood
     num = entry["theta"].size
     assert num == (5 if "said" in name else 7)  # two layers' λ are two of the seven
-    key = _to_key(entry["key"])
+    key = key_of(entry["key"])
     columns = jax.vmap(lambda e: project(e, SIZE, key))(jnp.eye(num))
     step = np.asarray(columns, np.float64).T @ np.asarray(entry["theta"], np.float64)
     bound, before, start = flat(method.bind(trainable, frozen)), flat(params), 0
@@ -93,7 +93,7 @@ def test_the_gradient_is_the_full_one_projected(name):
         {k: v for k, v in bound.items() if k != "steps"}
     ))  # fmt: skip
     project = dense if "dense" in name else fastfood
-    num, key = trainable["intrinsic"]["theta"].size, _to_key(trainable["intrinsic"]["key"])
+    num, key = trainable["intrinsic"]["theta"].size, key_of(trainable["intrinsic"]["key"])
     columns = np.asarray(jax.vmap(lambda e: project(e, SIZE, key))(jnp.eye(num)), np.float64).T
     scales = trainable["intrinsic"].get("scales", jnp.ones(2))
     parts = [float(scales[int(p.split("/")[1])]) * dense_gradient[p].ravel() for p in MOVED]
@@ -165,7 +165,7 @@ def test_all_dimensions_move_everywhere_and_a_dense_square_p_spans_all():
     params = {"kernel": jnp.zeros((3, 4))}
     method = IntrinsicDimension(dim=12, projection="dense")
     trainable, frozen = method.init(jax.random.key(0), params)
-    wanted, key = np.random.default_rng(0).normal(size=12), _to_key(trainable["intrinsic"]["key"])
+    wanted, key = np.random.default_rng(0).normal(size=12), key_of(trainable["intrinsic"]["key"])
     columns = np.asarray(jax.vmap(lambda e: dense(e, 12, key))(jnp.eye(12))).T
     theta = np.linalg.solve(columns.astype(np.float64), wanted)
     trainable["intrinsic"]["theta"] = jnp.asarray(theta, jnp.float32)
@@ -247,6 +247,17 @@ def test_no_mask_says_how_it_trains():
     trainable, frozen = method.init(jax.random.key(0), params)
     with pytest.raises(RequestError, match="computed from what trains"):
         method.mask(method.bind(trainable, frozen))
+
+
+def test_a_projection_that_is_not_nested_packs_equal_dimensions_alone():
+    cells = [
+        {"method": "intrinsic", "projection": "grouped", "dim": dim, "lr": 1e-2, "seed": seed}
+        for dim, seed in ((5, 0), (5, 1), (6, 0))
+    ]
+    loss = lambda params, batch: jnp.mean(apply(params, batch) ** 2)  # noqa: E731
+    rows = lj.sweep(loss, model_params(), [X], cells, num_steps=2, progress=False)
+    assert [row.pack for row in rows] == [1, 1, 2] and not any(row.error for row in rows)
+    assert all(row.losses[1] < row.losses[0] for row in rows)
 
 
 def test_what_lies_beyond_a_cells_own_dimension_stays_zero():

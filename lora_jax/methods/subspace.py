@@ -1,0 +1,52 @@
+"""What says which random subspace it is: its key and what it was made for, as numbers that travel.
+
+All that trains is stored, stacked and saved as floating-point arrays; so these are, too.
+"""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Mapping
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from lora_jax.core.errors import RequestError
+
+
+def key_numbers(key: jax.Array) -> jax.Array:
+    """(4,) float32 of 16 bits each, from a key of any kind."""
+    words = jax.random.bits(key, (2,), jnp.uint32)
+    return jnp.stack([words >> 16, words & 0xFFFF], axis=-1).reshape(-1).astype(jnp.float32)
+
+
+def key_of(numbers: jax.Array) -> jax.Array:
+    """The key that `key_numbers` wrote down; nothing has a gradient by it."""
+    halves = jax.lax.stop_gradient(numbers).astype(jnp.uint32).reshape(-1, 2)
+    return jax.random.wrap_key_data((halves[:, 0] << 16) | halves[:, 1], impl="threefry2x32")
+
+
+def layout_of(sizes: Mapping[str, int]) -> jax.Array:
+    """(2,) float32: a hash of names and sizes in their order."""
+    found = zlib.crc32(repr(list(sizes.items())).encode())
+    return jnp.array([found >> 16, found & 0xFFFF], jnp.float32)
+
+
+def check_layout(name: str, layout: jax.Array, sizes: Mapping[str, int]) -> None:
+    """Raises `RequestError` where `layout` was made for others.
+
+    Under a trace its numbers are not known; what is loaded or merged is seen.
+    """
+    is_known = not isinstance(layout, jax.core.Tracer)
+    if is_known and not np.array_equal(layout, layout_of(sizes)):
+        raise RequestError(
+            f"{name!r} was made for other parameters than the {len(sizes)} that move here "
+            f"({sum(sizes.values()):,} numbers); bind it to the tree it was made for"
+        )
+
+
+def check_dim(dim: object) -> None:
+    """Raises `RequestError` for what is no number of dimensions."""
+    if isinstance(dim, bool) or not isinstance(dim, int) or dim < 1:
+        raise RequestError(f"dim is {dim!r}; it must be a whole number of 1 or more")

@@ -1,0 +1,180 @@
+"""LoRA whose factors lie in one random subspace: all of them from one trained vector.
+
+(a, b of every kernel, end to end) = start + P θ, θ (d,) trains, P is fixed and random. The
+intrinsic dimension of a task measured inside LoRA's parameters, and a method of its own: Li et al.
+2025, "Uni-LoRA: One Vector is All You Need" (arXiv:2506.00799), Eq. 2 and Section 3.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import zlib
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType
+from typing import Any, ClassVar
+
+import jax
+import jax.numpy as jnp
+
+from lora_jax.core import trees
+from lora_jax.core.errors import RequestError
+from lora_jax.methods.base import Method, PyTree, Trainable
+from lora_jax.methods.lora import LoRA, draw
+from lora_jax.methods.projections import fastfood, grouped
+from lora_jax.methods.sites import Site
+from lora_jax.methods.subspace import check_dim, check_layout, key_numbers, key_of, layout_of
+from lora_jax.methods.table import Row
+
+# The one entry of `trainable`: it is of all adapters together.
+NAME = "uni_lora"
+PROJECTIONS = MappingProxyType({"grouped": grouped, "fastfood": fastfood})
+STARTS = ("uniform", "lora")
+# θ starts in ±0.02, as in the authors' code and peft's: with all at zero nothing would have a
+# gradient.
+BOUND = 0.02
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class UniLoRA(Method):
+    """LoRA of `rank` on the kernels that `targets` match, all factors P θ with θ `(dim,)`.
+
+    `projection`: "grouped", Uni-LoRA's own (one entry a row of P), or "fastfood", whose subspaces
+    are nested in dim. `start`: "uniform", factors P θ with θ in ±0.02, as the source has it, so
+    that a fresh adapter changes the model a little; or "lora", LoRA's random `a` and zero `b`
+    beneath and θ = 0, so that it does not. `alpha`, `dropout`, `axes` are LoRA's.
+
+    `trainable["uni_lora"]` holds, in float32, `theta`, and what does not train: `key` and `layout`
+    as in `IntrinsicDimension`. It goes beside no other method. `to_lora` gives the adapters as
+    LoRA's, to save, analyse or merge. Raises `RequestError` for values outside.
+
+    >>> params = {"kernel": jnp.ones((6, 4))}
+    >>> method = UniLoRA(targets="kernel", rank=2, dim=5)
+    >>> trainable, frozen = method.init(jax.random.key(0), params)
+    >>> trainable["uni_lora"]["theta"].shape, method.table(params).num_trainable
+    ((5,), 5)
+    >>> lora, adapters = method.to_lora(trainable, params)
+    >>> adapters["kernel"]["a"].shape, adapters["kernel"]["b"].shape
+    ((6, 2), (2, 4))
+    """
+
+    targets: str | Sequence[str] = ()
+    rank: int = 4
+    alpha: float = 8.0
+    dropout: float = 0.0
+    dim: int = 256
+    projection: str = "grouped"
+    start: str = "uniform"
+    axes: Mapping[str, Any] | None = dataclasses.field(default=None, repr=False)
+
+    FIXED: ClassVar[frozenset[str]] = frozenset({"key", "layout"})
+    ALONE: ClassVar[bool] = True
+
+    def __post_init__(self):
+        check_dim(self.dim)
+        for name, known in (("projection", PROJECTIONS), ("start", STARTS)):
+            value = getattr(self, name)
+            if value not in known:
+                raise RequestError(f"{name} is {value!r}; {trees.nearest(str(value), known)}")
+        if self.rows:
+            raise RequestError("UniLoRA has no rows=; train them whole (train=), or use LoRA")
+        if not self.targets:
+            raise RequestError("UniLoRA needs targets=…, the kernels that it adapts")
+        object.__setattr__(self, "_lora", self._inner())
+
+    def _inner(self) -> LoRA:
+        return LoRA(
+            targets=self.targets,
+            rank=self.rank,
+            alpha=self.alpha,
+            dropout=self.dropout,
+            axes=self.axes,
+            train=self.train,
+            aliases=self.aliases,
+        )
+
+    def to_lora(self, trainable: Trainable, params: PyTree) -> tuple[LoRA, Trainable]:
+        """The same adapters as LoRA's: `(method, trainable)` with `a` and `b` of every kernel.
+
+        `params` is the full tree or what `init` left frozen.
+        """
+        rest = {name: entry for name, entry in trainable.items() if name != NAME}
+        return self._lora, {**rest, **self._factors(trainable[NAME], params, frozenset(rest))}
+
+    def _factors(self, entry, params: PyTree, whole: frozenset[str]) -> dict[str, dict[str, Any]]:
+        if set(entry) != {"theta", *self.FIXED} or entry["theta"].shape != (self.dim,):
+            raise RequestError(
+                f"{NAME!r} holds {sorted(entry)} with {entry['theta'].size} dimensions, dim is "
+                f"{self.dim}; use the method that made it"
+            )
+        sites = self._lora._sites(params, whole)
+        sizes = _sizes(sites)
+        check_layout(NAME, entry["layout"], sizes)
+        key = key_of(entry["key"])
+        flat = PROJECTIONS[self.projection](entry["theta"], sum(sizes.values()), key)
+        found: dict[str, dict[str, Any]] = {}
+        begun = 0
+        for name, site in sites.items():
+            beneath = self._begun(key, site) if self.start == "lora" else None
+            for part, spec in LoRA.PARTS.items():
+                size = sizes[f"{name}:{part}"]
+                value = flat[begun : begun + size].reshape(site.part_shape(spec))
+                begun += size
+                found.setdefault(name, {})[part] = (
+                    value if beneath is None else value + beneath[part]
+                )
+        return found
+
+    def _begun(self, key: jax.Array, site: Site) -> dict[str, jax.Array]:
+        """LoRA's own start, drawn again whenever it is bound: the file holds θ alone."""
+        own = jax.random.fold_in(key, zlib.crc32(site.name.encode()))
+        a = draw(own, site.rule.init, site, jnp.float32)
+        return {"a": jax.lax.stop_gradient(a), "b": jnp.zeros(site.part_shape("sro"), a.dtype)}
+
+    def _init_adapters(self, key, params, whole: frozenset[str]) -> Trainable:
+        sites = self._lora._sites(params, whole)
+        sizes = _sizes(sites)
+        total = sum(sizes.values())
+        if total < self.dim:
+            raise RequestError(
+                f"dim is {self.dim}, but the adapters have {total:,} parameters at rank "
+                f"{self.rank}; choose a smaller one"
+            )
+        of_theta, key = jax.random.split(key)
+        theta = jnp.zeros(self.dim, jnp.float32)
+        if self.start == "uniform":
+            theta = jax.random.uniform(of_theta, theta.shape, theta.dtype, -BOUND, BOUND)
+        return {NAME: {"theta": theta, "key": key_numbers(key), "layout": layout_of(sizes)}}
+
+    def _bind_over(self, trainable, frozen, *, key, data, beneath) -> PyTree:
+        if NAME in trainable:
+            trainable = self.to_lora(trainable, frozen)[1]
+        return self._lora._bind_over(trainable, frozen, key=key, data=data, beneath=beneath)
+
+    def owns(self, name: str) -> bool:
+        return name == NAME
+
+    def _adapter_rows(self, params, whole: frozenset[str]) -> list[Row]:
+        return []
+
+    def table(self, params: PyTree):
+        table = super().table(params)
+        sizes = _sizes(self._lora._sites(params, frozenset(self.whole_paths(params))))
+        row = Row(NAME, (sum(sizes.values()),), self.rank, None, self.dim)
+        return dataclasses.replace(table, rows=(row, *table.rows))
+
+    def mask(self, tree: PyTree) -> PyTree:
+        """Raises `RequestError`: all that is bound is computed from what trains."""
+        return self._mask_of(NAME, None)
+
+    def _check_no_dropout(self) -> None:
+        self._lora._check_no_dropout()
+
+
+def _sizes(sites: Mapping[str, Site]) -> dict[str, int]:
+    """`{"path:a": number of entries}`, a before b, in the tree's order: the order in P's rows."""
+    sizes = {}
+    for name, site in sites.items():
+        for part, spec in LoRA.PARTS.items():
+            sizes[f"{name}:{part}"] = math.prod(site.part_shape(spec))
+    return sizes
