@@ -1,0 +1,176 @@
+"""What does fine-tuning forget, by rank, and does it forget less for having learned less?
+
+    make testbeds
+    python -m experiments.forgetting runs/what_rank     # reads the runs of what_rank; ten minutes
+
+Compared: encoders fine-tuned on WordNet's glosses (`what_rank`: q,v at r = 1, 8, 64 and full
+fine-tuning, each at its best rate, five seeds) on something else that MiniLM was good at: 20
+Newsgroups, mean-pooled embeddings of articles cut at 48 tokens, a logistic regression fitted anew
+on 1,500 training articles, accuracy on 1,500 test articles. Forgotten is what that loses against
+the encoder before. (The probe is fitted anew: what is measured is what embeddings no longer hold.)
+
+The source: Biderman et al. 2024, "LoRA Learns Less and Forgets Less" (arXiv:2405.09673): full
+fine-tuning learns more and forgets more than LoRA, and higher ranks forget more than lower ones.
+
+Hypotheses, written before any of it was run, margin 1 point of accuracy:
+- forgets_less: LoRA r = 8 forgets less than full fine-tuning, by more than the margin.
+- by_rank: r = 64 forgets more than r = 1, by more than the margin.
+- one_line: over the twenty runs what is forgotten falls with WordNet's test loss (Spearman below
+  -0.5): the trade is of learning against forgetting, not of LoRA against full fine-tuning.
+Measured: experiments/results/forgetting/README.md.
+"""
+
+CONTESTANTS = ("qv-r1", "qv-r8", "qv-r64", "full")
+NUM_ARTICLES, MAX_LENGTH = 1500, 48
+MARGIN = 0.01
+
+
+def write(workdir, out) -> None:
+    """Reads the finished sweep, embeds the articles by every run, and writes what was found."""
+    import jax
+    import jax.numpy as jnp
+    import numpy as np
+    from sklearn.linear_model import LogisticRegression
+    from sklearn.preprocessing import StandardScaler
+
+    from experiments import findings, learned
+    from lora_jax.core.lift import lift
+    from lora_jax.data import encode_examples
+    from lora_jax.data.examples import limit_examples
+    from lora_jax.data.newsgroups import load_newsgroups
+    from lora_jax.report.statistics import mean_interval
+
+    found = findings.read_contestants(workdir)
+    runs = {name: found[name].runs for name in CONTESTANTS}
+    splits = load_newsgroups()
+    train, test = (limit_examples(part, NUM_ARTICLES) for part in (splits.train, splits.test))
+    model = learned.adapted(runs["qv-r1"][0].folder).model
+    rows = {
+        name: _padded(encode_examples(model.tokenizer, part, max_length=MAX_LENGTH))
+        for name, part in (("train", train), ("test", test))
+    }
+
+    @jax.jit
+    def embed(params, ids, mask):
+        _, hidden = lift(model.apply)(params, ids, mask, output_hidden_states=True)
+        weights = mask[..., None] / mask.sum(axis=1)[:, None, None]
+        return jnp.sum(hidden[-1] * weights, axis=1)
+
+    def right(params) -> np.ndarray:
+        """(test articles,) whether a probe on the embeddings names the newsgroup."""
+        features = {
+            name: np.concatenate(
+                [np.asarray(embed(params, i, m)) for i, m in zip(ids, masks, strict=True)]
+            )
+            for name, (ids, masks) in rows.items()
+        }
+        scaler = StandardScaler().fit(features["train"])
+        probe = LogisticRegression(C=0.1, max_iter=1000)
+        probe.fit(scaler.transform(features["train"]), train.labels)
+        return probe.predict(scaler.transform(features["test"])) == test.labels
+
+    before = right(model.params).astype(float)
+    print(f"before: {before.mean():.3f}", flush=True)
+    lost: dict[str, np.ndarray] = {}
+    for name, some in runs.items():
+        one = []
+        for run in some:
+            adapted = learned.adapted(run.folder)
+            one.append(before - right(adapted.method.merge(adapted.trainable, adapted.frozen)))
+            learned.adapted.cache_clear()  # a run of full fine-tuning holds a model
+        lost[name] = np.stack(one)
+        print(f"{name}: forgotten {lost[name].mean():.3f}", flush=True)
+
+    def compare(name, claim, first, second):
+        """The first forgets more than the second by more than the margin."""
+        interval = mean_interval(lost[first] - lost[second], seed=0)
+        verdict = (
+            findings.HOLDS
+            if interval.low > MARGIN
+            else findings.REFUTED
+            if interval.high < MARGIN
+            else findings.OPEN
+        )
+        points = interval.scaled(100)
+        seen = f"{points.estimate:+.1f} [{points.low:+.1f}, {points.high:+.1f}] points (95%)"
+        return findings.Verdict(name, claim, seen, verdict)
+
+    losses = [run.metric("metrics.test.loss") for name in CONTESTANTS for run in runs[name]]
+    means = [row.mean() for name in CONTESTANTS for row in lost[name]]
+    rho = _spearman(losses, means)
+    verdicts = [
+        compare("forgets_less", "full forgets more than LoRA r = 8", "full", "qv-r8"),
+        compare("by_rank", "r = 64 forgets more than r = 1", "qv-r64", "qv-r1"),
+        findings.decide(
+            "one_line",
+            "the lower WordNet's test loss, the more is forgotten (Spearman below -0.5)",
+            f"Spearman {rho:+.2f} over {len(means)} runs",
+            rho < -0.5,
+        ),
+    ]
+    lines = [
+        "| contestant | WordNet test loss | 20 Newsgroups accuracy, % | forgotten, points |",
+        "|---|---:|---:|---:|",
+        f"| before | | {100 * before.mean():.1f} | |",
+    ]
+    for name in CONTESTANTS:
+        interval = mean_interval(lost[name], seed=0).scaled(100)
+        lines.append(
+            f"| {name} | {found[name].test_loss.estimate:.3f} | "
+            f"{100 * (before.mean() - lost[name].mean()):.1f} | {interval.estimate:+.1f} "
+            f"[{interval.low:+.1f}, {interval.high:+.1f}] |"
+        )
+    used = [run for some in runs.values() for run in some]
+    figure = _draw(found, runs, lost)
+    findings.write_findings(
+        out,
+        title="Forgetting",
+        command="python -m experiments.forgetting runs/what_rank",
+        verdicts=verdicts,
+        parts=["\n".join(lines), findings.figure_file(figure, out, "forgetting", used)],
+        runs=used,
+        extra={"forgotten": {name: rows.mean(axis=1).tolist() for name, rows in lost.items()}},
+    )
+
+
+def _padded(encoded, size: int = 100):
+    """Batches `(ids, masks)` of one shape; the last repeats nothing, `size` divides the number."""
+    import numpy as np
+
+    ids = np.full((len(encoded), MAX_LENGTH), encoded.pad_id, np.int32)
+    mask = np.zeros((len(encoded), MAX_LENGTH), np.float32)
+    for n in range(len(encoded)):
+        tokens = encoded.tokens(n)
+        ids[n, : len(tokens)], mask[n, : len(tokens)] = tokens, 1
+    return ids.reshape(-1, size, MAX_LENGTH), mask.reshape(-1, size, MAX_LENGTH)
+
+
+def _spearman(first, second) -> float:
+    import numpy as np
+
+    ranks = [np.argsort(np.argsort(values)) for values in (first, second)]
+    return float(np.corrcoef(*ranks)[0, 1])
+
+
+def _draw(found, runs, lost):
+    """Forgotten against learned, a mark a run."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(6.5, 4), layout="constrained")
+    axes = figure.subplots()
+    for name, colour in zip(CONTESTANTS, ("#9fc9eb", "#2f86c9", "#12476f", "#d9661f"), strict=True):
+        x = [run.metric("metrics.test.loss") for run in runs[name]]
+        axes.plot(x, 100 * lost[name].mean(axis=1), "o", color=colour, label=name)
+    axes.axhline(0, color="gray", linewidth=0.8)
+    head = found["head"].test_loss.estimate
+    axes.axvline(head, color="gray", linestyle=":", label="frozen probe: nothing forgotten")
+    axes.set_xlabel("WordNet, test loss (nats): learned is to the left")
+    axes.set_ylabel("20 Newsgroups, points of accuracy lost")
+    axes.legend(fontsize=8)
+    return figure
+
+
+if __name__ == "__main__":
+    from experiments.findings import run_main
+
+    run_main("forgetting", write)
