@@ -297,13 +297,27 @@ def write_findings(
     print(f"written: {out}")
 
 
-def run_main(name: str, write: Callable[[Path, Path], None], argv: Sequence[str] | None = None):
-    """The command line of an experiment: where its runs are, where its findings go."""
+def run_main(
+    name: str,
+    write: Callable[..., None],
+    argv: Sequence[str] | None = None,
+    *,
+    beside: bool = False,
+) -> None:
+    """The command line of an experiment: where its runs are, where its findings go.
+
+    With `beside` it needs another sweep's runs, too: `write(workdir, out, beside)`.
+    """
     parser = argparse.ArgumentParser(prog=f"python -m experiments.{name}")
     parser.add_argument("workdir", type=Path, help="a finished sweep's --workdir")
     parser.add_argument("--out", type=Path, default=RESULTS / name, help="(default: %(default)s)")
+    if beside:
+        parser.add_argument(
+            "--beside", type=Path, required=True, help="the other sweep's --workdir"
+        )
     options = parser.parse_args(argv)
+    more = (options.beside,) if beside else ()
     try:
-        write(options.workdir, options.out)
+        write(options.workdir, options.out, *more)
     except RequestError as error:
         parser.exit(2, f"{parser.prog}: {error}\n")

@@ -1,0 +1,210 @@
+"""The intrinsic dimension of fine-tuning MiniLM, DID and SAID (Aghajanyan et al. 2020)
+
+    make testbeds
+    lora-jax sweep --config=experiments/intrinsic_dimension.py --sweep=full_size --workdir=runs/dim
+    python -m experiments.intrinsic_dimension runs/dim --beside=runs/what_rank
+
+The argument is a size: none, or `smoke` (a tiny model on 64 reviews; sweep `smoke`, a minute).
+
+Compared: MiniLM, glosses of WordNet's nouns to their 26 domains as in `what_rank` (200 steps of 32
+glosses of at most 16 tokens). All parameters of the encoder's layers and the new head, 10.7
+million, move in a random subspace of d dimensions: DID, and SAID with a scale for each of six
+layers and the head. P is "grouped" (each parameter belongs to one of d groups, which moves by one
+number, PᵀP = 1), a seventh of Fastfood's time at this size on a CPU; `intrinsic_digits` has
+Fastfood beside a dense P. Each d at five rates on seed 0, the best on validation with two more
+seeds; a seed is another subspace, another head, another order. d₉₀ is the smallest d whose mean
+test accuracy is 90% of full fine-tuning's in `what_rank` (which also moves the embeddings).
+
+The source: Aghajanyan et al. 2020 (arXiv:2012.13255), Table 1: BERT-base MRPC d₉₀ 1,608 by SAID and
+1,861 by DID, QQP 8,030 and 9,295; "200 parameters" for RoBERTa-large on MRPC: SAID below DID.
+
+Hypotheses, written before the run:
+- small: d₉₀ by DID is at most 5,000, below 0.05% of what moves.
+- said: d₉₀ by SAID is not above DID's.
+Measured: experiments/results/intrinsic_dimension/README.md.
+"""
+
+from ml_collections import ConfigDict
+
+DIMS = (100, 300, 1000, 3000, 10000)
+SAID_DIMS = (300, 1000, 3000)
+RATES = (1e-3, 3e-3, 1e-2, 3e-2, 1e-1)
+MORE_SEEDS = (1, 2)
+
+SMOKE = {
+    "model.name": "tiny-bert",
+    "model.num_labels": 2,
+    "data.source": "reviews",
+    "data.limit": 64,
+    "data.eval_limit": 64,
+    "train.num_steps": 4,
+    "train.eval_every_steps": 4,
+}
+
+
+def sweep_full_size(add):
+    """DID and SAID by d at five rates, then two more seeds at the best."""
+    for structure, dims in (("did", DIMS), ("said", SAID_DIMS)):
+        for dim in dims:
+            tuned = {"tune": ("optimizer.lr", RATES), "more_seeds": MORE_SEEDS}
+            own = {"method.structure": structure, "method.dim": dim}
+            add(f"{structure}-d{dim}", **tuned, **own)
+
+
+def sweep_smoke(add):
+    """A few of them, two rates and two seeds each."""
+    for structure, dims in (("did", (20, 60)), ("said", (20, 60))):
+        for dim in dims:
+            tuned = {"tune": ("optimizer.lr", RATES[1:3]), "more_seeds": (1,)}
+            own = {"method.structure": structure, "method.dim": dim}
+            add(f"{structure}-d{dim}", **tuned, **SMOKE, **own)
+
+
+def get_config(arg: str = "") -> ConfigDict:
+    """The config for `arg`: nothing, or "smoke"."""
+    if arg not in ("", "smoke"):
+        raise ValueError(f"intrinsic_dimension.py:{arg}: give no size, or smoke")
+    config = ConfigDict(
+        {
+            "seed": 0,
+            "model": {"name": "minilm", "num_labels": 26, "dtype": "float32"},
+            "data": {
+                "source": "wordnet",
+                "path": "",
+                "text": "text",
+                "label": "label",
+                "max_length": 16,
+                "buckets": (16,),
+                "batch_size": 32,
+                "seed": 0,
+                "limit": 6400,  # one epoch
+                "eval_limit": 1500,
+            },
+            "method": {
+                "name": "intrinsic",
+                "targets": "encoder/.*|head/.*",
+                "dim": 1000,
+                "structure": "did",
+                "projection": "grouped",
+                "train": "",
+            },
+            "optimizer": {
+                "lr": 1e-2,
+                "schedule": "linear",
+                "warmup_ratio": 0.06,
+                "weight_decay": 0.0,
+                "beta1": 0.9,
+                "beta2": 0.999,
+                "eps": 1e-8,
+                "clip_norm": 0.0,
+            },
+            "train": {
+                "num_epochs": 1.0,
+                "num_steps": 0,
+                "label_smoothing": 0.0,
+                "eval_every_steps": 200,
+                "checkpoint_every_steps": 0,
+                "patience": 0,
+                "eval_batch_size": 128,
+                "log_every_steps": 10,
+            },
+        }
+    )
+    if arg:
+        config.update_from_flattened_dict(SMOKE)
+    return config
+
+
+def write(workdir, out, beside) -> None:
+    """Reads the finished sweep and that of `what_rank` beside, and writes what was found."""
+    import numpy as np
+
+    from experiments import findings
+    from lora_jax.analysis import intrinsic_dimension
+
+    found = findings.read_contestants(workdir)
+    full = findings.read_contestants(beside)["full"]
+    score = full.mean("metrics.test.accuracy")
+    dims = {
+        kind: sorted(int(n.rpartition("-d")[2]) for n in found if n.startswith(kind))
+        for kind in ("did", "said")
+    }
+    accuracies = {
+        name: [run.metric("metrics.test.accuracy") for run in one.runs]
+        for name, one in found.items()
+    }
+    d90 = {
+        kind: intrinsic_dimension(some, [accuracies[f"{kind}-d{d}"] for d in some], score)
+        for kind, some in dims.items()
+    }
+    did, said = d90["did"], d90["said"]
+    not_above = said.dimension is not None and (
+        did.dimension is None or said.dimension <= did.dimension
+    )
+    verdicts = [
+        findings.decide(
+            "small",
+            "d₉₀ by DID is at most 5,000",
+            _text(did, dims["did"]),
+            did.dimension is not None and did.dimension <= 5000,
+        ),
+        findings.decide(
+            "said", "d₉₀ by SAID is not above DID's", _text(said, dims["said"]), not_above
+        ),
+    ]
+    runs = [run for one in found.values() for run in one.all_runs]
+    lines = ["| subspace | test accuracy by seed | mean |", "|---|---|---:|"]
+    for name, values in accuracies.items():
+        shown = ", ".join(f"{100 * value:.1f}" for value in values)
+        lines.append(f"| {name} | {shown} | {100 * np.mean(values):.1f} |")
+    lines.append(f"| full fine-tuning | | {100 * score:.1f} |")
+    lines.append(f"| 90% of it | | {90 * score:.1f} |")
+    figure = _draw(accuracies, dims, score, did.threshold)
+    findings.write_findings(
+        out,
+        title="The intrinsic dimension of fine-tuning",
+        command="python -m experiments.intrinsic_dimension runs/dim --beside=runs/what_rank",
+        verdicts=verdicts,
+        parts=[
+            "\n".join(lines),
+            findings.figure_file(figure, out, "dimension", runs),
+            findings.contestant_table(found),
+        ],
+        runs=runs,
+    )
+
+
+def _text(one, dims) -> str:
+    if one.dimension is None:
+        return f"above {dims[-1]:,}, the largest tried"
+    seeds = ", ".join(str(d or f"> {dims[-1]}") for d in one.per_seed)
+    return f"between {one.below:,} and {one.dimension:,} (by seed: {seeds})"
+
+
+def _draw(accuracies, dims, score, threshold):
+    """Accuracy against d, a line a structure, single seeds as dots."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(6.5, 4), layout="constrained")
+    axes = figure.subplots()
+    for kind, colour in (("did", "#2f86c9"), ("said", "#159b78")):
+        means = [
+            sum(accuracies[f"{kind}-d{d}"]) / len(accuracies[f"{kind}-d{d}"]) for d in dims[kind]
+        ]
+        axes.plot(dims[kind], means, "o-", color=colour, label=kind.upper())
+        for d in dims[kind]:
+            values = accuracies[f"{kind}-d{d}"]
+            axes.plot([d] * len(values), values, ".", color=colour, alpha=0.5)
+    axes.axhline(score, color="#d9661f", label="full fine-tuning")
+    axes.axhline(threshold, color="#d9661f", linestyle="--", label="90% of it")
+    axes.set_xscale("log")
+    axes.set_xlabel("d")
+    axes.set_ylabel("test accuracy")
+    axes.legend()
+    return figure
+
+
+if __name__ == "__main__":
+    from experiments.findings import run_main
+
+    run_main("intrinsic_dimension", write, beside=True)
