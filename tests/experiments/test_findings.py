@@ -1,0 +1,170 @@
+"""Verdicts on hypotheses: from runs on disk, and by intervals made to fall where they do."""
+
+import importlib
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from experiments import findings
+from lora_jax.core.errors import RequestError
+from lora_jax.report.runs import Predictions, Run
+from lora_jax.report.statistics import Interval
+
+ROOT = Path(__file__).parents[2]
+# Those with a sweep of their own.
+SWEEPS = ("what_rank", "which_matrices", "intrinsic_dimension")
+
+
+def run_of(name, seed, losses, lr=1e-3, validation=1.0):
+    losses = np.asarray(losses, np.float64)
+    index = np.arange(len(losses))
+    ones = np.ones(len(losses))
+    card = {
+        "metrics": {
+            "validation": {"loss": validation},
+            "test": {"loss": float(losses.mean()), "accuracy": 0.5},
+        }
+    }
+    config = {"seed": seed, "optimizer": {"lr": lr}, "method": {"name": "lora"}}
+    predictions = Predictions(losses, index > 3, index, index, ones)
+    return Run(f"{name}-lr{lr}-s{seed}", Path(name), config, card, (), predictions)
+
+
+def contestant(name, rows):
+    runs = tuple(run_of(name, seed, row) for seed, row in enumerate(rows))
+    return findings.Contestant(name, {1e-3: 1.0}, 1e-3, runs, runs)
+
+
+@pytest.mark.parametrize(
+    "shift, is_worse, is_equal",
+    [
+        (0.10, findings.HOLDS, findings.REFUTED),
+        (0.00, findings.REFUTED, findings.HOLDS),
+        (0.05, findings.OPEN, findings.OPEN),  # just at the margin, and noisy
+        (-0.1, findings.REFUTED, findings.REFUTED),
+    ],
+)
+def test_a_verdict_follows_the_interval(shift, is_worse, is_equal):
+    rng = np.random.default_rng(0)
+    base = rng.normal(1.0, 0.5, (3, 400))
+    moved = base + shift + (0.3 if shift == 0.05 else 0.02) * rng.normal(size=base.shape)
+    one, other = contestant("one", moved), contestant("other", base)
+    assert findings.worse("n", "c", one, other, 0.05).verdict == is_worse
+    assert findings.equivalent("n", "c", one, other, 0.05).verdict == is_equal
+    found = findings.difference(one, other)
+    assert isinstance(found, Interval)
+    np.testing.assert_allclose(found.estimate, (moved - base).mean(), atol=1e-12)
+
+
+def write_cell(folder, name, *, lr, seed, validation, test, failed=False):
+    cell = folder / "cells" / name
+    cell.mkdir(parents=True)
+    config = {
+        "seed": seed,
+        "method": {"name": "lora", "targets": "q", "rank": 2},
+        "optimizer": {"lr": lr},
+        "data": {"seed": 0},
+    }
+    (cell / "config.json").write_text(json.dumps(config))
+    if failed:
+        (cell / "failure.json").write_text("{}")
+        return
+    card = {
+        "config": config,
+        **dict.fromkeys(("config_hash", "base_hash", "data_hash"), "ab" * 32),
+        "commit": "c" * 40,
+        "device": {"kind": "cpu"},
+        "versions": {"jax": "0"},
+        "counts": {"adapter": 7, "head": 1, "total": 8},
+        "seconds": {"total": 1.0},
+        "metrics": {
+            "steps": 3,
+            "stopped": "ended",
+            "validation": {"loss": validation},
+            "test": {"loss": test, "accuracy": 0.5},
+        },
+    }
+    (cell / "card.json").write_text(json.dumps(card))
+    index = np.arange(5)
+    with open(cell / "test_predictions.npz", "wb") as file:
+        np.savez(file, loss=np.full(5, test), correct=index > 2, label=index, index=index)
+
+
+def workdir_of(tmp_path):
+    cells = {
+        "a-lr0.001-s0": {"lr": 1e-3, "seed": 0, "validation": 0.9, "test": 0.5},
+        "a-lr0.01-s0": {"lr": 1e-2, "seed": 0, "validation": 0.7, "test": 0.8},
+        "a-lr0.1-s0": {"lr": 1e-1, "seed": 0, "validation": None, "test": 9.0, "failed": True},
+        "a-lr0.01-s1": {"lr": 1e-2, "seed": 1, "validation": 0.9, "test": 0.6},
+    }
+    for name, settings in cells.items():
+        write_cell(tmp_path, name, **settings)
+    (tmp_path / "sweep.json").write_text(json.dumps({"cells": list(cells)}))
+    return tmp_path
+
+
+def test_the_rate_is_chosen_on_the_first_seeds_validation_loss(tmp_path):
+    (one,) = findings.read_contestants(workdir_of(tmp_path)).values()
+    assert one.lr == 1e-2  # though the other rate's test loss is lower
+    assert one.rates == {1e-3: 0.9, 1e-2: 0.7, 1e-1: float("inf")}
+    assert one.seeds == (0, 1) and not one.at_edge
+    np.testing.assert_allclose(one.test_loss.estimate, 0.7)
+    assert [run.name for run in one.all_runs] == ["a-lr0.001-s0", "a-lr0.01-s0", "a-lr0.01-s1"]
+
+
+def test_what_has_not_ended_or_is_not_tuned_is_named(tmp_path):
+    workdir = workdir_of(tmp_path)
+    (workdir / "cells" / "a-lr0.1-s0" / "failure.json").unlink()
+    with pytest.raises(RequestError, match="has not ended"):
+        findings.read_contestants(workdir)
+    write_cell(workdir, "plain", lr=1.0, seed=0, validation=1.0, test=1.0)
+    sweep = json.loads((workdir / "sweep.json").read_text())
+    (workdir / "sweep.json").write_text(json.dumps({"cells": ["plain", *sweep["cells"]]}))
+    with pytest.raises(RequestError, match="of no tuned contestant"):
+        findings.read_contestants(workdir)
+
+
+def test_what_is_written_holds_the_hashes_and_no_figure_typed_by_hand(tmp_path):
+    found = findings.read_contestants(workdir_of(tmp_path / "work"))
+    runs = [run for one in found.values() for run in one.all_runs]
+    findings.write_findings(
+        tmp_path / "out",
+        title="A question",
+        command="python -m it",
+        verdicts=[findings.decide("name", "claim", "seen", None)],
+        parts=[findings.contestant_table(found)],
+        runs=runs,
+    )
+    lines = (tmp_path / "out" / "cells.jsonl").read_text().splitlines()
+    assert [json.loads(line)["config_hash"] for line in lines] == ["ab" * 32] * 3
+    text = (tmp_path / "out" / "README.md").read_text()
+    assert "| name: claim | seen | **open** |" in text and "| a | 7 | 1e-2 |" in text
+    kept = json.loads((tmp_path / "out" / "verdicts.json").read_text())
+    assert kept["commits"] == ["c" * 40] and kept["verdicts"][0]["verdict"] == "open"
+
+
+@pytest.mark.parametrize("name", SWEEPS)
+def test_every_sweep_has_a_smoke_size_and_five_rates(name):
+    module = importlib.import_module(f"experiments.{name}")
+    added = {}
+    module.sweep_full_size(lambda cell, **settings: added.update({cell: settings}))
+    assert added and all(len(settings["tune"][1]) >= 5 for settings in added.values())
+    assert module.get_config("smoke").model.name == "tiny-bert"
+    with pytest.raises(ValueError, match="give no size, or smoke"):
+        module.get_config("large")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", SWEEPS[:2])
+def test_a_smoke_sweep_is_run_and_written(name, tmp_path):
+    command = [sys.executable, "-m", "lora_jax", "sweep", f"--config=experiments/{name}.py"]
+    command += ["--sweep=smoke", f"--workdir={tmp_path / 'runs'}"]
+    subprocess.run(command, cwd=ROOT, check=True, capture_output=True)
+    command = [sys.executable, "-m", f"experiments.{name}", str(tmp_path / "runs")]
+    subprocess.run([*command, f"--out={tmp_path / 'out'}"], cwd=ROOT, check=True)
+    assert "| contestant |" in (tmp_path / "out" / "README.md").read_text()
+    assert list((tmp_path / "out").glob("*.png"))
