@@ -141,9 +141,7 @@ def worse(name: str, claim: str, first: Contestant, second: Contestant, margin: 
 
     It holds where the 95% interval lies above the margin, not where it lies below, else open.
     """
-    found = difference(first, second)
-    verdict = HOLDS if found.low > margin else REFUTED if found.high < margin else OPEN
-    return Verdict(name, claim, _interval_text(found, 0.95), verdict)
+    return beyond(name, claim, difference(first, second), margin)
 
 
 def equivalent(
@@ -158,6 +156,34 @@ def equivalent(
     outside = found.low > margin or found.high < -margin
     verdict = HOLDS if inside else REFUTED if outside else OPEN
     return Verdict(name, claim, _interval_text(found, 0.90), verdict)
+
+
+def not_worse(
+    name: str, claim: str, first: Contestant, second: Contestant, margin: float
+) -> Verdict:
+    """Whether the first's test loss is not above the second's by more than the margin: a one-sided
+    test at 5%.
+    """
+    found = difference(first, second, level=0.90)
+    verdict = HOLDS if found.high < margin else REFUTED if found.low > margin else OPEN
+    return Verdict(name, claim, _interval_text(found, 0.90), verdict)
+
+
+def change_of_gap(
+    after: tuple[Contestant, Contestant], before: tuple[Contestant, Contestant]
+) -> Interval:
+    """(after[0] - after[1]) - (before[0] - before[1]) in test loss, paired throughout."""
+    rows = [after[0], after[1], before[0], before[1]]
+    if len({one.seeds for one in rows}) > 1:
+        raise RequestError("the four contestants have different seeds; run them with the same")
+    first, second, third, fourth = (one.losses for one in rows)
+    return mean_interval((first - second) - (third - fourth), seed=0)
+
+
+def beyond(name: str, claim: str, found: Interval, margin: float) -> Verdict:
+    """Whether a 95% interval lies above the margin, below it, or holds it."""
+    verdict = HOLDS if found.low > margin else REFUTED if found.high < margin else OPEN
+    return Verdict(name, claim, _interval_text(found, 0.95), verdict)
 
 
 def decide(name: str, claim: str, seen: str, holds: bool | None) -> Verdict:

@@ -16,7 +16,10 @@ from lora_jax.report.statistics import Interval
 
 ROOT = Path(__file__).parents[2]
 # Those with a sweep of their own.
-SWEEPS = ("what_rank", "which_matrices", "intrinsic_dimension")
+SWEEPS = (
+    *("what_rank", "which_matrices", "intrinsic_dimension", "tuned_per_rank", "batch_size"),
+    "low_data",
+)
 
 
 def run_of(name, seed, losses, lr=1e-3, validation=1.0):
