@@ -21,7 +21,7 @@ FIXTURE_SCRIPTS := make_bert_fixtures.py make_peft_training_fixture.py make_fami
 WRITTEN := .cache/parity-written
 
 .DEFAULT_GOAL := help
-.PHONY: help demo testbeds test test-slow lint parity attachment bench clean
+.PHONY: help demo testbeds test test-slow lint parity attachment bench notebooks clean
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 14
@@ -86,6 +86,10 @@ bench: $(VENV)/ready .venv-torch/ready ## step time beside hand-written LoRA, fu
 	$(PY) -m experiments.bench.packed --out=experiments/results/bench
 	$(PY) -m experiments.bench.decoding --new=32 --times=3 --out=experiments/results/bench
 	$(PY) -m experiments.bench.torch_pair --torch=.venv-torch/bin/python --out=experiments/results/bench
+
+notebooks: $(VENV)/ready ## run the notebooks at full size and keep their figures (ten minutes)
+	$(VENV)/bin/jupyter-execute --inplace notebooks/*.ipynb
+	$(VENV)/bin/ruff format --quiet notebooks
 
 clean: ## remove environments and caches, never runs/
 	rm -rf .venv-* .cache .pytest_cache .ruff_cache

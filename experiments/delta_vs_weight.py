@@ -75,7 +75,9 @@ def write(workdir, out) -> None:
             ]
         )
         some = [kernel_subspace_similarity(kernels[p], changes[0][p]) for p in paths]
-        grids[name] = np.mean([np.asarray(g)[:64, :64] for g in some], axis=0)
+        # Beyond its rank LoRA's ΔW has no direction.
+        most = 64 if name == "full" else int(name.rpartition(" ")[2])
+        grids[name] = np.mean([np.asarray(g)[:64, :most] for g in some], axis=0)
 
     at4 = {
         q: table["LoRA r = 4", 4, q].mean(axis=0)

@@ -34,6 +34,7 @@ class Contestant:
     """One contestant of a sweep: its runs at the rate with the best validation loss, by seed.
 
     `rates` is `{rate: validation loss}` on the seed that all rates ran with; inf: diverged.
+    `num_failed` are the seeds at the chosen rate that diverged: a verdict on them stays open.
     """
 
     name: str
@@ -41,6 +42,7 @@ class Contestant:
     lr: float
     runs: tuple[Run, ...]
     all_runs: tuple[Run, ...]
+    num_failed: int = 0
 
     @property
     def losses(self) -> np.ndarray:
@@ -66,10 +68,6 @@ class Contestant:
         """Mean over seeds of a number of the cards: "metrics.test.accuracy"."""
         return float(np.mean([run.metric(metric) for run in self.runs]))
 
-    def at(self, lr: float) -> Run:
-        """The run of one rate on the seed that all rates ran with."""
-        return next(run for run in self.all_runs if run.config["optimizer"]["lr"] == lr)
-
 
 def read_contestants(workdir: str | Path) -> dict[str, Contestant]:
     """The contestants of a sweep whose cells are named NAME-lrRATE-sSEED, in the sweep's order.
@@ -77,9 +75,16 @@ def read_contestants(workdir: str | Path) -> dict[str, Contestant]:
     Raises `RequestError` for cells of other names, or a sweep that has not ended.
     """
     named: dict[str, list[Run]] = {}
-    runs = read_runs(workdir)
-    order = json.loads((Path(workdir) / "sweep.json").read_text())["cells"]
-    for run in sorted(runs, key=lambda run: order.index(run.name)):
+    runs, place = read_runs(workdir), Path(workdir) / "sweep.json"
+    if not place.is_file():
+        raise RequestError(f"{workdir} has no sweep.json; give the --workdir of a sweep")
+    sweep = json.loads(place.read_text())
+    order, there = sweep["cells"], {run.name for run in runs}
+    if missing := [name for name in order if name not in there]:
+        why = sweep.get("refused", {}).get(missing[0], "it has not begun; run the sweep to its end")
+        raise RequestError(f"{workdir}: there is no {missing[0]}: {why}")
+    known = {name: number for number, name in enumerate(order)}
+    for run in sorted(runs, key=lambda run: known.get(run.name, len(known))):
         name, mark, _ = run.name.rpartition("-lr")
         if not mark:
             raise RequestError(f"{workdir}: cell {run.name!r} is of no tuned contestant")
@@ -87,7 +92,15 @@ def read_contestants(workdir: str | Path) -> dict[str, Contestant]:
         if not run.finished and not failed.exists():
             raise RequestError(f"{workdir}: {run.name} has not ended; run the sweep to its end")
         named.setdefault(name, []).append(run)
-    return {name: _contestant(name, some) for name, some in named.items()}
+    found = {name: _contestant(name, some) for name, some in named.items()}
+    counts = {name: len(one.runs) + one.num_failed for name, one in found.items()}
+    if len(set(counts.values())) > 1:
+        fewest = min(counts, key=counts.get)
+        raise RequestError(
+            f"{workdir}: {fewest} has {counts[fewest]} seeds at its best rate, others "
+            f"{max(counts.values())}; run the sweep to its end"
+        )
+    return found
 
 
 def _contestant(name: str, runs: list[Run]) -> Contestant:
@@ -95,10 +108,15 @@ def _contestant(name: str, runs: list[Run]) -> Contestant:
     first = {r.config["optimizer"]["lr"]: r for r in runs if r.config["seed"] == seed}
     rates = {lr: _validation_loss(run) for lr, run in sorted(first.items())}
     lr = min(rates, key=rates.get)
-    own = [run for run in runs if run.config["optimizer"]["lr"] == lr and run.finished]
+    if rates[lr] == math.inf:
+        raise RequestError(f"{name} diverged at every rate; tune it over smaller ones")
+    chosen = [run for run in runs if run.config["optimizer"]["lr"] == lr]
+    own = [run for run in chosen if run.finished]
     own.sort(key=lambda run: run.config["seed"])
     tried = [run for run in runs if run.finished and run.config["seed"] == seed]
-    return Contestant(name, rates, lr, tuple(own), (*tried, *(r for r in own if r not in tried)))
+    more = (run for run in own if run not in tried)
+    failed = len(chosen) - len(own)
+    return Contestant(name, rates, lr, tuple(own), (*tried, *more), failed)
 
 
 def _validation_loss(run: Run) -> float:
@@ -108,9 +126,9 @@ def _validation_loss(run: Run) -> float:
 
 def difference(first: Contestant, second: Contestant, *, level: float = 0.95) -> Interval:
     """Test loss of the first minus the second's, paired over examples and, where they share them,
-    seeds.
+    seeds: the wider of the bootstrap's interval, which is too narrow with few seeds, and Student's.
     """
-    return paired_difference(
+    bootstrap = paired_difference(
         first.losses,
         second.losses,
         first_index=first.runs[0].predictions.index,
@@ -120,6 +138,39 @@ def difference(first: Contestant, second: Contestant, *, level: float = 0.95) ->
         seed=0,
         level=level,
     )
+    if first.seeds != second.seeds:
+        return bootstrap
+    return _hull(bootstrap, _student(first.losses - second.losses, level))
+
+
+def _student(rows: np.ndarray, level: float) -> Interval:
+    """The mean of `rows (seeds, examples)` with an interval from the spread of both.
+
+    Variances of the means over seeds and over examples add up (a crossed design); degrees of
+    freedom by Welch and Satterthwaite. Nearly right from three seeds on; with one, examples alone.
+    """
+    from scipy.stats import t
+
+    num_seeds, num_examples = rows.shape
+    parts = [(np.var(rows.mean(axis=0), ddof=1) / num_examples, num_examples - 1)]
+    if num_seeds > 1:
+        parts.append((np.var(rows.mean(axis=1), ddof=1) / num_seeds, num_seeds - 1))
+    variance = sum(part for part, _ in parts)
+    mean = float(rows.mean())
+    if not variance:
+        return Interval(mean, mean, mean)
+    freedom = variance**2 / sum(part**2 / count for part, count in parts)
+    reach = float(t.ppf((1 + level) / 2, freedom) * math.sqrt(variance))
+    return Interval(mean, mean - reach, mean + reach)
+
+
+def mean_of(rows: np.ndarray) -> Interval:
+    """The mean of `rows (seeds, examples)` with the wider of the bootstrap's 95% and Student's."""
+    return _hull(mean_interval(rows, seed=0), _student(rows, 0.95))
+
+
+def _hull(one: Interval, other: Interval) -> Interval:
+    return Interval(one.estimate, min(one.low, other.low), max(one.high, other.high))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -141,7 +192,7 @@ def worse(name: str, claim: str, first: Contestant, second: Contestant, margin: 
 
     It holds where the 95% interval lies above the margin, not where it lies below, else open.
     """
-    return beyond(name, claim, difference(first, second), margin)
+    return _open_if_failed(beyond(name, claim, difference(first, second), margin), first, second)
 
 
 def equivalent(
@@ -155,7 +206,8 @@ def equivalent(
     inside = -margin < found.low and found.high < margin
     outside = found.low > margin or found.high < -margin
     verdict = HOLDS if inside else REFUTED if outside else OPEN
-    return Verdict(name, claim, _interval_text(found, 0.90), verdict)
+    text = _interval_text(found, 0.90)
+    return _open_if_failed(Verdict(name, claim, text, verdict), first, second)
 
 
 def not_worse(
@@ -166,7 +218,18 @@ def not_worse(
     """
     found = difference(first, second, level=0.90)
     verdict = HOLDS if found.high < margin else REFUTED if found.low > margin else OPEN
-    return Verdict(name, claim, _interval_text(found, 0.90), verdict)
+    text = _interval_text(found, 0.90)
+    return _open_if_failed(Verdict(name, claim, text, verdict), first, second)
+
+
+def _open_if_failed(verdict: Verdict, *contestants: Contestant) -> Verdict:
+    """What is left when unstable seeds drop out says nothing sure."""
+    if not any(one.num_failed for one in contestants):
+        return verdict
+    failed = ", ".join(f"{one.num_failed} of {one.name}" for one in contestants if one.num_failed)
+    return dataclasses.replace(
+        verdict, verdict=OPEN, seen=f"{verdict.seen}; seeds that diverged: {failed}"
+    )
 
 
 def change_of_gap(
@@ -177,7 +240,7 @@ def change_of_gap(
     if len({one.seeds for one in rows}) > 1:
         raise RequestError("the four contestants have different seeds; run them with the same")
     first, second, third, fourth = (one.losses for one in rows)
-    return mean_interval((first - second) - (third - fourth), seed=0)
+    return mean_of((first - second) - (third - fourth))
 
 
 def beyond(name: str, claim: str, found: Interval, margin: float) -> Verdict:
@@ -228,7 +291,8 @@ def contestant_table(contestants: Mapping[str, Contestant]) -> str:
         lines.append(
             f"| {one.name} | {one.runs[0].card['counts']['adapter']:,} | {rate_text(one.lr)} | "
             f"{basin} | {loss.estimate:.3f} [{loss.low:.3f}, {loss.high:.3f}] | "
-            f"{100 * one.mean('metrics.test.accuracy'):.1f} | {len(one.runs)} |"
+            f"{100 * one.mean('metrics.test.accuracy'):.1f} | {len(one.runs)}"
+            f"{f' ({one.num_failed} diverged)' if one.num_failed else ''} |"
         )
     return "\n".join(lines)
 
@@ -297,7 +361,7 @@ def write_findings(
         write_text(out / "cells.jsonl", "".join(json.dumps(record) + "\n" for record in records))
         commits = sorted({record["commit"] for record in records})
         devices = sorted({json.dumps(run.card["device"]) for run in runs if run.finished})
-        versions = runs[0].card["versions"]
+        versions = next(run.card["versions"] for run in runs if run.finished)
     else:  # of an experiment that keeps no cards: here and now
         commits, devices = [git_commit()], [json.dumps(device_description())]
         versions = package_versions()
@@ -312,8 +376,11 @@ def write_findings(
     run_on = ", ".join(commit[:12] for commit in commits)
     note = f"Commit {run_on}, JAX {versions.get('jax', '?')}; made by the command below."
     if records:
-        note = f"{len(records)} runs, a line each in cells.jsonl (intervals are over seeds and "
-        note += f"examples, differences paired). {note}"
+        note = (
+            f"{len(records)} runs, a line each in cells.jsonl. Intervals are bootstrapped over "
+            "seeds and examples; those of differences are paired, and where Student's is wider "
+            f"(few seeds) it is that. {note}"
+        )
     text = "\n\n".join(
         [f"# {title}", note, f"    {command}", verdict_table(verdicts), *filter(None, parts)]
     )

@@ -83,7 +83,7 @@ def write(workdir, out) -> None:
 
     def compare(name, claim, first, second):
         """The first forgets more than the second by more than the margin."""
-        interval = mean_interval(lost[first] - lost[second], seed=0)
+        interval = findings.mean_of(lost[first] - lost[second])
         verdict = (
             findings.HOLDS
             if interval.low > MARGIN

@@ -19,7 +19,7 @@ from lora_jax.train import load_adapter
 key = jax.random.key
 
 
-@functools.lru_cache(maxsize=64)
+@functools.lru_cache(maxsize=2)  # each with its own base
 def adapted(folder):
     """The run's adapter on its base: `model`, `method`, `trainable`, `frozen`."""
     if not (folder / "adapter").is_dir():

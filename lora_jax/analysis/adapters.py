@@ -21,7 +21,9 @@ from lora_jax.core.values import is_adapted
 from lora_jax.formats.peft_factors import AdapterFactors, Factors
 from lora_jax.methods.base import Method, PyTree, Trainable
 from lora_jax.methods.changes import Changes
+from lora_jax.methods.intrinsic import IntrinsicDimension
 from lora_jax.methods.sites import path_of
+from lora_jax.methods.uni_lora import UniLoRA
 
 # φ is shown of so many directions at most: the grid of r = 256 has 65,536 cells.
 NUM_DIRECTIONS = 64
@@ -110,6 +112,13 @@ def factors_of(
     >>> factors_of(method, method.init(jax.random.key(0), params)[0], params).factors["w"].shape
     (6, 4)
     """
+    if isinstance(method, UniLoRA):
+        method, trainable = method.to_lora(trainable, params)
+    if isinstance(method, IntrinsicDimension):
+        raise RequestError(
+            "what a random subspace changes is not low-rank; take lj.analysis.kernel_svd of the "
+            "merged parameters' differences"
+        )
     found = {}
     for own, part, layer in _parts_of(method, trainable, params):
         site = part.site
@@ -134,6 +143,8 @@ def kernels_of(method: Method, trainable: Trainable, params: PyTree) -> Kernels:
     >>> kernels_of(method, trainable, params)(adapter, "w").shape
     (6, 4)
     """
+    if isinstance(method, UniLoRA):
+        method, trainable = method.to_lora(trainable, params)
     flat = dict(trees.flatten(params, is_leaf=is_adapted).items())
     places = {own: (part.site, layer) for own, part, layer in _parts_of(method, trainable, params)}
 
@@ -173,7 +184,7 @@ def select(adapter: AdapterFactors, pattern: str) -> AdapterFactors:
     """The matrices whose name contains a match of the regular expression. Raises `RequestError`."""
     try:
         expression = re.compile(pattern)
-    except re.error as error:
+    except (re.error, OverflowError, RecursionError) as error:
         raise RequestError(f"{pattern!r} is no regular expression: {error}") from error
     kept = {name: one for name, one in adapter.factors.items() if expression.search(name)}
     if not kept:
@@ -211,7 +222,9 @@ def _profile(module: str, factors: Factors, weight: np.ndarray | None) -> Matrix
         base = kernel_svd(weight)
         of_kernel, of_delta = base.basis("input"), delta.basis("input")
         beside = {
-            "amplification": jax.tree.map(float, amplification_of(delta, weight, k)),
+            "amplification": jax.tree.map(
+                float, amplification_of(delta, weight, k, kernel_s=base.s)
+            ),
             "kernel_similarity": np.asarray(
                 basis_similarity(of_kernel[:, :NUM_DIRECTIONS], of_delta[:, :NUM_DIRECTIONS])
             ),

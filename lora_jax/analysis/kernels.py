@@ -76,9 +76,14 @@ def adapter_amplification(
 
 
 def amplification_of(
-    delta: SVD, kernel: jax.Array, rank: int, *, key: jax.Array | None = None
+    delta: SVD,
+    kernel: jax.Array,
+    rank: int,
+    *,
+    key: jax.Array | None = None,
+    kernel_s: jax.Array | None = None,
 ) -> Amplification:
-    """`amplification` of a ΔW whose SVD is there already."""
+    """`amplification` of a ΔW whose SVD is there already, and perhaps W's singular values, too."""
     kernel = wide(kernel)
     d_in, d_out = kernel.shape[-2:]
     if (delta.u.shape[-2], delta.v.shape[-2]) != (d_in, d_out):
@@ -93,6 +98,7 @@ def amplification_of(
     delta_norm, inside = (
         jnp.sqrt(jnp.sum(jnp.square(s), axis=-1)) for s in (delta.s, delta.s[..., :rank])
     )
+    kernel_s = kernel_svd(kernel).s if kernel_s is None else kernel_s
     keys = jax.random.split(jax.random.key(0) if key is None else key)
     random = [
         jnp.linalg.qr(jax.random.normal(k, (*kernel.shape[:-2], d, rank), kernel.dtype))[0]
@@ -100,7 +106,7 @@ def amplification_of(
     ]
     return Amplification(
         from_delta=from_delta,
-        from_kernel=jnp.sqrt(jnp.sum(jnp.square(kernel_svd(kernel).s[..., :rank]), axis=-1)),
+        from_kernel=jnp.sqrt(jnp.sum(jnp.square(kernel_s[..., :rank]), axis=-1)),
         from_random=projected_norm(kernel, *random),
         delta_norm=delta_norm,
         kernel_norm=_norm(kernel),

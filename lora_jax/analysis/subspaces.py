@@ -110,14 +110,29 @@ def sample_similarity(
 ) -> jax.Array:
     """φ of `num_samples` pairs of random subspaces, `(num_samples, num1, num2)`: their spread.
 
-    The spaces are those of Gaussian matrices. Raises as `expected_similarity` does.
+    The spaces are those of Gaussian matrices. The first may as well be the first axes, so that what
+    counts of the second are the first `num1` rows of its Q = G R⁻¹: these rows of G, and R from
+    GᵀG, whose other part is Wishart and drawn as such (Bartlett 1933): the cost does not grow with
+    `dimension`. Raises as `expected_similarity` does.
     """
     _check_numbers(num1, num2, dimension)
+    others = dimension - num1  # rows of G that are not looked at
 
     def one(key):
-        key1, key2 = jax.random.split(key)
-        u1 = jnp.linalg.qr(jax.random.normal(key1, (dimension, num1)))[0]
-        return basis_similarity(u1, jnp.linalg.qr(jax.random.normal(key2, (dimension, num2)))[0])
+        of_rows, of_rest, of_squares = jax.random.split(key, 3)
+        rows = jax.random.normal(of_rows, (num1, num2))
+        if others >= num2:
+            lower = jnp.tril(jax.random.normal(of_rest, (num2, num2)), -1)
+            freedom = others - jnp.arange(num2, dtype=lower.dtype)
+            root = lower + jnp.diag(jnp.sqrt(jax.random.chisquare(of_squares, freedom)))
+            rest = root @ root.T
+        else:
+            g = jax.random.normal(of_rest, (others, num2))
+            rest = g.T @ g
+        r = jnp.linalg.cholesky(rows.T @ rows + rest).T
+        q = jax.scipy.linalg.solve_triangular(r.T, rows.T, lower=True).T
+        total = jnp.cumsum(jnp.cumsum(jnp.square(q), axis=0), axis=1)
+        return total / _smaller(num1, num2)
 
     return jax.lax.map(one, jax.random.split(key, num_samples))
 

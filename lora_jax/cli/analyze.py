@@ -58,20 +58,30 @@ def run(argv: Sequence[str]) -> int:
     parser.add_argument("--out", default=".", help="an .html path or a folder (default: here)")
     add_json(parser)
     options = parser.parse_args(argv)
-    paths = [Path(path).expanduser() for path in options.adapters]
-    if twice := [p for n, p in enumerate(paths) if p.resolve() in {q.resolve() for q in paths[:n]}]:
+    paths = [_place(path) for path in options.adapters]
+    if twice := [p for n, p in enumerate(paths) if p in paths[:n]]:
         raise RequestError(f"{twice[0]} is given twice; similarity needs two different adapters")
 
-    from lora_jax.report.adapters import analysis_json, write_analysis
+    from lora_jax.report.adapters import analysis_json, page_path, write_analysis
 
-    analysis = _analyse(options.adapters, options.base, options.modules, options.directions)
-    page = write_analysis(analysis, Path(options.out).expanduser())
+    out = page_path(_place(options.out))
+    analysis = _analyse(paths, options.base, options.modules, options.directions)
+    page = write_analysis(analysis, out)
     if options.json:
         say(json.dumps({"page": str(page), **analysis_json(analysis)}))
     else:
         _print(analysis)
         say(f"the page: {page.resolve().as_uri()}")
     return 0
+
+
+def _place(text: str) -> str:
+    """A folder's full path; what is none may be a hub id and stays as it is."""
+    try:
+        path = Path(text).expanduser()
+        return str(path.resolve()) if path.exists() else str(path)
+    except (OSError, RuntimeError, ValueError) as error:
+        raise RequestError(f"{text[:80]!r} is no path: {error}") from error
 
 
 def _analyse(paths, base, modules, directions) -> Analysis:
@@ -81,10 +91,12 @@ def _analyse(paths, base, modules, directions) -> Analysis:
         profile_adapter,
         select,
     )
+    from lora_jax.formats.peft_factors import plain_text
     from lora_jax.report.adapters import Analysis
 
-    names = distinct_names(paths)
+    names = [plain_text(name) for name in distinct_names(paths)]
     loaded = [_load(path, name, base) for path, name in zip(paths, names, strict=True)]
+    are_runs = {_is_run(path) for path in paths}
     if modules is not None:
         loaded = [(select(adapter, modules), kernel) for adapter, kernel in loaded]
     _check_directions(directions, [adapter for adapter, _ in loaded])
@@ -99,7 +111,17 @@ def _analyse(paths, base, modules, directions) -> Analysis:
             )
             for one, other in couples
         )
-    return Analysis(profiles, pairs, tuple(_notes(loaded, pairs, base)), base or "")
+    notes = _notes(loaded, pairs, base)
+    if len(are_runs) > 1:
+        notes.append(
+            "A run's matrices have this project's names, a PEFT folder's those of transformers: to "
+            "compare them, write the run in PEFT's format first (lora-jax convert)."
+        )
+    return Analysis(profiles, pairs, tuple(notes), base or "")
+
+
+def _is_run(path: str) -> bool:
+    return not is_peft(path) and Path(path).is_dir()
 
 
 def _load(path: str, name: str, base: str | None) -> tuple[AdapterFactors, Kernels | None]:
@@ -108,14 +130,14 @@ def _load(path: str, name: str, base: str | None) -> tuple[AdapterFactors, Kerne
     from lora_jax.analysis.adapters import factors_of, kernels_of
     from lora_jax.formats.peft_factors import BaseKernels, read_factors
 
-    if is_peft(path) or not Path(path).expanduser().is_dir():
+    if not _is_run(path):
         adapter = dataclasses.replace(read_factors(path), name=name)
         return adapter, BaseKernels(base).kernel if base else None
     if base:
         raise RequestError(f"--base={base} is for adapters in PEFT's format; {path} knows its own")
     model, method, trainable, _ = load_adapted(path, None)
     adapter = factors_of(method, trainable, model.params, name=name)
-    adapter = dataclasses.replace(adapter, base=model.base_hash)
+    adapter = dataclasses.replace(adapter, base=f"{model.name} ({model.base_hash[:12]})")
     return adapter, kernels_of(method, trainable, model.params)
 
 
@@ -152,6 +174,12 @@ def _notes(loaded, pairs, base) -> list[str]:
     adapters = [adapter for adapter, _ in loaded]
     notes = []
     bases = {adapter.base for adapter in adapters if adapter.base}
+    notes += [
+        f"{adapter.name}: {len(adapter.skipped)} convolutions are left out; only matrices are "
+        "analysed."
+        for adapter in adapters
+        if adapter.skipped
+    ]
     if len(bases) > 1:
         notes.append(
             "The adapters name different bases: "

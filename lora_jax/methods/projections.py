@@ -25,8 +25,9 @@ from lora_jax.core.errors import RequestError
 # The transform works on axes of at most this size: a product with a small matrix for every seven
 # doublings passes over memory less often than seven sums and differences.
 _MOST = 128
-# Those whose subspace of d lies in that of every larger d of the same key.
-NESTED = ("fastfood", "dense")
+# Those whose subspace of d lies in that of every larger d of the same key, at no cost: a dense P of
+# the larger d would be formed.
+NESTED = ("fastfood",)
 # Signs are drawn so many at a time.
 _BLOCK = 1024
 

@@ -29,8 +29,13 @@ def key_of(numbers: jax.Array) -> jax.Array:
 
 def layout_of(sizes: Mapping[str, int]) -> jax.Array:
     """(2,) float32: a hash of names and sizes in their order."""
+    return jnp.asarray(_layout_of(sizes))
+
+
+def _layout_of(sizes: Mapping[str, int]) -> np.ndarray:
+    # NumPy: under a trace JAX would make a number of it that is not known.
     found = zlib.crc32(repr(list(sizes.items())).encode())
-    return jnp.array([found >> 16, found & 0xFFFF], jnp.float32)
+    return np.array([found >> 16, found & 0xFFFF], np.float32)
 
 
 def check_layout(name: str, layout: jax.Array, sizes: Mapping[str, int]) -> None:
@@ -39,7 +44,7 @@ def check_layout(name: str, layout: jax.Array, sizes: Mapping[str, int]) -> None
     Under a trace its numbers are not known; what is loaded or merged is seen.
     """
     is_known = not isinstance(layout, jax.core.Tracer)
-    if is_known and not np.array_equal(layout, layout_of(sizes)):
+    if is_known and not np.array_equal(layout, _layout_of(sizes)):
         raise RequestError(
             f"{name!r} was made for other parameters than the {len(sizes)} that move here "
             f"({sum(sizes.values()):,} numbers); bind it to the tree it was made for"

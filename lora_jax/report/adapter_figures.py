@@ -37,7 +37,8 @@ def draw_spectra(named: dict[str, list[MatrixProfile]]) -> Drawing:
                         marker="o" if s.size <= 16 else None, markersize=3,
                         color=colours[of_module[profile.module]],
                     )  # fmt: skip
-            axes.set_yscale("log")
+            if axes.lines:  # a fresh adapter has none
+                axes.set_yscale("log")
             axes.set_title(name, parse_math=False)
             axes.set_xlabel("direction")
             axes.xaxis.set_major_locator(MaxNLocator(integer=True))
@@ -50,6 +51,8 @@ def draw_spectra(named: dict[str, list[MatrixProfile]]) -> Drawing:
         "Singular values of ΔW, each matrix by its largest. A line that falls at once is a change "
         "of few directions, whatever rank was paid for."
     )
+    if len(named) > len(names):
+        caption += f" The first {len(names)} of {len(named)} adapters."
     return Drawing("spectra", "Spectra of ΔW", caption, svg)
 
 
@@ -58,18 +61,21 @@ def draw_similarity(pair: Pair, number: int, space: str = "input") -> Drawing:
     kinds = group_by_kind([profile.module for profile in pair.profiles])
     by_name = {profile.module: profile for profile in pair.profiles}
     panels: list[tuple[str, np.ndarray]] = []
-    for kind, modules in list(kinds.items())[: MAX_PANELS - 1]:
+    random: dict[str, np.ndarray] = {}
+    for kind, modules in list(kinds.items())[:MAX_PANELS]:
         some = _of_one_size([by_name[module] for module in modules])
         grids = [getattr(p, space) for p in some]
         panels.append((f"{kind}\nmean of {len(some)}", np.mean(grids, axis=0)))
-    first = pair.profiles[0]
-    expected = first.expected if space == "input" else first.expected_output
-    panels.append(("random spaces, expected", expected))
+        width = some[0].shape[0 if space == "input" else 1]
+        expected = some[0].expected if space == "input" else some[0].expected_output
+        random.setdefault(f"random, expected\nof d = {width:,}", expected)
+    panels += random.items()
     svg = _heat_maps(panels, f"similarity-{number}-{space}", pair.first, pair.second)
     caption = (
         f"φ(i, j) of the first i directions of {pair.first} and the first j of {pair.second} in "
-        f"the space of {space}s: 1 where the smaller space lies in the larger one. The last panel "
-        "is what two random spaces have in common, max(i, j) / d: only what exceeds it was learned."
+        f"the space of {space}s: 1 where the smaller space lies in the larger one. Last, what two "
+        "random spaces of the same widths have in common, max(i, j) / d: only what exceeds it was "
+        f"learned.{_left_out(kinds)}"
     )
     title = f"{pair.first} and {pair.second}: directions of {space}s"
     return Drawing(f"similarity-{number}-{space}", title, caption, svg)
@@ -80,17 +86,19 @@ def draw_against_kernel(name: str, number: int, profiles: list[MatrixProfile]) -
     kinds = group_by_kind([profile.module for profile in profiles])
     by_name = {profile.module: profile for profile in profiles}
     panels = []
-    for kind, modules in list(kinds.items())[: MAX_PANELS - 1]:
+    random: dict[str, np.ndarray] = {}
+    for kind, modules in list(kinds.items())[:MAX_PANELS]:
         some = _of_one_size([by_name[module] for module in modules])
         grids = [p.kernel_similarity for p in some]
         panels.append((f"{kind}\nmean of {len(some)}", np.mean(grids, axis=0)))
-    rows, columns = profiles[0].kernel_similarity.shape
-    i, j = np.arange(1, rows + 1)[:, None], np.arange(1, columns + 1)
-    panels.append(("random spaces, expected", np.maximum(i, j) / profiles[0].shape[0]))
+        (rows, columns), width = grids[0].shape, some[0].shape[0]
+        i, j = np.arange(1, rows + 1)[:, None], np.arange(1, columns + 1)
+        random.setdefault(f"random, expected\nof d = {width:,}", np.maximum(i, j) / width)
+    panels += random.items()
     svg = _heat_maps(panels, f"kernel-{number}", "W", f"ΔW of {name}")
     caption = (
         "φ(i, j) of W's first i directions of inputs and ΔW's first j. Near the random panel: ΔW "
-        "reads directions that W does not emphasise (Hu et al. 2021, Figure 8)."
+        f"reads directions that W does not emphasise (Hu et al. 2021, Figure 8).{_left_out(kinds)}"
     )
     return Drawing(f"kernel-{number}", f"{name}: ΔW's directions among W's", caption, svg)
 
@@ -100,30 +108,41 @@ def draw_amplification(named: dict[str, list[MatrixProfile]]) -> Drawing:
     with style_sheet():
         figure = Figure(figsize=(WIDTH, 3.6), layout="constrained")
         left, right = figure.subplots(1, 2)
-        for n, (name, profiles) in enumerate(named.items()):
+        for n, profiles in enumerate(named.values()):
             places = np.arange(len(profiles))
             colour = _HUES[n % len(_HUES)]
             found = [p.amplification for p in profiles]
             shares = {
-                "v": [one.from_kernel / one.kernel_norm for one in found],
-                "o": [one.from_delta / one.kernel_norm for one in found],
-                "x": [one.from_random / one.kernel_norm for one in found],
+                "v": [_positive(one.from_kernel, one.kernel_norm) for one in found],
+                "o": [_positive(one.from_delta, one.kernel_norm) for one in found],
+                "x": [_positive(one.from_random, one.kernel_norm) for one in found],
             }
             for marker, values in shares.items():
                 left.plot(places, values, marker, color=colour, markersize=4.5, alpha=0.8)
-            right.plot(
-                places, [one.factor for one in found], "o-", color=colour, markersize=4.5,
-                linewidth=0.8, label=name,
-            )  # fmt: skip
-        for marker, what in (("v", "its own first r"), ("o", "ΔW's r"), ("x", "r random ones")):
-            left.plot([], [], marker, color=INK, label=f"in {what}")
+            values = [_positive(one.factor, 1.0) for one in found]
+            right.plot(places, values, "o-", color=colour, markersize=4.5, linewidth=0.8)
+        shown = (("v", "its own first r"), ("o", "ΔW's r"), ("x", "r random ones"))
+        legends = {
+            left: {f"in {what}": left.plot([], [], m, color=INK)[0] for m, what in shown},
+            right: {
+                name: right.plot([], [], "o-", color=_HUES[n % len(_HUES)])[0]
+                for n, name in enumerate(named)
+            },
+        }
         left.set_title("Share of ‖W‖ in r directions of inputs and outputs")
         right.set_title("Amplification, ‖ΔW‖ / ‖UᵀWV‖")
         for axes in (left, right):
-            axes.set_yscale("log")
+            drawn = np.concatenate([line.get_ydata() for line in axes.lines]).astype(float)
+            if np.isfinite(drawn).any():
+                axes.set_yscale("log")
             axes.set_xlabel("matrix, in the adapter's order")
             axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-            legend = axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.18), ncols=3)
+            # Labels apart: matplotlib would leave out what begins with an underscore.
+            handles = legends[axes]
+            legend = axes.legend(
+                list(handles.values()), list(handles), loc="upper center",
+                bbox_to_anchor=(0.5, -0.18), ncols=3,
+            )  # fmt: skip
             for text in legend.get_texts():
                 text.set_parse_math(False)
         svg = to_svg(figure, "amplification")
@@ -157,6 +176,16 @@ def _heat_maps(panels: list[tuple[str, np.ndarray]], name: str, first: str, seco
             one.set_visible(False)
         figure.colorbar(image, ax=list(axes), shrink=0.7, label="φ")
         return to_svg(figure, name)
+
+
+def _positive(part: float, whole: float) -> float:
+    """part / whole where it has a place on a logarithmic axis, else nan."""
+    value = part / whole if whole else np.nan
+    return value if value > 0 and np.isfinite(value) else np.nan
+
+
+def _left_out(kinds: dict[str, list[str]]) -> str:
+    return f" The first {MAX_PANELS} of {len(kinds)} kinds." if len(kinds) > MAX_PANELS else ""
 
 
 def _of_one_size(profiles: list) -> list:

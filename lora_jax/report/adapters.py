@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import os
 from collections.abc import Sequence
 from html import escape
@@ -14,6 +15,7 @@ import numpy as np
 from lora_jax.analysis.adapters import (
     INTRUDER_COSINE,
     NUM_INTRUDERS,
+    NUM_SAMPLES,
     MatrixProfile,
     Pair,
     PairProfile,
@@ -28,6 +30,7 @@ from lora_jax.report.adapter_figures import (
     draw_spectra,
 )
 from lora_jax.report.html import html_figure, html_page, html_table, html_warnings
+from lora_jax.report.quantities import ABSENT
 
 PAGE = "analysis.html"
 
@@ -44,16 +47,25 @@ class Analysis:
     base: str = ""
 
 
-def write_analysis(analysis: Analysis, out) -> Path:
-    """Writes the page to `out`, a path that ends in .html or a folder; returns its path.
+def page_path(out) -> Path:
+    """Where the page goes: `out` if it ends in .html, else a file in that folder.
 
-    Raises `RequestError` for a place that cannot be written.
+    Raises `RequestError` for a place that cannot be written, before any work is done for it.
     """
     out = Path(out)
     if out.suffix.lower() not in (".html", ".htm"):
         if out.exists() and not out.is_dir():
             raise RequestError(f"{out} is a file; give a folder, or a path that ends in .html")
         out = out / PAGE
+    there = next(parent for parent in out.absolute().parents if parent.exists())
+    if out.is_dir() or not there.is_dir() or not os.access(there, os.W_OK):
+        raise RequestError(f"{out} cannot be written; give a folder of yours with --out")
+    return out
+
+
+def write_analysis(analysis: Analysis, out) -> Path:
+    """Writes the page to `page_path(out)`; returns its path. Raises as that does."""
+    out = page_path(out)
     write_text(out, analysis_page(analysis))
     return out
 
@@ -113,7 +125,7 @@ def headline(analysis: Analysis) -> list[str]:
         )
         if profiles[0].amplification is not None:
             factor = np.median([profile.amplification.factor for profile in profiles])
-            line += f", the median amplification {factor:.1f}"
+            line += f", the median amplification {_shown(factor, '.1f')}"
         lines.append(f"{line}.")
     for pair in analysis.pairs:
         if pair.profiles:
@@ -122,8 +134,9 @@ def headline(analysis: Analysis) -> list[str]:
             above = sum(bool(p.input[0, 0] > p.highest[0, 0]) for p in pair.profiles)
             lines.append(
                 f"{pair.first} and {pair.second}: the first directions of inputs have φ = "
-                f"{first:.2f} on average over {len(pair.profiles)}, random ones {null:.3f}; "
-                f"in {above} it is more than any of the random pairs reached."
+                f"{first:.2f} on average over {len(pair.profiles)}, random ones {null:.3f}; in "
+                f"{above} it is more than any of {NUM_SAMPLES} random pairs reached (by chance in "
+                f"about {len(pair.profiles) / (NUM_SAMPLES + 1):.0f})."
             )
     return lines
 
@@ -177,8 +190,8 @@ def _row(profile: MatrixProfile) -> tuple[str, ...]:
         return found
     return (
         *found,
-        f"{one.delta_norm / one.kernel_norm:.3g}",
-        f"{one.factor:.3g}",
+        _shown(_ratio(one.delta_norm, one.kernel_norm)),
+        _shown(one.factor),
         f"{one.from_delta:.3g}",
         f"{one.from_kernel:.3g}",
         f"{one.from_random:.3g}",
@@ -216,7 +229,7 @@ def summary_rows(profiles: Sequence[MatrixProfile]) -> list[tuple[str, ...]]:
             f"{mean(p.energy_rank for p in some):.1f}",
         ]
         if some[0].amplification is not None:
-            row.append(f"{mean(p.amplification.factor for p in some):.3g}")
+            row.append(_shown(mean(p.amplification.factor for p in some)))
             row.append(f"{mean(p.intruders for p in some):.1f}")
         rows.append(tuple(row))
     return rows
@@ -256,7 +269,11 @@ def _profile_json(profile: MatrixProfile) -> dict[str, Any]:
         "energy_rank": profile.energy_rank,
     }
     if profile.amplification is not None:
-        found["amplification"] = profile.amplification._asdict()
+        # JSON has no infinity: where W holds nothing, nothing is what it is amplified from.
+        found["amplification"] = {
+            name: value if math.isfinite(value) else None
+            for name, value in profile.amplification._asdict().items()
+        }
         found["kernel_similarity"] = profile.kernel_similarity.tolist()
         found["intruders"] = profile.intruders
     return found
@@ -280,6 +297,14 @@ def _with_base(analysis: Analysis) -> dict[str, list[MatrixProfile]]:
         for name, profiles in analysis.profiles.items()
         if profiles[0].amplification is not None
     }
+
+
+def _ratio(part: float, whole: float) -> float:
+    return part / whole if whole else math.nan
+
+
+def _shown(value: float, form: str = ".3g") -> str:
+    return f"{value:{form}}" if math.isfinite(value) else ABSENT
 
 
 def _of(base: str) -> str:

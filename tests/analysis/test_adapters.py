@@ -1,5 +1,6 @@
 """Adapters on disk, matrix by matrix, against float64 NumPy on the files' own numbers."""
 
+import dataclasses
 import json
 import shutil
 from pathlib import Path
@@ -129,6 +130,86 @@ def test_adapters_of_this_project_are_read_as_their_merged_change():
         own = adapter.factors[name]
         np.testing.assert_allclose(own.scale * own.a @ own.b, delta, atol=1e-5)
         np.testing.assert_array_equal(kernel(adapter, name), base)
+
+
+def test_weights_lie_as_the_model_has_them_whatever_the_config_says(tmp_path):
+    """PEFT writes fan_in_fan_out of the last module it wraps: mixed models cannot be told by it."""
+    name = "gpt2-all-linear-dora"
+    found = {}
+    for flag in (True, False):
+        folder = tmp_path / str(flag) / name
+        shutil.copytree(ADAPTERS / name, folder)
+        config = json.loads((folder / "adapter_config.json").read_text())
+        config["fan_in_fan_out"] = flag
+        (folder / "adapter_config.json").write_text(json.dumps(config))
+        adapter = read_factors(folder)
+        kernels = BaseKernels(BASES / "gpt2")
+        for module, factors in adapter.factors.items():
+            kernel = kernels.kernel(adapter, module)
+            assert kernel.shape == factors.shape
+            # All of these are Conv1D: (in, out) in the file.
+            np.testing.assert_array_equal(kernel, weight("gpt2", f"{module}.weight"))
+        found[flag] = list(adapter.factors)
+    assert found[True] == found[False] and any("attn.c_proj" in m for m in found[True])
+
+
+def test_a_tied_heads_kernel_is_the_embedding():
+    adapter = read_factors(ADAPTERS / "llama-head")
+    table = weight("llama_tied", "model.embed_tokens.weight")
+    np.testing.assert_array_equal(
+        BaseKernels(BASES / "llama_tied").kernel(adapter, "lm_head"), table.T
+    )
+
+
+def test_a_base_of_nothing_and_a_fresh_adapter_have_no_factor(tmp_path):
+    llama = read_factors(ADAPTERS / "llama-list")
+    (empty, *_) = profile_adapter(llama, lambda a, m: np.zeros(a.factors[m].shape))
+    assert np.isinf(empty.amplification.factor) and empty.amplification.kernel_norm == 0
+    zeros = {n: type(f)(f.a, 0 * f.b, f.scale) for n, f in llama.factors.items()}
+    fresh = dataclasses.replace(llama, factors=zeros)
+    (one, *_) = profile_adapter(fresh, BaseKernels(BASES / "llama").kernel)
+    assert one.delta_norm == one.stable_rank == one.amplification.factor == one.intruders == 0
+    assert not np.any(compare_adapters(fresh, llama).profiles[0].input)
+
+
+def test_convolutions_are_left_out_and_named(tmp_path):
+    folder = tmp_path / "conv"
+    shutil.copytree(ADAPTERS / "llama-list", folder)
+    tensors = load_file(folder / "adapter_model.safetensors")
+    at = "base_model.model.model.layers.0.conv"
+    tensors[f"{at}.lora_A.weight"] = np.ones((4, 3, 2, 2), np.float32)
+    tensors[f"{at}.lora_B.weight"] = np.ones((5, 4, 1, 1), np.float32)
+    save_file(tensors, folder / "adapter_model.safetensors")
+    found = read_factors(folder)
+    assert found.skipped == ("model.layers.0.conv",) and len(found.factors) == 4
+
+
+def test_uni_lora_is_read_as_the_lora_it_amounts_to():
+    params = {"w": np.random.default_rng(0).normal(size=(6, 4)).astype(np.float32)}
+    method = lj.UniLoRA(targets="w", rank=2, dim=5)
+    trainable, frozen = method.init(jax.random.key(0), params)
+    own = factors_of(method, trainable, params).factors["w"]
+    merged = method.merge(trainable, frozen)["w"]
+    np.testing.assert_allclose(own.scale * own.a @ own.b, merged - params["w"], atol=1e-6)
+    method = lj.IntrinsicDimension(dim=3)
+    with pytest.raises(RequestError, match="not low-rank"):
+        factors_of(method, method.init(jax.random.key(0), params)[0], params)
+
+
+@pytest.mark.parametrize(
+    "change, says",
+    [
+        (lambda x: (x * 9).astype(np.int8), "the base is quantised"),
+        (lambda x: x * np.nan, "NaN or infinity"),
+    ],
+)
+def test_a_base_that_holds_no_weights_is_named(change, says, tmp_path):
+    folder = tmp_path / "base"
+    shutil.copytree(BASES / "llama", folder)
+    tensors = load_file(folder / "model.safetensors")
+    save_file({n: change(x) for n, x in tensors.items()}, folder / "model.safetensors")
+    with pytest.raises(RequestError, match=says):
+        profile_adapter(read_factors(ADAPTERS / "llama-list"), BaseKernels(folder).kernel)
 
 
 def test_layers_come_in_their_order_and_kinds_leave_numbers_out():

@@ -5,6 +5,7 @@ import shutil
 from pathlib import Path
 
 import pytest
+from safetensors.numpy import load_file, save_file
 
 from lora_jax.cli.analyze import distinct_names
 from lora_jax.cli.main import main
@@ -28,7 +29,7 @@ def test_two_folders_of_peft_make_a_page_without_a_model(tmp_path, capsys, no_mo
     assert main(["analyze", *paths, f"--base={BASES / 'llama'}", f"--out={tmp_path}"]) == 0
     page = (tmp_path / "analysis.html").read_text()
     assert page.count("<svg") == 6  # φ of inputs and outputs, spectra, Table 7, Figure 8 of each
-    for text in ("q_proj", "intruders of 10", "random spaces, expected"):
+    for text in ("q_proj", "intruders of 10", "random, expected"):
         assert text in page
     out = capsys.readouterr().out
     assert "the page: file://" in out and "10 matrices are changed by one alone" in out
@@ -44,6 +45,44 @@ def test_json_holds_every_number(tmp_path, capsys, no_models):
     matrix = found["adapters"]["llama-list"][0]
     assert len(matrix["singular_values"]) == matrix["rank"] and "amplification" not in matrix
     assert Path(found["page"]) == tmp_path / "a.html" and Path(found["page"]).is_file()
+
+
+def test_a_base_with_an_empty_matrix_and_a_fresh_adapter_make_a_page(tmp_path, capsys, recwarn):
+    base, adapter = tmp_path / "base", tmp_path / "_fresh"
+    shutil.copytree(BASES / "llama", base)
+    tensors = load_file(base / "model.safetensors")
+    tensors["model.layers.0.self_attn.q_proj.weight"][:] = 0
+    save_file(tensors, base / "model.safetensors")
+    shutil.copytree(ADAPTERS / "llama-list", adapter)
+    tensors = load_file(adapter / "adapter_model.safetensors")
+    for name, tensor in tensors.items():
+        tensor *= 0 if "lora_B" in name else 1
+    save_file(tensors, adapter / "adapter_model.safetensors")
+    args = [str(adapter), str(ADAPTERS / "llama-list"), f"--base={base}", f"--out={tmp_path}"]
+    assert main(["analyze", *args, "--json"]) == 0
+    found = json.loads(capsys.readouterr().out, parse_constant=lambda text: 1 / 0)
+    factors = [m["amplification"]["factor"] for m in found["adapters"]["llama-list"]]
+    assert None in factors and any(factors)
+    assert "_fresh" in (tmp_path / "analysis.html").read_text()
+    assert not [w for w in recwarn if "matplotlib" in str(w.filename)]
+
+
+def test_control_characters_of_a_strangers_file_do_not_reach_the_terminal(tmp_path, capsys):
+    folder = tmp_path / "adapter"
+    shutil.copytree(ADAPTERS / "llama-list", folder)
+    path = folder / "adapter_model.safetensors"
+    odd = {n.replace("q_proj", "q_\x1b[2J_proj"): x for n, x in load_file(path).items()}
+    save_file(odd, path)
+    assert main(["analyze", str(folder), f"--out={tmp_path}"]) == 0
+    assert "\x1b" not in capsys.readouterr().out
+
+
+def test_a_place_that_cannot_be_written_is_named_before_the_work(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("lora_jax.cli.analyze._analyse", lambda *args: 1 / 0)
+    (tmp_path / "file").write_text("")
+    for out in (tmp_path / "file", tmp_path / "file" / "x.html"):
+        assert main(["analyze", str(ADAPTERS / "llama-list"), f"--out={out}"]) == 2
+        assert "give a folder" in capsys.readouterr().err
 
 
 def test_what_cannot_be_compared_is_said(tmp_path, capsys):
@@ -65,10 +104,13 @@ def test_what_cannot_be_compared_is_said(tmp_path, capsys):
         (["llama-list", "--modules=c_attn"], "no matrix of llama-list"),
         (["llama-list", "--base=BASES/bert"], "has no weight of"),
         (["nothing-here"], "there is no folder"),
+        (["llama-list", "--modules=a{99999999999999999}"], "no regular expression"),
+        (["~no-such-user/x"], "is no path"),
+        (["x" * 300], "is no path"),
     ],
 )
 def test_a_bad_request_is_one_line_and_writes_nothing(args, says, tmp_path, capsys):
-    paths = [str(ADAPTERS / a) if not a.startswith("-") else a for a in args]
+    paths = [str(ADAPTERS / a) if not a.startswith(("-", "~")) else a for a in args]
     paths = [path.replace("BASES", str(BASES)) for path in paths]
     assert main(["analyze", *paths, f"--out={tmp_path / 'page.html'}"]) == 2
     error = capsys.readouterr().err

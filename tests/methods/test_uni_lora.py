@@ -23,6 +23,8 @@ METHODS = {
     for projection in ("grouped", "fastfood")
     for start in ("uniform", "lora")
 }  # fmt: skip
+FAST = ("grouped uniform", "fastfood lora")
+NAMES = [n if n in FAST else pytest.param(n, marks=pytest.mark.slow) for n in METHODS]
 PROJECT = {"grouped": grouped, "fastfood": fastfood}
 
 
@@ -63,7 +65,7 @@ def test_the_adjoint_of_grouped_matches_the_product():
     assert not np.array_equal(forward, grouped(theta, 5000, jax.random.key(2)))
 
 
-@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("name", NAMES)
 def test_the_factors_are_the_start_and_p_theta(name):
     params, trainable, _ = moved(name)
     _, fresh, _ = begun(name)
@@ -83,7 +85,7 @@ def test_the_factors_are_the_start_and_p_theta(name):
     np.testing.assert_allclose(flat, step, atol=3e-6)
 
 
-@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("name", NAMES)
 def test_a_fresh_one_is_the_base_with_loras_start_alone(name):
     params, trainable, frozen = begun(name)
     found = jax.jit(lj.lift(apply))(METHODS[name].bind(trainable, frozen), X)
@@ -92,7 +94,7 @@ def test_a_fresh_one_is_the_base_with_loras_start_alone(name):
     assert np.max(np.abs(found - base)) < 1e-2
 
 
-@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("name", NAMES)
 def test_outputs_and_gradients_are_those_of_the_merged_model(name):
     method = METHODS[name]
     params, trainable, frozen = moved(name)
@@ -113,6 +115,15 @@ def test_outputs_and_gradients_are_those_of_the_merged_model(name):
         theta, expected, atol=2e-5 * float(jnp.max(jnp.abs(expected))) + 1e-6
     )
     assert not np.any(own["uni_lora"]["key"])
+
+
+def test_it_may_be_closed_over_by_a_compiled_function():
+    """What it was made for is checked against numbers, also while others are traced."""
+    for method in (METHODS["grouped uniform"], lj.IntrinsicDimension(dim=4)):
+        params = params_of()
+        trainable, frozen = method.init(jax.random.key(1), params)
+        found = jax.jit(lambda x: lj.lift(apply)(method.bind(trainable, frozen), x))(X)  # noqa: B023
+        np.testing.assert_allclose(found, apply(method.merge(trainable, params), X), atol=1e-4)
 
 
 def test_it_trains_its_vector_and_the_head_and_nothing_else():
