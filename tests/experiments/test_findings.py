@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from experiments import findings
+from experiments import findings, index
 from lora_jax.core.errors import RequestError
 from lora_jax.report.runs import Predictions, Run
 from lora_jax.report.statistics import Interval
@@ -159,6 +159,10 @@ def test_every_sweep_has_a_smoke_size_and_five_rates(name):
     assert module.get_config("smoke").model.name == "tiny-bert"
     with pytest.raises(ValueError, match="give no size, or smoke"):
         module.get_config("large")
+
+
+def test_the_page_of_experiments_is_that_of_their_docstrings_and_verdicts():
+    assert (ROOT / "experiments" / "README.md").read_text() == index.to_page()
 
 
 @pytest.mark.slow

