@@ -103,6 +103,10 @@ def write(workdir, out) -> None:
                 learned.heat_maps(panels, "i, r = 8", "j, r = 64"), out, "similarity", used
             ),
             "\n".join(lines),
+            "Pairs of one seed begin with eight columns of `a` in common, so that their φ says how "
+            "much of the start is left, too. The source does not say whether its adapters of two "
+            "ranks shared a seed. With movie reviews, two classes instead of 26, two seeds of one "
+            "rank have far more in common: see notebooks/02_rank_subspaces.",
         ],
         runs=used,
         extra={"phi_1_1": top, "phi_8_8": rest},

@@ -45,6 +45,14 @@ SMOKE = {
     "train.eval_every_steps": 4,
 }
 
+READ_WITH = (
+    "Read with this: the head trains at its contestant's rate, so that at full fine-tuning's best "
+    "rate the new head learns far slower than at LoRA's, and part of that difference may be the "
+    "head's. In 200 steps no gloss is seen twice: nothing is overfitted, and longer training may "
+    "order the contestants otherwise. The bars of the figure hold what makes glosses hard, which "
+    "all contestants share; the verdicts are of paired differences."
+)
+
 
 def sweep_full_size(add):
     """q,v and q by rank, full fine-tuning and the frozen probe: 60 rates, then 40 more seeds."""
@@ -158,7 +166,7 @@ def write(workdir, out) -> None:
         title="What rank",
         command="python -m experiments.what_rank runs/what_rank",
         verdicts=verdicts,
-        parts=[findings.contestant_table(found), shown],
+        parts=[findings.contestant_table(found), shown, READ_WITH],
         runs=runs,
     )
 
