@@ -123,19 +123,19 @@ def get_config(arg: str = "") -> ConfigDict:
 
 def write(workdir, out) -> None:
     """Reads the finished sweep, and writes what was found."""
-    from experiments import findings
+    from experiments import findings, hypotheses
 
-    found = findings.read_contestants(workdir)
+    found = hypotheses.read_contestants(workdir)
     sizes = sorted({int(name.rpartition("-b")[2]) for name in found})
     small, large = sizes[0], sizes[-1]
     verdicts = []
     for name, claim in (("qv-r8", "gap_grows"), ("all-r32", "not_by_rank")):
-        change = findings.change_of_gap(
+        change = hypotheses.change_of_gap(
             (found[f"{name}-b{large}"], found[f"full-b{large}"]),
             (found[f"{name}-b{small}"], found[f"full-b{small}"]),
         )
         verdicts.append(
-            findings.beyond(
+            hypotheses.beyond(
                 claim,
                 f"the gap of {name} to full grows from batch {small} to {large}",
                 change,

@@ -28,7 +28,7 @@ def write(workdir, out) -> None:
     """Reads the finished sweep, and writes what was found."""
     import numpy as np
 
-    from experiments import findings, learned
+    from experiments import findings, hypotheses, learned
     from lora_jax.analysis import (
         amplification,
         energy_rank,
@@ -39,7 +39,7 @@ def write(workdir, out) -> None:
         stable_rank,
     )
 
-    found = findings.read_contestants(workdir)
+    found = hypotheses.read_contestants(workdir)
     contestants = {f"LoRA r = {rank}": found[f"qv-r{rank}"] for rank in RANKS}
     contestants["full"] = found["full"]
     paths = list(learned.delta_bases(found["qv-r4"].runs[0]))
@@ -89,33 +89,33 @@ def write(workdir, out) -> None:
     wide = whole["full", "90% of energy"]
     intruders = {name: float(whole[name, "intruders"].mean()) for name in contestants}
     verdicts = [
-        findings.decide(
+        hypotheses.decide(
             "more_than_random",
             "W holds more in ΔW's directions than in random ones (r = 4), in 10 of 12",
             f"in {more} of {len(paths)}; {at4['from_delta'].mean():.3f} and "
             f"{at4['from_random'].mean():.3f}",
             more >= 10,
         ),
-        findings.decide(
+        hypotheses.decide(
             "not_the_top",
             "and less than half of what it holds in its own first four, in 10 of 12",
             f"in {below} of {len(paths)}; {at4['from_kernel'].mean():.3f}",
             below >= 10,
         ),
-        findings.decide(
+        hypotheses.decide(
             "falls_with_rank",
             "amplification at r = 4 at least 3 times that at r = 64",
             f"{factors[4]:.2f} and {factors[64]:.2f}: {factors[4] / factors[64]:.2f} times",
             factors[4] >= 3 * factors[64],
         ),
-        findings.decide(
+        hypotheses.decide(
             "full_is_wide",
             "90% of full fine-tuning's energy needs more than 64 of 384 directions",
             f"{wide.mean():.0f} ({wide.mean(axis=0).min():.0f} to {wide.mean(axis=0).max():.0f} by "
             "matrix)",
             wide.mean() > 64,
         ),
-        findings.decide(
+        hypotheses.decide(
             "intruders",
             "r = 4 has more intruders of 10 than full fine-tuning",
             ", ".join(f"{name} {count:.2f}" for name, count in intruders.items()),

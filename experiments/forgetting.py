@@ -33,14 +33,14 @@ def write(workdir, out) -> None:
     from sklearn.linear_model import LogisticRegression
     from sklearn.preprocessing import StandardScaler
 
-    from experiments import findings, learned
+    from experiments import findings, hypotheses, learned
     from lora_jax.core.lift import lift
     from lora_jax.data import encode_examples
     from lora_jax.data.examples import limit_examples
     from lora_jax.data.newsgroups import load_newsgroups
     from lora_jax.report.statistics import mean_interval
 
-    found = findings.read_contestants(workdir)
+    found = hypotheses.read_contestants(workdir)
     runs = {name: found[name].runs for name in CONTESTANTS}
     splits = load_newsgroups()
     train, test = (limit_examples(part, NUM_ARTICLES) for part in (splits.train, splits.test))
@@ -83,17 +83,17 @@ def write(workdir, out) -> None:
 
     def compare(name, claim, first, second):
         """The first forgets more than the second by more than the margin."""
-        interval = findings.mean_of(lost[first] - lost[second])
+        interval = hypotheses.mean_of(lost[first] - lost[second])
         verdict = (
-            findings.HOLDS
+            hypotheses.HOLDS
             if interval.low > MARGIN
-            else findings.REFUTED
+            else hypotheses.REFUTED
             if interval.high < MARGIN
-            else findings.OPEN
+            else hypotheses.OPEN
         )
         points = interval.scaled(100)
         seen = f"{points.estimate:+.1f} [{points.low:+.1f}, {points.high:+.1f}] points (95%)"
-        return findings.Verdict(name, claim, seen, verdict)
+        return hypotheses.Verdict(name, claim, seen, verdict)
 
     losses = [run.metric("metrics.test.loss") for name in CONTESTANTS for run in runs[name]]
     means = [row.mean() for name in CONTESTANTS for row in lost[name]]
@@ -101,7 +101,7 @@ def write(workdir, out) -> None:
     verdicts = [
         compare("forgets_less", "full forgets more than LoRA r = 8", "full", "qv-r8"),
         compare("by_rank", "r = 64 forgets more than r = 1", "qv-r64", "qv-r1"),
-        findings.decide(
+        hypotheses.decide(
             "one_line",
             "the lower WordNet's test loss, the more is forgotten (Spearman below -0.5)",
             f"Spearman {rho:+.2f} over {len(means)} runs",

@@ -9,7 +9,7 @@ import ast
 import json
 from pathlib import Path
 
-from experiments import findings
+from experiments import findings, hypotheses
 from lora_jax.formats.atomic import write_text
 
 FOLDER = Path(__file__).parent
@@ -50,7 +50,7 @@ def to_page() -> str:
             waiting.append(f"- `{name}.py`: {question}")
             continue
         found = json.loads(place.read_text())
-        rows = [findings.Verdict(**verdict) for verdict in found["verdicts"]]
+        rows = [hypotheses.Verdict(**verdict) for verdict in found["verdicts"]]
         link = f"[table, figures, runs](results/{name}/README.md)"
         parts.append(f"## {question}\n\n`{name}.py`, {link}. {source}\n")
         parts.append(findings.verdict_table(rows) + "\n")

@@ -32,7 +32,7 @@ import jax.numpy as jnp
 import numpy as np
 
 import lora_jax as lj
-from experiments import findings
+from experiments import findings, hypotheses
 from lora_jax.analysis import intrinsic_dimension
 
 DIMS = (10, 15, 22, 33, 50, 75, 110, 165, 250, 370, 550, 830, 1250, 1850, 2410)
@@ -195,14 +195,14 @@ def write(found, out: Path) -> None:
         None if train.dimension is None else (memory.dimension or DIMS[-1]) >= 3 * train.dimension
     )
     verdicts = [
-        findings.decide(
+        hypotheses.decide(
             "projections_agree",
             "d₉₀ by Fastfood and by a dense P within one step of the grid",
             f"{fast.dimension} (seeds {fast.per_seed}) and {dense.dimension} (seeds "
             f"{dense.per_seed})",
             bool(near),
         ),
-        findings.decide(
+        hypotheses.decide(
             "labels",
             "d₉₀ of training accuracy with shuffled labels at least 3 times that with true ones",
             f"{memory.dimension or 'above 2,410'} (seeds {memory.per_seed}) and {train.dimension} "

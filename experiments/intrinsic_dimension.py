@@ -119,11 +119,11 @@ def write(workdir, out, beside) -> None:
     """Reads the finished sweep and that of `what_rank` beside, and writes what was found."""
     import numpy as np
 
-    from experiments import findings
+    from experiments import findings, hypotheses
     from lora_jax.analysis import intrinsic_dimension
 
-    found = findings.read_contestants(workdir)
-    full = findings.read_contestants(beside)["full"]
+    found = hypotheses.read_contestants(workdir)
+    full = hypotheses.read_contestants(beside)["full"]
     score = full.mean("metrics.test.accuracy")
     dims = {
         kind: sorted(int(n.rpartition("-d")[2]) for n in found if n.startswith(kind))
@@ -142,13 +142,13 @@ def write(workdir, out, beside) -> None:
         did.dimension is None or said.dimension <= did.dimension
     )
     verdicts = [
-        findings.decide(
+        hypotheses.decide(
             "small",
             "d₉₀ by DID is at most 5,000",
             _text(did, dims["did"]),
             did.dimension is not None and did.dimension <= 5000,
         ),
-        findings.decide(
+        hypotheses.decide(
             "said", "d₉₀ by SAID is not above DID's", _text(said, dims["said"]), not_above
         ),
     ]

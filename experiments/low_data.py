@@ -133,20 +133,20 @@ def get_config(arg: str = "") -> ConfigDict:
 
 def write(workdir, out) -> None:
     """Reads the finished sweep, and writes what was found."""
-    from experiments import findings
+    from experiments import findings, hypotheses
 
-    found = findings.read_contestants(workdir)
+    found = hypotheses.read_contestants(workdir)
     sizes = sorted({int(name.rpartition("-n")[2]) for name in found})
     few, many = sizes[0], sizes[-1]
     at = lambda name, size: found[f"{name}-n{size}"]  # noqa: E731
     verdicts = [
-        findings.worse(
+        hypotheses.worse(
             "few", f"at {few} full is worse than LoRA", at("full", few), at("qv-r8", few), MARGIN
         ),
-        findings.equivalent(
+        hypotheses.equivalent(
             "many", f"at {many} LoRA equals full", at("qv-r8", many), at("full", many), MARGIN
         ),
-        findings.not_worse(
+        hypotheses.not_worse(
             "probe",
             f"at {few} the probe is not worse than LoRA",
             at("head", few),

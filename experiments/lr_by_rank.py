@@ -25,9 +25,9 @@ STEP = 2.5
 
 def write(workdir, out) -> None:
     """Reads the finished sweep, and writes what was found."""
-    from experiments import findings
+    from experiments import findings, hypotheses
 
-    found = findings.read_contestants(workdir)
+    found = hypotheses.read_contestants(workdir)
     ranks = {
         int(name.removeprefix("qv-r")): one
         for name, one in found.items()
@@ -41,19 +41,19 @@ def write(workdir, out) -> None:
     lost = {rank: one.rates[shared] - min(one.rates.values()) for rank, one in ranks.items()}
     edges = [name for name in (*(f"qv-r{r}" for r in ranks), "full") if found[name].at_edge]
     verdicts = [
-        findings.decide(
+        hypotheses.decide(
             "independent",
             "best rates of r = 2 … 64 within a factor of 2.5",
             f"{', '.join(f'r = {r}: {lr:g}' for r, lr in best.items())}; a factor of {spread:.3g}",
             spread <= STEP * 1.001,
         ),
-        findings.decide(
+        hypotheses.decide(
             "tenfold",
             "LoRA's best rate (r = 8) is 5 to 20 times full fine-tuning's",
             f"{best[8]:g} and {found['full'].lr:g}: {ratio:.3g} times",
             5 <= ratio <= 20,
         ),
-        findings.decide(
+        hypotheses.decide(
             "one_rate_for_all",
             f"one rate costs no rank more than {MARGIN} nats",
             f"at {shared:g}: " + ", ".join(f"r = {r} {loss:+.3f}" for r, loss in lost.items()),

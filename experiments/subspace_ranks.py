@@ -30,11 +30,11 @@ def write(workdir, out) -> None:
     """Reads the finished sweep, and writes what was found."""
     import numpy as np
 
-    from experiments import findings, learned
+    from experiments import findings, hypotheses, learned
     from lora_jax.analysis import expected_similarity, sample_similarity
     from lora_jax.report.runs import Run
 
-    found = findings.read_contestants(workdir)
+    found = hypotheses.read_contestants(workdir)
     runs: dict[int, tuple[Run, ...]] = {rank: found[f"qv-r{rank}"].runs for rank in RANKS}
     svds = {rank: [learned.delta_bases(run) for run in runs[rank]] for rank in RANKS}
     of_a = {rank: [learned.a_bases(run) for run in runs[rank]] for rank in RANKS}
@@ -59,20 +59,20 @@ def write(workdir, out) -> None:
     above = sum(value > highest[0, 0] for value in top.values())
     mean = lambda values: sum(values) / len(values)  # noqa: E731
     verdicts = [
-        findings.decide(
+        hypotheses.decide(
             "top_direction",
             "mean φ(1, 1) above 0.5",
             f"{mean(top.values()):.3f} ({min(top.values()):.2f} to {max(top.values()):.2f} by "
             f"matrix; random {null[0, 0]:.4f})",
             mean(top.values()) > 0.5,
         ),
-        findings.decide(
+        hypotheses.decide(
             "others_noise",
             "mean φ(8, 8) below 0.5",
             f"{mean(rest.values()):.3f} (random {null[7, 7]:.3f})",
             mean(rest.values()) < 0.5,
         ),
-        findings.decide(
+        hypotheses.decide(
             "beyond_random",
             "φ(1, 1) above the highest of 32 random pairs in 10 of 12 matrices",
             f"{above} of {len(top)} (highest random {highest[0, 0]:.3f})",

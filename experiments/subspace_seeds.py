@@ -27,10 +27,10 @@ def write(workdir, out) -> None:
     """Reads the finished sweep, and writes what was found."""
     import numpy as np
 
-    from experiments import findings, learned
+    from experiments import findings, hypotheses, learned
     from lora_jax.analysis import expected_similarity, sample_similarity
 
-    runs = findings.read_contestants(workdir)[f"qv-r{RANK}"].runs
+    runs = hypotheses.read_contestants(workdir)[f"qv-r{RANK}"].runs
     bases = [learned.delta_bases(run) for run in runs]
     modules = list(bases[0])
     pairs = list(itertools.combinations(range(len(runs)), 2))
@@ -46,19 +46,19 @@ def write(workdir, out) -> None:
     v = [n for module, n in common.items() if "value" in module]
     more = sum(a > b for a, b in zip(q, v, strict=True))
     verdicts = [
-        findings.decide(
+        hypotheses.decide(
             "some_in_common",
             "a common direction in 10 of 12 matrices",
             f"in {sum(n > 0 for n in common.values())} of {len(common)}",
             sum(n > 0 for n in common.values()) >= 10,
         ),
-        findings.decide(
+        hypotheses.decide(
             "q_more_than_v",
             "more in q than in v, in 5 of 6 layers",
             f"in {more} of {len(q)}: q {q}, v {v}",
             more >= 5,
         ),
-        findings.decide(
+        hypotheses.decide(
             "few",
             "no matrix has more than 16",
             f"at most {max(common.values())}",

@@ -121,9 +121,9 @@ def get_config(arg: str = "") -> ConfigDict:
 
 def write(workdir, out) -> None:
     """Reads the finished sweep, and writes what was found."""
-    from experiments import findings
+    from experiments import findings, hypotheses
 
-    found = findings.read_contestants(workdir)
+    found = hypotheses.read_contestants(workdir)
     by = {
         name: {int(n.rpartition("-r")[2]): c for n, c in found.items() if n.startswith(f"{name}-r")}
         for name in CONVENTIONS
@@ -149,9 +149,9 @@ def write(workdir, out) -> None:
 
     (text16, more16), (text2r, more2r) = added("alpha16"), added("alpha2r")
     verdicts = [
-        findings.decide("fixed_alpha", "one rate adds less than 0.02", text16, more16 < MARGIN),
-        findings.decide("alpha_2r", "one rate adds more than 0.02", text2r, more2r > MARGIN),
-        findings.decide(
+        hypotheses.decide("fixed_alpha", "one rate adds less than 0.02", text16, more16 < MARGIN),
+        hypotheses.decide("alpha_2r", "one rate adds more than 0.02", text2r, more2r > MARGIN),
+        hypotheses.decide(
             "tuned_is_tuned",
             "tuned, the conventions differ by less than 0.02 at every rank",
             ", ".join(f"r = {rank}: {value:.3f}" for rank, value in apart.items()),

@@ -136,26 +136,26 @@ def get_config(arg: str = "") -> ConfigDict:
 
 def write(workdir, out) -> None:
     """Reads the finished sweep, and writes what was found."""
-    from experiments import findings
+    from experiments import findings, hypotheses
 
-    found = findings.read_contestants(workdir)
+    found = hypotheses.read_contestants(workdir)
     verdicts = []
     if {"qv-r64", "q-r64"} <= found.keys():  # not in the smoke sweep: a tiny model has no such rank
         verdicts = [
-            findings.equivalent(
+            hypotheses.equivalent(
                 "flat", "q,v r = 64 equals r = 8", found["qv-r64"], found["qv-r8"], MARGIN
             ),
-            findings.worse(
+            hypotheses.worse(
                 "low_rank", "q,v r = 1 is worse than r = 8", found["qv-r1"], found["qv-r8"], MARGIN
             ),
-            findings.worse(
+            hypotheses.worse(
                 "q_alone",
                 "q r = 64 is worse than q,v r = 1",
                 found["q-r64"],
                 found["qv-r1"],
                 MARGIN,
             ),
-            findings.worse(
+            hypotheses.worse(
                 "full", "q,v r = 64 is worse than full", found["qv-r64"], found["full"], MARGIN
             ),
         ]

@@ -129,9 +129,9 @@ def get_config(arg: str = "") -> ConfigDict:
 
 def write(workdir, out) -> None:
     """Reads the finished sweep, and writes what was found."""
-    from experiments import findings
+    from experiments import findings, hypotheses
 
-    found = findings.read_contestants(workdir)
+    found = hypotheses.read_contestants(workdir)
     compared = (
         ("spread", "q r = 8 is worse than all four r = 2", "q-r8", "qkvo-r2"),
         ("k_alone", "k r = 8 is worse than v r = 8", "k-r8", "v-r8"),
@@ -139,11 +139,11 @@ def write(workdir, out) -> None:
         ("mlp", "attention r = 5 is worse than the MLP r = 4", "attention-r5", "mlp-r4"),
     )
     verdicts = [
-        findings.worse(name, claim, found[first], found[second], MARGIN)
+        hypotheses.worse(name, claim, found[first], found[second], MARGIN)
         for name, claim, first, second in compared
     ]
     pair = ("pair", "q,v r = 4 equals all four r = 2", found["qv-r4"], found["qkvo-r2"])
-    verdicts.insert(2, findings.equivalent(*pair, MARGIN))
+    verdicts.insert(2, hypotheses.equivalent(*pair, MARGIN))
     runs = [run for one in found.values() for run in one.all_runs]
     findings.write_findings(
         out,

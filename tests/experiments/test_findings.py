@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from experiments import findings, index
+from experiments import findings, hypotheses, index
 from lora_jax.core.errors import RequestError
 from lora_jax.report.runs import Predictions, Run
 from lora_jax.report.statistics import Interval
@@ -39,16 +39,16 @@ def run_of(name, seed, losses, lr=1e-3, validation=1.0):
 
 def contestant(name, rows):
     runs = tuple(run_of(name, seed, row) for seed, row in enumerate(rows))
-    return findings.Contestant(name, {1e-3: 1.0}, 1e-3, runs, runs)
+    return hypotheses.Contestant(name, {1e-3: 1.0}, 1e-3, runs, runs)
 
 
 @pytest.mark.parametrize(
     "shift, is_worse, is_equal",
     [
-        (0.10, findings.HOLDS, findings.REFUTED),
-        (0.00, findings.REFUTED, findings.HOLDS),
-        (0.05, findings.OPEN, findings.OPEN),  # just at the margin, and noisy
-        (-0.1, findings.REFUTED, findings.REFUTED),
+        (0.10, hypotheses.HOLDS, hypotheses.REFUTED),
+        (0.00, hypotheses.REFUTED, hypotheses.HOLDS),
+        (0.05, hypotheses.OPEN, hypotheses.OPEN),  # just at the margin, and noisy
+        (-0.1, hypotheses.REFUTED, hypotheses.REFUTED),
     ],
 )
 def test_a_verdict_follows_the_interval(shift, is_worse, is_equal):
@@ -56,9 +56,9 @@ def test_a_verdict_follows_the_interval(shift, is_worse, is_equal):
     base = rng.normal(1.0, 0.5, (3, 400))
     moved = base + shift + (0.3 if shift == 0.05 else 0.02) * rng.normal(size=base.shape)
     one, other = contestant("one", moved), contestant("other", base)
-    assert findings.worse("n", "c", one, other, 0.05).verdict == is_worse
-    assert findings.equivalent("n", "c", one, other, 0.05).verdict == is_equal
-    found = findings.difference(one, other)
+    assert hypotheses.worse("n", "c", one, other, 0.05).verdict == is_worse
+    assert hypotheses.equivalent("n", "c", one, other, 0.05).verdict == is_equal
+    found = hypotheses.difference(one, other)
     assert isinstance(found, Interval)
     np.testing.assert_allclose(found.estimate, (moved - base).mean(), atol=1e-12)
 
@@ -111,7 +111,7 @@ def workdir_of(tmp_path):
 
 
 def test_the_rate_is_chosen_on_the_first_seeds_validation_loss(tmp_path):
-    (one,) = findings.read_contestants(workdir_of(tmp_path)).values()
+    (one,) = hypotheses.read_contestants(workdir_of(tmp_path)).values()
     assert one.lr == 1e-2  # though the other rate's test loss is lower
     assert one.rates == {1e-3: 0.9, 1e-2: 0.7, 1e-1: float("inf")}
     assert one.seeds == (0, 1) and not one.at_edge
@@ -123,22 +123,22 @@ def test_what_has_not_ended_or_is_not_tuned_is_named(tmp_path):
     workdir = workdir_of(tmp_path)
     (workdir / "cells" / "a-lr0.1-s0" / "failure.json").unlink()
     with pytest.raises(RequestError, match="has not ended"):
-        findings.read_contestants(workdir)
+        hypotheses.read_contestants(workdir)
     write_cell(workdir, "plain", lr=1.0, seed=0, validation=1.0, test=1.0)
     sweep = json.loads((workdir / "sweep.json").read_text())
     (workdir / "sweep.json").write_text(json.dumps({"cells": ["plain", *sweep["cells"]]}))
     with pytest.raises(RequestError, match="of no tuned contestant"):
-        findings.read_contestants(workdir)
+        hypotheses.read_contestants(workdir)
 
 
 def test_what_is_written_holds_the_hashes_and_no_figure_typed_by_hand(tmp_path):
-    found = findings.read_contestants(workdir_of(tmp_path / "work"))
+    found = hypotheses.read_contestants(workdir_of(tmp_path / "work"))
     runs = [run for one in found.values() for run in one.all_runs]
     findings.write_findings(
         tmp_path / "out",
         title="A question",
         command="python -m it",
-        verdicts=[findings.decide("name", "claim", "seen", None)],
+        verdicts=[hypotheses.decide("name", "claim", "seen", None)],
         parts=[findings.contestant_table(found)],
         runs=runs,
     )
