@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lora_jax.cli.adapters import is_peft, load_adapted
-from lora_jax.cli.requests import Parser, add_json, say
+from lora_jax.cli.requests import Parser, add_json, cell_of, say
 from lora_jax.core.errors import RequestError
 
 if TYPE_CHECKING:
@@ -111,13 +111,37 @@ def _analyse(paths, base, modules, directions) -> Analysis:
             )
             for one, other in couples
         )
-    notes = _notes(loaded, pairs, base)
+    notes = _notes(loaded, pairs, base) + _shared_starts(paths, names)
     if len(are_runs) > 1:
         notes.append(
             "A run's matrices have this project's names, a PEFT folder's those of transformers: to "
             "compare them, write the run in PEFT's format first (lora-jax convert)."
         )
     return Analysis(profiles, pairs, tuple(notes), base or "")
+
+
+def _shared_starts(paths: Sequence[str], names: Sequence[str]) -> list[str]:
+    """Runs of one seed: what their `a` have in common need not be learned."""
+    of_seed: dict[int, list[str]] = {}
+    for path, name in zip(paths, names, strict=True):
+        if _is_run(path):
+            seed = _seed_of(path)
+            of_seed.setdefault(seed, []).append(name)
+    return [
+        f"{' and '.join(some)} have the same seed, {seed}, so that their `a` began with the same "
+        "columns: part of what they share is that start. Compare runs of different seeds."
+        for seed, some in of_seed.items()
+        if len(some) > 1
+    ]
+
+
+def _seed_of(path: str) -> int:
+    from lora_jax.models.config_fields import read_json
+
+    folder = Path(path)
+    place = folder / "method.json"
+    place = place if place.is_file() else cell_of(path) / "adapter" / "method.json"
+    return read_json(place, kind=dict)["seed"]
 
 
 def _is_run(path: str) -> bool:
