@@ -83,17 +83,8 @@ def write(workdir, out) -> None:
 
     def compare(name, claim, first, second):
         """The first forgets more than the second by more than the margin."""
-        interval = hypotheses.mean_of(lost[first] - lost[second])
-        verdict = (
-            hypotheses.HOLDS
-            if interval.low > MARGIN
-            else hypotheses.REFUTED
-            if interval.high < MARGIN
-            else hypotheses.OPEN
-        )
-        points = interval.scaled(100)
-        seen = f"{points.estimate:+.1f} [{points.low:+.1f}, {points.high:+.1f}] points (95%)"
-        return hypotheses.Verdict(name, claim, seen, verdict)
+        points = hypotheses.mean_of(lost[first] - lost[second]).scaled(100)
+        return hypotheses.beyond(name, claim, points, 100 * MARGIN, form="+.1f", unit=" points")
 
     losses = [run.metric("metrics.test.loss") for name in CONTESTANTS for run in runs[name]]
     means = [row.mean() for name in CONTESTANTS for row in lost[name]]

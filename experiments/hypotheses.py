@@ -171,8 +171,8 @@ class Verdict:
     verdict: str
 
 
-def _interval_text(one: Interval, level: float, form: str = "+.3f") -> str:
-    return f"{one.estimate:{form}} [{one.low:{form}}, {one.high:{form}}] ({level:.0%})"
+def _interval_text(one: Interval, level: float, form: str = "+.3f", unit: str = "") -> str:
+    return f"{one.estimate:{form}} [{one.low:{form}}, {one.high:{form}}]{unit} ({level:.0%})"
 
 
 def worse(name: str, claim: str, first: Contestant, second: Contestant, margin: float) -> Verdict:
@@ -231,10 +231,12 @@ def change_of_gap(
     return mean_of((first - second) - (third - fourth))
 
 
-def beyond(name: str, claim: str, found: Interval, margin: float) -> Verdict:
+def beyond(
+    name: str, claim: str, found: Interval, margin: float, *, form: str = "+.3f", unit: str = ""
+) -> Verdict:
     """Whether a 95% interval lies above the margin, below it, or holds it."""
     verdict = HOLDS if found.low > margin else REFUTED if found.high < margin else OPEN
-    return Verdict(name, claim, _interval_text(found, 0.95), verdict)
+    return Verdict(name, claim, _interval_text(found, 0.95, form, unit), verdict)
 
 
 def decide(name: str, claim: str, seen: str, holds: bool | None) -> Verdict:

@@ -13,6 +13,7 @@ from lora_jax.analysis.adapters import factors_of
 from lora_jax.analysis.subspaces import column_basis
 from lora_jax.core.errors import RequestError
 from lora_jax.core.trees import flatten
+from lora_jax.formats.peft_factors import Factors
 from lora_jax.report.runs import Run
 from lora_jax.train import load_adapter
 
@@ -27,27 +28,27 @@ def adapted(folder):
     return load_adapter(folder / "adapter")
 
 
+def _factors(run: Run) -> Mapping[str, Factors]:
+    one = adapted(run.folder)
+    return factors_of(one.method, one.trainable, one.model.params).factors
+
+
 def delta_bases(run: Run) -> dict[str, np.ndarray]:
     """`{path: (d_in, r)}`: ΔW's singular vectors of inputs, of every adapted matrix."""
-    one = adapted(run.folder)
-    found = factors_of(one.method, one.trainable, one.model.params).factors
     return {
-        path: np.asarray(delta_svd(x.a, x.b, x.scale).basis("input")) for path, x in found.items()
+        path: np.asarray(delta_svd(x.a, x.b, x.scale).basis("input"))
+        for path, x in _factors(run).items()
     }
 
 
 def a_bases(run: Run) -> dict[str, np.ndarray]:
     """`{path: (d_in, r)}`: the singular vectors of `a` alone, as in the paper's Section 7.2."""
-    one = adapted(run.folder)
-    found = factors_of(one.method, one.trainable, one.model.params).factors
-    return {path: np.asarray(column_basis(x.a)) for path, x in found.items()}
+    return {path: np.asarray(column_basis(x.a)) for path, x in _factors(run).items()}
 
 
 def lora_deltas(run: Run) -> dict[str, np.ndarray]:
     """`{path: ΔW (d_in, d_out)}` of every adapted matrix."""
-    one = adapted(run.folder)
-    found = factors_of(one.method, one.trainable, one.model.params).factors
-    return {path: x.scale * x.a @ x.b for path, x in found.items()}
+    return {path: x.scale * x.a @ x.b for path, x in _factors(run).items()}
 
 
 def full_deltas(run: Run, paths: Sequence[str]) -> dict[str, np.ndarray]:

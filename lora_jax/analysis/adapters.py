@@ -22,7 +22,7 @@ from lora_jax.formats.peft_factors import AdapterFactors, Factors
 from lora_jax.methods.base import Method, PyTree, Trainable
 from lora_jax.methods.changes import Changes
 from lora_jax.methods.intrinsic import IntrinsicDimension
-from lora_jax.methods.sites import path_of
+from lora_jax.methods.sites import Site, path_of
 from lora_jax.methods.uni_lora import UniLoRA
 
 # φ is shown of so many directions at most: the grid of r = 256 has 65,536 cells.
@@ -112,19 +112,13 @@ def factors_of(
     >>> factors_of(method, method.init(jax.random.key(0), params)[0], params).factors["w"].shape
     (6, 4)
     """
-    if isinstance(method, UniLoRA):
-        method, trainable = method.to_lora(trainable, params)
-    if isinstance(method, IntrinsicDimension):
-        raise RequestError(
-            "what a random subspace changes is not low-rank; take lj.analysis.kernel_svd of the "
-            "merged parameters' differences"
-        )
     found = {}
-    for own, part, layer in _parts_of(method, trainable, params):
+    for entry_name, part in _parts_of(method, trainable, params):
         site = part.site
         a = np.asarray(part.a).reshape(site.size("s"), site.size("i"), -1)
         b = np.asarray(part.b).reshape(site.size("s"), -1, site.size("o"))
-        found[own] = Factors(a[layer], b[layer], 1.0)
+        for layer, own in enumerate(_names_of(entry_name, site)):
+            found[own] = Factors(a[layer], b[layer], 1.0)
     if not found:
         raise RequestError(
             f"{type(method).__name__} adapts no matrix here; there is nothing to analyse"
@@ -143,10 +137,12 @@ def kernels_of(method: Method, trainable: Trainable, params: PyTree) -> Kernels:
     >>> kernels_of(method, trainable, params)(adapter, "w").shape
     (6, 4)
     """
-    if isinstance(method, UniLoRA):
-        method, trainable = method.to_lora(trainable, params)
     flat = dict(trees.flatten(params, is_leaf=is_adapted).items())
-    places = {own: (part.site, layer) for own, part, layer in _parts_of(method, trainable, params)}
+    places = {
+        own: (part.site, layer)
+        for name, part in _parts_of(method, trainable, params)
+        for layer, own in enumerate(_names_of(name, part.site))
+    }
 
     def kernel(adapter: AdapterFactors, module: str) -> np.ndarray:
         if module not in places:
@@ -163,7 +159,14 @@ def kernels_of(method: Method, trainable: Trainable, params: PyTree) -> Kernels:
 
 
 def _parts_of(method: Method, trainable: Trainable, params: PyTree):
-    """`(name, LowRank, layer)` of every matrix that has an adapter."""
+    """`(name, LowRank)` of every adapter. Raises `RequestError` where one is not low-rank."""
+    if isinstance(method, UniLoRA):
+        method, trainable = method.to_lora(trainable, params)
+    if isinstance(method, IntrinsicDimension):
+        raise RequestError(
+            "what a random subspace changes is not low-rank; take lj.analysis.kernel_svd of the "
+            "merged parameters' differences"
+        )
     flat = dict(trees.flatten(params, is_leaf=is_adapted).items())
     changes = Changes(flat)
     for name, entry in trainable.items():
@@ -174,10 +177,12 @@ def _parts_of(method: Method, trainable: Trainable, params: PyTree):
             )
         changes.add(method, name, entry, 1.0)
     for name, parts in changes.low_rank.items():
-        for part in parts:
-            is_stacked = bool(part.site.sizes("s"))
-            for layer in range(part.site.size("s")):
-                yield (f"{name}[{layer}]" if is_stacked else name), part, layer
+        yield from ((name, part) for part in parts)
+
+
+def _names_of(name: str, site: Site) -> list[str]:
+    """A name for each matrix of an adapter: of stacked ones with the layer."""
+    return [f"{name}[{n}]" for n in range(site.size("s"))] if site.sizes("s") else [name]
 
 
 def select(adapter: AdapterFactors, pattern: str) -> AdapterFactors:
