@@ -16,7 +16,7 @@ FOLDER = Path(__file__).parent
 ORDER = (
     "which_matrices", "what_rank", "lr_by_rank", "tuned_per_rank", "subspace_ranks",
     "subspace_seeds", "delta_vs_weight", "intrinsic_digits", "intrinsic_dimension", "batch_size",
-    "low_data", "forgetting",
+    "low_data", "rank_caps_movement", "forgetting",
 )  # fmt: skip
 HEAD = """\
 # Experiments

@@ -11,6 +11,7 @@ from typing import Any
 from flax import nnx
 
 from lora_jax.core.errors import RequestError
+from lora_jax.core.lift import lift
 from lora_jax.core.rules import Part
 from lora_jax.models import (
     bert,
@@ -160,10 +161,11 @@ def family_of(config: Any) -> Family:
 def functional_model(
     config: Any, num_labels: int | None = None, pooling: str = FAMILY
 ) -> tuple[Mapping[str, Any], Callable]:
-    """`functional` of a config's module, traced once: models alike share what is compiled."""
+    """`functional` of a config's module, lifted, and traced once: models alike share what is
+    compiled."""
     family = family_of(config)
     make = lambda: family.module(  # noqa: E731
         config, num_labels=num_labels, pooling=pooling, rngs=nnx.Rngs(0)
     )
     shapes, call = functional(make)
-    return MappingProxyType(shapes), call
+    return MappingProxyType(shapes), lift(call)

@@ -27,8 +27,9 @@ class Model:
     """A pretrained model ready to run, adapt and save.
 
     `apply(params, input_ids, attention_mask=None, *, output_hidden_states=False, dropout_key=None)`
-    is pure; `params` are nested plain dicts, kernels (in, out). Encoders (`kind` "encoder") also
-    take `token_type_ids` and give the last hidden state (B, T, D); decoders ("causal-lm") also take
+    is pure and lifted: `params` are nested plain dicts, kernels (in, out), as in `params` here or
+    as `method.bind(trainable, frozen)` gives them. Encoders (`kind` "encoder") also take
+    `token_type_ids` and give the last hidden state (B, T, D); decoders ("causal-lm") also take
     `position_ids` and `cache` and give logits (B, T, vocab). With a head ("classification",
     "regression") both give (B, num_labels). `output_hidden_states=True` returns that with the tuple
     of hidden states. `aliases` are regexes of parameter paths by short name, `head_pattern` the one

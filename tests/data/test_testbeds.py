@@ -1,14 +1,19 @@
 """WordNet's glosses and 20 Newsgroups: their files, splits, and what is wrong with them."""
 
 import collections
+import random
+import re
 
 import numpy as np
 import pytest
+from ml_collections import ConfigDict
 
 from lora_jax.core.errors import RequestError
 from lora_jax.data import newsgroups, wordnet
 from lora_jax.data.examples import Examples, limit_evaluation, limit_examples, text_key
+from lora_jax.data.hard import load_exchanged_words, load_random_labels
 from lora_jax.data.newsgroups import load_newsgroups
+from lora_jax.data.sources import load_splits
 from lora_jax.data.wordnet import LABEL_NAMES, load_wordnet
 
 LINE = "{offset:08d} {domain:02d} n 01 {word} 0 001 @ 00001740 n 0000 | {gloss}  \n"
@@ -149,3 +154,51 @@ def test_the_real_articles():
     splits = load_newsgroups()
     assert len(splits.test) == 7528 and len(splits.label_names) == 20
     assert len(splits.train) + len(splits.validation) > 11_000
+
+
+def words_of(text):
+    return re.findall("[a-z]+", text.casefold())
+
+
+@pytest.fixture
+def nouns(tmp_path, small):
+    draw = random.Random(0)
+    words = [f"w{'abcdefghij'[n % 10] * (1 + n // 10)}" for n in range(120)]
+    glosses = [
+        (3 + n % 26, f"{n}: {' '.join(draw.choices(words, range(120, 0, -1), k=6))}, X")
+        for n in range(300)
+    ]
+    write_nouns(tmp_path, glosses)
+    return str(tmp_path)
+
+
+def test_random_labels_say_nothing_of_the_text_and_come_again_in_every_split(nouns):
+    data = {"source": "wordnet-random-labels", "path": nouns, "limit": 200, "eval_limit": 200}
+    splits = load_splits(ConfigDict(data))
+    assert len(splits.train) == 200
+    for part in (splits.validation, splits.test):
+        assert part.texts == splits.train.texts
+        np.testing.assert_array_equal(part.labels, splits.train.labels)
+    true = dict(zip(load_wordnet(nouns).train.texts, load_wordnet(nouns).train.labels, strict=True))
+    agree = np.mean(
+        [true[t] == n for t, n in zip(splits.train.texts, splits.train.labels, strict=True)]
+    )
+    assert agree < 0.12 and len(set(splits.train.labels)) > 20  # 1 of 26 by chance
+    assert load_random_labels(nouns).data_hash == load_random_labels(nouns).data_hash
+
+
+def test_exchanged_words_are_one_to_one_and_leave_all_else_alone(nouns):
+    before, after = load_wordnet(nouns), load_exchanged_words(nouns)
+    other: dict[str, set[str]] = collections.defaultdict(set)
+    for (_, old), (_, new) in zip(all_of(before), all_of(after), strict=True):
+        np.testing.assert_array_equal(old.labels, new.labels)
+        assert old.ids == new.ids
+        for one, two in zip(old.texts, new.texts, strict=True):
+            assert re.sub("[a-z]+", "*", one.casefold()) == re.sub("[a-z]+", "*", two)
+            for word, found in zip(words_of(one), words_of(two), strict=True):
+                other[word].add(found)
+    assert all(len(found) == 1 for found in other.values())
+    targets = [next(iter(found)) for found in other.values()]
+    assert sorted(targets) == sorted(other)  # one-to-one, onto the same words
+    assert sum(word == target for word, target in zip(other, targets, strict=True)) <= 1
+    assert before.data_hash != after.data_hash

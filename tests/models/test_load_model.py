@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
+import lora_jax as lj
 from lora_jax.core.errors import RequestError
 from lora_jax.models import load_model, save_model
 from lora_jax.models.functional import flatten
@@ -205,3 +206,18 @@ def test_packaged_names_are_found_without_importing_the_package(tmp_path):
         timeout=120,
     )
     assert (done.returncode, done.stdout.strip()) == (0, "32"), done.stderr
+
+
+@pytest.mark.parametrize("name", ["tiny-bert", "tiny-llama"])
+def test_apply_takes_what_bind_gives_and_equals_merged(name):
+    model = load_model(name)
+    method = lj.LoRA(targets="q,v", aliases=model.aliases, axes=model.axes, rank=2, alpha=4)
+    trainable, _ = method.init(jax.random.key(0), model.params)
+    drawn = jax.random.split(jax.random.key(1), len(trainable))
+    for key, entry in zip(drawn, trainable.values(), strict=True):
+        entry["b"] = jax.random.normal(key, entry["b"].shape)
+    bound = method.bind(trainable, model.params)
+    adapted = np.asarray(jax.jit(model.apply)(bound, IDS, MASK))
+    merged = np.asarray(model.apply(method.merge(trainable, model.params), IDS, MASK))
+    np.testing.assert_allclose(adapted, merged, atol=2e-5)
+    assert np.abs(merged - output(model)).max() > 0.01
