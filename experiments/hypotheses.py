@@ -34,8 +34,13 @@ class Contestant:
 
     @property
     def losses(self) -> np.ndarray:
-        """Test losses `(seeds, examples)`, examples by index."""
-        return np.stack([run.predictions.loss for run in self.runs])
+        """Test losses `(seeds, examples)`, examples by index.
+
+        Texts count by their numbers of tokens: their row's mean is the loss a token.
+        """
+        return np.stack(
+            [p.loss * (p.weight / p.weight.mean()) for p in (run.predictions for run in self.runs)]
+        )
 
     @property
     def test_loss(self) -> Interval:

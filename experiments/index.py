@@ -14,9 +14,9 @@ from lora_jax.formats.atomic import write_text
 
 FOLDER = Path(__file__).parent
 ORDER = (
-    "which_matrices", "what_rank", "lr_by_rank", "tuned_per_rank", "subspace_ranks",
-    "subspace_seeds", "delta_vs_weight", "intrinsic_digits", "intrinsic_dimension", "batch_size",
-    "low_data", "rank_caps_movement", "forgetting",
+    "which_matrices", "what_rank", "what_rank_e2e", "lr_by_rank", "tuned_per_rank",
+    "subspace_ranks", "subspace_seeds", "delta_vs_weight", "intrinsic_digits",
+    "intrinsic_dimension", "batch_size", "low_data", "rank_caps_movement", "forgetting",
 )  # fmt: skip
 HEAD = """\
 # Experiments

@@ -1,5 +1,6 @@
 """Verdicts on hypotheses: from runs on disk, and by intervals made to fall where they do."""
 
+import dataclasses
 import importlib
 import json
 import subprocess
@@ -18,7 +19,7 @@ ROOT = Path(__file__).parents[2]
 # Those with a sweep of their own.
 SWEEPS = (
     *("what_rank", "which_matrices", "intrinsic_dimension", "tuned_per_rank", "batch_size"),
-    *("low_data", "rank_caps_movement"),
+    *("low_data", "rank_caps_movement", "what_rank_e2e"),
 )
 
 
@@ -40,6 +41,14 @@ def run_of(name, seed, losses, lr=1e-3, validation=1.0):
 def contestant(name, rows):
     runs = tuple(run_of(name, seed, row) for seed, row in enumerate(rows))
     return hypotheses.Contestant(name, {1e-3: 1.0}, 1e-3, runs, runs)
+
+
+def test_texts_count_by_their_tokens():
+    one = run_of("one", 0, [1.0, 2.0, 4.0])
+    predictions = dataclasses.replace(one.predictions, weight=np.array([5.0, 3.0, 2.0]))
+    run = dataclasses.replace(one, predictions=predictions)
+    losses = hypotheses.Contestant("one", {1e-3: 1.0}, 1e-3, (run,), (run,)).losses
+    assert losses.mean() == pytest.approx((5 * 1 + 3 * 2 + 2 * 4) / 10)
 
 
 @pytest.mark.parametrize(
