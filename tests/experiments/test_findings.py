@@ -165,7 +165,7 @@ def test_every_sweep_has_a_smoke_size_and_five_rates(name):
     added = {}
     module.sweep_full_size(lambda cell, **settings: added.update({cell: settings}))
     assert added and all(len(settings["tune"][1]) >= 5 for settings in added.values())
-    assert module.get_config("smoke").model.name == "tiny-bert"
+    assert module.get_config("smoke").model.name.startswith("tiny-")
     with pytest.raises(ValueError, match="give no size, or smoke"):
         module.get_config("large")
 
