@@ -17,7 +17,7 @@ FULL_SIZE := experiments/results/reviews_minilm
 
 # In this order: later ones use the models that earlier ones make.
 FIXTURE_SCRIPTS := make_bert_fixtures.py make_peft_training_fixture.py make_family_fixtures.py \
-  make_peft_fixtures.py make_lm_training_fixtures.py make_generate_fixtures.py
+  make_peft_fixtures.py make_lm_training_fixtures.py make_generate_fixtures.py make_nf4_fixtures.py
 WRITTEN := .cache/parity-written
 
 .DEFAULT_GOAL := help

@@ -150,7 +150,9 @@ def kernels_of(method: Method, trainable: Trainable, params: PyTree) -> Kernels:
                 f"the base has no matrix {module!r}; {trees.nearest(module, places)}"
             )
         site, layer = places[module]
-        whole = np.asarray(site.cut(flat[site.path]), np.float32)
+        kernel = flat[site.path]
+        kernel = kernel.dequantize() if isinstance(kernel, trees.Stored) else kernel
+        whole = np.asarray(site.cut(kernel), np.float32)
         order = [n for role in "sio" for n, own in enumerate(site.roles) if own == role]
         sizes = tuple(site.size(role) for role in "sio")
         return whole.transpose(order).reshape(sizes)[layer]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import sys
 from collections.abc import Sequence
@@ -100,7 +101,9 @@ def _texts(cell: Path, options: Any, given: dict[str, Any]) -> int:
     enable_compilation_cache()
     _, adapted, splits = load_cell(cell)
     questions = Questions.of(getattr(splits, options.split), options.texts)
-    trained = adapted.method.merge if options.merged else adapted.method.bind
+    trained = adapted.method.bind
+    if options.merged:
+        trained = functools.partial(adapted.method.merge, dtype="float32")
     found: dict[str, Any] = {}
     trees = {
         "base": adapted.model.params,

@@ -12,6 +12,7 @@ from absl import flags
 from ml_collections import ConfigDict, config_flags
 
 from lora_jax.core.errors import RequestError
+from lora_jax.core.optional import OPTIONAL, set_optional
 from lora_jax.core.trees import nearest
 
 OVERRIDES = (
@@ -61,6 +62,7 @@ def read_config(args: Sequence[str]) -> ConfigDict:
     type.
     """
     name, file = _config_name(args), config_file(args)
+    args, optional = _without_optional(name, args)
     if not Path(file).is_file():
         beside = sorted(str(p) for p in Path("experiments").glob("*.py"))
         raise RequestError(f"config file {file!r} does not exist; {nearest(file, beside)}")
@@ -79,7 +81,23 @@ def read_config(args: Sequence[str]) -> ConfigDict:
         ) from error
     if len(rest) > 1:
         raise RequestError(f"unknown argument {rest[1]!r}; settings look like --config.key=value")
+    for key, value in optional.items():
+        set_optional(values.config, key, value)
     return values.config
+
+
+def _without_optional(name: str, args: Sequence[str]) -> tuple[list[str], dict[str, str]]:
+    """The arguments without settings that this config lacks and may lack, and `{key: value}`."""
+    given = {}
+    for arg in args:
+        key, is_set, value = arg.removeprefix("--config.").partition("=")
+        if arg.startswith("--config.") and is_set and key in OPTIONAL:
+            given[arg] = (key, value)
+    if not given:
+        return list(args), {}
+    known = dict(flat_items(read_config([f"--config={name}"])))
+    own = {arg: pair for arg, pair in given.items() if pair[0] not in known}
+    return [arg for arg in args if arg not in own], dict(own.values())
 
 
 def config_file(args: Sequence[str]) -> str:
@@ -99,7 +117,7 @@ def _config_name(args: Sequence[str]) -> str:
 def _unknown_key(name: str, args: Sequence[str], error: Exception) -> str:
     """The override that the config does not know, and those it does."""
     config = read_config([f"--config={name}"])
-    known = [key for key, _ in flat_items(config)]
+    known = [*(key for key, _ in flat_items(config)), *OPTIONAL]
     for arg in args:
         if not arg.startswith("--config."):
             continue

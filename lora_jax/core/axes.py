@@ -87,7 +87,9 @@ def kernel_axes(apply: Callable, params: Any, *inputs, **options) -> dict[str, K
     """
     flat = trees.flatten(params)
     places = [n for n, leaf in enumerate(flat.leaves) if trees.is_array(leaf)]
-    arrays = [flat.leaves[n] for n in places]
+    # What is stored in another form is traced as what it stands for.
+    found = [flat.leaves[n] for n in places]
+    arrays = [leaf.base if isinstance(leaf, trees.Stored) else leaf for leaf in found]
     # Inputs may be shape structs, so they are traced too; anything else stays a Python value.
     leaves, treedef = jax.tree_util.tree_flatten((inputs, options))
     traced = [n for n, leaf in enumerate(leaves) if trees.is_array(leaf)]

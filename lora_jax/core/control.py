@@ -15,6 +15,7 @@ from jax.sharding import PartitionSpec
 from lora_jax.core import jaxprs
 from lora_jax.core.errors import RequestError
 from lora_jax.core.lift import rule_for
+from lora_jax.core.trees import Stored
 from lora_jax.core.values import RANK, is_adapted, materialise
 
 # Inner jits of a few equations (jnp.take, jax.nn.silu) are cheaper to inline than to trace again.
@@ -129,8 +130,18 @@ def _cond(interpreter, eqn, values):
 def _shard_map(interpreter, eqn, values):
     """Each shard sees its part of the kernel, and of the factors the parts that belong to it."""
     body = _body(interpreter, eqn, eqn.params["jaxpr"], plain_outputs=True)
+    values = [_expanded(interpreter, eqn, value) for value in values]
     specs = map(_specs_of, values, jaxprs.shard_map_in_specs(eqn))
     return list(jaxprs.shard_map(eqn, lambda *parts: tuple(body(*parts)), tuple(specs))(*values))
+
+
+def _expanded(interpreter, eqn, value):
+    """The value with its frozen array as it is: what is stored in four bits is not split here."""
+    if isinstance(value, Stored):
+        return interpreter.plain([value], eqn, "a shard sees a part of the array itself")[0]
+    if is_adapted(value):
+        return dataclasses.replace(value, kernel=_expanded(interpreter, eqn, value.kernel))
+    return value
 
 
 def _specs_of(value, spec):

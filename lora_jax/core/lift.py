@@ -22,7 +22,7 @@ import jax
 from lora_jax.core import jaxprs
 from lora_jax.core.errors import RequestError
 from lora_jax.core.segments import Segments
-from lora_jax.core.values import is_adapted, materialise
+from lora_jax.core.values import is_adapted, is_bound, materialise
 
 
 class MaterialisedWarning(UserWarning):
@@ -31,18 +31,20 @@ class MaterialisedWarning(UserWarning):
 
 @dataclasses.dataclass(frozen=True)
 class Materialised:
-    """One place where W + ΔW was formed: the parameter, the primitive, the user's source line."""
+    """One place where W + ΔW was formed, or a quantised array expanded: the parameter, the
+    primitive, the user's source line."""
 
     path: str
     primitive: str
     source: str
     reason: str = ""
+    is_stored: bool = False  # no adapter there: a quantised array was expanded
 
     def __str__(self) -> str:
         why = f" ({self.reason})" if self.reason else ""
+        what = "dequantised as a whole" if self.is_stored else "W + ΔW is formed"
         return (
-            f"{self.path!r} is materialised (W + ΔW is formed) for `{self.primitive}` "
-            f"at {self.source}{why}"
+            f"{self.path!r} is materialised ({what}) for `{self.primitive}` at {self.source}{why}"
         )
 
 
@@ -84,7 +86,7 @@ class Interpreter:
             return value
         if value.is_random:
             reason += ("; " if reason else "") + "its adapter dropout does nothing there"
-        event = Materialised(value.path, primitive, source, reason)
+        event = Materialised(value.path, primitive, source, reason, not is_bound(value))
         if self.strict:
             raise RequestError(
                 f"{event}; there is no low-rank rule for it: lift without strict=True to accept "

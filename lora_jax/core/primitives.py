@@ -6,6 +6,7 @@ for the table of what is low-rank and what is materialised.
 
 from __future__ import annotations
 
+import jax
 import jax.numpy as jnp
 from jax import lax
 
@@ -205,9 +206,15 @@ def _on_kernel(interpreter, eqn, values):
 
 @rule_for("optimization_barrier")
 def _barrier(interpreter, eqn, values):
+    # What is stored in another form has no array yet that a barrier could hold.
     plain = [value.base if is_adapted(value) else value for value in values]
-    outs = jaxprs.bind(eqn, plain)
+    held = [n for n, value in enumerate(plain) if not isinstance(value, jax.ShapeDtypeStruct)]
+    outs = dict(zip(held, lax.optimization_barrier([plain[n] for n in held]), strict=True))
     return [
-        value.on_base(lambda _, out=out: out) if is_adapted(value) else out
-        for value, out in zip(values, outs, strict=True)
+        value
+        if n not in outs
+        else value.on_base(lambda _, out=outs[n]: out)
+        if is_adapted(value)
+        else outs[n]
+        for n, value in enumerate(values)
     ]

@@ -37,6 +37,17 @@ class Hole:
 jax.tree_util.register_pytree_node(Hole, lambda hole: ((), None), lambda _, children: Hole())
 
 
+class Stored:
+    """An array of `params` that is kept in another form, such as four bits: one leaf by its path.
+
+    It has the `shape`, `dtype`, `ndim` and `size` of the array it stands for, and never trains;
+    `arrays()` are those that are kept, by name.
+    """
+
+    def arrays(self) -> dict[str, Any]:
+        raise NotImplementedError
+
+
 @dataclasses.dataclass(frozen=True)
 class Flat:
     """A flattened tree: `paths[i]` names `leaves[i]`; `unflatten` puts other leaves in place."""
@@ -53,7 +64,7 @@ class Flat:
 
 
 def flatten(tree: PyTree, *, is_leaf: Callable[[Any], bool] | None = None) -> Flat:
-    """Flattens `tree` with a path for each leaf; holes count as leaves.
+    """Flattens `tree` with a path for each leaf; holes and stored arrays count as leaves.
 
     Raises `RequestError` if two leaves share a path.
 
@@ -62,7 +73,7 @@ def flatten(tree: PyTree, *, is_leaf: Callable[[Any], bool] | None = None) -> Fl
     """
 
     def stop(node) -> bool:
-        return isinstance(node, Hole) or (is_leaf is not None and is_leaf(node))
+        return isinstance(node, Hole | Stored) or (is_leaf is not None and is_leaf(node))
 
     keyed, treedef = jax.tree_util.tree_flatten_with_path(tree, is_leaf=stop)
     paths = tuple(_join(keys) for keys, _ in keyed)
@@ -84,14 +95,14 @@ def _join(keys) -> str:
 
 
 def is_array(leaf: Any) -> bool:
-    """True for arrays, tracers and shape structs; False for Equinox's functions and the like."""
-    return isinstance(leaf, jax.Array | np.ndarray | jax.ShapeDtypeStruct | np.generic)
+    """True for arrays, tracers, shape structs and stored arrays; False for functions and alike."""
+    return isinstance(leaf, jax.Array | np.ndarray | jax.ShapeDtypeStruct | np.generic | Stored)
 
 
 def is_float(leaf: Any) -> bool:
-    """True where a gradient makes sense: real or complex floating arrays.
+    """True for real or complex floating arrays, in whatever form they are stored.
 
-    Integer leaves (quantised kernels, counters) and random keys are never differentiated.
+    Integers (counters) and random keys are never differentiated, nor is what is `Stored`.
     """
     return is_array(leaf) and jnp.issubdtype(leaf.dtype, jnp.inexact)
 

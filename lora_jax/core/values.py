@@ -21,6 +21,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from lora_jax.core.reshapes import reshape_roles
+from lora_jax.core.trees import Stored
 
 if TYPE_CHECKING:
     from lora_jax.core.weights import LoRAWeight
@@ -68,9 +69,16 @@ class AdaptedValue:
         raise NotImplementedError
 
     @property
-    def base(self) -> jax.Array:
-        """The frozen array beneath all adapters: its shape and dtype are what the model sees."""
+    def base(self) -> jax.Array | jax.ShapeDtypeStruct:
+        """The frozen array beneath all adapters: its shape and dtype are what the model sees.
+
+        Of one that is stored in another form these two alone.
+        """
         return self.kernel.base if is_adapted(self.kernel) else self.kernel
+
+    def base_array(self) -> jax.Array:
+        """The frozen array beneath all adapters; where it is stored in another form, expanded."""
+        return self.kernel.base_array() if is_adapted(self.kernel) else self.kernel
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -87,6 +95,16 @@ class AdaptedValue:
     @property
     def dtype(self):
         return self.base.dtype
+
+    def expanded(self, dtype) -> jax.Array:
+        """The plain array in another dtype, summed in float32 or wider and rounded once."""
+        wide = jnp.promote_types(self.dtype, jnp.float32)
+        return self.on_base(lambda kernel: kernel.astype(wide)).materialise().astype(dtype)
+
+    @property
+    def is_stored(self) -> bool:
+        """Whether the frozen array is stored in another form."""
+        return is_adapted(self.kernel) and self.kernel.is_stored
 
     @property
     def is_random(self) -> bool:
@@ -230,6 +248,11 @@ class AdaptedValue:
 
 def is_adapted(value: Any) -> bool:
     return isinstance(value, AdaptedValue)
+
+
+def is_bound(value: Any) -> bool:
+    """Whether an adapter sits here, and not just an array that is stored in another form."""
+    return is_adapted(value) and not isinstance(value, Stored)
 
 
 def materialise(value: Any) -> Any:

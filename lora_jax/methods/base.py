@@ -17,7 +17,7 @@ import optax
 from lora_jax.core import trees
 from lora_jax.core.errors import RequestError
 from lora_jax.core.rules import check_each_matches, pattern_of
-from lora_jax.core.values import is_adapted
+from lora_jax.core.values import is_adapted, is_bound
 from lora_jax.methods.parts import by_part
 from lora_jax.methods.rows import bind_rows, init_rows, row_indices, rows_name
 from lora_jax.methods.sites import path_of
@@ -88,7 +88,7 @@ class Method:
         flat = trees.flatten(frozen, is_leaf=is_adapted)
         kernels = dict(flat.items())
         for path in {path_of(name) for name in trainable}:
-            if is_adapted(kernels.get(path)):
+            if is_bound(kernels.get(path)):
                 raise RequestError(
                     f"{path!r} is bound already; bind the tree that `init` returned, or several "
                     "adapters at once with lora_jax.bind_all"
@@ -120,14 +120,15 @@ class Method:
             beneath.setdefault(path, []).append(name)
         return trees.put(frozen, values, is_leaf=is_adapted)
 
-    def merge(self, trainable: Trainable, frozen: PyTree) -> PyTree:
+    def merge(self, trainable: Trainable, frozen: PyTree, *, dtype: Any = None) -> PyTree:
         """Plain parameters with the adapters folded in (W + ΔW): same shapes and dtypes.
 
         The sum is made in float32 or wider and rounded once to the kernel's dtype. Inputs are
-        untouched. Raises `RequestError` where a kernel cannot hold the sum (integers).
+        untouched. A quantised base needs a `dtype`, which all of its quantised parameters get.
+        Raises `RequestError` where that is not given, or a kernel cannot hold the sum (integers).
         Source: Hu et al. 2021, §4.1, "no additional inference latency".
         """
-        return merged(self.bind(trainable, frozen))
+        return merged(self.bind(trainable, frozen), dtype)
 
     def mask(self, tree: PyTree) -> PyTree:
         """A tree of booleans, True exactly on the leaves that train.
@@ -138,11 +139,15 @@ class Method:
         rates of their own, which a mask cannot say.
         """
         flat = trees.flatten(tree, is_leaf=is_adapted)
-        if any(is_adapted(leaf) for leaf in flat.leaves):
+        if any(is_bound(leaf) for leaf in flat.leaves):
             self._check_maskable(tree)
         whole = set(self.whole_paths(tree))
         leaves = [
-            self._mask_of(path, leaf) if is_adapted(leaf) else path in whole
+            self._mask_of(path, leaf)
+            if is_bound(leaf)
+            else jax.tree.map(lambda _: False, leaf)
+            if isinstance(leaf, trees.Stored)
+            else path in whole
             for path, leaf in flat.items()
         ]
         return flat.unflatten(leaves)
@@ -264,17 +269,32 @@ class Method:
         """Raises `RequestError` if this method drops anything in training."""
 
 
-def merged(bound: PyTree) -> PyTree:
-    """A bound tree with every adapted value as the plain array it stands for."""
+def merged(bound: PyTree, dtype: Any = None) -> PyTree:
+    """A bound tree with every adapted value as the plain array it stands for.
+
+    What is quantised comes in `dtype`, without which it is a `RequestError`.
+    """
     flat = trees.flatten(bound, is_leaf=is_adapted)
     for path, leaf in flat.items():
+        if is_adapted(leaf) and leaf.is_stored and dtype is None:
+            raise RequestError(
+                f"{path!r} is quantised: merged with it, the parameters take their full size "
+                "again, so say in which dtype: dtype=jnp.bfloat16; or merge_and_requantize"
+            )
         if is_adapted(leaf) and not jnp.issubdtype(leaf.dtype, jnp.floating):
             raise RequestError(
                 f"{path!r} holds {leaf.dtype}, which W + ΔW cannot be rounded to; merge into the "
                 "floating-point base and convert the result"
             )
     return flat.unflatten(
-        [leaf.materialise() if is_adapted(leaf) else leaf for leaf in flat.leaves]
+        [
+            leaf
+            if not is_adapted(leaf)
+            else leaf.expanded(dtype)
+            if leaf.is_stored
+            else leaf.materialise()
+            for leaf in flat.leaves
+        ]
     )
 
 
@@ -284,4 +304,12 @@ def _matching(what: str, targets, params: PyTree, aliases) -> list[str]:
     floats = [path for path, leaf in flat.items() if is_adapted(leaf) or trees.is_float(leaf)]
     check_each_matches(what, targets, floats, aliases)
     pattern = pattern_of(targets, aliases)
-    return [path for path in floats if pattern.fullmatch(path)]
+    found = [path for path in floats if pattern.fullmatch(path)]
+    leaves = dict(flat.items())
+    stored = [path for path in found if isinstance(leaves[path], trees.Stored)]
+    if stored:
+        raise RequestError(
+            f"{what}={targets!r} would train {stored[0]!r} ({len(stored)} of {len(found)}), which "
+            "is quantised and stays as it is; train an adapter on it, or leave it out"
+        )
+    return found

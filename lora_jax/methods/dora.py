@@ -34,6 +34,8 @@ class DoRA(LoRA):
     # A magnitude of zero is not the base.
     PADS: ClassVar = frozenset({"ranks"})
 
+    FROM_KERNEL = True
+
     def init_parts(self, key: jax.Array, kernel: jax.Array, site: Site) -> dict[str, jax.Array]:
         if site.rule.slice and site.roles[site.rule.slice[0]] == "i":
             raise RequestError(
@@ -55,7 +57,7 @@ class DoRA(LoRA):
             )
 
     def weight(self, low_rank: LoRAWeight, parts: Any, site: Site) -> AdaptedValue:
-        norm = norm_of(dataclasses.replace(low_rank, kernel=low_rank.base))
+        norm = norm_of(dataclasses.replace(low_rank, kernel=low_rank.base_array()))
         gain = parts["magnitude"] / site.narrow(jax.lax.stop_gradient(norm), "so")
         gain = site.widen(gain, "so", fill=1.0)
         return GainWeight(kernel=low_rank, gain=gain, roles=site.roles, path=site.path)

@@ -87,6 +87,10 @@ class IntrinsicDimension(Method):
             raise RequestError(
                 f"targets={self.targets!r} name nothing but what train={self.train!r} trains whole"
             )
+        if stored := [path for path in moved if isinstance(leaves[path], trees.Stored)]:
+            raise RequestError(
+                f"{stored[0]!r} is quantised; a random subspace moves plain parameters alone"
+            )
         if (taken := sum(moved.values())) < self.dim:
             raise RequestError(
                 f"dim is {self.dim}, but only {taken:,} parameters move; choose a smaller one"

@@ -20,7 +20,7 @@ from lora_jax.core.apply import scale_of
 from lora_jax.core.axes import KernelAxes
 from lora_jax.core.errors import RequestError
 from lora_jax.core.rules import Rule, match_rules, split_parts
-from lora_jax.core.values import AdaptedValue, is_adapted
+from lora_jax.core.values import AdaptedValue, is_adapted, is_bound
 from lora_jax.core.weights import LoRAWeight
 from lora_jax.methods.base import Method, Trainable
 from lora_jax.methods.sites import Site, name_of, path_of
@@ -55,6 +55,8 @@ class LoRA(Method):
     PADS: ClassVar[frozenset[str]] = frozenset({"ranks", "targets"})
     # Whether a rank above that of the matrix has a meaning.
     ANY_RANK: ClassVar[bool] = False
+    # Whether `init_parts` reads the kernel's numbers, not its dtype alone.
+    FROM_KERNEL: ClassVar[bool] = False
     # Settings of a rule that have no meaning here, with the reason.
     WITHOUT: ClassVar[Mapping[str, str]] = {}
 
@@ -172,9 +174,17 @@ class LoRA(Method):
     def _init_adapters(self, key, params, whole: frozenset[str]) -> Trainable:
         leaves = dict(trees.flatten(params).items())
         return {
-            name: self.init_parts(_key_of(key, name), site.cut(leaves[site.path]), site)
+            name: self.init_parts(_key_of(key, name), self._start(leaves[site.path], site), site)
             for name, site in self._sites(params, whole).items()
         }
+
+    def _start(self, kernel, site: Site):
+        """What `init_parts` sees of the kernel: the part that is adapted."""
+        if not isinstance(kernel, trees.Stored):
+            return site.cut(kernel)
+        if self.FROM_KERNEL:
+            return site.cut(kernel.dequantize())
+        return jax.ShapeDtypeStruct(site.shape, kernel.dtype)
 
     def _bind_adapter(self, name, kernel, parts, key, data):
         base = kernel.base if is_adapted(kernel) else kernel
@@ -264,7 +274,7 @@ class LoRA(Method):
 
     def _mask_of(self, path: str, value):
         plain = LoRA.factors is type(self).factors and LoRA.weight is type(self).weight
-        if not plain or type(value) is not LoRAWeight or is_adapted(value.kernel):
+        if not plain or type(value) is not LoRAWeight or is_bound(value.kernel):
             return super()._mask_of(path, value)
         if any(rule.slice and rule.takes(path, self.aliases) for rule in self.rules):
             return super()._mask_of(path, value)

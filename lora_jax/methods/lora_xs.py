@@ -31,6 +31,8 @@ class LoRAXS(LoRA):
     WITHOUT: ClassVar = {"init": "its factors are the kernel's singular vectors"}
     STD: ClassVar = 1e-5
 
+    FROM_KERNEL = True
+
     def init_parts(self, key: jax.Array, kernel: jax.Array, site: Site) -> dict[str, jax.Array]:
         p, sigma, q = top_singular(kernel, site)
         core = self.STD * jax.random.normal(key, site.part_shape("srr"), p.dtype)

@@ -31,6 +31,8 @@ class PiSSA(LoRA):
     FIXED: ClassVar = frozenset({"start_a", "start_b"})
     WITHOUT: ClassVar = {"init": "its factors start from the kernel's singular vectors"}
 
+    FROM_KERNEL = True
+
     def init_parts(self, key: jax.Array, kernel: jax.Array, site: Site) -> dict[str, jax.Array]:
         p, sigma, q = top_singular(kernel, site)
         root = jnp.sqrt(sigma / self.scale(site.rule))

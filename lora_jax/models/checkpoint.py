@@ -12,6 +12,7 @@ import numpy as np
 from tokenizers import Tokenizer
 
 from lora_jax.core.errors import RequestError
+from lora_jax.formats.bitsandbytes import Nf4Tensors, is_quantized_config
 from lora_jax.formats.safetensors import read_tensors
 from lora_jax.models.config_fields import Fields, read_json
 from lora_jax.models.families import CAUSAL_LM, ENCODER, Family, find_family, functional_model
@@ -79,6 +80,8 @@ def read_checkpoint(folder: str | os.PathLike, name: str, request: Request) -> C
     # The tokenizer before the weights: of two errors, the one that is found sooner.
     tokenizer = _read_tokenizer(folder, family, config) if request.needs_tokenizer else None
     tensors, file = open_weights(folder)
+    if is_quantized_config(raw, place):
+        tensors = Nf4Tensors(tensors, str(file))
     pooling = read_pooling(folder) if family.kind == ENCODER else FAMILY
     params, head, pooling = read_params(
         tensors, family, config, request, place=str(file), pooling=pooling
@@ -147,8 +150,9 @@ def read_params(
     shapes, _ = functional_model(config, labels, pooling)
     if not lm_head and "lm_head.weight" in tensors and not request.has_head:
         _check_tied(tensors, family, config, place)
+    placing = request.placing.of(family.aliases(config), [entry.path for entry in entries])
     params = params_from_tensors(
-        tensors, entries, shapes, ignored=ignored, place=place, placing=request.placing
+        tensors, entries, shapes, ignored=ignored, place=place, placing=placing
     )
     if not found:
         return params, None, pooling

@@ -11,7 +11,9 @@ import ml_dtypes
 import numpy as np
 
 from lora_jax.core.errors import RequestError
+from lora_jax.formats.bitsandbytes import Nf4Matrix, to_tensors
 from lora_jax.models.placing import OnHost, Placing
+from lora_jax.quant.weight import NF4Weight
 
 _FLOATS = frozenset(np.dtype(t) for t in (np.float64, np.float32, np.float16, ml_dtypes.bfloat16))
 
@@ -80,9 +82,15 @@ def params_from_tensors(
                 continue
             tensor = tensors[entry.tensor]
             of_one = shape if entry.index is None else shape[1:]
-            expected = of_one[::-1] if entry.is_transposed else of_one
+            is_stored = isinstance(tensor, Nf4Matrix)  # always as torch's Linear has it
+            expected = of_one[::-1] if entry.is_transposed or is_stored else of_one
             if tensor.shape != expected:
                 misshapen.append(f"{entry.tensor} {tensor.shape} instead of {expected}")
+                continue
+            if is_stored:
+                value = tensor.to_kernel(path, placing.dtype(path, tensor.dtype))
+                tensor = value if placing.keeps else np.asarray(value.dequantize())
+                _keep(params, path, entry, tensor, shape, placing)
                 continue
             if tensor.dtype not in _FLOATS:
                 not_float.append(f"{entry.tensor} ({tensor.dtype})")
@@ -99,12 +107,7 @@ def params_from_tensors(
                 tensor = np.asarray(tensor, dtype=dtype, order="C")
             if narrows and not np.isfinite(tensor).all():
                 raise RequestError(f"{path} of {place} does not fit into {dtype}; load it wider")
-            if entry.index is None:
-                params[path] = placing.put(tensor)
-                continue
-            if path not in params:
-                params[path] = placing.empty(shape, dtype)
-            params[path] = placing.put_part(params[path], tensor, entry.index)
+            _keep(params, path, entry, tensor, shape, placing)
     problems = [
         f"{label} {_listed(names)}"
         for label, names in (
@@ -121,12 +124,31 @@ def params_from_tensors(
     return params
 
 
+def _keep(params, path: str, entry: Entry, tensor: Any, shape, placing: Placing) -> None:
+    """Puts a tensor, laid out and cast, into `params`, or into the stack there."""
+    if entry.index is None:
+        params[path] = placing.put(tensor, path)
+        return
+    if path not in params:
+        params[path] = placing.empty(tensor, shape, path)
+    params[path] = placing.put_part(params[path], tensor, entry.index)
+
+
 def tensors_from_params(
     params: Mapping[str, Any], entries: Sequence[Entry]
 ) -> dict[str, np.ndarray]:
-    """Returns `{tensor name: array}` in the file's layout, for every entry."""
-    tensors = {}
+    """Returns `{tensor name: array}` in the file's layout, for every entry.
+
+    A kernel in four bits becomes the tensors that bitsandbytes has of it.
+    """
+    tensors: dict[str, np.ndarray] = {}
     for path, group in _by_path(entries):
+        if isinstance(params[path], NF4Weight):
+            for entry in group:
+                whole = params[path]
+                one = whole if entry.index is None else whole.layer(entry.index)
+                tensors |= to_tensors(entry.tensor, one)
+            continue
         array = np.asarray(params[path])
         for entry in group:
             one = array if entry.index is None else array[entry.index]

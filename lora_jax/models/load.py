@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -17,9 +17,10 @@ from lora_jax.models.families import CAUSAL_LM, functional_model
 from lora_jax.models.functional import flatten, unflatten
 from lora_jax.models.gguf_checkpoint import is_gguf, read_gguf_checkpoint
 from lora_jax.models.model import NO_HEAD, Model
-from lora_jax.models.placing import OnDevice
+from lora_jax.models.placing import OnDevice, Quantization
 from lora_jax.models.sources import checked_path, find_source
 from lora_jax.models.tiny import TINY_MODELS, make_tiny
+from lora_jax.quant.quantize import check_format
 
 HEADS = ("classification", "regression")
 _DTYPES = ("float32", "bfloat16", "float16", "float64")
@@ -36,6 +37,9 @@ def load_model(
     scan_layers: bool = False,
     untie: bool = False,
     tokenizer: bool = True,
+    quantize: str | None = None,
+    quantize_targets: str | Sequence[str] = "all-linear",
+    double_quant: bool = True,
 ) -> Model:
     """Loads a model from a Hugging Face folder, a `.gguf` file, a name, or a hub id.
 
@@ -47,8 +51,10 @@ def load_model(
     float32 or wider whatever the dtype: it is trained, and bfloat16 loses small updates.
 
     `scan_layers` stacks a decoder's layers, for models that are deep; `untie` gives a tied
-    embedding's other use, the head, a copy of its own; `tokenizer=False` does without one. Raises
-    `RequestError` for whatever is missing, damaged or inconsistent.
+    embedding's other use, the head, a copy of its own; `tokenizer=False` does without one.
+    `quantize="nf4"` keeps the kernels that `quantize_targets` names in four bits, quantised one by
+    one as they are read (see `lora_jax.quantize`); a folder that bitsandbytes quantised so stays
+    as it is. Raises `RequestError` for whatever is missing, damaged or inconsistent.
 
     >>> model = load_model("tiny-bert", head="classification", num_labels=2)
     >>> encoded = model.tokenizer.encode("a lovely film")
@@ -61,9 +67,13 @@ def load_model(
     num_labels = _checked_num_labels(head, num_labels)
     dtype = None if dtype is None else checked_dtype(dtype)
     name = checked_path(path_or_name)
+    quantization = None
+    if quantize is not None:
+        check_format(quantize)
+        quantization = Quantization(quantize_targets, double_quant)
     request = Request(
         has_head=head is not None,
-        placing=OnDevice(dtype, name, has_head=head is not None),
+        placing=OnDevice(dtype, name, head is not None, quantization),
         config_changes={"scan_layers": True} if scan_layers else {},
         needs_tokenizer=tokenizer,
     )

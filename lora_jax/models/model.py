@@ -18,6 +18,7 @@ from lora_jax.core.rules import Part
 from lora_jax.models.attention import Cache
 from lora_jax.models.families import CAUSAL_LM, Family, family_of
 from lora_jax.models.functional import flatten
+from lora_jax.quant.weight import NF4Weight
 
 NO_HEAD = r"(?!)"
 
@@ -127,7 +128,8 @@ def unstack_layers(config: Any, flat: Mapping[str, Any]) -> dict[str, Any]:
     for path, array in flat.items():
         if path.startswith("layers/"):
             rest = path.removeprefix("layers/")
-            out |= {f"layers/{n}/{rest}": array[n] for n in range(config.num_hidden_layers)}
+            one = array.layer if isinstance(array, NF4Weight) else array.__getitem__
+            out |= {f"layers/{n}/{rest}": one(n) for n in range(config.num_hidden_layers)}
         else:
             out[path] = array
     return out

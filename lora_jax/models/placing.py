@@ -1,9 +1,12 @@
-"""Where a file's tensors go as they are read: kept as NumPy arrays, or onto the device."""
+"""Where a file's tensors go as they are read: kept as NumPy arrays, onto the device, or there in
+four bits."""
 
 from __future__ import annotations
 
 import dataclasses
 import functools
+import re
+from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
 import jax
@@ -11,33 +14,46 @@ import jax.numpy as jnp
 import numpy as np
 
 from lora_jax.core.errors import RequestError
+from lora_jax.core.rules import check_each_matches, pattern_of
+from lora_jax.quant.quantize import to_nf4
+from lora_jax.quant.weight import NF4Weight, encode_kernel
 
 
 class Placing(Protocol):
     """Takes tensors one by one: `dtype` says what a tensor becomes, `put` keeps one that has become
-    it, `empty` and `put_part` keep layers that are stacked into one parameter.
+    it, `empty` and `put_part` keep layers that are stacked into one parameter. Where it `keeps`
+    what a file has in four bits, `put` and `put_part` take such kernels, too.
     """
+
+    keeps: bool
+
+    def of(self, aliases: Mapping[str, Any], paths: Sequence[str]) -> Placing: ...
 
     def dtype(self, path: str, stored: np.dtype) -> np.dtype: ...
 
-    def put(self, array: np.ndarray) -> Any: ...
+    def put(self, array: Any, path: str) -> Any: ...
 
-    def empty(self, shape: tuple[int, ...], dtype: np.dtype) -> Any: ...
+    def empty(self, like: Any, shape: tuple[int, ...], path: str) -> Any: ...
 
-    def put_part(self, stack: Any, part: np.ndarray, index: int) -> Any: ...
+    def put_part(self, stack: Any, part: Any, index: int) -> Any: ...
 
 
 class OnHost:
     """NumPy arrays in the dtypes of the file."""
 
+    keeps = False
+
+    def of(self, aliases: Mapping[str, Any], paths: Sequence[str]) -> OnHost:
+        return self
+
     def dtype(self, path: str, stored: np.dtype) -> np.dtype:
         return stored
 
-    def put(self, array: np.ndarray) -> np.ndarray:
+    def put(self, array: np.ndarray, path: str) -> np.ndarray:
         return array
 
-    def empty(self, shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
-        return np.zeros(shape, dtype)
+    def empty(self, like: np.ndarray, shape: tuple[int, ...], path: str) -> np.ndarray:
+        return np.zeros(shape, like.dtype)
 
     def put_part(self, stack: np.ndarray, part: np.ndarray, index: int) -> np.ndarray:
         stack[index] = part
@@ -45,15 +61,37 @@ class OnHost:
 
 
 @dataclasses.dataclass(frozen=True)
+class Quantization:
+    """Which kernels are quantised as they are read, and how: see `quant.quantize`."""
+
+    targets: str | Sequence[str] = "all-linear"
+    double_quant: bool = True
+
+
+@dataclasses.dataclass(frozen=True)
 class OnDevice:
     """JAX arrays of dtype `wanted`, or the file's where it is None; `name` is the model's.
 
     A task's head (`has_head`) keeps the file's dtype: `make_model` widens it, nothing rounds it.
+    With `quantization` the kernels that it names are kept in four bits, quantised one by one.
     """
 
     wanted: np.dtype | None
     name: str
     has_head: bool
+    quantization: Quantization | None = None
+    pattern: re.Pattern[str] | None = None
+
+    keeps = True
+
+    def of(self, aliases: Mapping[str, Any], paths: Sequence[str]) -> OnDevice:
+        """The same for a model of these aliases and paths. Raises `RequestError` for targets that
+        name none of them."""
+        if self.quantization is None:
+            return self
+        targets = self.quantization.targets
+        check_each_matches("quantize_targets", targets, paths, aliases)
+        return dataclasses.replace(self, pattern=pattern_of(targets, aliases))
 
     def dtype(self, path: str, stored: np.dtype) -> np.dtype:
         if self.has_head and path.startswith("head/"):
@@ -66,20 +104,46 @@ class OnDevice:
             )
         return wanted
 
-    def put(self, array: np.ndarray) -> jax.Array:
+    def put(self, array: Any, path: str) -> Any:
+        if isinstance(array, NF4Weight):
+            if self.quantization is not None:
+                raise RequestError(
+                    f"model {self.name} is quantised already ({path!r}); load it without quantize"
+                )
+            return array
         # A copy of its own, or JAX might keep the file's memory; `jnp.array` would make two.
-        return _settled(jax.device_put(array, may_alias=False))
+        if not self._quantizes(array, path):
+            return _settled(jax.device_put(array, may_alias=False))
+        value = to_nf4(array, "io", path, double_quant=self.quantization.double_quant)
+        return _settled(value)
 
-    def empty(self, shape: tuple[int, ...], dtype: np.dtype) -> jax.Array:
-        return jnp.zeros(shape, dtype)
+    def empty(self, like: Any, shape: tuple[int, ...], path: str) -> Any:
+        if isinstance(like, NF4Weight):
+            double_quant = like.mean is not None
+        elif self._quantizes(like, path):
+            double_quant = self.quantization.double_quant
+        else:
+            return jnp.zeros(shape, like.dtype)
+        stack = jax.eval_shape(
+            lambda x: encode_kernel(x, "sio", path, double_quant=double_quant),
+            jax.ShapeDtypeStruct(shape, like.dtype),
+        )
+        return jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), stack)
 
-    def put_part(self, stack: jax.Array, part: np.ndarray, index: int) -> jax.Array:
+    def put_part(self, stack: Any, part: Any, index: int) -> Any:
+        if isinstance(stack, NF4Weight):
+            part = dataclasses.replace(
+                self.put(part, stack.path), path=stack.path, roles=stack.roles
+            )
         return _settled(_put_part(stack, part, index))
 
+    def _quantizes(self, array: Any, path: str) -> bool:
+        return self.pattern is not None and array.ndim == 2 and bool(self.pattern.fullmatch(path))
 
-def _settled(placed: jax.Array) -> jax.Array:
+
+def _settled(placed: Any) -> Any:
     """`placed`, with nothing left of what it was made from."""
-    placed.block_until_ready()
+    jax.block_until_ready(placed)
     # JAX lets go of a host array when it is next called, which may be after the next is read.
     jax.device_put(np.int32(0))
     return placed
@@ -87,5 +151,7 @@ def _settled(placed: jax.Array) -> jax.Array:
 
 # The stack is donated, so it is written where it lies: a second one would be a third of a model.
 @functools.partial(jax.jit, donate_argnums=0)
-def _put_part(stack: jax.Array, part: jax.Array, index: jax.Array) -> jax.Array:
-    return jax.lax.dynamic_update_index_in_dim(stack, part, index, 0)
+def _put_part(stack: Any, part: Any, index: jax.Array) -> Any:
+    return jax.tree.map(
+        lambda whole, one: jax.lax.dynamic_update_index_in_dim(whole, one, index, 0), stack, part
+    )

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import numpy as np
 
 from lora_jax.core.errors import RequestError
 from lora_jax.formats.atomic import atomic_folder, write_json, write_text
+from lora_jax.formats.bitsandbytes import quantization_config
 from lora_jax.formats.safetensors import write_tensors
 from lora_jax.models.checkpoint import HEAD_ENTRIES, HEAD_FILE
 from lora_jax.models.families import CAUSAL_LM
@@ -18,15 +19,17 @@ from lora_jax.models.functional import flatten
 from lora_jax.models.hf_names import Entry, tensors_from_params
 from lora_jax.models.model import Model
 from lora_jax.models.pooling import FAMILY, pooling_files
+from lora_jax.quant.weight import NF4Weight
 
 
 def save_model(folder: str | os.PathLike, model: Model, params: Mapping[str, Any]) -> None:
-    """Writes `params` (a whole plain tree, as `method.merge` gives it) as a new model folder.
+    """Writes `params` (a whole tree, as `method.merge` gives it) as a new model folder.
 
     Weights go to model.safetensors under transformers' names, each in its own dtype: a decoder with
     its head, an encoder with a head of its family's own kind as the class for sequence
     classification. A head on another pooling goes to head.safetensors (`head.weight` (num_labels,
-    D), `head.bias`) beside the plain encoder. With them config.json, tokenizer.json and the
+    D), `head.bias`) beside the plain encoder. Kernels in four bits are written as bitsandbytes has
+    them, for transformers to open in four bits. With them config.json, tokenizer.json and the
     pooling. The folder appears whole, by a rename, or not at all. Raises `RequestError` if it
     exists or `params` are not the model's.
     """
@@ -36,6 +39,10 @@ def save_model(folder: str | os.PathLike, model: Model, params: Mapping[str, Any
     # transformers 4 reads the first, transformers 5 the second.
     dtype = str(flat[entries[0].path].dtype)
     config |= {"torch_dtype": dtype, "dtype": dtype}
+    if stored := [leaf for leaf in flat.values() if isinstance(leaf, NF4Weight)]:
+        plain = [e.tensor for e in entries if e.is_transposed and e.path not in _paths_of(stored)]
+        modules = [tensor.removesuffix(".weight") for tensor in plain]
+        config["quantization_config"] = quantization_config(stored, modules)
     with atomic_folder(folder) as temporary:
         write_json(temporary / "config.json", config)
         write_tensors(temporary / "model.safetensors", tensors_from_params(flat, entries))
@@ -102,4 +109,11 @@ def _checked(model: Model, params: Mapping[str, Any]) -> dict[str, np.ndarray]:
                 f"params hold {found} at '{path}', model {model.name} has {array.shape} there; "
                 "merge adapters first (method.merge)"
             )
-    return {path: np.asarray(array) for path, array in given.items()}
+    return {
+        path: array if isinstance(array, NF4Weight) else np.asarray(array)
+        for path, array in given.items()
+    }
+
+
+def _paths_of(stored: Iterable[NF4Weight]) -> set[str]:
+    return {value.path for value in stored}

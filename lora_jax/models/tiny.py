@@ -75,9 +75,8 @@ def make_tiny(name: str, request: Request) -> Checkpoint:
     wanted = change_config(config, request.config_changes)
     shapes, _ = functional_model(wanted, None, pooling)
     entries = family.entries(wanted) + ([] if request.has_head else family.lm_head(wanted))
-    params = params_from_tensors(
-        tensors, entries, shapes, ignored=(), place=name, placing=request.placing
-    )
+    placing = request.placing.of(family.aliases(wanted), [entry.path for entry in entries])
+    params = params_from_tensors(tensors, entries, shapes, ignored=(), place=name, placing=placing)
     tokenizer = _byte_tokenizer() if is_decoder else _word_tokenizer()
     eos = (256,) if is_decoder else ()
     return Checkpoint(name, family, wanted, params, tokenizer, pooling, None, eos)

@@ -11,6 +11,7 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from lora_jax.core.errors import RequestError
+from lora_jax.core.optional import OPTIONAL, set_optional
 from lora_jax.core.trees import nearest
 from lora_jax.train.workdir import config_hash, flat_config, plain_config
 
@@ -207,12 +208,17 @@ def _refuse_twins(sweep: Sweep) -> None:
 def overridden(config: ConfigDict, overrides: Mapping[str, Any]) -> ConfigDict:
     """A copy of `config` with dotted settings replaced; types must agree."""
     known = flat_config(config.to_dict())
-    for key in overrides:
-        if key not in known:
-            raise RequestError(f"the config has no setting {key!r}; {nearest(key, known)}")
     copy = config.copy_and_resolve_references()
+    changes = dict(overrides)
+    for key in overrides:
+        if key in known:
+            continue
+        if key not in OPTIONAL:
+            near = nearest(key, [*known, *OPTIONAL])
+            raise RequestError(f"the config has no setting {key!r}; {near}")
+        set_optional(copy, key, changes.pop(key))
     try:
-        copy.update_from_flattened_dict(dict(overrides))
+        copy.update_from_flattened_dict(changes)
     except TypeError as error:
         raise RequestError(f"a setting has another type than the config's: {error}") from error
     return copy

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import jax.numpy as jnp
 from ml_collections import ConfigDict
 
 from lora_jax.core.errors import RequestError
@@ -49,6 +50,7 @@ def evaluate_cell(
     )
     trainable, frozen = adapted.trainable, adapted.frozen
     if merged:
-        trainable, frozen = {}, adapted.method.merge(trainable, frozen)
+        # A base in four bits comes out of it in float32, so that nothing else is rounded.
+        trainable, frozen = {}, adapted.method.merge(trainable, frozen, dtype=jnp.float32)
     scores = make_scores(adapted.model.apply, adapted.method, task=task)
     return evaluate(scores, trainable, frozen, batches), splits

@@ -13,6 +13,7 @@ import ml_collections
 import optax
 
 from lora_jax.core.errors import RequestError
+from lora_jax.core.optional import OPTIONAL
 from lora_jax.data import (
     EncodedExamples,
     EvalBatches,
@@ -154,6 +155,7 @@ def make_model(settings: Any, head_key: jax.Array) -> Model:
     Raises `RequestError` if the model has none of that kind.
     """
     head = head_of(settings)
+    quantized = _quantized(settings)
     if head != "causal-lm":
         return load_model(
             settings.name,
@@ -161,9 +163,11 @@ def make_model(settings: Any, head_key: jax.Array) -> Model:
             num_labels=settings.get("num_labels"),
             dtype=settings.get("dtype"),
             head_key=head_key,
+            **quantized,
         )
     scan_layers = bool(settings.get("scan_layers", False))
-    model = load_model(settings.name, dtype=settings.get("dtype"), scan_layers=scan_layers)
+    dtype = settings.get("dtype")
+    model = load_model(settings.name, dtype=dtype, scan_layers=scan_layers, **quantized)
     if model.kind != "causal-lm" or model.eos_token_id is None:
         lacks = f"is an {model.kind}" if model.kind != "causal-lm" else "has no end of text"
         raise RequestError(
@@ -171,6 +175,20 @@ def make_model(settings: Any, head_key: jax.Array) -> Model:
             "such as tiny-llama or smollm2-135m"
         )
     return model
+
+
+def _quantized(settings: Any) -> dict[str, Any]:
+    """What `load_model` is told of four bits; nothing where model.quantize is "" or not there."""
+    names = ("quantize", "quantize_targets", "double_quant")
+    found = {name: settings.get(name, OPTIONAL[f"model.{name}"]) for name in names}
+    if found["quantize"]:
+        return found
+    for name in names[1:]:
+        if found[name] != OPTIONAL[f"model.{name}"]:
+            raise RequestError(
+                f"model.{name}={found[name]!r} means nothing without model.quantize='nf4'"
+            )
+    return {}
 
 
 def make_method(settings: Any, model: Model) -> Method:

@@ -1,0 +1,37 @@
+"""Settings that a config may lack: what they are then, and how one is put in from outside.
+
+A config that does not say them is the same config, with the same hash, as before they existed.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from ml_collections import ConfigDict
+
+from lora_jax.core.errors import RequestError
+
+# Setting: what it is where a config lacks it.
+OPTIONAL: dict[str, Any] = {
+    "model.quantize": "",  # or "nf4": a frozen base in four bits
+    "model.quantize_targets": "all-linear",
+    "model.double_quant": True,
+}
+
+
+def set_optional(config: ConfigDict, key: str, value: Any) -> None:
+    """Puts an optional setting into a locked config that lacks it; "nf4", "true" as text too.
+
+    Raises `RequestError` for a value of another type.
+    """
+    default = OPTIONAL[key]
+    if isinstance(default, bool) and isinstance(value, str):
+        value = {"true": True, "false": False}.get(value.lower(), value)
+    elif isinstance(default, int) and isinstance(value, str) and value.lstrip("-").isdecimal():
+        value = int(value)
+    if type(value) is not type(default):
+        kind = type(default).__name__
+        raise RequestError(f"{key}={value!r} is no {kind}; without it, it is {default!r}")
+    section, _, name = key.partition(".")
+    with config.unlocked():
+        config[section][name] = value

@@ -1,0 +1,256 @@
+"""`quantize`: parameters to four bits, chosen by path; and back into plain or quantised arrays."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from lora_jax.core import trees
+from lora_jax.core.axes import KernelAxes
+from lora_jax.core.errors import RequestError
+from lora_jax.core.lift import lift
+from lora_jax.core.rules import check_each_matches, pattern_of
+from lora_jax.core.values import is_adapted, is_bound
+from lora_jax.methods.base import Method, Trainable, merged
+from lora_jax.quant.weight import NF4Weight, encode_kernel
+
+PyTree = Any
+FORMATS = ("nf4",)
+
+
+class SkippedWarning(UserWarning):
+    """Parameters that a target names and that have no four-bit form: vectors, integers."""
+
+
+def quantize(
+    params: PyTree,
+    targets: str | Sequence[str],
+    *,
+    format: str = "nf4",
+    double_quant: bool = True,
+    axes: Mapping[str, KernelAxes] | None = None,
+    aliases: Mapping[str, str] | None = None,
+) -> PyTree:
+    """`params` with each matrix that `targets` names in four bits; the others are the same arrays.
+
+    `targets` is a regular expression over whole paths, or aliases of the model family joined by
+    commas ("all-linear"). The result goes wherever `params` went: `lift(apply)`, a method's `init`
+    and `bind`. 4.5 bits a parameter, 4.127 with `double_quant` (see `quant.nf4`). `axes` is what
+    `kernel_axes` gave, for kernels of more than two axes. Vectors and integers that `targets` name
+    too are left as they are, and listed in a `SkippedWarning`.
+
+    Raises `RequestError` for targets that name no matrix, one that is quantised or adapted already,
+    an unknown format, numbers that are not finite. Source: QLoRA (arXiv:2305.14314), Section 3.
+
+    >>> params = {"kernel": jax.random.normal(jax.random.key(0), (64, 32))}
+    >>> quantized = quantize(params, "kernel", double_quant=False)
+    >>> quantized["kernel"].shape, quantized["kernel"].nbytes
+    ((64, 32), 1152)
+    >>> lift(lambda params, x: x @ params["kernel"])(quantized, jnp.ones((2, 64))).shape
+    (2, 32)
+    """
+    check_format(format)
+    flat = trees.flatten(params, is_leaf=is_adapted)
+    arrays = [path for path, leaf in flat.items() if trees.is_array(leaf) or is_adapted(leaf)]
+    check_each_matches("targets", targets, arrays, aliases)
+    pattern = pattern_of(targets, aliases)
+    named = {path: leaf for path, leaf in flat.items() if pattern.fullmatch(path)}
+    chosen, skipped = {}, {}
+    for path, leaf in named.items():
+        if is_adapted(leaf):
+            how = "holds an adapter" if is_bound(leaf) else "is quantised"
+            raise RequestError(f"{path!r} {how} already; quantise the plain parameters once")
+        roles, why = _roles(path, leaf, axes)
+        if roles is None:
+            skipped[path] = why
+        else:
+            chosen[path] = roles
+    if not chosen:
+        path, why = next(iter(skipped.items()))
+        raise RequestError(f"targets={targets!r} name no matrix: {path!r} {why}")
+    values = {}
+    for path, roles in chosen.items():
+        values[path] = to_nf4(named[path], roles, path, double_quant=double_quant)
+    if skipped:
+        listed = "; ".join(f"{path!r} {why}" for path, why in skipped.items())
+        warnings.warn(f"left as they are: {listed}", SkippedWarning, stacklevel=2)
+    return trees.put(params, values, is_leaf=is_adapted)
+
+
+def check_format(format: str) -> None:
+    """Raises `RequestError` for an unknown format."""
+    if format not in FORMATS:
+        raise RequestError(f"format is {format!r}; {trees.nearest(str(format), FORMATS)}")
+
+
+def to_nf4(kernel: Any, roles: str, path: str, *, double_quant: bool, dtype=None) -> NF4Weight:
+    """`encode_kernel`, compiled once a shape, of one matrix of a stack at a time.
+
+    Raises `RequestError` for numbers that are not finite.
+    """
+    encode = _encoder(roles, double_quant, None if dtype is None else jnp.dtype(dtype))
+    value, finite = encode(kernel)
+    if not isinstance(finite, jax.core.Tracer) and not bool(finite):
+        raise RequestError(f"{path!r} holds NaN or infinity, which has no four-bit form")
+    return dataclasses.replace(value, path=path)
+
+
+@functools.cache
+def _encoder(roles: str, double_quant: bool, dtype: Any) -> Callable:
+    settings = {"double_quant": double_quant, "dtype": dtype}
+
+    @jax.jit
+    def encode(kernel):
+        one = functools.partial(encode_kernel, path="", **settings)
+        stacked = roles.count("s")
+        if not stacked:
+            value = one(kernel, roles)
+        else:
+            # Matrix by matrix, so that what is made on the way is of one matrix.
+            sizes = kernel.shape[:stacked]
+            matrices = kernel.reshape(-1, *kernel.shape[stacked:])
+            value = jax.lax.map(lambda x: one(x, roles[stacked:]), matrices)
+            value = jax.tree.map(lambda x: x.reshape(*sizes, *x.shape[1:]), value)
+            value = dataclasses.replace(value, roles=roles)
+        return value, jnp.isfinite(kernel).all()
+
+    return encode
+
+
+def _roles(path: str, leaf: Any, axes) -> tuple[str | None, str]:
+    """The letters of a kernel's axes; or None, and why it is left as it is."""
+    if not trees.is_float(leaf) or jnp.issubdtype(leaf.dtype, jnp.complexfloating):
+        return None, f"is {leaf.dtype}"
+    if leaf.ndim < 2:
+        return None, "is a vector" if leaf.ndim else "is a number"
+    known = None if axes is None else axes.get(path)
+    if known is None and leaf.ndim > 2:
+        raise RequestError(
+            f"{path!r} has {leaf.ndim} axes and nothing says which are input and output; pass "
+            "axes=lora_jax.kernel_axes(apply, params, *inputs)"
+        )
+    roles = "io" if known is None else known.roles(leaf.ndim, path)
+    stack = roles.count("s")
+    if "s" in roles[stack:]:
+        return None, "has stack axes behind others"
+    if len(roles) == stack + 1 or not {"i", "o"} <= set(roles):
+        return None, "is a stack of vectors"
+    return roles, ""
+
+
+def dequantize(params: PyTree) -> PyTree:
+    """`params` with plain arrays again, in the dtypes they had: what the model computed with."""
+    flat = trees.flatten(params, is_leaf=is_adapted)
+    return flat.unflatten(
+        [leaf.dequantize() if isinstance(leaf, NF4Weight) else leaf for leaf in flat.leaves]
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class Requantized:
+    """A merged and quantised tree, and what that cost.
+
+    `params`: quantised where the base was. `errors`: for each of them ‖Q(W + ΔW) − (W + ΔW)‖_F /
+    ‖W + ΔW‖_F. `changes`: ‖ΔW‖_F / ‖W + ΔW‖_F; an adapter smaller than the error is mostly lost.
+    `drift`: the largest absolute difference of the outputs, `mean_drift` its mean, both NaN where
+    no inputs were given.
+    """
+
+    params: PyTree = dataclasses.field(repr=False)
+    errors: Mapping[str, float]
+    changes: Mapping[str, float]
+    drift: float = float("nan")
+    mean_drift: float = float("nan")
+
+
+def merge_and_requantize(
+    method: Method,
+    trainable: Trainable,
+    frozen: PyTree,
+    *,
+    apply: Callable | None = None,
+    inputs: Sequence[Any] = (),
+    **options: Any,
+) -> Requantized:
+    """W + ΔW in four bits again, with the error of that, matrix by matrix.
+
+    With `apply`, the outputs for `apply(params, *inputs, **options)` are compared: of the adapter
+    on its base, and of the result. Rounding to four bits is not small beside ΔW: look at the drift
+    before using the result. Raises `RequestError` where nothing in `frozen` is quantised.
+    """
+    bound = method.bind(trainable, frozen)
+    flat = trees.flatten(bound, is_leaf=is_adapted)
+    stored = {path: leaf for path, leaf in flat.items() if is_adapted(leaf) and leaf.is_stored}
+    if not stored:
+        raise RequestError("nothing in the base is quantised; use method.merge")
+    values, errors, changes = {}, {}, {}
+    for path, leaf in stored.items():
+        base = _nf4_beneath(leaf)
+        if base is leaf:
+            values[path], errors[path], changes[path] = base, 0.0, 0.0
+            continue
+        whole = leaf.expanded(jnp.float32)
+        value = to_nf4(
+            whole, base.roles, path,
+            double_quant=base.mean is not None, dtype=base.stored_dtype,
+        )  # fmt: skip
+        norm = float(jnp.linalg.norm(whole.ravel()))
+        of = lambda x, norm=norm: float(jnp.linalg.norm(x.ravel())) / max(norm, 1e-30)  # noqa: E731
+        errors[path] = of(value.dequantize().astype(jnp.float32) - whole)
+        changes[path] = of(whole - base.dequantize().astype(jnp.float32))
+        values[path] = value
+    leaves = [
+        values[path] if path in values else leaf.materialise() if is_adapted(leaf) else leaf
+        for path, leaf in flat.items()
+    ]
+    params = flat.unflatten(leaves)
+    if apply is None:
+        return Requantized(params, errors, changes)
+    run = jax.jit(lambda params: lift(apply)(params, *inputs, **options))
+    before, after = (jax.tree.leaves(run(tree))[0] for tree in (bound, params))
+    drift = np.abs(np.asarray(after, np.float64) - np.asarray(before, np.float64))
+    return Requantized(params, errors, changes, float(drift.max()), float(drift.mean()))
+
+
+def merge_error(
+    method: Method, trainable: Trainable, frozen: PyTree, *, dtype: Any
+) -> dict[str, float]:
+    """For each quantised parameter, the error of merging it into `dtype`: ‖rounded − sum‖ / ‖sum‖.
+
+    The sum W + ΔW is of the dequantised W, in float32. The base that was quantised is not known
+    here: `quantize` lost it.
+    """
+    bound = method.bind(trainable, frozen)
+    rounded = dict(trees.flatten(merged(bound, dtype)).items())
+    errors = {}
+    for path, leaf in trees.flatten(bound, is_leaf=is_adapted).items():
+        if not (is_adapted(leaf) and leaf.is_stored):
+            continue
+        whole = leaf.expanded(jnp.float32)
+        error = jnp.linalg.norm((rounded[path].astype(jnp.float32) - whole).ravel())
+        errors[path] = float(error / jnp.maximum(jnp.linalg.norm(whole.ravel()), 1e-30))
+    return errors
+
+
+def bits_per_param(params: PyTree) -> float:
+    """What the quantised parameters of a tree take, in bits a parameter, all told.
+
+    Raises `RequestError` where there are none.
+    """
+    stored = [leaf for leaf in trees.flatten(params).leaves if isinstance(leaf, NF4Weight)]
+    if not stored:
+        raise RequestError("nothing in the tree is quantised")
+    return 8 * sum(x.nbytes for x in stored) / sum(x.size for x in stored)
+
+
+def _nf4_beneath(value: Any) -> NF4Weight:
+    while not isinstance(value, NF4Weight):
+        value = value.kernel
+    return value

@@ -1,0 +1,57 @@
+"""A quantised kernel under every construct of `lift`: merge the dequantised one, then apply."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+import lora_jax as lj
+from tests.core.adapted import largest_difference, setting, value_and_gradients
+from tests.core.constructs import ALL
+from tests.core.test_lift import few_fast
+
+# A mesh splits kernels, and the four bits of one stay together: materialised, which others test.
+pytestmark = pytest.mark.filterwarnings("ignore::lora_jax.MaterialisedWarning")
+
+
+@pytest.fixture(autouse=True)
+def float64():
+    before = jax.config.jax_enable_x64
+    jax.config.update("jax_enable_x64", True)
+    yield
+    jax.config.update("jax_enable_x64", before)
+
+
+@pytest.mark.parametrize("name", few_fast(ALL))
+def test_outputs_and_gradients_equal_those_over_the_dequantised_base(name):
+    apply, method, trainable, frozen, x = setting(name, "float64")
+    kernels = {path: leaf for path, leaf in frozen.items() if leaf.ndim > 1}
+    assert kernels
+    quantized = lj.quantize(frozen, r".*", axes=method.axes)
+    assert all(isinstance(quantized[path], lj.quant.NF4Weight) for path in kernels)
+    plain = lj.quant.dequantize(quantized)
+    assert all(jnp.any(plain[path] != kernels[path]) for path in kernels)
+
+    def lifted(trainable, x):
+        return lj.lift(apply)(method.bind(trainable, quantized), x)
+
+    def merged(trainable, x):
+        return apply(method.merge(trainable, plain), x)
+
+    forward_only = name == "while_loop"
+    with lj.watch_materialised() as events:
+        found = value_and_gradients(lifted, trainable, x, forward_only=forward_only)
+    expanded = name in MATERIALISED or not ALL[name].low_rank
+    assert bool(events) == expanded, [str(event) for event in events]
+    expected = value_and_gradients(merged, trainable, x, forward_only=forward_only)
+    assert largest_difference(found, expected) < 1e-9
+
+
+# Shards see a part of the array itself; a number times four bits is no four bits.
+MATERIALISED = (
+    "shard_map_around",
+    "shard_map_over_inputs",
+    "shard_map_around_a_scan",
+    "scaled_kernel",
+)
