@@ -16,6 +16,7 @@ OPTIONAL: dict[str, Any] = {
     "model.quantize": "",  # or "nf4": a frozen base in four bits
     "model.quantize_targets": "all-linear",
     "model.double_quant": True,
+    "train.loss_chunk": 0,  # positions whose logits a language model makes at once; 0: by size
 }
 
 

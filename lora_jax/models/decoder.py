@@ -24,13 +24,20 @@ from lora_jax.models.pooling import last_token
 class Decoder(nnx.Module):
     """A decoder's end; `embed`, `norm`, `head` (None: tied) and `num_labels` are its own."""
 
-    def finish(self, h_BTD, mask_BS, cache: Cache | None, states: tuple | None):
-        """The output from what the layers gave: with the cache, or the states, where there are."""
+    def finish(self, h_BTD, mask_BS, cache: Cache | None, states: tuple | None, readout=None):
+        """The output from what the layers gave: with the cache, or the states, where there are.
+
+        With a `readout` it is `readout(logits_of, h_BTD)`, whose first argument gives the logits
+        (…, vocab) of states (…, D): a loss need not have them all at once.
+        """
         h_BTD = pooled_BD = self.norm(h_BTD)
         if self.num_labels is not None:
             pooled_BD = last_token(h_BTD, mask_BS)
-        scores = self.embed.attend(pooled_BD) if self.head is None else self.head(pooled_BD)
-        output = at_least_float32(scores)
+
+        def logits_of(h):
+            return at_least_float32(self.embed.attend(h) if self.head is None else self.head(h))
+
+        output = logits_of(pooled_BD) if readout is None else readout(logits_of, pooled_BD)
         if cache is not None:
             return output, cache
         return output if states is None else (output, (*states, h_BTD))

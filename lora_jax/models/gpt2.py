@@ -7,7 +7,7 @@ part, tanh GELU, one fused kernel for queries, keys and values, and a head tied 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from types import MappingProxyType
 from typing import Any
 
@@ -171,6 +171,7 @@ class GPT2(Decoder):
         cache: Cache | None = None,
         output_hidden_states: bool = False,
         dropout_key: jax.Array | None = None,
+        readout: Callable | None = None,
     ):
         """Logits (B, T, vocab) in float32 or wider; (B, num_labels) of a classifier.
 
@@ -202,7 +203,8 @@ class GPT2(Decoder):
         )
         if cache is not None:
             cache = Cache(*new, mask_BS, start + input_ids.shape[1])
-        return self.finish(h_BTD, mask_BS, cache, states if output_hidden_states else None)
+        states = states if output_hidden_states else None
+        return self.finish(h_BTD, mask_BS, cache, states, readout)
 
 
 def gpt2_cache(config: GPT2Config, *, batch_size: int, length: int, dtype) -> Cache:

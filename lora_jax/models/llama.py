@@ -6,6 +6,8 @@ queries as in Llama 2 (arXiv:2307.09288). The relatives differ in fields of the 
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import jax
 from flax import nnx
 
@@ -65,13 +67,15 @@ class Llama(Decoder):
         cache: Cache | None = None,
         output_hidden_states: bool = False,
         dropout_key: jax.Array | None = None,
+        readout: Callable | None = None,
     ):
         """Logits (B, T, vocab) in float32 or wider; (B, num_labels) of a classifier.
 
         `input_ids` and `attention_mask` (1 real, 0 padding; all real by default) are (B, T)
         integers; `position_ids` (B, T) default to the column. With a `cache` the tokens follow what
         it holds, and `(logits, cache)` is returned. `output_hidden_states=True` returns `(output,
-        (embeddings, after layer 0, …, after the last norm))`. There is no dropout in this family.
+        (embeddings, after layer 0, …, after the last norm))`; a `readout` changes the output, see
+        `Decoder.finish`. There is no dropout in this family.
         Raises `RequestError` for shapes that do not fit.
         """
         config = self.config
@@ -95,7 +99,8 @@ class Llama(Decoder):
         )
         if cache is not None:
             cache = Cache(*new, mask_BS, start + input_ids.shape[1])
-        return self.finish(h_BTD, mask_BS, cache, states if output_hidden_states else None)
+        states = states if output_hidden_states else None
+        return self.finish(h_BTD, mask_BS, cache, states, readout)
 
 
 def llama_cache(config: LlamaConfig, *, batch_size: int, length: int, dtype) -> Cache:

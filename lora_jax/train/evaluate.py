@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from lora_jax.core.errors import RequestError
-from lora_jax.train.loss import make_logits
+from lora_jax.train.loss import make_scorer
 from lora_jax.train.task import CLASSIFICATION, Task
 
 
@@ -46,12 +46,11 @@ ScoreFunction = Callable[[Any, Any, Any], tuple[jax.Array, ...]]
 
 def make_scores(apply: Callable, method: Any, *, task: Task = CLASSIFICATION) -> ScoreFunction:
     """The jitted scores of one batch, as `task` scores, without dropout or label smoothing."""
-    logits_of = make_logits(apply, method)
+    score = make_scorer(apply, method, task=task)
 
     @jax.jit
     def scores(trainable, frozen, batch):
-        logits = logits_of(trainable, frozen, batch)
-        losses, correct, predictions = task.score(logits, batch)
+        losses, correct, predictions = score(trainable, frozen, batch)
         kept = (predictions,) if task.keeps_predictions else ()
         return losses.astype(jnp.float32), correct, *kept
 

@@ -8,7 +8,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from lora_jax.core.errors import RequestError
 from lora_jax.core.lift import lift
+from lora_jax.core.optional import OPTIONAL
 from lora_jax.train.task import CLASSIFICATION, Task
 from lora_jax.train.task import cross_entropy as cross_entropy
 
@@ -28,6 +30,7 @@ def loss_settings(settings: Any) -> dict[str, Any]:
     return {
         "label_smoothing": settings.label_smoothing,
         "model_dropout": bool(settings.get("model_dropout", False)),
+        "loss_chunk": settings.get("loss_chunk", OPTIONAL["train.loss_chunk"]),
     }
 
 
@@ -44,19 +47,24 @@ def make_loss(
     *,
     label_smoothing: float = 0.0,
     model_dropout: bool = False,
+    loss_chunk: int = 0,
     task: Task = CLASSIFICATION,
 ) -> LossFunction:
     """The loss of a model `apply(params, input_ids, attention_mask) -> logits` under `method`.
 
-    With `model_dropout` the model's own dropout is on, beside the adapters'. Raises `RequestError`
-    if `label_smoothing` is not in [0, 1), or the task has none.
+    With `model_dropout` the model's own dropout is on, beside the adapters'. `loss_chunk` is how
+    many positions' logits a language model makes at a time (see `readout_tokens`). Raises
+    `RequestError` if `label_smoothing` is not in [0, 1), or the task has none, or for a negative
+    chunk.
     """
     task.check_smoothing(label_smoothing)
-    logits_of = make_logits(apply, method, model_dropout=model_dropout)
+    if loss_chunk < 0:
+        raise RequestError(f"train.loss_chunk={loss_chunk!r} must be at least 0")
+    settings = {"smoothing": label_smoothing, "chunk": loss_chunk}
+    score = make_scorer(apply, method, task=task, model_dropout=model_dropout, **settings)
 
     def loss(trainable, frozen, batch, key):
-        logits = logits_of(trainable, frozen, batch, key)
-        losses, right, _ = task.score(logits, batch, smoothing=label_smoothing)
+        losses, right, _ = score(trainable, frozen, batch, key)
         weights = batch["weights"]
         correct = jnp.sum(weights * right)
         return weighted_mean(losses, weights), {"correct": correct, "weight": jnp.sum(weights)}
@@ -64,18 +72,33 @@ def make_loss(
     return loss
 
 
-def make_logits(apply: Callable, method: Any, *, model_dropout: bool = False) -> Callable:
-    """`(trainable, frozen, batch, key=None) -> logits (B, …)`; a key turns dropout on.
+def make_scorer(
+    apply: Callable,
+    method: Any,
+    *,
+    task: Task,
+    model_dropout: bool = False,
+    smoothing: float = 0.0,
+    chunk: int = 0,
+) -> Callable:
+    """`(trainable, frozen, batch, key=None) -> ExampleScores`; a key turns dropout on.
 
     That is the adapters', and with `model_dropout` the model's own, by its config's rates.
     """
     lifted = lift(apply)
 
-    def logits(trainable, frozen, batch, key=None):
+    def scores(trainable, frozen, batch, key=None):
         params = method.bind(trainable, frozen, key=key)
         inputs = [batch[name] for name in INPUTS if name in batch]
-        if not model_dropout or key is None:
-            return lifted(params, *inputs)
-        return lifted(params, *inputs, dropout_key=jax.random.fold_in(key, _OF_THE_MODEL))
+        options: dict[str, Any] = {}
+        if model_dropout and key is not None:
+            options["dropout_key"] = jax.random.fold_in(key, _OF_THE_MODEL)
+        if task.readout is None:
+            return task.score(lifted(params, *inputs, **options), batch, smoothing=smoothing)
 
-    return logits
+        def readout(logits_of, states):
+            return task.readout(logits_of, states, batch, smoothing=smoothing, chunk=chunk)
+
+        return lifted(params, *inputs, readout=readout, **options)
+
+    return scores

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 
 from lora_jax.core.errors import RequestError
 from lora_jax.core.trees import nearest
@@ -66,10 +68,7 @@ def score_tokens(logits: jax.Array, batch: Any, *, smoothing: float = 0.0) -> Ex
     tokens is float32. Weighted by their numbers of tokens, as batches come, examples add up to the
     mean over all tokens: the loss of microsoft/LoRA's `model.py`.
     """
-    # The last position's logits are of a token that is not there; shifting the tokens, not the
-    # logits, copies nothing large.
-    following = jnp.roll(batch["input_ids"], -1, axis=-1)
-    asked = jnp.roll(batch["loss_mask"], -1, axis=-1).at[..., -1].set(0)
+    following, asked = _following(batch)
     losses = cross_entropy(logits, following, smoothing=smoothing)
     right = jnp.argmax(logits, -1) == following
     count = jnp.maximum(asked.sum(-1), 1)
@@ -77,18 +76,72 @@ def score_tokens(logits: jax.Array, batch: Any, *, smoothing: float = 0.0) -> Ex
     return ExampleScores(mean(losses), mean(right).astype(jnp.float32), None)
 
 
+# Logits that are larger than this are made a part of the sequence at a time.
+LARGEST_LOGITS = 256 * 2**20  # bytes of float32
+
+
+def readout_tokens(
+    logits_of: Callable, h_BTD: jax.Array, batch: Any, *, smoothing: float = 0.0, chunk: int = 0
+) -> ExampleScores:
+    """`score_tokens` of `logits_of(h_BTD)`, which are made for `chunk` positions at a time.
+
+    `chunk=0` makes all at once where they take 256 MiB of float32 at most, and else as many
+    positions at a time as do. A part's logits are made again in the backward pass, so that at no
+    time there are more of them: the price is the head's product a third time.
+    """
+    batch_size, time, _ = h_BTD.shape
+    vocab = jax.eval_shape(logits_of, h_BTD[:, :1]).shape[-1]
+    chunk = chunk or max(1, LARGEST_LOGITS // (4 * batch_size * vocab))
+    if chunk >= time:
+        return score_tokens(logits_of(h_BTD), batch, smoothing=smoothing)
+    following, asked = _following(batch)
+    parts = -(-time // chunk)
+
+    def in_parts(x):  # (B, T, …) as (parts, B, chunk, …), filled up with zeros
+        padded = jnp.pad(x, [(0, 0), (0, parts * chunk - time), *[(0, 0)] * (x.ndim - 2)])
+        return jnp.moveaxis(padded.reshape(batch_size, parts, chunk, *x.shape[2:]), 1, 0)
+
+    # Only the sequence is cut: a batch split over devices stays so.
+    @functools.partial(jax.checkpoint, prevent_cse=False)
+    def one(part):
+        h, tokens, wanted = part
+        logits = logits_of(h)
+        losses = cross_entropy(logits, tokens, smoothing=smoothing)
+        right = jnp.argmax(logits, -1) == tokens
+        return tuple(jnp.where(wanted > 0, x, 0).sum(-1) for x in (losses, right))
+
+    def add(sums, part):
+        return tuple(total + own for total, own in zip(sums, one(part), strict=True)), None
+
+    zero = jnp.zeros(batch_size, jnp.promote_types(h_BTD.dtype, jnp.float32))
+    start = (zero, jnp.zeros(batch_size, jnp.int32))
+    (losses, right), _ = lax.scan(add, start, tuple(map(in_parts, (h_BTD, following, asked))))
+    count = jnp.maximum(asked.sum(-1), 1)
+    return ExampleScores(losses / count, (right / count).astype(jnp.float32), None)
+
+
+def _following(batch):
+    """The token after each position (B, T), and whether the loss asks for it."""
+    # The last position's logits are of a token that is not there; shifting the tokens, not the
+    # logits, copies nothing large.
+    following = jnp.roll(batch["input_ids"], -1, axis=-1)
+    return following, jnp.roll(batch["loss_mask"], -1, axis=-1).at[..., -1].set(0)
+
+
 @dataclasses.dataclass(frozen=True)
 class Task:
     """What `model.head` means. `target` is one of `data.TARGETS`, `unit` what weights count.
 
-    `score(logits, batch, *, smoothing=0.0) -> ExampleScores`; `keeps_predictions` says that what
-    was predicted goes with the test scores, since a metric beside accuracy is taken of it.
+    `score(logits, batch, *, smoothing=0.0) -> ExampleScores`; where there is a `readout`, the model
+    is called with that, since its logits may be too many. `keeps_predictions` says that what was
+    predicted goes with the test scores, since a metric beside accuracy is taken of it.
     """
 
     target: str
     unit: str
     score: Callable[..., ExampleScores]
     keeps_predictions: bool = False
+    readout: Callable[..., ExampleScores] | None = None
 
     def check_splits(self, splits: Splits, num_labels: Any) -> None:
         """Raises `RequestError` if a head of `num_labels` outputs does not fit the data."""
@@ -153,6 +206,8 @@ def head_of(settings: Any) -> str:
 def task_of(settings: Any, splits: Splits | None = None) -> Task:
     """The task of a config's `model` section, for these data. Raises `RequestError`."""
     task = TASKS[head_of(settings)]
+    if task.target == "text":  # of the families here, which take a readout
+        task = dataclasses.replace(task, readout=readout_tokens)
     if splits is None:
         return task
     task.check_splits(splits, settings.get("num_labels"))

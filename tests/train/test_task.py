@@ -1,14 +1,24 @@
 """Scores of each kind of target, against NumPy in float64."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from lora_jax.core.errors import RequestError
-from lora_jax.methods import FullFineTuning
+from lora_jax.methods import FullFineTuning, LoRA
+from lora_jax.models import load_model
 from lora_jax.train.loss import make_loss
-from lora_jax.train.task import NEAR, TASKS, score_numbers, score_tokens, task_of
+from lora_jax.train.task import (
+    NEAR,
+    TASKS,
+    readout_tokens,
+    score_numbers,
+    score_tokens,
+    task_of,
+)
 
 VOCABULARY = 7
 
@@ -93,6 +103,96 @@ def test_neither_prompts_nor_padding_are_learnt():
     gradient = jax.grad(lambda x: score_tokens(x, batch, smoothing=0.1).losses.sum())(logits)
     learnt = np.asarray(gradient != 0).any(-1)
     np.testing.assert_array_equal(learnt, np.roll(batch["loss_mask"], -1, 1) == 1)
+
+
+def readout_setting(dtype=jnp.float32, batch_size=3, time=7, width=5):
+    rng = np.random.default_rng(4)
+    h = jnp.asarray(rng.standard_normal((batch_size, time, width)), dtype)
+    kernel = jnp.asarray(rng.standard_normal((width, VOCABULARY)), dtype)
+    batch = {
+        "input_ids": rng.integers(0, VOCABULARY, (batch_size, time)).astype(np.int32),
+        "loss_mask": rng.integers(0, 2, (batch_size, time)).astype(np.int32),
+    }
+    batch["loss_mask"][-1] = 0
+    return h, kernel, batch
+
+
+@pytest.mark.parametrize("chunk", [1, 2, 3, 6, 7, 100, 0])
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+def test_a_loss_in_chunks_is_the_plain_one(chunk, smoothing):
+    """Value and gradients in states and head, float32, to 1e-6 of their largest."""
+    h, kernel, batch = readout_setting()
+    weights = jnp.array([2.0, 0.5, 1.0])
+
+    def plain(h, kernel):
+        scores = score_tokens(h @ kernel, batch, smoothing=smoothing)
+        return jnp.dot(weights, scores.losses), scores
+
+    def in_chunks(h, kernel):
+        scores = readout_tokens(lambda h: h @ kernel, h, batch, smoothing=smoothing, chunk=chunk)
+        return jnp.dot(weights, scores.losses), scores
+
+    found, expected = (
+        jax.jit(jax.value_and_grad(f, argnums=(0, 1), has_aux=True))(h, kernel)
+        for f in (in_chunks, plain)
+    )
+    for one, other in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
+        assert one.dtype == other.dtype
+        np.testing.assert_allclose(one, other, atol=1e-6 * float(jnp.abs(other).max()) + 1e-12)
+    assert float(found[0][0]) > 0.1
+
+
+def test_no_more_logits_are_alive_than_a_chunk_has():
+    """Compiled for 2,048 positions of 8,192 words: temporaries without chunks, and with."""
+    ids = jax.ShapeDtypeStruct((1, 2048), jnp.int32)
+    h = jax.ShapeDtypeStruct((1, 2048, 16), jnp.float32)
+    kernel = jax.ShapeDtypeStruct((16, 8192), jnp.float32)
+
+    def temporaries(chunk):
+        def loss(h, kernel, ids, mask):
+            batch = {"input_ids": ids, "loss_mask": mask}
+            return readout_tokens(lambda h: h @ kernel, h, batch, chunk=chunk).losses.sum()
+
+        compiled = jax.jit(jax.grad(loss, argnums=(0, 1))).lower(h, kernel, ids, ids).compile()
+        return compiled.memory_analysis().temp_size_in_bytes
+
+    logits = 4 * 2048 * 8192
+    assert temporaries(2048) > logits
+    assert temporaries(64) < logits / 4
+
+
+@pytest.mark.parametrize("name", ["tiny-llama", "tiny-gpt2"])
+def test_a_models_loss_in_chunks_is_the_plain_one(name):
+    """Through `lift`, with an adapter on the tied table that gives the logits."""
+    model = load_model(name)
+    method = LoRA(
+        targets="q,v,embed",
+        rank=2, alpha=4, axes=model.axes, aliases=model.aliases,
+    )  # fmt: skip
+    trainable, frozen = method.init(jax.random.key(0), model.params)
+    drawn = iter(jax.random.split(jax.random.key(1), 2 * len(trainable)))
+    trainable = jax.tree.map(lambda x: 0.1 * jax.random.normal(next(drawn), x.shape), trainable)
+    rng = np.random.default_rng(5)
+    batch = {
+        "input_ids": rng.integers(0, 200, (2, 9)).astype(np.int32),
+        "attention_mask": np.ones((2, 9), np.int32),
+        "loss_mask": rng.integers(0, 2, (2, 9)).astype(np.int32),
+        "weights": np.array([4.0, 3.0], np.float32),
+    }
+    task = dataclasses.replace(TASKS["causal-lm"], readout=readout_tokens)
+    ways = [{"task": TASKS["causal-lm"]}, {"task": task, "loss_chunk": 4}, {"task": task}]
+    (plain, *others) = (
+        jax.value_and_grad(make_loss(model.apply, method, **way), has_aux=True)(
+            trainable, frozen, batch, jax.random.key(2)
+        )
+        for way in ways
+    )
+    for other in others:
+        jax.tree.map(
+            lambda a, b: np.testing.assert_allclose(a, b, atol=2e-6, rtol=1e-5), other, plain
+        )
+    with pytest.raises(RequestError, match="loss_chunk=-1"):
+        make_loss(model.apply, method, task=task, loss_chunk=-1)
 
 
 def test_scores_of_numbers_are_squared_errors():
