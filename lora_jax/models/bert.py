@@ -26,6 +26,7 @@ from lora_jax.models.layers import (
     fold_key,
 )
 from lora_jax.models.pooling import FAMILY, POOLINGS
+from lora_jax.models.remat import rematerialised
 
 _LAYER = r"encoder/layers/\d+"
 ALIASES: Mapping[str, str] = MappingProxyType(
@@ -139,20 +140,22 @@ class Bert(nnx.Module):
         *,
         output_hidden_states: bool = False,
         dropout_key: jax.Array | None = None,
+        remat: str = "",
     ):
         """Last hidden state (B, T, D), or float32 logits (B, num_labels) with a head.
 
         `input_ids`, `attention_mask` (1 to attend, 0 padding; all 1 by default) and
         `token_type_ids` are (B, T) integers. `output_hidden_states=True` returns `(output,
-        (embeddings, layer 0, …))`. Dropout acts only with a `dropout_key`. Raises `RequestError`
-        for shapes that do not fit.
+        (embeddings, layer 0, …))`. Dropout acts only with a `dropout_key`; `remat` is a policy of
+        `models.remat`. Raises `RequestError` for shapes that do not fit.
         """
         attention_mask = check_inputs(
             "BERT", input_ids, attention_mask, token_type_ids,
             longest=self.config.max_position_embeddings,
         )  # fmt: skip
         h_BTD = self.embeddings(input_ids, token_type_ids, fold_key(dropout_key, 0))
-        states = self.encoder(h_BTD, mask_bias(attention_mask), fold_key(dropout_key, 1))
+        key = fold_key(dropout_key, 1)
+        states = self.encoder(h_BTD, mask_bias(attention_mask), key, remat)
         output = states[-1]
         if self.head is not None:
             if self.pooler is None:
@@ -191,10 +194,11 @@ class Encoder(nnx.Module):
     def __init__(self, config: BertConfig, *, rngs: nnx.Rngs):
         self.layers = nnx.List([_Layer(config, rngs=rngs) for _ in range(config.num_hidden_layers)])
 
-    def __call__(self, h_BTD, bias, key) -> tuple[jax.Array, ...]:
+    def __call__(self, h_BTD, bias, key, remat: str = "") -> tuple[jax.Array, ...]:
         states = [h_BTD]
+        call = rematerialised(lambda layer, *arrays: layer(*arrays), remat)
         for number, layer in enumerate(self.layers):
-            states.append(layer(states[-1], bias, fold_key(key, number)))
+            states.append(call(layer, states[-1], bias, fold_key(key, number)))
         return tuple(states)
 
 

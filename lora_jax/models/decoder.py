@@ -19,6 +19,7 @@ from lora_jax.core.errors import RequestError
 from lora_jax.models.attention import Cache
 from lora_jax.models.layers import at_least_float32, fold_key
 from lora_jax.models.pooling import last_token
+from lora_jax.models.remat import rematerialised
 
 
 class Decoder(nnx.Module):
@@ -59,12 +60,15 @@ def run_layers(
     past: Cache | None,
     key: jax.Array | None,
     keep_states: bool,
+    remat: str = "",
 ) -> tuple[jax.Array, tuple[jax.Array, ...], tuple[Any, Any]]:
     """`(h, states, (keys, values))` after all layers.
 
     `call(layer, h, past, key)` runs one layer. `states` are the inputs of each layer when
-    `keep_states`, else empty; `keys` and `values` are in the form that `Cache` holds them.
+    `keep_states`, else empty; `keys` and `values` are in the form that `Cache` holds them. `remat`
+    is a policy of `models.remat`.
     """
+    call = rematerialised(call, remat, in_scan=not isinstance(layers, nnx.List))
     if isinstance(layers, nnx.List):
         states, keys, values = [], [], []
         for number, layer in enumerate(layers):

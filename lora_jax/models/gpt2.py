@@ -172,6 +172,7 @@ class GPT2(Decoder):
         output_hidden_states: bool = False,
         dropout_key: jax.Array | None = None,
         readout: Callable | None = None,
+        remat: str = "",
     ):
         """Logits (B, T, vocab) in float32 or wider; (B, num_labels) of a classifier.
 
@@ -200,6 +201,7 @@ class GPT2(Decoder):
             past=cache,
             key=fold_key(dropout_key, 1),
             keep_states=output_hidden_states,
+            remat=remat,
         )
         if cache is not None:
             cache = Cache(*new, mask_BS, start + input_ids.shape[1])

@@ -68,6 +68,7 @@ class Llama(Decoder):
         output_hidden_states: bool = False,
         dropout_key: jax.Array | None = None,
         readout: Callable | None = None,
+        remat: str = "",
     ):
         """Logits (B, T, vocab) in float32 or wider; (B, num_labels) of a classifier.
 
@@ -96,6 +97,7 @@ class Llama(Decoder):
             past=cache,
             key=None,
             keep_states=output_hidden_states,
+            remat=remat,
         )
         if cache is not None:
             cache = Cache(*new, mask_BS, start + input_ids.shape[1])

@@ -68,6 +68,7 @@ class Roberta(nnx.Module):
         *,
         output_hidden_states: bool = False,
         dropout_key: jax.Array | None = None,
+        remat: str = "",
     ):
         """Last hidden state (B, T, D), or float32 logits (B, num_labels) with a head.
 
@@ -84,7 +85,8 @@ class Roberta(nnx.Module):
         positions_BT = jnp.cumsum(real_BT, axis=1) * real_BT + config.pad_token_id
         key = fold_key(dropout_key, 0)
         h_BTD = self.embeddings(input_ids, token_type_ids, key, positions_BT)
-        states = self.encoder(h_BTD, mask_bias(attention_mask), fold_key(dropout_key, 1))
+        key = fold_key(dropout_key, 1)
+        states = self.encoder(h_BTD, mask_bias(attention_mask), key, remat)
         output = states[-1]
         if self.head is not None:
             wide, key = at_least_float32(output), fold_key(dropout_key, 2)

@@ -86,7 +86,7 @@ class Program:
     of one cell, where `frozen` is what `Pack.bind` takes; `tx_of(cell)` makes one cell's optimizer,
     of one structure for all, since what differs is in its state; `batch_axis` is 0 where each cell
     has batches of its own, None where all share them; `at_once` cells are computed side by side,
-    chunk after chunk (0: all).
+    chunk after chunk (0: all); `accumulate` is into how many parts a step cuts its batch.
     """
 
     def __init__(
@@ -98,13 +98,14 @@ class Program:
         *,
         batch_axis: int | None,
         at_once: int,
+        accumulate: int = 1,
     ):
         self.at_once = at_once
         self._tx_of = tx_of
         self._compiled: dict[Any, Any] = {}
         self._compile_seconds = 0.0
         self._use = Use()
-        step = over_cells(step_function(loss, tx), at_once, batch_axis)
+        step = over_cells(step_function(loss, tx, accumulate=accumulate), at_once, batch_axis)
         scores = over_cells(scores, at_once, None)
         self._functions = {"step": jax.jit(step, donate_argnums=0), "scores": jax.jit(scores)}
 

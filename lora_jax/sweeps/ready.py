@@ -15,7 +15,7 @@ from lora_jax.sweeps.cells import Cell
 from lora_jax.sweeps.groups import Group
 from lora_jax.sweeps.program import Program
 from lora_jax.sweeps.settings import CellSettings
-from lora_jax.train.build import Base
+from lora_jax.train.build import Base, accumulate_of
 from lora_jax.train.evaluate import make_scores
 from lora_jax.train.loss import loss_settings, make_loss
 from lora_jax.train.optimizer import make_optimizer
@@ -99,6 +99,7 @@ def make_ready(group: Group, base: Base, *, at_once: int) -> Ready:
         tx_of(plan.cells[0]),
         batch_axis=0,
         at_once=at_once,
+        accumulate=accumulate_of(first),
     )
     # A new head that stays frozen is that of the seed, which all cells of the group share then.
     params = base.model_of(plan.cells[0].seed).params

@@ -34,7 +34,7 @@ from lora_jax.train.evaluate import make_scores
 from lora_jax.train.loss import loss_settings, make_loss
 from lora_jax.train.optimizer import make_optimizer, make_schedule
 from lora_jax.train.state import TrainState, init_state
-from lora_jax.train.step import make_train_step
+from lora_jax.train.step import check_accumulate, make_train_step
 from lora_jax.train.task import Task, head_of, task_of
 
 
@@ -137,7 +137,7 @@ def build(config: Any, base: Base | None = None) -> tuple[Setup, TrainState]:
         batches=batches,
         **base.eval_batches_of(config),
         schedule=make_schedule(config.optimizer, plan["num_steps"]),
-        step=CompiledByShape(make_train_step(loss, tx)),
+        step=CompiledByShape(make_train_step(loss, tx, accumulate=accumulate_of(config))),
         scores=CompiledByShape(make_scores(model.apply, method, task=base.task)),
         **plan,
     )
@@ -175,6 +175,12 @@ def make_model(settings: Any, head_key: jax.Array) -> Model:
             "such as tiny-llama or smollm2-135m"
         )
     return model
+
+
+def accumulate_of(config: Any) -> int:
+    """Into how many parts a step cuts its batch; 1 where train.accumulate_steps is not there."""
+    parts = config.train.get("accumulate_steps", OPTIONAL["train.accumulate_steps"])
+    return check_accumulate(parts, config.data.batch_size)
 
 
 def _quantized(settings: Any) -> dict[str, Any]:

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from lora_jax.core.errors import RequestError
 from lora_jax.core.lift import lift
 from lora_jax.core.optional import OPTIONAL
+from lora_jax.models.remat import check_remat
 from lora_jax.train.task import CLASSIFICATION, Task
 from lora_jax.train.task import cross_entropy as cross_entropy
 
@@ -31,6 +32,7 @@ def loss_settings(settings: Any) -> dict[str, Any]:
         "label_smoothing": settings.label_smoothing,
         "model_dropout": bool(settings.get("model_dropout", False)),
         "loss_chunk": settings.get("loss_chunk", OPTIONAL["train.loss_chunk"]),
+        "remat": settings.get("remat", OPTIONAL["train.remat"]),
     }
 
 
@@ -48,19 +50,22 @@ def make_loss(
     label_smoothing: float = 0.0,
     model_dropout: bool = False,
     loss_chunk: int = 0,
+    remat: str = "",
     task: Task = CLASSIFICATION,
 ) -> LossFunction:
     """The loss of a model `apply(params, input_ids, attention_mask) -> logits` under `method`.
 
     With `model_dropout` the model's own dropout is on, beside the adapters'. `loss_chunk` is how
-    many positions' logits a language model makes at a time (see `readout_tokens`). Raises
-    `RequestError` if `label_smoothing` is not in [0, 1), or the task has none, or for a negative
-    chunk.
+    many positions' logits a language model makes at a time (see `readout_tokens`), `remat` what
+    layers keep for the backward pass (a policy of `models.remat`; "": all). Raises `RequestError`
+    if `label_smoothing` is not in [0, 1), or the task has none, for a negative chunk, or an unknown
+    policy.
     """
     task.check_smoothing(label_smoothing)
     if loss_chunk < 0:
         raise RequestError(f"train.loss_chunk={loss_chunk!r} must be at least 0")
-    settings = {"smoothing": label_smoothing, "chunk": loss_chunk}
+    check_remat(remat)
+    settings: dict[str, Any] = {"smoothing": label_smoothing, "chunk": loss_chunk, "remat": remat}
     score = make_scorer(apply, method, task=task, model_dropout=model_dropout, **settings)
 
     def loss(trainable, frozen, batch, key):
@@ -80,6 +85,7 @@ def make_scorer(
     model_dropout: bool = False,
     smoothing: float = 0.0,
     chunk: int = 0,
+    remat: str = "",
 ) -> Callable:
     """`(trainable, frozen, batch, key=None) -> ExampleScores`; a key turns dropout on.
 
@@ -90,7 +96,7 @@ def make_scorer(
     def scores(trainable, frozen, batch, key=None):
         params = method.bind(trainable, frozen, key=key)
         inputs = [batch[name] for name in INPUTS if name in batch]
-        options: dict[str, Any] = {}
+        options: dict[str, Any] = {"remat": remat} if remat else {}
         if model_dropout and key is not None:
             options["dropout_key"] = jax.random.fold_in(key, _OF_THE_MODEL)
         if task.readout is None:

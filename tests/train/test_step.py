@@ -9,7 +9,7 @@ import lora_jax as lj
 from lora_jax.train.loss import make_loss
 from lora_jax.train.optimizer import make_optimizer
 from lora_jax.train.state import init_state
-from lora_jax.train.step import make_train_step
+from lora_jax.train.step import check_accumulate, make_train_step
 
 SETTINGS = ConfigDict(
     {
@@ -145,3 +145,62 @@ def test_each_step_has_its_own_key():
         state, metrics = step(state, {}, {})
         wanted = jax.random.uniform(jax.random.fold_in(key, number))
         assert float(metrics["correct"]) == float(wanted)
+
+
+@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("parts", [2, 4, 16])
+def test_a_batch_in_parts_is_the_same_step(name, parts, params, batch):
+    """With weights that differ, and a part without any: loss, gradient norm, sums and result."""
+    method = METHODS[name]
+    _, state, frozen, tx = begin(method, params)
+    weights = np.random.default_rng(1).uniform(0.5, 2.0, 16).astype(np.float32)
+    weights[::parts] = 0.0
+    batch = batch | {"weights": weights}
+    loss = make_loss(apply, method)
+    steps = [make_train_step(loss, tx, accumulate=n) for n in (1, parts)]
+    (one, first), (other, second) = (
+        step(jax.tree.map(jnp.copy, state), frozen, batch) for step in steps
+    )
+    for key in first:
+        np.testing.assert_allclose(second[key], first[key], rtol=2e-6, err_msg=key)
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=2e-6),
+        other.trainable,
+        one.trainable,
+    )
+    moved = jax.tree.map(lambda a, b: float(jnp.abs(a - b).max()), one.trainable, state.trainable)
+    assert max(jax.tree.leaves(moved)) > 1e-3
+
+
+def test_a_batch_in_parts_draws_dropout_for_each():
+    """With equal rows the loss of two parts is the mean of two draws, not of one twice."""
+    method = lj.LoRA(targets="body/kernel", rank=2, alpha=2.0, dropout=0.5)
+    keys = jax.random.split(jax.random.key(3), 2)
+    params = {"body": {"kernel": jax.random.normal(keys[0], (6, 3))}}
+    trainable, frozen = method.init(keys[1], params)
+    trainable["body/kernel"]["b"] = jnp.array([[1.0, -1.0, 0.5], [0.0, 1.0, -1.0]])
+
+    def bare(params, ids, mask):
+        return ids.astype(jnp.float32) @ params["body"]["kernel"]
+
+    ids = np.arange(1, 7)[None].repeat(2, 0)
+    batch = {
+        "input_ids": ids, "attention_mask": ids, "labels": np.zeros(2, np.int32),
+        "weights": np.ones(2, np.float32),
+    }  # fmt: skip
+    tx, loss = optax.sgd(0.0), make_loss(bare, method)
+    in_parts = make_train_step(loss, tx, accumulate=2)
+    one_row = jax.tree.map(lambda x: x[:1], batch)
+    for seed in range(5):
+        key = jax.random.key(seed)
+        found = in_parts(init_state(trainable, tx, key), frozen, batch)[1]["loss"]
+        key = jax.random.fold_in(key, 0)  # of the first step
+        draws = [loss(trainable, frozen, one_row, jax.random.fold_in(key, n))[0] for n in (0, 1)]
+        assert abs(float(draws[0] - draws[1])) > 1e-3
+        assert float(found) == pytest.approx(float(sum(draws)) / 2, rel=1e-5)
+
+
+@pytest.mark.parametrize("parts", [0, 3, 1.5, True, "2"])
+def test_parts_that_do_not_divide_the_batch_are_named(parts):
+    with pytest.raises(lj.RequestError, match="divides data.batch_size=16"):
+        check_accumulate(parts, 16)
