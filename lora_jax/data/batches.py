@@ -39,6 +39,11 @@ class TrainIterator(Iterator[Batch]):
     def __next__(self) -> Batch:
         return next(self._batches)
 
+    def widest(self) -> Batch:
+        """The first batch of the first epoch's longest bucket; the iterator stays where it is."""
+        lengths = [scheduled.bucket for scheduled in self.source.schedule(0)]
+        return self.source[lengths.index(max(lengths))]
+
     @property
     def next_step(self) -> int:
         """The number of the batch that comes next, from 0."""

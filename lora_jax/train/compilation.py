@@ -52,10 +52,14 @@ class CompiledByShape:
         """What the largest of the programs holds at once, arguments included."""
         return max(map(memory_of, self._compiled.values()), default=0)
 
-    def __call__(self, state: Any, frozen: Any, batch: dict[str, Any]):
+    def compiled(self, state: Any, frozen: Any, batch: dict[str, Any]) -> Any:
+        """The program for this batch's shape, compiled if it was not met before."""
         shape = tuple(batch["input_ids"].shape)
         if shape not in self._compiled:
             start = time.perf_counter()
             self._compiled[shape] = self._function.lower(state, frozen, batch).compile()
             self.seconds += time.perf_counter() - start
-        return self._compiled[shape](state, frozen, batch)
+        return self._compiled[shape]
+
+    def __call__(self, state: Any, frozen: Any, batch: dict[str, Any]):
+        return self.compiled(state, frozen, batch)(state, frozen, batch)

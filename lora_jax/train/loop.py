@@ -15,6 +15,7 @@ from lora_jax.train.card import describe_program
 from lora_jax.train.checkpoint import Checkpoints
 from lora_jax.train.compilation import enable_compilation_cache
 from lora_jax.train.finish import write_results
+from lora_jax.train.memory import StepMemory
 from lora_jax.train.metrics import MetricsWriter
 from lora_jax.train.progress import ShowWith, show_progress
 from lora_jax.train.run import Run, StopRequested, copy_arrays
@@ -75,6 +76,9 @@ def train_cell(
     if progress and base is None:
         for note in setup.splits.notes:
             print(f"{cell.name}: {note}", file=sys.stderr)
+    memory = _check_memory(setup, state)
+    if progress and base is None:
+        print(f"{cell.name}: a step takes {memory}", file=sys.stderr)
     claim_cell(cell, plain)
     with stop_requests() as stop_requested, Checkpoints(cell / "checkpoints") as checkpoints:
         books, state, best = _resume(checkpoints, setup, state)
@@ -108,6 +112,14 @@ def train_cell(
             memory_bytes=max(setup.step.memory_bytes, setup.scores.memory_bytes),
         )
         return write_results(cell, plain, setup, run.books, run.best, test, program)
+
+
+def _check_memory(setup: Setup, state: TrainState) -> StepMemory:
+    """What a step of the widest batch takes. Raises `RequestError` where that does not fit."""
+    compiled = setup.step.compiled(state, setup.frozen, setup.batches.widest())
+    memory = StepMemory.of(compiled, base=setup.frozen, state=state)
+    memory.check()
+    return memory
 
 
 def _resume(
