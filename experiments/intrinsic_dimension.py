@@ -27,7 +27,7 @@ Measured: experiments/results/intrinsic_dimension/README.md.
 from ml_collections import ConfigDict
 
 DIMS = (100, 300, 1000, 3000, 10000)
-SAID_DIMS = (300, 1000, 3000)
+SAID_DIMS = (1000, 3000)
 RATES = (1e-3, 3e-3, 1e-2, 3e-2, 1e-1)
 MORE_SEEDS = (1, 2)
 

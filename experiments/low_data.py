@@ -6,8 +6,8 @@
 The argument is a size: none, or `smoke` (a tiny model on 64 reviews; sweep `smoke`, a minute).
 
 Compared: MiniLM on 64, 256, 1,024 and 4,096 movie reviews (the largest split has 7,500), cut at 24
-tokens, 120 steps of 32 in each (so 60 epochs of the least): q,v at r = 8, full fine-tuning and the
-frozen probe. Five rates on seed 0, the best on validation with four more seeds; of three looks the
+tokens, 80 steps of 32 in each (so 40 epochs of the least): q,v at r = 8, full fine-tuning and the
+frozen probe. Five rates on seed 0, the best on validation with four more seeds; of two looks the
 one with the best validation loss counts. The validation split has 1,000 reviews whatever the size,
 which favours whoever overfits, equally.
 
@@ -43,7 +43,7 @@ OWN = {
     "data.max_length": 24,
     "data.buckets": (24,),
     "data.eval_limit": 1000,
-    "train.num_steps": 120,
+    "train.num_steps": 80,
     "train.num_epochs": 0.0,
     "train.eval_every_steps": 40,
 }
