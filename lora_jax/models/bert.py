@@ -5,7 +5,7 @@ column of the batch, exact (erf) GELU, layer norm after each residual sum.
 """
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from types import MappingProxyType
 from typing import Any
 
@@ -141,6 +141,7 @@ class Bert(nnx.Module):
         output_hidden_states: bool = False,
         dropout_key: jax.Array | None = None,
         remat: str = "",
+        constrain: Callable | None = None,
     ):
         """Last hidden state (B, T, D), or float32 logits (B, num_labels) with a head.
 
@@ -155,7 +156,7 @@ class Bert(nnx.Module):
         )  # fmt: skip
         h_BTD = self.embeddings(input_ids, token_type_ids, fold_key(dropout_key, 0))
         key = fold_key(dropout_key, 1)
-        states = self.encoder(h_BTD, mask_bias(attention_mask), key, remat)
+        states = self.encoder(h_BTD, mask_bias(attention_mask), key, remat, constrain)
         output = states[-1]
         if self.head is not None:
             if self.pooler is None:
@@ -194,11 +195,13 @@ class Encoder(nnx.Module):
     def __init__(self, config: BertConfig, *, rngs: nnx.Rngs):
         self.layers = nnx.List([_Layer(config, rngs=rngs) for _ in range(config.num_hidden_layers)])
 
-    def __call__(self, h_BTD, bias, key, remat: str = "") -> tuple[jax.Array, ...]:
-        states = [h_BTD]
+    def __call__(self, h_BTD, bias, key, remat: str = "", constrain: Callable | None = None):
+        """The states (B, T, D) before, between and after the layers."""
+        constrain = constrain or (lambda h: h)
+        states = [constrain(h_BTD)]
         call = rematerialised(lambda layer, *arrays: layer(*arrays), remat)
         for number, layer in enumerate(self.layers):
-            states.append(call(layer, states[-1], bias, fold_key(key, number)))
+            states.append(constrain(call(layer, states[-1], bias, fold_key(key, number))))
         return tuple(states)
 
 

@@ -61,20 +61,24 @@ def run_layers(
     key: jax.Array | None,
     keep_states: bool,
     remat: str = "",
+    constrain: Callable | None = None,
 ) -> tuple[jax.Array, tuple[jax.Array, ...], tuple[Any, Any]]:
     """`(h, states, (keys, values))` after all layers.
 
     `call(layer, h, past, key)` runs one layer. `states` are the inputs of each layer when
     `keep_states`, else empty; `keys` and `values` are in the form that `Cache` holds them. `remat`
-    is a policy of `models.remat`.
+    is a policy of `models.remat`, `constrain(h)` says where states lie on a mesh.
     """
     call = rematerialised(call, remat, in_scan=not isinstance(layers, nnx.List))
+    constrain = constrain or (lambda h: h)
+    h_BTD = constrain(h_BTD)
     if isinstance(layers, nnx.List):
         states, keys, values = [], [], []
         for number, layer in enumerate(layers):
             states += [h_BTD] if keep_states else []
             own = None if past is None else (past.keys[number], past.values[number])
             h_BTD, (k, v) = call(layer, h_BTD, own, fold_key(key, number))
+            h_BTD = constrain(h_BTD)
             keys.append(k)
             values.append(v)
         return h_BTD, tuple(states), (tuple(keys), tuple(values))
@@ -83,7 +87,7 @@ def run_layers(
     def body(h, inputs):
         state, own, number = inputs
         out, new = call(nnx.merge(graph, state), h, own, fold_key(key, number))
-        return out, (h if keep_states else None, new)
+        return constrain(out), (h if keep_states else None, new)
 
     number = jax.tree.leaves(stacked)[0].shape[0]
     own = None if past is None else (past.keys, past.values)

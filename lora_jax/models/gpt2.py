@@ -173,6 +173,7 @@ class GPT2(Decoder):
         dropout_key: jax.Array | None = None,
         readout: Callable | None = None,
         remat: str = "",
+        constrain: Callable | None = None,
     ):
         """Logits (B, T, vocab) in float32 or wider; (B, num_labels) of a classifier.
 
@@ -202,6 +203,7 @@ class GPT2(Decoder):
             key=fold_key(dropout_key, 1),
             keep_states=output_hidden_states,
             remat=remat,
+            constrain=constrain,
         )
         if cache is not None:
             cache = Cache(*new, mask_BS, start + input_ids.shape[1])

@@ -69,6 +69,7 @@ class Llama(Decoder):
         dropout_key: jax.Array | None = None,
         readout: Callable | None = None,
         remat: str = "",
+        constrain: Callable | None = None,
     ):
         """Logits (B, T, vocab) in float32 or wider; (B, num_labels) of a classifier.
 
@@ -98,6 +99,7 @@ class Llama(Decoder):
             key=None,
             keep_states=output_hidden_states,
             remat=remat,
+            constrain=constrain,
         )
         if cache is not None:
             cache = Cache(*new, mask_BS, start + input_ids.shape[1])

@@ -7,7 +7,7 @@ the classifier is a linear layer, tanh, and a linear layer on the first token.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from types import MappingProxyType
 from typing import Any
 
@@ -69,6 +69,7 @@ class Roberta(nnx.Module):
         output_hidden_states: bool = False,
         dropout_key: jax.Array | None = None,
         remat: str = "",
+        constrain: Callable | None = None,
     ):
         """Last hidden state (B, T, D), or float32 logits (B, num_labels) with a head.
 
@@ -86,7 +87,7 @@ class Roberta(nnx.Module):
         key = fold_key(dropout_key, 0)
         h_BTD = self.embeddings(input_ids, token_type_ids, key, positions_BT)
         key = fold_key(dropout_key, 1)
-        states = self.encoder(h_BTD, mask_bias(attention_mask), key, remat)
+        states = self.encoder(h_BTD, mask_bias(attention_mask), key, remat, constrain)
         output = states[-1]
         if self.head is not None:
             wide, key = at_least_float32(output), fold_key(dropout_key, 2)

@@ -51,13 +51,15 @@ def make_loss(
     model_dropout: bool = False,
     loss_chunk: int = 0,
     remat: str = "",
+    constrain: Callable | None = None,
     task: Task = CLASSIFICATION,
 ) -> LossFunction:
     """The loss of a model `apply(params, input_ids, attention_mask) -> logits` under `method`.
 
     With `model_dropout` the model's own dropout is on, beside the adapters'. `loss_chunk` is how
     many positions' logits a language model makes at a time (see `readout_tokens`), `remat` what
-    layers keep for the backward pass (a policy of `models.remat`; "": all). Raises `RequestError`
+    layers keep for the backward pass (a policy of `models.remat`; "": all),
+    `constrain(states)` where states between layers lie on a mesh. Raises `RequestError`
     if `label_smoothing` is not in [0, 1), or the task has none, for a negative chunk, or an unknown
     policy.
     """
@@ -65,7 +67,9 @@ def make_loss(
     if loss_chunk < 0:
         raise RequestError(f"train.loss_chunk={loss_chunk!r} must be at least 0")
     check_remat(remat)
-    settings: dict[str, Any] = {"smoothing": label_smoothing, "chunk": loss_chunk, "remat": remat}
+    settings: dict[str, Any] = {
+        "smoothing": label_smoothing, "chunk": loss_chunk, "remat": remat, "constrain": constrain,
+    }  # fmt: skip
     score = make_scorer(apply, method, task=task, model_dropout=model_dropout, **settings)
 
     def loss(trainable, frozen, batch, key):
@@ -86,6 +90,7 @@ def make_scorer(
     smoothing: float = 0.0,
     chunk: int = 0,
     remat: str = "",
+    constrain: Callable | None = None,
 ) -> Callable:
     """`(trainable, frozen, batch, key=None) -> ExampleScores`; a key turns dropout on.
 
@@ -97,6 +102,8 @@ def make_scorer(
         params = method.bind(trainable, frozen, key=key)
         inputs = [batch[name] for name in INPUTS if name in batch]
         options: dict[str, Any] = {"remat": remat} if remat else {}
+        if constrain is not None:
+            options["constrain"] = constrain
         if model_dropout and key is not None:
             options["dropout_key"] = jax.random.fold_in(key, _OF_THE_MODEL)
         if task.readout is None:
