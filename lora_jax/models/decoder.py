@@ -67,7 +67,7 @@ def run_layers(
 
     `call(layer, h, past, key)` runs one layer. `states` are the inputs of each layer when
     `keep_states`, else empty; `keys` and `values` are in the form that `Cache` holds them. `remat`
-    is a policy of `models.remat`, `constrain(h)` says where states lie on a mesh.
+    is a policy of `models.remat`, `constrain(x)` says where states lie on a mesh.
     """
     call = rematerialised(call, remat, in_scan=not isinstance(layers, nnx.List))
     constrain = constrain or (lambda h: h)

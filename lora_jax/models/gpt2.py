@@ -193,7 +193,7 @@ class GPT2(Decoder):
         h_BTD = dropout(h_BTD, config.embd_pdrop, fold_key(dropout_key, 0))
 
         def call(layer, h, past, key):
-            return layer(h, bias, past, start, key)
+            return layer(h, bias, past, start, key, constrain)
 
         h_BTD, states, new = run_layers(
             self.layers,
@@ -232,10 +232,12 @@ class _Layer(nnx.Module):
         self.mlp_norm = LayerNorm(width, eps=eps)
         self.mlp = _Mlp(config, rngs=rngs)
 
-    def __call__(self, h_BTD, bias, past, start, key):
-        mixed, new = self.attention(self.attention_norm(h_BTD), bias, past, start, fold_key(key, 0))
+    def __call__(self, h_BTD, bias, past, start, key, constrain=None):
+        mixed, new = self.attention(
+            self.attention_norm(h_BTD), bias, past, start, fold_key(key, 0), constrain
+        )
         h_BTD = h_BTD + mixed
-        return h_BTD + self.mlp(self.mlp_norm(h_BTD), fold_key(key, 1)), new
+        return h_BTD + self.mlp(self.mlp_norm(h_BTD), fold_key(key, 1), constrain), new
 
 
 class _Attention(nnx.Module):
@@ -245,12 +247,14 @@ class _Attention(nnx.Module):
         self.o = Linear(width, width, std=std, rngs=rngs)
         self.config = config
 
-    def __call__(self, h_BTD, bias, past, start, key):
+    def __call__(self, h_BTD, bias, past, start, key, constrain=None):
         config, width = self.config, self.config.n_embd
         fused = self.qkv(h_BTD)
         q, k, v = (
             split_heads(fused[..., n * width : (n + 1) * width], config.n_head) for n in range(3)
         )
+        if constrain is not None:
+            q, k, v = (constrain(x, "heads") for x in (q, k, v))
         if past is not None:
             k, v = (put_columns(kept, new, start) for kept, new in zip(past, (k, v), strict=True))
         mixed = attend_heads(
@@ -274,6 +278,7 @@ class _Mlp(nnx.Module):
         self.down = Linear(config.n_inner, width, std=std, rngs=rngs)
         self.config = config
 
-    def __call__(self, h_BTD, key):
+    def __call__(self, h_BTD, key, constrain=None):
         inner = ACTIVATIONS[self.config.activation_function](self.up(h_BTD))
+        inner = inner if constrain is None else constrain(inner, "inner")
         return dropout(self.down(inner), self.config.resid_pdrop, key)

@@ -89,7 +89,7 @@ class Llama(Decoder):
         bias = causal_bias(mask_BS, input_ids.shape[1], start=start, window=window)
 
         def call(layer, h, past, _):
-            return layer(h, bias, positions_BT, past, start)
+            return layer(h, bias, positions_BT, past, start, constrain)
 
         h_BTD, states, new = run_layers(
             self.layers,
@@ -127,10 +127,12 @@ class _Layer(nnx.Module):
         self.mlp_norm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.mlp = _Mlp(config, rngs=rngs)
 
-    def __call__(self, h_BTD, bias, positions_BT, past, start):
-        mixed, new = self.attention(self.attention_norm(h_BTD), bias, positions_BT, past, start)
+    def __call__(self, h_BTD, bias, positions_BT, past, start, constrain=None):
+        mixed, new = self.attention(
+            self.attention_norm(h_BTD), bias, positions_BT, past, start, constrain
+        )
         h_BTD = h_BTD + mixed
-        return h_BTD + self.mlp(self.mlp_norm(h_BTD)), new
+        return h_BTD + self.mlp(self.mlp_norm(h_BTD), constrain), new
 
 
 class _Attention(nnx.Module):
@@ -144,13 +146,15 @@ class _Attention(nnx.Module):
         self.o = Linear(queries, size, std=std, rngs=rngs, use_bias=config.o_bias)
         self.config = config
 
-    def __call__(self, h_BTD, bias, positions_BT, past, start):
+    def __call__(self, h_BTD, bias, positions_BT, past, start, constrain=None):
         config = self.config
         scaling = dict(config.rope_scaling) if config.rope_scaling else None
         frequencies = rope_frequencies(config.head_dim, config.rope_theta, scaling)
         q_BTNH = split_heads(self.q(h_BTD), config.num_attention_heads)
         k_BTKH = split_heads(self.k(h_BTD), config.num_key_value_heads)
         v_BTKH = split_heads(self.v(h_BTD), config.num_key_value_heads)
+        if constrain is not None:
+            q_BTNH, k_BTKH, v_BTKH = (constrain(x, "heads") for x in (q_BTNH, k_BTKH, v_BTKH))
         q_BTNH = rotate(q_BTNH, positions_BT, frequencies)
         k_BTKH = rotate(k_BTKH, positions_BT, frequencies)
         if past is not None:
@@ -171,6 +175,6 @@ class _Mlp(nnx.Module):
         self.gate, self.up, self.down = make(size, inner), make(size, inner), make(inner, size)
         self.activation = config.hidden_act
 
-    def __call__(self, h_BTD):
-        gate = ACTIVATIONS[self.activation](self.gate(h_BTD))
-        return self.down(gate * self.up(h_BTD))
+    def __call__(self, h_BTD, constrain=None):
+        inner = ACTIVATIONS[self.activation](self.gate(h_BTD)) * self.up(h_BTD)
+        return self.down(inner if constrain is None else constrain(inner, "inner"))

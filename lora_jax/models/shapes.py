@@ -22,6 +22,7 @@ from lora_jax.core.trees import nearest
 from lora_jax.models.families import CAUSAL_LM, family_of, functional_model
 from lora_jax.models.functional import unflatten
 from lora_jax.models.gpt2 import GPT2Config
+from lora_jax.models.llama_config import LlamaConfig
 from lora_jax.models.model import NO_HEAD, Model
 from lora_jax.models.pooling import FAMILY
 from lora_jax.models.roberta import RobertaConfig
@@ -53,6 +54,25 @@ def _roberta(layers: int, width: int, heads: int) -> RobertaConfig:
     )
 
 
+def _llama(
+    layers: int, width: int, heads: int, inner: int, *, groups: int = 0, vocab: int = 32000, **more
+) -> LlamaConfig:
+    return LlamaConfig(
+        vocab_size=vocab,
+        hidden_size=width,
+        intermediate_size=inner,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        num_key_value_heads=groups or heads,
+        head_dim=width // heads,
+        max_position_embeddings=4096,
+        rms_norm_eps=1e-5,
+        bos_token_id=1,
+        eos_token_id=2,
+        **more,
+    )
+
+
 _gpt2 = functools.partial(_gpt, positions=1024)
 _gpt3 = functools.partial(_gpt, positions=2048)
 SHAPES: Mapping[str, Any] = MappingProxyType(
@@ -69,6 +89,19 @@ SHAPES: Mapping[str, Any] = MappingProxyType(
         "gpt3-6.7b": _gpt3(32, 4096, 32),
         "gpt3-13b": _gpt3(40, 5120, 40),
         "gpt3-175b": _gpt3(96, 12288, 96),
+        # Touvron et al. 2023 (arXiv:2302.13971, Table 2; 2307.09288); Llama 3 (2407.21783).
+        "llama-7b": _llama(32, 4096, 32, 11008),
+        "llama-13b": _llama(40, 5120, 40, 13824),
+        "llama-33b": _llama(60, 6656, 52, 17920),
+        "llama-65b": _llama(80, 8192, 64, 22016),
+        "llama-2-7b": _llama(32, 4096, 32, 11008),
+        "llama-2-13b": _llama(40, 5120, 40, 13824),
+        "llama-2-70b": _llama(80, 8192, 64, 28672, groups=8),
+        "llama-3-8b": _llama(32, 4096, 32, 14336, groups=8, vocab=128256, rope_theta=5e5),
+        "llama-3-70b": _llama(80, 8192, 64, 28672, groups=8, vocab=128256, rope_theta=5e5),
+        "smollm2-135m": _llama(
+            30, 576, 9, 1536, groups=3, vocab=49152, tie_word_embeddings=True, rope_theta=1e5
+        ),
         "roberta-base": _roberta(12, 768, 12),
         "roberta-large": _roberta(24, 1024, 16),
     }
@@ -76,12 +109,17 @@ SHAPES: Mapping[str, Any] = MappingProxyType(
 
 
 def abstract_model(
-    name_or_config: str | Any, num_labels: int | None = None, *, dtype: Any = "float32"
+    name_or_config: str | Any,
+    num_labels: int | None = None,
+    *,
+    dtype: Any = "float32",
+    scan_layers: bool = False,
 ) -> Model:
     """A `Model` whose params are `jax.ShapeDtypeStruct`s: for tables, plans and `jax.eval_shape`.
 
     A name of `SHAPES` (hub names' owners are left out: "openai/gpt2" too), or a family's config.
-    `num_labels` adds a classifier. Raises `RequestError` for an unknown name.
+    `num_labels` adds a classifier, `scan_layers` stacks a decoder's layers. Raises `RequestError`
+    for an unknown name.
 
     >>> import lora_jax as lj
     >>> model = abstract_model("gpt2-medium")
@@ -98,6 +136,8 @@ def abstract_model(
             )
         config = SHAPES[name]
     family = family_of(config)
+    if scan_layers and family.kind == CAUSAL_LM:
+        config = dataclasses.replace(config, scan_layers=True)
     if family.kind == CAUSAL_LM and not config.scan_layers:
         # One stacked layer is traced in place of 96.
         stacked = dataclasses.replace(config, scan_layers=True)

@@ -18,6 +18,11 @@ from lora_jax.quant.weight import NF4Weight
 from lora_jax.train.state import TrainState
 
 BATCH = ("data", "fsdp")
+_ACTIVATIONS = {
+    "states": (BATCH, "tensor", None),
+    "heads": (BATCH, None, "tensor", None),
+    "inner": (BATCH, None, "tensor"),
+}
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -129,7 +134,12 @@ class Placement:
             lambda x: self._named((BATCH, *[None] * (jnp.ndim(x) - 1)), jnp.shape(x)), batch
         )
 
-    def constrain(self, h: jax.Array) -> jax.Array:
-        """States between layers: each device has its rows of the batch, whole."""
-        spec = (BATCH, *[None] * (h.ndim - 1))
-        return jax.lax.with_sharding_constraint(h, self._named(spec, h.shape))
+    def constrain(self, x: jax.Array, kind: str = "states") -> jax.Array:
+        """Where an activation lies: each device has rows of the batch, and its part of `tensor`.
+
+        Of "states" between layers (B, T, D) that is a part of the positions, so that what is kept
+        for the backward pass is split, too (Korthikanti et al. 2022, arXiv:2205.05198); of "heads"
+        (B, T, N, H) some heads, of "inner" (B, T, F) some of the MLP's units.
+        """
+        spec = _ACTIVATIONS[kind]
+        return jax.lax.with_sharding_constraint(x, self._named(spec, x.shape))

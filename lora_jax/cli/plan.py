@@ -1,0 +1,168 @@
+"""`lora-jax plan`."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+from lora_jax.cli.requests import Parser, add_json, say
+
+EXAMPLES = """\
+Examples:
+  LoRA on GPT-3 on 128 chips, and full fine-tuning beside it at the same batch:
+    lora-jax plan --model=gpt3-175b --method=lora --rank=4 --targets=q,v --topology=v5p:4x4x8 \\
+        --mesh=fsdp=16,tensor=8 --batch=16 --compare=full
+  A base of 65 billion parameters in four bits on one chip:
+    lora-jax plan --model=llama-65b --method=lora --targets=all-linear --rank=64 --quantize=nf4 \\
+        --topology=v5p:1x1x1 --batch=1 --length=512
+  The smallest slice:
+    lora-jax plan --model=llama-2-7b --method=full --batch=8 --smallest=v5e
+
+What is compiled is the step that `train` runs: bfloat16 base, float32 adapters and moments, layers
+computed again in the backward pass. A plan takes 30 to 100 seconds and no TPU: only XLA's compiler
+for TPUs (pip install 'lora_jax[tpu]'). Bytes are per device, GB are 10^9. The time is the
+roofline's: FLOPs at the chip's peak, or every argument read once, whichever takes longer; no
+communication, no attention kernels, so a lower bound.
+"""
+
+
+def run(argv: Sequence[str]) -> int:
+    parser = Parser(
+        "plan",
+        description="Compile a train step for a TPU slice, and say what it takes.",
+        epilog=EXAMPLES,
+    )
+    parser.add_argument("--model", required=True, help="by its shapes: gpt3-175b, llama-2-7b, …")
+    parser.add_argument("--method", default="lora", help="lora, full, dora, … (default: lora)")
+    parser.add_argument("--targets", default="q,v", help="(default: q,v)")
+    parser.add_argument("--rank", type=int, default=4, help="(default: 4)")
+    where = parser.add_mutually_exclusive_group(required=True)
+    where.add_argument("--topology", metavar="KIND:LAYOUT", help="in chips: v5p:4x4x8, v5e:2x4")
+    where.add_argument("--smallest", metavar="KIND", help="the smallest slice that holds it")
+    parser.add_argument("--mesh", default="", help="fsdp=16,tensor=8 (default: fsdp over all)")
+    parser.add_argument("--batch", type=int, required=True, help="sequences, over the whole slice")
+    parser.add_argument("--length", type=int, default=2048, help="tokens each (default: 2048)")
+    parser.add_argument("--quantize", default="", metavar="nf4", help="a base in four bits")
+    parser.add_argument("--dtype", default="bfloat16", help="of the base (default: bfloat16)")
+    parser.add_argument("--moments", default="float32", help="Adam's (default: float32)")
+    parser.add_argument(
+        "--remat", default="nothing_saveable", help="a policy (default: nothing_saveable)"
+    )
+    parser.add_argument("--accumulate", type=int, default=1, help="parts of a batch (default: 1)")
+    parser.add_argument("--compare", metavar="METHOD", help="another method beside: full")
+    add_json(parser)
+    options = parser.parse_args(argv)
+
+    from lora_jax.parallel.plan import find_smallest, make_plan
+
+    request = _request(options)
+    methods = [options.method, *([options.compare] if options.compare else [])]
+    plans: list[Any] = []
+    for method in methods:
+        own = dataclasses.replace(request, method=method)
+        if options.smallest:
+            plans += find_smallest(own, options.smallest, _show)
+        else:
+            _show(f"{own.model}, {method}, {own.topology}: compiling")
+            plans.append(make_plan(own))
+    if options.json:
+        found = [plan.to_json() for plan in plans]
+        say(json.dumps(found[0] if len(found) == 1 else found))
+    else:
+        say(table(plans))
+    return 0 if plans[-1].fits else 1
+
+
+def _show(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
+
+
+def _request(options: Any):
+    from lora_jax.core.errors import RequestError
+    from lora_jax.models.remat import check_remat
+    from lora_jax.parallel.mesh import read_mesh
+    from lora_jax.parallel.plan import Request, chips_of
+
+    for name in ("batch", "length", "rank", "accumulate"):
+        if getattr(options, name) < 1:
+            raise RequestError(f"--{name}={getattr(options, name)} must be at least 1")
+    check_remat(options.remat)
+    sizes = read_mesh(options.mesh)
+    if not options.mesh and options.topology:
+        sizes["fsdp"] = chips_of(options.topology)
+    return Request(
+        model=options.model,
+        method=options.method,
+        topology=options.topology or "",
+        mesh=sizes,
+        batch=options.batch,
+        length=options.length,
+        settings={"targets": options.targets, "rank": options.rank, "alpha": 2.0 * options.rank},
+        dtype=options.dtype,
+        moments=options.moments,
+        remat=options.remat,
+        quantize=options.quantize,
+        accumulate=options.accumulate,
+    )
+
+
+def table(plans: Sequence[Any]) -> str:
+    """A line a plan, and what the first one is of."""
+    first = plans[0].request
+    head = (
+        f"{first.model}: {plans[0].num_params / 1e9:,.2f} billion parameters, batch {first.batch} "
+        f"x {first.length} tokens, {first.dtype}"
+        f"{', kernels in ' + first.quantize if first.quantize else ''}, moments {first.moments}, "
+        f"remat {first.remat or 'none'}"
+        f"{f', in {first.accumulate} parts' if first.accumulate > 1 else ''}"
+    )
+    rows = [("method", "slice", "mesh", "trainable", "arguments", "temporaries", "peak", "limit",
+             "whole slice", "step at least")]  # fmt: skip
+    for plan in plans:
+        mesh = ",".join(f"{name}={n}" for name, n in plan.request.mesh.items() if n > 1)
+        kept = (plan.argument_bytes, plan.temp_bytes, plan.peak_bytes)
+        if plan.fits:
+            sizes = [_gb(size) for size in kept]
+        else:
+            sizes = ["", "", f"{_gb(plan.needed_bytes)}: no" if plan.needed_bytes else "no"]
+        rows.append(
+            (
+                plan.request.method,
+                plan.request.topology,
+                mesh or "one",
+                f"{plan.num_trainable:,}",
+                *sizes,
+                _gb(plan.limit_bytes),
+                _gb(plan.total_argument_bytes) if plan.fits else "",
+                f"{plan.seconds_at_least:.3g} s",
+            )
+        )
+    widths = [max(len(row[n]) for row in rows) for n in range(len(rows[0]))]
+    lines = ["  ".join(cell.rjust(w) for cell, w in zip(row, widths, strict=True)) for row in rows]
+    return "\n".join(
+        [
+            head,
+            *lines,
+            "GB a device, arguments of the whole slice in all; peak against limit decides.",
+            *_ratios(plans),
+        ]
+    )
+
+
+def _ratios(plans: Sequence[Any]) -> list[str]:
+    fitting = {plan.request.method: plan for plan in plans if plan.fits}
+    if len(fitting) < 2:
+        return []
+    (name, one), (other_name, other) = list(fitting.items())[:2]
+    return [
+        f"{other_name} / {name}: arguments of the whole slice "
+        f"{other.total_argument_bytes / one.total_argument_bytes:.2f}, peak a device "
+        f"{other.peak_bytes / one.peak_bytes:.2f}"
+    ]
+
+
+def _gb(count: int | None) -> str:
+    return "" if count is None else f"{count / 1e9:,.2f}" if count < 1e11 else f"{count / 1e9:,.0f}"

@@ -1,0 +1,353 @@
+"""A train step of any size compiled for a described TPU slice, on a machine that has none.
+
+The step is the one that `train` runs: its model, method, loss and optimizer, with shapes in place
+of arrays. XLA's TPU compiler (`libtpu`) needs no TPU; what it says of memory is what it would
+reserve there. That it does not fit is an answer, too.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+import os
+import re
+import time
+from collections.abc import Callable, Mapping
+from types import SimpleNamespace
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from lora_jax.core.errors import RequestError
+from lora_jax.core.trees import flatten, nearest
+from lora_jax.methods import Method
+from lora_jax.methods.named import method_of
+from lora_jax.models import Model
+from lora_jax.models.shapes import abstract_model
+from lora_jax.parallel.mesh import make_mesh
+from lora_jax.parallel.placement import BATCH, Placement
+from lora_jax.quant import quantize
+from lora_jax.train.loss import make_loss
+from lora_jax.train.memory import num_bytes
+from lora_jax.train.optimizer import make_optimizer
+from lora_jax.train.state import init_state
+from lora_jax.train.step import check_accumulate, step_function
+from lora_jax.train.task import TASKS, readout_tokens
+
+# What XLA's compiler may use of a chip's memory (libtpu 0.0.42 says it where a program does not
+# fit), and what Google states of it: bfloat16 FLOP/s and bytes/s of its memory
+# (cloud.google.com/tpu/docs/v5e, v5p, v6e).
+GIB = 2**30
+CHIPS: Mapping[str, tuple[float, float, float]] = {
+    "v5e": (15.75 * GIB, 197e12, 0.819e12),
+    "v5p": (95.74 * GIB, 459e12, 2.765e12),
+    "v6e": (31.25 * GIB, 918e12, 1.64e12),
+}
+_FLAT = ("1x1", "2x2", "2x4", "4x4", "4x8", "8x8", "8x16", "16x16")
+# Slices in their order of size.
+SLICES: Mapping[str, tuple[str, ...]] = {
+    "v5e": _FLAT,
+    "v5p": ("1x1x1", "2x2x1", "2x2x2", "2x2x4", "2x4x4", "4x4x4", "4x4x8", "4x8x8", "8x8x8"),
+    "v6e": _FLAT,
+}
+_OUT_OF_MEMORY = re.compile(
+    r"(?:total memory required[^(]*\(([\d.]+)([KMGT]?)\)|Used ([\d.]+)([KMGT]?) of).*?"
+    r"(?:available HBM \(([\d.]+)([KMGT]?)\)|([\d.]+)([KMGT]?) hbm)",
+    re.DOTALL,
+)
+_UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Request:
+    """What is to be planned. `batch` counts sequences of `length` tokens over the whole slice;
+    `method` is a name with its settings, as in a config; `moments` the dtype of Adam's."""
+
+    model: str
+    method: str
+    topology: str
+    mesh: Mapping[str, int]
+    batch: int
+    length: int
+    settings: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    dtype: str = "bfloat16"
+    moments: str = "float32"
+    remat: str = "nothing_saveable"
+    quantize: str = ""
+    accumulate: int = 1
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Plan:
+    """What the compiler said, bytes per device; None where the program does not fit.
+
+    `argument_bytes`: parameters, state and batch. `temp_bytes`: what the step makes beside.
+    `peak_bytes`: the most at once. `limit_bytes`: what the compiler may use. `needed_bytes` says
+    how much a program that does not fit wanted. `total_*` are sums over the slice. `flops` are of
+    one step over the slice, analytic; `seconds_at_least` by the roofline.
+    """
+
+    request: Request
+    num_devices: int
+    num_params: int
+    num_trainable: int
+    base_bytes: int
+    state_bytes: int
+    argument_bytes: int | None
+    temp_bytes: int | None
+    peak_bytes: int | None
+    limit_bytes: int
+    needed_bytes: int | None
+    fits: bool
+    flops: float
+    seconds_at_least: float
+    compile_seconds: float
+
+    def to_json(self) -> dict[str, Any]:
+        """The plan as JSON values, the request's fields first."""
+        found = dataclasses.asdict(self)
+        return {**found.pop("request"), **found}
+
+    @property
+    def total_argument_bytes(self) -> int | None:
+        """Arguments of all devices together."""
+        return None if self.argument_bytes is None else self.argument_bytes * self.num_devices
+
+
+def describe_topology(name: str) -> Any:
+    """The devices of a TPU slice such as "v5p:4x4x8", which need not be there.
+
+    Raises `RequestError` for an unknown kind or layout, or where `libtpu` is missing.
+    """
+    from jax.experimental import topologies
+
+    kind, _, layout = name.partition(":")
+    if kind not in CHIPS:
+        raise RequestError(f"--topology={name}: no kind {kind!r}; {nearest(kind, CHIPS)}")
+    if not re.fullmatch(r"\d+(x\d+){1,2}", layout):
+        raise RequestError(
+            f"--topology={name}: write the layout in chips, as {kind}:{SLICES[kind][2]}; "
+            f"{nearest(layout, SLICES[kind])}"
+        )
+    # Several plans may be compiled at once, and none asks a cloud's server what it runs on.
+    os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
+    os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
+    options = _one_host(layout)
+    try:
+        return topologies.get_topology_desc(platform="tpu", topology_name=name, **options)
+    except Exception as error:  # noqa: BLE001 - XLA's errors share no class of their own
+        text = " ".join(str(error).split())
+        if "not installed" in text or "libtpu" in text.lower():
+            raise RequestError(
+                f"a plan for {name} needs XLA's compiler for TPUs, which is not here; install it: "
+                f"pip install 'lora_jax[tpu]' ({text[:120]})"
+            ) from error
+        raise RequestError(
+            f"--topology={name} is no slice that XLA knows ({text[:160]}); "
+            f"{nearest(layout, SLICES[kind])}"
+        ) from error
+
+
+def chips_of(topology: str) -> int:
+    """How many chips a topology names. Raises `RequestError` where it names no layout."""
+    layout = topology.partition(":")[2]
+    if not re.fullmatch(r"\d+(x\d+){1,2}", layout):
+        raise RequestError(f"--topology={topology}: write it as v5p:4x4x8, kind and chips")
+    return math.prod(int(n) for n in layout.split("x"))
+
+
+def _one_host(layout: str) -> dict[str, Any]:
+    """Slices smaller than a host are described with the chips that their host has."""
+    sizes = tuple(int(n) for n in layout.split("x"))
+    if all(n == 1 for n in sizes):
+        return {"chips_per_host_bounds": (1, 1, 1)}
+    return {}
+
+
+def make_plan(request: Request) -> Plan:
+    """Compiles the step. Raises `RequestError` for what cannot be asked for."""
+    devices = list(describe_topology(request.topology).devices)
+    mesh = make_mesh(request.mesh, devices)
+    rows = 1
+    for axis in BATCH:
+        rows *= mesh.shape[axis]
+    if request.batch % (rows * request.accumulate):
+        raise RequestError(
+            f"--batch={request.batch} does not divide over {rows} parts (data x fsdp) of "
+            f"{request.accumulate} accumulated; give a multiple of {rows * request.accumulate}"
+        )
+    check_accumulate(request.accumulate, request.batch)
+    model, method = _model_and_method(request)
+    placement = Placement(mesh, model)
+    state, frozen, batch, tx = _abstract(request, model, method)
+    of_state = placement.state(method, state)
+    arguments = (
+        _placed(state, of_state),
+        _placed(frozen, placement.params(frozen)),
+        _placed(batch, placement.batch(batch)),
+    )
+    task = dataclasses.replace(TASKS["causal-lm"], readout=readout_tokens)
+    loss = make_loss(
+        model.apply, method, task=task, remat=request.remat, constrain=placement.constrain,
+        loss_chunk=_chunk_of(request, model, rows),
+    )  # fmt: skip
+    step = jax.jit(
+        step_function(loss, tx, accumulate=request.accumulate),
+        donate_argnums=0,
+        out_shardings=(of_state, placement.replicated),
+    )
+    start = time.perf_counter()
+    needed = memory = None
+    try:
+        memory = step.lower(*arguments).compile().memory_analysis()
+    except jax.errors.JaxRuntimeError as error:
+        needed = _needed_bytes(str(error))
+    return _described(request, model, method, mesh, arguments, memory, needed, start)
+
+
+def _model_and_method(request: Request) -> tuple[Model, Method]:
+    model = abstract_model(request.model, dtype=request.dtype, scan_layers=True)
+    settings = {"targets": "q,v", "rank": 4, "alpha": 8.0, "train": "", **request.settings}
+    if request.quantize:
+        params = jax.eval_shape(
+            lambda params: quantize(
+                params, "all-linear", format=request.quantize, axes=model.axes,
+                aliases=model.aliases,
+            ),
+            model.params,
+        )  # fmt: skip
+        model = dataclasses.replace(model, params=params)
+    return model, method_of(request.method, settings, axes=model.axes, aliases=model.aliases)
+
+
+def _abstract(request: Request, model: Model, method: Method):
+    """`(state, frozen, batch, tx)`, all of shapes."""
+    settings = SimpleNamespace(
+        lr=1e-4, schedule="constant", warmup_ratio=0.0, weight_decay=0.01, beta1=0.9, beta2=0.999,
+        eps=1e-8, clip_norm=1.0, moment_dtype=request.moments,
+    )  # fmt: skip
+    tx = method.optimizer(make_optimizer(settings, 100))
+    key = jax.eval_shape(lambda: jax.random.key(0))
+    trainable, frozen = jax.eval_shape(method.init, key, model.params)
+    state = jax.eval_shape(functools.partial(init_state, tx=tx), trainable, key=key)
+    shape = (request.batch, request.length)
+    batch = {name: jax.ShapeDtypeStruct(shape, jnp.int32) for name in _OF_TOKENS}
+    batch["weights"] = jax.ShapeDtypeStruct(shape[:1], jnp.float32)
+    return state, frozen, batch, tx
+
+
+_OF_TOKENS = ("input_ids", "attention_mask", "loss_mask")
+
+
+def _placed(tree: Any, shardings: Any) -> Any:
+    return jax.tree.map(
+        lambda x, where: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where), tree, shardings
+    )
+
+
+def _chunk_of(request: Request, model: Model, rows: int) -> int:
+    """Positions whose logits one device makes at a time: 64 MiB of them at most."""
+    vocab = model.config.vocab_size
+    batch = request.batch // rows // request.accumulate
+    return max(1, min(request.length, 64 * 2**20 // (4 * batch * vocab)))
+
+
+def _needed_bytes(text: str) -> int:
+    """What XLA wanted. Raises `RequestError` for an error of another kind."""
+    if "RESOURCE_EXHAUSTED" not in text:
+        raise RequestError(f"XLA could not compile the step: {' '.join(text.split())[:400]}")
+    found = _OUT_OF_MEMORY.search(text)
+    if found is None:
+        return 0
+    number, unit = (found[1], found[2]) if found[1] else (found[3], found[4])
+    return int(float(number) * _UNITS[unit])
+
+
+def _described(request, model, method, mesh, arguments, memory, needed, start) -> Plan:
+    state, frozen, _ = arguments
+    kind = request.topology.partition(":")[0]
+    limit, flops_per_s, bytes_per_s = CHIPS[kind]
+    table = method.table(model.params)
+    sizes = [leaf.size for leaf in flatten(model.params).leaves]
+    flops = step_flops(model, method, tokens=request.batch * request.length, length=request.length)
+    flops *= 4 / 3 if request.remat == "nothing_saveable" else 1.0
+    argument = None if memory is None else memory.argument_size_in_bytes
+    # Every argument is read at least once.
+    read = (num_bytes(frozen) + num_bytes(state)) / mesh.size
+    return Plan(
+        request=request,
+        num_devices=mesh.size,
+        num_params=sum(sizes),
+        num_trainable=table.num_trainable,
+        base_bytes=num_bytes(frozen),
+        state_bytes=num_bytes(state),
+        argument_bytes=argument,
+        temp_bytes=None if memory is None else memory.temp_size_in_bytes,
+        peak_bytes=None if memory is None else memory.peak_memory_in_bytes,
+        limit_bytes=int(limit),
+        needed_bytes=needed,
+        fits=memory is not None,
+        flops=flops,
+        seconds_at_least=max(flops / mesh.size / flops_per_s, read / bytes_per_s),
+        compile_seconds=time.perf_counter() - start,
+    )
+
+
+def find_smallest(request: Request, kind: str, show: Callable[[str], None]) -> list[Plan]:
+    """Plans of slices of `kind`, smallest first, up to the first that fits; the batch is the same.
+
+    On each slice the meshes of `tensor` 1, 2, 4 and 8 whose `fsdp` divides the batch are tried;
+    `request.topology` and `request.mesh` are ignored. `show` is called with what comes next. Raises
+    `RequestError` for an unknown kind, or where no slice is large enough.
+    """
+    if kind not in SLICES:
+        raise RequestError(f"--smallest={kind}: no such kind; {nearest(kind, SLICES)}")
+    plans: list[Plan] = []
+    least = arguments_at_least(request)
+    for layout in SLICES[kind]:
+        chips = math.prod(int(n) for n in layout.split("x"))
+        if least / chips > CHIPS[kind][0]:
+            show(f"{kind}:{layout}: {least / chips / 1e9:,.0f} GB of arguments a chip: too few")
+            continue
+        for tensor in (1, 2, 4, 8):
+            fsdp = chips // tensor
+            if chips % tensor or request.batch % (fsdp * request.accumulate):
+                continue
+            mesh = {"cell": 1, "data": 1, "fsdp": fsdp, "tensor": tensor}
+            own = dataclasses.replace(request, topology=f"{kind}:{layout}", mesh=mesh)
+            show(f"{kind}:{layout}, fsdp={fsdp}, tensor={tensor}: compiling")
+            plans.append(make_plan(own))
+            if plans[-1].fits:
+                return plans
+    raise RequestError(
+        f"no slice of {kind} up to {SLICES[kind][-1]} holds the step at batch {request.batch}; "
+        "raise --accumulate, or give a batch that more chips divide"
+    )
+
+
+def arguments_at_least(request: Request) -> int:
+    """Bytes of base and state over all devices, were nothing held twice."""
+    model, method = _model_and_method(request)
+    state, frozen, _, _ = _abstract(request, model, method)
+    return num_bytes(frozen) + num_bytes(state)
+
+
+def step_flops(model: Model, method: Method, *, tokens: int, length: int) -> float:
+    """FLOPs of a step without rematerialisation, analytic: XLA counts a scanned layer once.
+
+    Forward two a token for each number of a matrix that meets a product, the head included, and
+    4 · length · width for each layer's attention (which makes both halves of the square). Backward
+    once more for what passes through, attention twice, and once more for each matrix that trains
+    whole; an adapter's own products three times.
+    """
+    config = model.config
+    products = [path for path, axes in model.axes.items() if "dot_general" in axes.ops]
+    sizes = {path: leaf.size for path, leaf in flatten(model.params).items()}
+    matrices = 2.0 * tokens * sum(sizes[path] for path in products)
+    attention = 4.0 * length * config.hidden_size * config.num_hidden_layers * tokens
+    rows = list(method.table(model.params))
+    whole = sum(sizes[row.path] for row in rows if row.rank is None and row.path in products)
+    adapters = sum(row.num_trainable for row in rows if row.rank is not None)
+    return 2 * matrices + 3 * attention + 2.0 * tokens * (whole + 3 * adapters)
