@@ -84,7 +84,8 @@ def _request(options: Any):
     from lora_jax.core.errors import RequestError
     from lora_jax.models.remat import check_remat
     from lora_jax.parallel.mesh import read_mesh
-    from lora_jax.parallel.plan import Request, chips_of
+    from lora_jax.parallel.plan import Request
+    from lora_jax.parallel.topology import chips_of
 
     for name in ("batch", "length", "rank", "accumulate"):
         if getattr(options, name) < 1:

@@ -7,8 +7,6 @@ from __future__ import annotations
 
 from typing import Any
 
-from ml_collections import ConfigDict
-
 from lora_jax.core.errors import RequestError
 
 # Setting: what it is where a config lacks it.
@@ -22,8 +20,8 @@ OPTIONAL: dict[str, Any] = {
 }
 
 
-def set_optional(config: ConfigDict, key: str, value: Any) -> None:
-    """Puts an optional setting into a locked config that lacks it; "nf4", "true" as text too.
+def set_optional(config: Any, key: str, value: Any) -> None:
+    """Puts an optional setting into a locked `ConfigDict` that lacks it; "true" as text, too.
 
     Raises `RequestError` for a value of another type.
     """

@@ -10,8 +10,6 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
-import os
-import re
 import time
 from collections.abc import Callable, Mapping
 from types import SimpleNamespace
@@ -28,6 +26,7 @@ from lora_jax.models import Model
 from lora_jax.models.shapes import abstract_model
 from lora_jax.parallel.mesh import make_mesh
 from lora_jax.parallel.placement import BATCH, Placement
+from lora_jax.parallel.topology import CHIPS, SLICES, describe_topology, needed_bytes
 from lora_jax.quant import quantize
 from lora_jax.train.loss import make_loss
 from lora_jax.train.memory import num_bytes
@@ -35,29 +34,6 @@ from lora_jax.train.optimizer import make_optimizer
 from lora_jax.train.state import init_state
 from lora_jax.train.step import check_accumulate, step_function
 from lora_jax.train.task import TASKS, readout_tokens
-
-# What XLA's compiler may use of a chip's memory (libtpu 0.0.42 says it where a program does not
-# fit), and what Google states of it: bfloat16 FLOP/s and bytes/s of its memory
-# (cloud.google.com/tpu/docs/v5e, v5p, v6e).
-GIB = 2**30
-CHIPS: Mapping[str, tuple[float, float, float]] = {
-    "v5e": (15.75 * GIB, 197e12, 0.819e12),
-    "v5p": (95.74 * GIB, 459e12, 2.765e12),
-    "v6e": (31.25 * GIB, 918e12, 1.64e12),
-}
-_FLAT = ("1x1", "2x2", "2x4", "4x4", "4x8", "8x8", "8x16", "16x16")
-# Slices in their order of size.
-SLICES: Mapping[str, tuple[str, ...]] = {
-    "v5e": _FLAT,
-    "v5p": ("1x1x1", "2x2x1", "2x2x2", "2x2x4", "2x4x4", "4x4x4", "4x4x8", "4x8x8", "8x8x8"),
-    "v6e": _FLAT,
-}
-_OUT_OF_MEMORY = re.compile(
-    r"(?:total memory required[^(]*\(([\d.]+)([KMGT]?)\)|Used ([\d.]+)([KMGT]?) of).*?"
-    r"(?:available HBM \(([\d.]+)([KMGT]?)\)|([\d.]+)([KMGT]?) hbm)",
-    re.DOTALL,
-)
-_UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -116,56 +92,6 @@ class Plan:
         return None if self.argument_bytes is None else self.argument_bytes * self.num_devices
 
 
-def describe_topology(name: str) -> Any:
-    """The devices of a TPU slice such as "v5p:4x4x8", which need not be there.
-
-    Raises `RequestError` for an unknown kind or layout, or where `libtpu` is missing.
-    """
-    from jax.experimental import topologies
-
-    kind, _, layout = name.partition(":")
-    if kind not in CHIPS:
-        raise RequestError(f"--topology={name}: no kind {kind!r}; {nearest(kind, CHIPS)}")
-    if not re.fullmatch(r"\d+(x\d+){1,2}", layout):
-        raise RequestError(
-            f"--topology={name}: write the layout in chips, as {kind}:{SLICES[kind][2]}; "
-            f"{nearest(layout, SLICES[kind])}"
-        )
-    # Several plans may be compiled at once, and none asks a cloud's server what it runs on.
-    os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
-    os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
-    options = _one_host(layout)
-    try:
-        return topologies.get_topology_desc(platform="tpu", topology_name=name, **options)
-    except Exception as error:  # noqa: BLE001 - XLA's errors share no class of their own
-        text = " ".join(str(error).split())
-        if "not installed" in text or "libtpu" in text.lower():
-            raise RequestError(
-                f"a plan for {name} needs XLA's compiler for TPUs, which is not here; install it: "
-                f"pip install 'lora_jax[tpu]' ({text[:120]})"
-            ) from error
-        raise RequestError(
-            f"--topology={name} is no slice that XLA knows ({text[:160]}); "
-            f"{nearest(layout, SLICES[kind])}"
-        ) from error
-
-
-def chips_of(topology: str) -> int:
-    """How many chips a topology names. Raises `RequestError` where it names no layout."""
-    layout = topology.partition(":")[2]
-    if not re.fullmatch(r"\d+(x\d+){1,2}", layout):
-        raise RequestError(f"--topology={topology}: write it as v5p:4x4x8, kind and chips")
-    return math.prod(int(n) for n in layout.split("x"))
-
-
-def _one_host(layout: str) -> dict[str, Any]:
-    """Slices smaller than a host are described with the chips that their host has."""
-    sizes = tuple(int(n) for n in layout.split("x"))
-    if all(n == 1 for n in sizes):
-        return {"chips_per_host_bounds": (1, 1, 1)}
-    return {}
-
-
 def make_plan(request: Request) -> Plan:
     """Compiles the step. Raises `RequestError` for what cannot be asked for."""
     devices = list(describe_topology(request.topology).devices)
@@ -203,7 +129,7 @@ def make_plan(request: Request) -> Plan:
     try:
         memory = step.lower(*arguments).compile().memory_analysis()
     except jax.errors.JaxRuntimeError as error:
-        needed = _needed_bytes(str(error))
+        needed = needed_bytes(str(error))
     return _described(request, model, method, mesh, arguments, memory, needed, start)
 
 
@@ -252,17 +178,6 @@ def _chunk_of(request: Request, model: Model, rows: int) -> int:
     vocab = model.config.vocab_size
     batch = request.batch // rows // request.accumulate
     return max(1, min(request.length, 64 * 2**20 // (4 * batch * vocab)))
-
-
-def _needed_bytes(text: str) -> int:
-    """What XLA wanted. Raises `RequestError` for an error of another kind."""
-    if "RESOURCE_EXHAUSTED" not in text:
-        raise RequestError(f"XLA could not compile the step: {' '.join(text.split())[:400]}")
-    found = _OUT_OF_MEMORY.search(text)
-    if found is None:
-        return 0
-    number, unit = (found[1], found[2]) if found[1] else (found[3], found[4])
-    return int(float(number) * _UNITS[unit])
 
 
 def _described(request, model, method, mesh, arguments, memory, needed, start) -> Plan:

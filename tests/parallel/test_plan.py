@@ -18,6 +18,7 @@ from lora_jax.models.shapes import abstract_model
 from lora_jax.models.tiny import TINY_MODELS
 from lora_jax.parallel import Placement, make_mesh, plan, read_mesh
 from lora_jax.parallel.plan import Request, make_plan, step_flops
+from lora_jax.parallel.topology import describe_topology, needed_bytes
 
 CONFIG = dataclasses.replace(
     TINY_MODELS["tiny-llama"], vocab_size=512, hidden_size=256, intermediate_size=512, head_dim=64,
@@ -115,13 +116,13 @@ def test_topologies_that_are_none_are_named():
         ("v5e:8", "write the layout in chips, as v5e:2x4"),
     ]:
         with pytest.raises(lj.RequestError, match=says):
-            plan.describe_topology(name)
+            describe_topology(name)
 
 
 @pytest.mark.skipif(importlib.util.find_spec("libtpu") is not None, reason="libtpu is here")
 def test_without_its_compiler_a_plan_says_how_to_get_it():
     with pytest.raises(lj.RequestError, match=r"install it: pip install 'lora_jax\[tpu\]'"):
-        plan.describe_topology("v5e:2x4")
+        describe_topology("v5e:2x4")
 
 
 @pytest.mark.slow
@@ -140,9 +141,9 @@ def test_what_xla_wanted_is_read_off_its_error():
         "RESOURCE_EXHAUSTED: Ran out of memory on HBM, the total memory required for HLO "
         "temporaries (40.00G) exceeds available HBM (15.75G)."
     )
-    assert plan._needed_bytes(text) == 40 * 2**30
+    assert needed_bytes(text) == 40 * 2**30
     with pytest.raises(lj.RequestError, match="could not compile"):
-        plan._needed_bytes("INTERNAL: something else")
+        needed_bytes("INTERNAL: something else")
 
 
 def test_the_command_prints_a_table_and_json(simulated, monkeypatch, capsys):
