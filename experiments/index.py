@@ -17,6 +17,7 @@ ORDER = (
     "which_matrices", "what_rank", "what_rank_e2e", "lr_by_rank", "tuned_per_rank",
     "subspace_ranks", "subspace_seeds", "delta_vs_weight", "intrinsic_digits",
     "intrinsic_dimension", "batch_size", "low_data", "rank_caps_movement", "forgetting",
+    "qlora",
 )  # fmt: skip
 HEAD = """\
 # Experiments

@@ -19,7 +19,7 @@ ROOT = Path(__file__).parents[2]
 # Those with a sweep of their own.
 SWEEPS = (
     *("what_rank", "which_matrices", "intrinsic_dimension", "tuned_per_rank", "batch_size"),
-    *("low_data", "rank_caps_movement", "what_rank_e2e"),
+    *("low_data", "rank_caps_movement", "what_rank_e2e", "qlora"),
 )
 
 

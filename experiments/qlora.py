@@ -1,0 +1,186 @@
+"""Does a base in four bits cost anything? (QLoRA, Dettmers et al. 2023)
+
+    make testbeds
+    lora-jax sweep --config=experiments/qlora.py --sweep=full_size --workdir=runs/qlora
+    python -m experiments.qlora runs/qlora
+
+The argument is a size: none, or `smoke` (a tiny model on 64 reviews; sweep `smoke`, a minute).
+
+Compared: LoRA on all linear layers, r = 8, over the base in float32 and over the same base in NF4
+with double quantisation (kernels of the layers only; dequantised to float32). MiniLM on WordNet's
+glosses as in `what_rank` (200 steps of 32), SmolLM2-135M on E2E as in `what_rank_e2e` (48 steps of
+4; its weights are 4-bit values already, of another format, so NF4 rounds what was rounded). Five
+rates each on seed 0, the best on validation with four more seeds.
+
+The source: QLoRA (arXiv:2305.14314), Table 3 and Section 4: "16-bit, 8-bit and 4-bit adapter
+methods replicate the performance of the fully finetuned 16-bit baseline": RoBERTa-large on GLUE,
+BF16 LoRA 88.8, QLoRA Int8 88.8, FP4 88.6; MMLU with LLaMA 7B to 65B, BF16 53.0, NF4 with double
+quantisation 53.1.
+
+Hypotheses, written before the run, margin 0.02 nats of test loss:
+- minilm: NF4 is equivalent to float32 (90% interval within the margin).
+- smollm2: NF4 is equivalent to float32 (the same), in nats a token.
+Measured: experiments/results/qlora/README.md.
+"""
+
+from ml_collections import ConfigDict
+
+SMOLLM2 = {
+    "model.name": "smollm2-135m",
+    "model.head": "causal-lm",
+    "model.scan_layers": True,
+    "data.source": "e2e",
+    "data.path": "../shared/data/e2e",
+    "data.text": "prompt",
+    "data.label": "completion",
+    "data.max_length": 128,
+    "data.buckets": (64, 128),
+    "data.batch_size": 4,
+    "data.limit": 192,
+    "data.eval_limit": 96,
+    "method.train": "",
+    "train.eval_every_steps": 48,
+    "train.eval_batch_size": 16,
+}
+RATES = (5e-4, 1e-3, 2e-3, 5e-3, 1e-2)
+MORE_SEEDS = (1, 2, 3, 4)
+MARGIN = 0.02
+
+SMOKE = {
+    "model.name": "tiny-bert",
+    "model.num_labels": 2,
+    "data.source": "reviews",
+    "data.limit": 64,
+    "data.eval_limit": 64,
+    "train.num_steps": 4,
+    "train.eval_every_steps": 4,
+}
+SMOKE_SMOLLM2 = {
+    "model.name": "tiny-llama",
+    "data.source": "tiny-pairs",
+    "data.path": "",
+    "data.max_length": 96,
+    "data.buckets": (96,),
+    "data.limit": 0,
+    "train.num_steps": 4,
+    "train.eval_every_steps": 4,
+}
+
+
+def sweep_full_size(add):
+    """Two models, two bases each, at five rates, then four more seeds at the best."""
+    for model, own in (("minilm", {}), ("smollm2", SMOLLM2)):
+        for base, kind in (("float32", ""), ("nf4", "nf4")):
+            tuned = {"tune": ("optimizer.lr", RATES), "more_seeds": MORE_SEEDS}
+            add(f"{model}-{base}", **tuned, **{**own, "model.quantize": kind})
+
+
+def sweep_smoke(add):
+    """The same with tiny models, two rates and two seeds each."""
+    for model, own in (("minilm", SMOKE), ("smollm2", {**SMOLLM2, **SMOKE_SMOLLM2})):
+        for base, kind in (("float32", ""), ("nf4", "nf4")):
+            tuned = {"tune": ("optimizer.lr", RATES[1:3]), "more_seeds": (1,)}
+            add(f"{model}-{base}", **tuned, **{**own, "model.quantize": kind})
+
+
+def get_config(arg: str = "") -> ConfigDict:
+    """The config for `arg`: nothing, or "smoke"."""
+    if arg not in ("", "smoke"):
+        raise ValueError(f"qlora.py:{arg}: give no size, or smoke")
+    config = ConfigDict(
+        {
+            "seed": 0,
+            "model": {
+                "name": "minilm",
+                "head": "classification",
+                "num_labels": 26,
+                "dtype": "float32",
+                "scan_layers": False,
+                "quantize": "",
+            },
+            "data": {
+                "source": "wordnet",
+                "path": "",
+                "text": "text",
+                "label": "label",
+                "max_length": 16,
+                "buckets": (16,),
+                "batch_size": 32,
+                "seed": 0,
+                "limit": 6400,  # one epoch
+                "eval_limit": 1500,
+            },
+            "method": {
+                "name": "lora",
+                "targets": "all-linear",
+                "rank": 8,
+                "alpha": 16.0,
+                "dropout": 0.0,
+                "init": "kaiming_uniform",
+                "train": "head/.*",
+            },
+            "optimizer": {
+                "lr": 2e-3,
+                "schedule": "linear",
+                "warmup_ratio": 0.06,
+                "weight_decay": 0.01,
+                "beta1": 0.9,
+                "beta2": 0.999,
+                "eps": 1e-8,
+                "clip_norm": 1.0,
+            },
+            "train": {
+                "num_epochs": 1.0,
+                "num_steps": 0,
+                "label_smoothing": 0.0,
+                "eval_every_steps": 200,
+                "checkpoint_every_steps": 0,
+                "patience": 0,
+                "eval_batch_size": 128,
+                "log_every_steps": 10,
+            },
+        }
+    )
+    if arg:
+        config.update_from_flattened_dict(SMOKE)
+    return config
+
+
+def write(workdir, out) -> None:
+    """Reads the finished sweep, and writes what was found."""
+    from experiments import findings, hypotheses
+
+    found = hypotheses.read_contestants(workdir)
+    verdicts = [
+        hypotheses.equivalent(
+            model,
+            f"{model}: NF4 equals float32 within {MARGIN}",
+            found[f"{model}-nf4"],
+            found[f"{model}-float32"],
+            MARGIN,
+        )
+        for model in ("minilm", "smollm2")
+    ]
+    runs = [run for one in found.values() for run in one.all_runs]
+    parts = []
+    for model in ("minilm", "smollm2"):
+        own = {name: one for name, one in found.items() if name.startswith(model)}
+        figure = findings.draw_contestants(own)
+        parts += [
+            findings.contestant_table(own),
+            findings.figure_file(figure, out, model, runs),
+        ]
+    findings.write_findings(
+        out,
+        title="A base in four bits",
+        command="python -m experiments.qlora runs/qlora",
+        verdicts=verdicts,
+        parts=parts,
+        runs=runs,
+    )
+
+
+if __name__ == "__main__":
+    from experiments.findings import run_main
+
+    run_main("qlora", write)
