@@ -103,7 +103,7 @@ def _texts(cell: Path, options: Any, given: dict[str, Any]) -> int:
     questions = Questions.of(getattr(splits, options.split), options.texts)
     trained = adapted.method.bind
     if options.merged:
-        trained = functools.partial(adapted.method.merge, dtype="float32")
+        trained = functools.partial(adapted.method.merge, dtype="stored")
     found: dict[str, Any] = {}
     trees = {
         "base": adapted.model.params,

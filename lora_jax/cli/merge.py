@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -11,7 +12,7 @@ import numpy as np
 from lora_jax.cli.adapters import load_adapted
 from lora_jax.cli.requests import Parser, add_json, say
 from lora_jax.core.errors import RequestError
-from lora_jax.core.trees import Stored, flatten
+from lora_jax.core.trees import Stored, flatten, is_float
 from lora_jax.formats.atomic import check_new
 
 DTYPES = ("bfloat16", "float16", "float32")
@@ -48,7 +49,7 @@ def run(argv: Sequence[str]) -> int:
     )
     how = parser.add_mutually_exclusive_group()
     how.add_argument(
-        "--dtype", choices=DTYPES, help="of the kernels that are quantised, which need one"
+        "--dtype", choices=DTYPES, help="of the merged weights (a base in four bits needs one)"
     )
     how.add_argument(
         "--requantize", action="store_true", help="quantise what was: says what is lost"
@@ -86,13 +87,16 @@ def run(argv: Sequence[str]) -> int:
                 f"{found.drift:.2g} at most",
             ]
     else:
-        if options.dtype is None and any(isinstance(x, Stored) for x in flatten(frozen).leaves):
+        in_four_bits = any(isinstance(x, Stored) for x in flatten(frozen).leaves)
+        if options.dtype is None and in_four_bits:
             raise RequestError(
                 f"the base of {options.cell} is in four bits; say what the merged kernels shall "
                 f"be: --dtype ({', '.join(DTYPES)}), or --requantize"
             )
         params = method.merge(trainable, frozen, dtype=options.dtype)
         if options.dtype:
+            params = _in_dtype(params, options.dtype, model.head_pattern)
+        if options.dtype and in_four_bits:
             from lora_jax.quant import merge_error
 
             errors = merge_error(method, trainable, frozen, dtype=options.dtype)
@@ -104,3 +108,14 @@ def run(argv: Sequence[str]) -> int:
     save_model(options.out, model, params)
     say(json.dumps(numbers) if options.json else "\n".join(lines))
     return 0
+
+
+def _in_dtype(params: Any, dtype: str, head: str) -> Any:
+    """All weights in one dtype; a task's head stays as it was trained."""
+    flat = flatten(params)
+    return flat.unflatten(
+        [
+            leaf.astype(dtype) if is_float(leaf) and not re.fullmatch(head, path) else leaf
+            for path, leaf in flat.items()
+        ]
+    )

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from lora_jax.cli.requests import Parser, add_json, say
+from lora_jax.core.errors import RequestError
 
 EXAMPLES = """\
 Examples:
@@ -45,7 +46,9 @@ def run(argv: Sequence[str]) -> int:
     parser.add_argument("--mesh", default="", help="fsdp=16,tensor=8 (default: fsdp over all)")
     parser.add_argument("--batch", type=int, required=True, help="sequences, over the whole slice")
     parser.add_argument("--length", type=int, default=2048, help="tokens each (default: 2048)")
-    parser.add_argument("--quantize", default="", metavar="nf4", help="a base in four bits")
+    parser.add_argument(
+        "--quantize", default="", metavar="nf4", help="a base in four bits, but where all trains"
+    )
     parser.add_argument("--dtype", default="bfloat16", help="of the base (default: bfloat16)")
     parser.add_argument("--moments", default="float32", help="Adam's (default: float32)")
     parser.add_argument(
@@ -61,13 +64,20 @@ def run(argv: Sequence[str]) -> int:
     request = _request(options)
     methods = [options.method, *([options.compare] if options.compare else [])]
     plans: list[Any] = []
-    for method in methods:
-        own = dataclasses.replace(request, method=method)
-        if options.smallest:
-            plans += find_smallest(own, options.smallest, _show)
-        else:
-            _show(f"{own.model}, {method}, {own.topology}: compiling")
-            plans.append(make_plan(own))
+    try:
+        for method in methods:
+            own = dataclasses.replace(request, method=method)
+            if method == "full":  # what trains whole is not in four bits
+                own = dataclasses.replace(own, quantize="")
+            if options.smallest:
+                plans += find_smallest(own, options.smallest, _show)
+            else:
+                _show(f"{own.model}, {method}, {own.topology}: compiling")
+                plans.append(make_plan(own))
+    except RequestError:
+        if plans and not options.json:  # what took minutes is not thrown away
+            say(table(plans))
+        raise
     if options.json:
         found = [plan.to_json() for plan in plans]
         say(json.dumps(found[0] if len(found) == 1 else found))
@@ -81,7 +91,6 @@ def _show(text: str) -> None:
 
 
 def _request(options: Any):
-    from lora_jax.core.errors import RequestError
     from lora_jax.models.remat import check_remat
     from lora_jax.parallel.mesh import read_mesh
     from lora_jax.parallel.plan import Request

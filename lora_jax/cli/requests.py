@@ -88,16 +88,24 @@ def read_config(args: Sequence[str]) -> ConfigDict:
 
 def _without_optional(name: str, args: Sequence[str]) -> tuple[list[str], dict[str, str]]:
     """The arguments without settings that this config lacks and may lack, and `{key: value}`."""
-    given = {}
-    for arg in args:
-        key, is_set, value = arg.removeprefix("--config.").partition("=")
-        if arg.startswith("--config.") and is_set and key in OPTIONAL:
-            given[arg] = (key, value)
-    if not given:
+    keys = [arg.removeprefix("--config.").partition("=")[0] for arg in args]
+    if not any(key in OPTIONAL for key in keys):
         return list(args), {}
     known = dict(flat_items(read_config([f"--config={name}"])))
-    own = {arg: pair for arg, pair in given.items() if pair[0] not in known}
-    return [arg for arg in args if arg not in own], dict(own.values())
+    rest, found, place = [], {}, 0
+    while place < len(args):
+        arg, key = args[place], keys[place]
+        place += 1
+        if not arg.startswith("--config.") or key not in OPTIONAL or key in known:
+            rest.append(arg)
+        elif "=" in arg:
+            found[key] = arg.partition("=")[2]
+        elif place < len(args) and not args[place].startswith("--"):
+            found[key] = args[place]
+            place += 1
+        else:
+            raise RequestError(f"{arg} needs a value: {arg}={OPTIONAL[key]}")
+    return rest, found
 
 
 def config_file(args: Sequence[str]) -> str:

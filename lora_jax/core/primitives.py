@@ -201,7 +201,7 @@ def _split(interpreter, eqn, values):
 def _on_kernel(interpreter, eqn, values):
     """Marks and placements concern the kernel; the factors follow their own sharding."""
     (weight,) = values
-    return _one(weight.on_base(lambda kernel: jaxprs.bind(eqn, [kernel])[0]))
+    return _one(weight.marked(lambda kernel: jaxprs.bind(eqn, [kernel])[0]))
 
 
 @rule_for("optimization_barrier")

@@ -137,11 +137,20 @@ class AdaptedValue:
         changed = beneath.on_base(change) if is_adapted(beneath) else change(beneath)
         return dataclasses.replace(self, kernel=changed)
 
+    def marked(self, mark: Callable[[jax.Array], jax.Array]) -> AdaptedValue:
+        """The value with a mark (a placement, a name) on the frozen array."""
+        beneath = self.kernel
+        changed = beneath.marked(mark) if is_adapted(beneath) else mark(beneath)
+        return dataclasses.replace(self, kernel=changed)
+
     def convert(self, dtype) -> AdaptedValue | None:
         # Side arrays keep their precision: they are cast once, at the product.
         if not jnp.issubdtype(dtype, jnp.floating):
             return None
-        return self.on_base(lambda kernel: lax.convert_element_type(kernel, dtype))
+        beneath = self.kernel
+        if is_adapted(beneath):
+            return self._followed(beneath.convert(dtype), {})
+        return dataclasses.replace(self, kernel=lax.convert_element_type(beneath, dtype))
 
     def scan_axis_is_stack(self) -> bool:
         beneath = self.kernel

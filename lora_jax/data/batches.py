@@ -39,9 +39,10 @@ class TrainIterator(Iterator[Batch]):
     def __next__(self) -> Batch:
         return next(self._batches)
 
-    def widest(self) -> Batch:
-        """The first batch of the first epoch's longest bucket; the iterator stays where it is."""
-        lengths = [scheduled.bucket for scheduled in self.source.schedule(0)]
+    def widest(self, num_steps: int) -> Batch:
+        """The first batch of the longest bucket among the first `num_steps` batches, of the first
+        epoch at most; the iterator stays where it is."""
+        lengths = [scheduled.bucket for scheduled in self.source.schedule(0)[:num_steps]]
         return self.source[lengths.index(max(lengths))]
 
     @property

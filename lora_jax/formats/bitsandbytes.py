@@ -24,7 +24,7 @@ from lora_jax.quant.weight import NF4Weight
 STATE = ".quant_state.bitsandbytes__nf4"
 _OTHER_STATES = (".quant_state.bitsandbytes__fp4", ".SCB")
 _SIDES = (".absmax", ".quant_map", STATE, ".nested_absmax", ".nested_quant_map")
-_DTYPES = ("float32", "bfloat16", "float16")
+_DTYPES = ("float32", "bfloat16", "float16", "float64")
 
 
 @dataclasses.dataclass(frozen=True)

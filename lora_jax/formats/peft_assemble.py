@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from lora_jax.core.errors import RequestError
+from lora_jax.core.trees import Stored
 from lora_jax.formats.peft_names import Module
 from lora_jax.methods import DoRA, RsLoRA
 
@@ -67,10 +68,10 @@ def _assembled(path: str, group: list[Part], kernel: Any, kind: type) -> Assembl
         arrays |= {} if first.magnitude is None else {"magnitude": first.magnitude}
         arrays = {name: x.astype(wide) for name, x in arrays.items()}
         return Assembled(path, first.rank, first.alpha, arrays, first.module.is_tied)
-    return _stacked(path, group, np.asarray(kernel), kind, wide)
+    return _stacked(path, group, kernel, kind, wide)
 
 
-def _stacked(path: str, group: list[Part], kernel: np.ndarray, kind: type, wide) -> Assembled:
+def _stacked(path: str, group: list[Part], kernel: Any, kind: type, wide) -> Assembled:
     layers, inputs, outputs = kernel.shape
     rank = max(part.rank for part in group)
     alphas = {part.alpha for part in group}
@@ -82,8 +83,8 @@ def _stacked(path: str, group: list[Part], kernel: np.ndarray, kind: type, wide)
     arrays = {"a": a, "b": b}
     if kind is DoRA:
         # Of layers without an adapter: their own norm, which leaves them as they are.
-        norms = np.linalg.norm(kernel.astype(np.float64), axis=1)
-        arrays["magnitude"] = norms.astype(wide)
+        norms = [_norms_of(kernel, layer) for layer in range(layers)]
+        arrays["magnitude"] = np.stack(norms).astype(wide)
     for part in group:
         place = part.module.entry.index
         scale = 1.0 if is_even else part.alpha / part.rank**power
@@ -92,6 +93,12 @@ def _stacked(path: str, group: list[Part], kernel: np.ndarray, kind: type, wide)
         if part.magnitude is not None:
             arrays["magnitude"][place] = part.magnitude
     return Assembled(path, rank, float(alpha), arrays, False)
+
+
+def _norms_of(kernel: Any, layer: int) -> np.ndarray:
+    """The norms over inputs of one layer's kernel, which may be stored in four bits."""
+    one = kernel.layer(layer).dequantize() if isinstance(kernel, Stored) else kernel[layer]
+    return np.linalg.norm(np.asarray(one).astype(np.float64), axis=0)
 
 
 def pattern_of_paths(paths: Sequence[str], everything: Mapping[str, Any]) -> str | tuple[str, ...]:

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from lora_jax.core.errors import RequestError
+from lora_jax.core.trees import Stored
 from lora_jax.formats.atomic import atomic_folder, write_json
 from lora_jax.formats.peft_config import CONFIG, PeftConfig
 from lora_jax.formats.peft_keys import PREFIX, TENSORS
@@ -134,7 +135,8 @@ def _tables(written: Written, names: Names, flat) -> dict[str, np.ndarray]:
     tensors = {}
     for name in found:
         entry = names.modules[name].entry
-        table = np.asarray(flat[entry.path])
+        table = flat[entry.path]
+        table = np.asarray(table.dequantize() if isinstance(table, Stored) else table)
         key = f"{PREFIX}{name}.base_layer.weight"
         tensors[key] = table.T if entry.is_transposed else table
     return tensors

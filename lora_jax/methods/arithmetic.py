@@ -11,6 +11,7 @@ import dataclasses
 import math
 import re
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -21,7 +22,7 @@ from lora_jax.core.axes import KernelAxes
 from lora_jax.core.errors import RequestError
 from lora_jax.core.hashes import hash_params
 from lora_jax.core.rules import Rule
-from lora_jax.core.values import is_adapted
+from lora_jax.core.values import is_adapted, is_bound
 from lora_jax.methods.base import Method, PyTree, Trainable
 from lora_jax.methods.changes import Changes, side_by_side
 from lora_jax.methods.lora import LoRA
@@ -46,7 +47,7 @@ class Adapter:
     def __post_init__(self):
         flat = trees.flatten(self.params, is_leaf=is_adapted)
         for path, leaf in flat.items():
-            if isinstance(leaf, trees.Hole) or is_adapted(leaf):
+            if isinstance(leaf, trees.Hole) or is_bound(leaf):
                 what = "a hole" if isinstance(leaf, trees.Hole) else "an adapter"
                 raise RequestError(
                     f"params has {what} at {path!r}; give the base's full tree, as it went into "
@@ -56,9 +57,9 @@ class Adapter:
             arrays = {path: leaf for path, leaf in flat.items() if trees.is_array(leaf)}
             object.__setattr__(self, "base_hash", hash_params(arrays))
 
-    def merge(self) -> PyTree:
-        """Plain parameters with the adapter folded in."""
-        return self.method.merge(self.trainable, self.params)
+    def merge(self, *, dtype: Any = None) -> PyTree:
+        """Plain parameters with the adapter folded in; `dtype` as in `Method.merge`."""
+        return self.method.merge(self.trainable, self.params, dtype=dtype)
 
 
 @dataclasses.dataclass(frozen=True)

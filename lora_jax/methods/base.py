@@ -124,7 +124,8 @@ class Method:
         """Plain parameters with the adapters folded in (W + ΔW): same shapes and dtypes.
 
         The sum is made in float32 or wider and rounded once to the kernel's dtype. Inputs are
-        untouched. A quantised base needs a `dtype`, which all of its quantised parameters get.
+        untouched. A quantised base needs a `dtype`, which all of its quantised parameters get
+        ("stored": each the one it had before).
         Raises `RequestError` where that is not given, or a kernel cannot hold the sum (integers).
         Source: Hu et al. 2021, §4.1, "no additional inference latency".
         """
@@ -272,7 +273,8 @@ class Method:
 def merged(bound: PyTree, dtype: Any = None) -> PyTree:
     """A bound tree with every adapted value as the plain array it stands for.
 
-    What is quantised comes in `dtype`, without which it is a `RequestError`.
+    What is quantised comes in `dtype`, without which it is a `RequestError`; "stored" is the dtype
+    it had before, which the model computes in.
     """
     flat = trees.flatten(bound, is_leaf=is_adapted)
     for path, leaf in flat.items():
@@ -290,7 +292,7 @@ def merged(bound: PyTree, dtype: Any = None) -> PyTree:
         [
             leaf
             if not is_adapted(leaf)
-            else leaf.expanded(dtype)
+            else leaf.expanded(leaf.dtype if dtype == "stored" else dtype)
             if leaf.is_stored
             else leaf.materialise()
             for leaf in flat.leaves

@@ -57,10 +57,19 @@ class DoRA(LoRA):
             )
 
     def weight(self, low_rank: LoRAWeight, parts: Any, site: Site) -> AdaptedValue:
-        norm = norm_of(dataclasses.replace(low_rank, kernel=low_rank.base_array()))
+        norm = _norm_over_base(low_rank)
         gain = parts["magnitude"] / site.narrow(jax.lax.stop_gradient(norm), "so")
         gain = site.widen(gain, "so", fill=1.0)
         return GainWeight(kernel=low_rank, gain=gain, roles=site.roles, path=site.path)
+
+
+def _norm_over_base(weight: LoRAWeight) -> jax.Array:
+    """`norm_of` with the frozen array beneath; of one that is in four bits layer by layer."""
+    if not weight.is_stored or weight.current_roles[:1] != "s":
+        return norm_of(dataclasses.replace(weight, kernel=weight.base_array()))
+    # Walked along the stack, whose other leading axes are walked within.
+    own = dataclasses.replace(weight, key=None, dropout=None)
+    return jax.lax.map(_norm_over_base, own)
 
 
 def norm_of(weight: LoRAWeight) -> jax.Array:

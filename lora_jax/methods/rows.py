@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from lora_jax.core.errors import RequestError
+from lora_jax.core.trees import Stored
 from lora_jax.core.values import AdaptedValue, is_adapted
 from lora_jax.core.weights import LoRAWeight
 
@@ -41,6 +42,8 @@ def row_indices(path: str, table: Any, indices: Sequence[int]) -> tuple[int, ...
 
 def init_rows(path: str, table: jax.Array, indices: Sequence[int]) -> dict[str, jax.Array]:
     """`{"rows": (n, …)}`: the rows as they are, in float32 or wider."""
+    if isinstance(table, Stored):
+        raise RequestError(f"rows= of {path!r}, which is quantised and stays as it is")
     wide = jnp.promote_types(table.dtype, jnp.float32)
     return {"rows": table[jnp.asarray(indices)].astype(wide)}
 
@@ -48,6 +51,8 @@ def init_rows(path: str, table: jax.Array, indices: Sequence[int]) -> dict[str, 
 def bind_rows(path: str, kernel: Any, rows: jax.Array, indices: Sequence[int]) -> AdaptedValue:
     """The table with these rows in place of its own; an adapter beneath still adds to them."""
     base = kernel.base if is_adapted(kernel) else kernel
+    if isinstance(base, jax.ShapeDtypeStruct):
+        raise RequestError(f"rows= of {path!r}, which is quantised and stays as it is")
     if rows.shape != (len(indices), *base.shape[1:]):
         raise RequestError(
             f"{rows_name(path)!r} holds {rows.shape}, but the method names {len(indices)} rows of "

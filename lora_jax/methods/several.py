@@ -62,9 +62,14 @@ def _check_go_together(methods: Sequence[Method]) -> None:
         )
 
 
-def merge_all(adapters: Sequence[tuple[Method, Trainable]], frozen: PyTree) -> PyTree:
-    """Plain parameters with several adapters folded in, rounded once; see `bind_all`."""
-    return merged(bind_all(adapters, frozen))
+def merge_all(
+    adapters: Sequence[tuple[Method, Trainable]], frozen: PyTree, *, dtype: Any = None
+) -> PyTree:
+    """Plain parameters with several adapters folded in, rounded once; see `bind_all`.
+
+    `dtype` as in `Method.merge`.
+    """
+    return merged(bind_all(adapters, frozen), dtype)
 
 
 @dataclasses.dataclass(frozen=True, init=False)

@@ -91,7 +91,14 @@ class OnDevice:
             return self
         targets = self.quantization.targets
         check_each_matches("quantize_targets", targets, paths, aliases)
-        return dataclasses.replace(self, pattern=pattern_of(targets, aliases))
+        pattern = pattern_of(targets, aliases)
+        for path in paths:
+            if path.endswith("/embedding") and pattern.fullmatch(path):
+                raise RequestError(
+                    f"quantize_targets={targets!r} name {path!r}, a table of lookups, which no "
+                    "file format keeps in four bits; name kernels, as all-linear does"
+                )
+        return dataclasses.replace(self, pattern=pattern)
 
     def dtype(self, path: str, stored: np.dtype) -> np.dtype:
         if self.has_head and path.startswith("head/"):
@@ -131,14 +138,26 @@ class OnDevice:
         return jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), stack)
 
     def put_part(self, stack: Any, part: Any, index: int) -> Any:
+        if isinstance(part, NF4Weight) and not isinstance(stack, NF4Weight):
+            raise _uneven(self.name, part.path)
         if isinstance(stack, NF4Weight):
-            part = dataclasses.replace(
-                self.put(part, stack.path), path=stack.path, roles=stack.roles
-            )
+            if not isinstance(part, NF4Weight) and not self._quantizes(part, stack.path):
+                raise _uneven(self.name, stack.path)
+            part = self.put(part, stack.path)
+            if (part.mean is None) != (stack.mean is None):
+                raise _uneven(self.name, stack.path)
+            part = dataclasses.replace(part, path=stack.path, roles=stack.roles)
         return _settled(_put_part(stack, part, index))
 
     def _quantizes(self, array: Any, path: str) -> bool:
         return self.pattern is not None and array.ndim == 2 and bool(self.pattern.fullmatch(path))
+
+
+def _uneven(name: str, path: str) -> RequestError:
+    return RequestError(
+        f"model {name} has {path!r} in four bits in some layers and otherwise in others, which one "
+        "stack cannot hold; load it without scan_layers"
+    )
 
 
 def _settled(placed: Any) -> Any:

@@ -40,9 +40,7 @@ def save_model(folder: str | os.PathLike, model: Model, params: Mapping[str, Any
     dtype = str(flat[entries[0].path].dtype)
     config |= {"torch_dtype": dtype, "dtype": dtype}
     if stored := [leaf for leaf in flat.values() if isinstance(leaf, NF4Weight)]:
-        plain = [e.tensor for e in entries if e.is_transposed and e.path not in _paths_of(stored)]
-        modules = [tensor.removesuffix(".weight") for tensor in plain]
-        config["quantization_config"] = quantization_config(stored, modules)
+        config["quantization_config"] = quantization_config(stored, _plain_modules(entries, stored))
     with atomic_folder(folder) as temporary:
         write_json(temporary / "config.json", config)
         write_tensors(temporary / "model.safetensors", tensors_from_params(flat, entries))
@@ -115,5 +113,10 @@ def _checked(model: Model, params: Mapping[str, Any]) -> dict[str, np.ndarray]:
     }
 
 
-def _paths_of(stored: Iterable[NF4Weight]) -> set[str]:
-    return {value.path for value in stored}
+def _plain_modules(entries: Iterable[Entry], stored: Iterable[NF4Weight]) -> set[str]:
+    """The linear modules, by transformers' names, that are not in four bits."""
+    quantised = {value.path for value in stored}
+    kernels = [entry for entry in entries if entry.path.endswith("/kernel")]
+    plain = {e.tensor.removesuffix(".weight") for e in kernels if e.path not in quantised}
+    # A head that is tied, or not there, has no entry, but transformers makes a module of it.
+    return plain if "head/kernel" in quantised else plain | {"lm_head"}

@@ -23,6 +23,7 @@ from lora_jax.core.trees import flatten, nearest
 from lora_jax.methods import Method
 from lora_jax.methods.named import method_of
 from lora_jax.models import Model
+from lora_jax.models.families import CAUSAL_LM
 from lora_jax.models.shapes import abstract_model
 from lora_jax.parallel.mesh import make_mesh
 from lora_jax.parallel.placement import BATCH, Placement
@@ -135,6 +136,11 @@ def make_plan(request: Request) -> Plan:
 
 def _model_and_method(request: Request) -> tuple[Model, Method]:
     model = abstract_model(request.model, dtype=request.dtype, scan_layers=True)
+    if model.kind != CAUSAL_LM:
+        raise RequestError(
+            f"model {model.name} is an {model.kind}; plans are of language models, such as "
+            "gpt3-175b or llama-2-7b"
+        )
     settings = {"targets": "q,v", "rank": 4, "alpha": 8.0, "train": "", **request.settings}
     if request.quantize:
         params = jax.eval_shape(
@@ -186,8 +192,10 @@ def _described(request, model, method, mesh, arguments, memory, needed, start) -
     limit, flops_per_s, bytes_per_s = CHIPS[kind]
     table = method.table(model.params)
     sizes = [leaf.size for leaf in flatten(model.params).leaves]
-    flops = step_flops(model, method, tokens=request.batch * request.length, length=request.length)
-    flops *= 4 / 3 if request.remat == "nothing_saveable" else 1.0
+    flops = step_flops(
+        model, method, tokens=request.batch * request.length, length=request.length,
+        again=request.remat == "nothing_saveable",
+    )  # fmt: skip
     argument = None if memory is None else memory.argument_size_in_bytes
     # Every argument is read at least once.
     read = (num_bytes(frozen) + num_bytes(state)) / mesh.size
@@ -249,13 +257,16 @@ def arguments_at_least(request: Request) -> int:
     return num_bytes(frozen) + num_bytes(state)
 
 
-def step_flops(model: Model, method: Method, *, tokens: int, length: int) -> float:
-    """FLOPs of a step without rematerialisation, analytic: XLA counts a scanned layer once.
+def step_flops(
+    model: Model, method: Method, *, tokens: int, length: int, again: bool = False
+) -> float:
+    """FLOPs of a step, analytic: XLA counts a scanned layer once.
 
     Forward two a token for each number of a matrix that meets a product, the head included, and
     4 · length · width for each layer's attention (which makes both halves of the square). Backward
     once more for what passes through, attention twice, and once more for each matrix that trains
-    whole; an adapter's own products three times.
+    whole; an adapter's own products three times. With `again` layers are computed once more in the
+    backward pass, all but the head.
     """
     config = model.config
     products = [path for path, axes in model.axes.items() if "dot_general" in axes.ops]
@@ -265,4 +276,8 @@ def step_flops(model: Model, method: Method, *, tokens: int, length: int) -> flo
     rows = list(method.table(model.params))
     whole = sum(sizes[row.path] for row in rows if row.rank is None and row.path in products)
     adapters = sum(row.num_trainable for row in rows if row.rank is not None)
-    return 2 * matrices + 3 * attention + 2.0 * tokens * (whole + 3 * adapters)
+    flops = 2 * matrices + 3 * attention + 2.0 * tokens * (whole + 3 * adapters)
+    if not again:
+        return flops
+    layers = sum(sizes[path] for path in products if path.startswith("layers/"))
+    return flops + attention + 2.0 * tokens * (layers + adapters)

@@ -73,14 +73,18 @@ def encode(x: jax.Array) -> tuple[jax.Array, jax.Array]:
 def _encode(x, table, block):
     if x.shape[-1] % block:
         raise ValueError(f"{x.shape[-1]} numbers are no whole blocks of {block}; pad with zeros")
-    blocks = x.astype(jnp.float32).reshape(*x.shape[:-1], -1, block)
-    scales = jnp.max(jnp.abs(blocks), axis=-1)
+    xp = np if isinstance(x, np.ndarray) else jnp
+    blocks = x.astype(np.float32).reshape(*x.shape[:-1], -1, block)
+    scales = xp.max(xp.abs(blocks), axis=-1)
     # Times the reciprocal, as bitsandbytes has it; a block of zeros stays one.
     smallest = np.finfo(np.float32).tiny
-    quotients = blocks * (1 / jnp.maximum(scales, smallest))[..., None]
+    quotients = xp.clip(blocks * (1 / xp.maximum(scales, smallest))[..., None], -1, 1)
     middles = (table[:-1] + table[1:]) / np.float32(2)
-    codes = jnp.searchsorted(middles, jnp.clip(quotients, -1, 1), method="compare_all")
-    return codes.astype(jnp.uint8).reshape(x.shape), scales
+    if xp is np:
+        codes = np.searchsorted(middles, quotients)
+    else:
+        codes = jnp.searchsorted(middles, quotients, method="compare_all")
+    return codes.astype(np.uint8).reshape(x.shape), scales
 
 
 def pack(codes: jax.Array) -> jax.Array:
@@ -124,17 +128,28 @@ def _look_up(codes):
     return values[0]
 
 
-def encode_scales(scales: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+def encode_scales(scales: Any) -> tuple[Any, Any, Any]:
     """Scales (…, m) in 8 bits: codes uint8 (…, m), the blocks' own scales (…, ⌈m / 256⌉), mean (…).
 
-    Both float32. The last block may be short.
+    The last two float32; the last block may be short. NumPy arrays give NumPy arrays, with the same
+    bits on every machine: a compiled program may round the mean later, and a hash is of bits.
     """
-    mean = jnp.mean(scales, axis=-1)
+    xp = np if isinstance(scales, np.ndarray) else jnp
+    mean = _sum(scales, xp) / np.float32(scales.shape[-1])
     rest = scales - mean[..., None]
     short = -rest.shape[-1] % SCALE_BLOCK
-    padded = jnp.pad(rest, [*[(0, 0)] * (rest.ndim - 1), (0, short)])
+    padded = xp.pad(rest, [*[(0, 0)] * (rest.ndim - 1), (0, short)])
     codes, block_scales = _encode(padded, SCALE_CODES, SCALE_BLOCK)
     return codes[..., : scales.shape[-1]], block_scales, mean
+
+
+def _sum(x: Any, xp: Any) -> Any:
+    """The sum over the last axis, halves added to halves: in one order everywhere."""
+    while x.shape[-1] > 1:
+        x = xp.pad(x, [*[(0, 0)] * (x.ndim - 1), (0, x.shape[-1] % 2)])
+        half = x.shape[-1] // 2
+        x = x[..., :half] + x[..., half:]
+    return x[..., 0]
 
 
 def decode_scales(codes: jax.Array, block_scales: jax.Array, mean: jax.Array) -> jax.Array:

@@ -19,6 +19,7 @@ from lora_jax.core.lift import lift
 from lora_jax.core.rules import check_each_matches, pattern_of
 from lora_jax.core.values import is_adapted, is_bound
 from lora_jax.methods.base import Method, Trainable, merged
+from lora_jax.quant import nf4
 from lora_jax.quant.weight import NF4Weight, encode_kernel
 
 PyTree = Any
@@ -95,10 +96,17 @@ def to_nf4(kernel: Any, roles: str, path: str, *, double_quant: bool, dtype=None
 
     Raises `RequestError` for numbers that are not finite.
     """
-    encode = _encoder(roles, double_quant, None if dtype is None else jnp.dtype(dtype))
-    value, finite = encode(kernel)
-    if not isinstance(finite, jax.core.Tracer) and not bool(finite):
+    traced = isinstance(kernel, jax.core.Tracer)
+    on_host = double_quant and not traced
+    dtype = None if dtype is None else jnp.dtype(dtype)
+    value, finite = _encoder(roles, double_quant and traced, dtype)(kernel)
+    if not traced and not bool(finite):
         raise RequestError(f"{path!r} holds NaN or infinity, which has no four-bit form")
+    if on_host:
+        flat = np.asarray(value.scales).reshape(*value.stack, -1)
+        codes, block_scales, mean = map(jnp.asarray, nf4.encode_scales(flat))
+        more = {"block_scales": block_scales, "mean": mean}
+        value = dataclasses.replace(value, scales=codes.reshape(value.scales.shape), **more)
     return dataclasses.replace(value, path=path)
 
 

@@ -137,6 +137,9 @@ class NF4Weight(AdaptedValue, Stored):
     def on_base(self, change) -> NF4Weight:
         return self._viewed(View("apply", change))
 
+    def marked(self, mark) -> NF4Weight:
+        return self  # where an array lies, or what it is called, says nothing of its four bits
+
     def convert(self, dtype) -> NF4Weight | None:
         if not jnp.issubdtype(dtype, jnp.floating):
             return None
@@ -147,12 +150,12 @@ class NF4Weight(AdaptedValue, Stored):
         return bool(self.stack) and self._is_whole()
 
     def _is_whole(self) -> bool:
-        """Whether the stack axes still lead: the model only cast it, or marked it."""
+        """Whether the stack axes still lead, as they were: the model only cast it."""
         return self.seen is None or self.seen[0] is None
 
     def _viewed(self, view: View) -> NF4Weight:
         after = jax.eval_shape(view.change, self.base)
-        kept = self._is_whole() and tuple(after.shape) == self.shape and view.name != "transpose"
+        kept = self._is_whole() and view.name == "convert"
         seen = (None if kept else tuple(after.shape), after.dtype)
         return dataclasses.replace(self, views=(*self.views, view), seen=seen)
 
@@ -185,6 +188,8 @@ class NF4Weight(AdaptedValue, Stored):
         return jax.tree.map(change, self)
 
     def reverse(self, dimensions) -> NF4Weight | None:
+        if self._is_whole() and max(dimensions, default=0) < len(self.stack):
+            return self._on_stack(lambda x: lax.rev(x, dimensions))
         change = functools.partial(lax.rev, dimensions=tuple(dimensions))
         return self._viewed(View("reverse", change, tuple(dimensions)))
 

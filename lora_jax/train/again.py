@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import jax.numpy as jnp
 from ml_collections import ConfigDict
 
 from lora_jax.core.errors import RequestError
@@ -50,7 +49,6 @@ def evaluate_cell(
     )
     trainable, frozen = adapted.trainable, adapted.frozen
     if merged:
-        # A base in four bits comes out of it in float32, so that nothing else is rounded.
-        trainable, frozen = {}, adapted.method.merge(trainable, frozen, dtype=jnp.float32)
+        trainable, frozen = {}, adapted.method.merge(trainable, frozen, dtype="stored")
     scores = make_scores(adapted.model.apply, adapted.method, task=task)
     return evaluate(scores, trainable, frozen, batches), splits

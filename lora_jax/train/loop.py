@@ -116,7 +116,7 @@ def train_cell(
 
 def _check_memory(setup: Setup, state: TrainState) -> StepMemory:
     """What a step of the widest batch takes. Raises `RequestError` where that does not fit."""
-    compiled = setup.step.compiled(state, setup.frozen, setup.batches.widest())
+    compiled = setup.step.compiled(state, setup.frozen, setup.batches.widest(setup.num_steps))
     memory = StepMemory.of(compiled, base=setup.frozen, state=state)
     memory.check()
     return memory

@@ -9,6 +9,7 @@ from typing import Any
 import jax
 
 from lora_jax.core.errors import RequestError
+from lora_jax.core.trees import Stored, flatten
 
 
 def num_bytes(tree: Any) -> int:
@@ -25,13 +26,15 @@ def device_limit_bytes() -> int:
 @dataclasses.dataclass(frozen=True)
 class StepMemory:
     """Bytes on one device: `base` frozen parameters, `state` what trains with the optimizer's
-    moments, `batch` with what is small, `temporaries` as XLA counts them; `limit` of the device."""
+    moments, `batch` with what is small, `temporaries` as XLA counts them; `limit` of the device;
+    `may_quantize` where four bits would make the base smaller."""
 
     base: int
     state: int
     batch: int
     temporaries: int
     limit: int
+    may_quantize: bool = True
 
     @property
     def total(self) -> int:
@@ -49,6 +52,7 @@ class StepMemory:
             batch=max(0, memory.argument_size_in_bytes - sum(own)),
             temporaries=memory.temp_size_in_bytes + kept,
             limit=device_limit_bytes() if limit is None else limit,
+            may_quantize=not any(isinstance(x, Stored) for x in flatten(base).leaves),
         )
 
     def __str__(self) -> str:
@@ -64,7 +68,8 @@ class StepMemory:
             return
         ways = ["train.accumulate_steps", "train.remat=nothing_saveable", "data.batch_size"]
         if self.base > self.limit // 2:
-            ways = ["model.quantize=nf4", "model.dtype=bfloat16", *ways]
+            ways = ["model.dtype=bfloat16", *ways]
+            ways = ["model.quantize=nf4", *ways] if self.may_quantize else ways
         raise RequestError(f"a train step does not fit: it takes {self}; look at {', '.join(ways)}")
 
 

@@ -71,7 +71,9 @@ def _accumulated(grad_of: Callable, parts: int) -> Callable:
             (loss, sums), gradients = grad_of(
                 trainable, frozen, part, jax.random.fold_in(key, number)
             )
-            weighted = jax.tree.map(lambda x: x * sums["weight"].astype(x.dtype), gradients)
+            # In float32 or wider: sums of many parts, and of many tokens, outgrow 16 bits.
+            wide = lambda x: x.astype(jnp.promote_types(x.dtype, jnp.float32))  # noqa: E731
+            weighted = jax.tree.map(lambda x: wide(x) * sums["weight"], gradients)
             return loss * sums["weight"], sums, weighted
 
         def add(total, numbered):
@@ -83,7 +85,7 @@ def _accumulated(grad_of: Callable, parts: int) -> Callable:
         )
         (loss, sums, gradients), _ = jax.lax.scan(add, zeros, (jnp.arange(parts), cut))
         total = jnp.where(sums["weight"] > 0, sums["weight"], 1.0)
-        mean = jax.tree.map(lambda x: x / total.astype(x.dtype), (loss, gradients))
-        return (mean[0], sums), mean[1]
+        mean = jax.tree.map(lambda x, like: (x / total).astype(like.dtype), gradients, trainable)
+        return (loss / total, sums), mean
 
     return accumulated

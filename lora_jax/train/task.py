@@ -87,7 +87,8 @@ def readout_tokens(
 
     `chunk=0` makes all at once where they take 256 MiB of float32 at most, and else as many
     positions at a time as do. A part's logits are made again in the backward pass, so that at no
-    time there are more of them: the price is the head's product a third time.
+    time there are more of them: the price is the head's product a third time. (Adapter dropout on
+    the head has one mask for all parts.)
     """
     batch_size, time, _ = h_BTD.shape
     vocab = jax.eval_shape(logits_of, h_BTD[:, :1]).shape[-1]
@@ -108,13 +109,15 @@ def readout_tokens(
         logits = logits_of(h)
         losses = cross_entropy(logits, tokens, smoothing=smoothing)
         right = jnp.argmax(logits, -1) == tokens
-        return tuple(jnp.where(wanted > 0, x, 0).sum(-1) for x in (losses, right))
+        kept = (jnp.where(wanted > 0, x, 0) for x in (losses, right))
+        return tuple(x.sum(-1, dtype=like.dtype) for x, like in zip(kept, start, strict=True))
+
+    zero = jnp.zeros(batch_size, jnp.promote_types(h_BTD.dtype, jnp.float32))
+    start = (zero, jnp.zeros(batch_size, jnp.int32))
 
     def add(sums, part):
         return tuple(total + own for total, own in zip(sums, one(part), strict=True)), None
 
-    zero = jnp.zeros(batch_size, jnp.promote_types(h_BTD.dtype, jnp.float32))
-    start = (zero, jnp.zeros(batch_size, jnp.int32))
     (losses, right), _ = lax.scan(add, start, tuple(map(in_parts, (h_BTD, following, asked))))
     count = jnp.maximum(asked.sum(-1), 1)
     return ExampleScores(losses / count, (right / count).astype(jnp.float32), None)

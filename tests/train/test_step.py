@@ -204,3 +204,30 @@ def test_a_batch_in_parts_draws_dropout_for_each():
 def test_parts_that_do_not_divide_the_batch_are_named(parts):
     with pytest.raises(lj.RequestError, match="divides data.batch_size=16"):
         check_accumulate(parts, 16)
+
+
+def test_sixteen_bits_do_not_lose_a_sum_of_many_parts():
+    """Parameters in bfloat16, 256 parts: as in one part, to the last bit but one."""
+    method = lj.FullFineTuning()
+    params = {"w": jnp.ones((4, 2), jnp.bfloat16)}
+
+    def linear(params, ids, mask):
+        return ids.astype(jnp.bfloat16) @ params["w"]
+
+    generator = np.random.default_rng(0)
+    batch = {
+        "input_ids": generator.normal(size=(256, 4)).astype(np.float32),
+        "attention_mask": np.ones((256, 4), np.int32),
+        "labels": generator.integers(0, 2, 256).astype(np.int32),
+        "weights": np.full(256, 300.0, np.float32),
+    }
+    tx = optax.sgd(1.0)
+    found = []
+    for parts in (1, 256):
+        trainable, frozen = method.init(jax.random.key(0), params)
+        step = make_train_step(make_loss(linear, method), tx, accumulate=parts)
+        state, _ = step(init_state(trainable, tx, jax.random.key(1)), frozen, batch)
+        assert state.trainable["w"]["value"].dtype == jnp.bfloat16
+        found.append(np.asarray(state.trainable["w"]["value"], np.float32))
+    np.testing.assert_allclose(found[1], found[0], rtol=2.0**-7)
+    assert np.abs(found[0] - 1).max() > 0.01

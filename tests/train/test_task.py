@@ -142,6 +142,20 @@ def test_a_loss_in_chunks_is_the_plain_one(chunk, smoothing):
     assert float(found[0][0]) > 0.1
 
 
+def test_a_loss_in_chunks_of_float64():
+    before = jax.config.jax_enable_x64
+    jax.config.update("jax_enable_x64", True)
+    try:
+        h, kernel, batch = readout_setting(jnp.float64)
+        found = readout_tokens(lambda h: h @ kernel, h, batch, chunk=2)
+        expected = score_tokens(h @ kernel, batch)
+        assert found.losses.dtype == jnp.float64
+        np.testing.assert_allclose(found.losses, expected.losses, rtol=1e-12)
+        np.testing.assert_allclose(found.correct, expected.correct, rtol=1e-6)
+    finally:
+        jax.config.update("jax_enable_x64", before)
+
+
 def test_no_more_logits_are_alive_than_a_chunk_has():
     """Compiled for 2,048 positions of 8,192 words: temporaries without chunks, and with."""
     ids = jax.ShapeDtypeStruct((1, 2048), jnp.int32)

@@ -1,0 +1,115 @@
+"""Whole models over a base in four bits: adapters of PEFT, saved folders, the command line."""
+
+import json
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from safetensors.numpy import load_file, save_file
+
+import lora_jax as lj
+from lora_jax.cli.requests import read_config
+from lora_jax.models import load_model, save_model
+from lora_jax.quant import nf4
+
+IDS = jnp.asarray(np.random.default_rng(0).integers(3, 60, (2, 9)))
+
+
+def adapted(model, kind=lj.LoRA):
+    method = kind(targets="q,v", rank=2, alpha=4, axes=model.axes, aliases=model.aliases)
+    trainable, _ = method.init(jax.random.key(0), model.params)
+    keys = iter(jax.random.split(jax.random.key(1), 100))
+    moved = lambda x: x + 0.1 * jax.random.normal(next(keys), x.shape)  # noqa: E731
+    return method, jax.tree.map(moved, trainable)
+
+
+@pytest.mark.parametrize("kind", [lj.LoRA, lj.DoRA])
+@pytest.mark.parametrize("scan_layers", [False, True])
+def test_an_adapter_goes_to_peft_and_back(kind, scan_layers, tmp_path):
+    model = load_model("tiny-llama", quantize="nf4", scan_layers=scan_layers)
+    method, trainable = adapted(model, kind)
+    lj.formats.peft.save_adapter(tmp_path / "adapter", method, trainable, model)
+    for other in (False, True):
+        again = load_model("tiny-llama", quantize="nf4", scan_layers=other)
+        method_again, trainable_again = lj.formats.peft.load_adapter(tmp_path / "adapter", again)
+        logits = again.apply(method_again.bind(trainable_again, again.params), IDS)
+        expected = model.apply(method.bind(trainable, model.params), IDS)
+        np.testing.assert_allclose(logits, expected, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["tiny-llama", "tiny-gpt2", "tiny-bert"])
+def test_a_saved_folder_names_what_is_not_in_four_bits(name, tmp_path):
+    """transformers makes four-bit modules of all linear ones that are not named."""
+    model = load_model(name, quantize="nf4", quantize_targets="o")
+    save_model(tmp_path / "model", model, model.params)
+    config = json.loads((tmp_path / "model" / "config.json").read_text())
+    tensors = load_file(tmp_path / "model" / "model.safetensors")
+    skipped = set(config["quantization_config"]["llm_int8_skip_modules"])
+    quantised = {n.split(".weight.")[0] for n in tensors if n.endswith("__nf4")}
+    plain = {n.removesuffix(".weight") for n, x in tensors.items()
+             if n.endswith(".weight") and x.ndim == 2 and ".weight." not in n
+             and "embed" not in n and "wte" not in n and "wpe" not in n}  # fmt: skip
+    assert quantised and plain - quantised <= skipped
+    assert not skipped & quantised and "lm_head" in skipped
+    again = load_model(tmp_path / "model")
+    assert again.base_hash == model.base_hash
+    np.testing.assert_allclose(again.apply(again.params, IDS), model.apply(model.params, IDS))
+
+
+def test_layers_in_four_bits_and_others_do_not_stack(tmp_path):
+    model = load_model("tiny-llama", quantize="nf4", quantize_targets="layers/0/mlp/up/kernel")
+    save_model(tmp_path / "model", model, model.params)
+    assert load_model(tmp_path / "model").base_hash == model.base_hash
+    with pytest.raises(lj.RequestError, match="'layers/mlp/up/kernel'.*without scan_layers"):
+        load_model(tmp_path / "model", scan_layers=True)
+
+
+def test_tables_are_not_quantised_on_loading():
+    with pytest.raises(lj.RequestError, match="'embed/embedding', a table of lookups"):
+        load_model("tiny-llama", quantize="nf4", quantize_targets="embed")
+
+
+def test_scales_in_eight_bits_are_of_the_host_and_those_of_a_program_but_for_the_last_bit():
+    """The hash of a base is that of its bits, which must not depend on a device's compiler."""
+    kernel = jax.random.normal(jax.random.key(5), (576, 192))
+    loaded = lj.quantize({"w": kernel}, "w")["w"]
+    _, scales = nf4.encode(kernel.T.reshape(-1))
+    on_host = nf4.encode_scales(np.asarray(scales))
+    found = (loaded.scales.reshape(-1), loaded.block_scales, loaded.mean)
+    for one, other in zip(found, on_host, strict=True):
+        assert isinstance(other, np.ndarray | np.generic)
+        np.testing.assert_array_equal(one, other)
+    compiled = jax.jit(nf4.encode_scales)(scales)
+    apart = np.abs(np.asarray(compiled[0], int) - on_host[0].astype(int))
+    assert apart.max() <= 1 and np.mean(apart > 0) < 0.01
+    np.testing.assert_allclose(compiled[1], on_host[1], rtol=3e-7)
+
+
+def test_flags_of_settings_that_a_config_lacks(tmp_path):
+    place = f"--config={Path(__file__).parents[2] / 'experiments' / 'reviews_minilm.py'}:lora,smoke"
+    more = ["--config.train.remat", "nothing_saveable", "--config.model.double_quant=false"]
+    config = read_config([place, *more, "--config.method.rank=2"])
+    assert config.train.remat == "nothing_saveable" and config.model.double_quant is False
+    assert config.method.rank == 2
+    with pytest.raises(lj.RequestError, match="needs a value"):
+        read_config([place, "--config.model.quantize"])
+    # One that the config has is a flag like any other.
+    qlora = f"--config={Path(__file__).parents[2] / 'experiments' / 'qlora.py'}"
+    assert read_config([qlora, "--config.model.quantize=nf4"]).model.quantize == "nf4"
+
+
+def test_a_folder_written_by_us_in_single_precision_scales(tmp_path):
+    """Without double quantisation, and bfloat16: bytes there and back."""
+    model = load_model("tiny-llama", quantize="nf4", double_quant=False, dtype="bfloat16")
+    save_model(tmp_path / "one", model, model.params)
+    again = load_model(tmp_path / "one")
+    assert again.base_hash == model.base_hash
+    tensors = load_file(tmp_path / "one" / "model.safetensors")
+    name = "model.layers.0.mlp.up_proj.weight"
+    assert tensors[f"{name}.absmax"].dtype == np.float32 and f"{name}.nested_absmax" not in tensors
+    tensors.pop(f"{name}.quant_map")
+    save_file(tensors, tmp_path / "one" / "model.safetensors")
+    with pytest.raises(lj.RequestError, match="lacks .quant_map"):
+        load_model(tmp_path / "one")
