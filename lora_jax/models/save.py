@@ -118,5 +118,6 @@ def _plain_modules(entries: Iterable[Entry], stored: Iterable[NF4Weight]) -> set
     quantised = {value.path for value in stored}
     kernels = [entry for entry in entries if entry.path.endswith("/kernel")]
     plain = {e.tensor.removesuffix(".weight") for e in kernels if e.path not in quantised}
-    # A head that is tied, or not there, has no entry, but transformers makes a module of it.
-    return plain if "head/kernel" in quantised else plain | {"lm_head"}
+    # What is tied, or not there, has no entry, but transformers makes modules of it.
+    absent = {"lm_head", "pooler.dense", "classifier", "score"}
+    return plain | (absent - {"lm_head"} if "head/kernel" in quantised else absent)
