@@ -16,3 +16,9 @@ os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(cache))
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.05")
 # Tests never reach for the network; a hub id must fail the way it does on a plane.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+from hypothesis import settings  # noqa: E402
+
+# A first call compiles or imports, and a busy machine is slow: neither is a failure.
+settings.register_profile("no deadline", deadline=None)
+settings.load_profile("no deadline")

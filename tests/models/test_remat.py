@@ -29,8 +29,13 @@ def adapted(name, **options):
 
 @pytest.mark.parametrize(
     "name, scan",
-    [(f"tiny-{kind}", False) for kind in ("bert", "roberta", "gpt2", "llama")]
-    + [("tiny-llama", True)],
+    [
+        *(("tiny-llama", True), ("tiny-bert", False)),
+        *(
+            pytest.param(f"tiny-{kind}", False, marks=pytest.mark.slow)
+            for kind in ("roberta", "gpt2", "llama")
+        ),
+    ],
 )
 def test_every_policy_gives_the_same_gradients_dropout_included(name, scan):
     options = {"scan_layers": True} if scan else {}

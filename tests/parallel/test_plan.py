@@ -48,8 +48,20 @@ def held_by_first(tree):
     return sum(s.data.nbytes for s in shards if s.device == first)
 
 
-@pytest.mark.parametrize("mesh", ["fsdp=8", "data=2,fsdp=2,tensor=2"])
-@pytest.mark.parametrize("change", [{}, {"quantize": "nf4"}, {"method": "full"}])
+@pytest.mark.parametrize(
+    "mesh, change",
+    [
+        ("data=2,fsdp=2,tensor=2", {"quantize": "nf4"}),
+        ("fsdp=8", {"method": "full"}),
+        *(
+            pytest.param(*case, marks=pytest.mark.slow)
+            for case in (
+                *(("fsdp=8", {}), ("fsdp=8", {"quantize": "nf4"})),
+                *(("data=2,fsdp=2,tensor=2", {}), ("data=2,fsdp=2,tensor=2", {"method": "full"})),
+            )
+        ),
+    ],
+)
 def test_planned_arguments_are_those_allocated(mesh, change, simulated):
     asked = request(mesh=read_mesh(mesh), **change)
     found = make_plan(asked)

@@ -42,7 +42,13 @@ def randomised(trainable, fixed=()):
     }
 
 
-KINDS = [lj.LoRA, lj.RsLoRA, lj.DoRA, lj.PiSSA, lj.LoRAXS, lj.VeRA, lj.LoRAFA, lj.LoRAPlus]
+KINDS = [
+    *(lj.LoRA, lj.DoRA, lj.PiSSA),
+    *(
+        pytest.param(kind, marks=pytest.mark.slow)
+        for kind in (lj.RsLoRA, lj.LoRAXS, lj.VeRA, lj.LoRAFA, lj.LoRAPlus)
+    ),
+]
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -280,11 +286,16 @@ def over_layers(change):
     [
         (lambda w: w[::-1], True),
         (lambda w: w.astype(jnp.bfloat16), True),
-        (lambda w: jnp.flip(w, 1), False),
         (lambda w: jnp.flip(w, (0, 2)), False),
-        (lambda w: w.swapaxes(1, 2), False),
-        (lambda w: -w, False),
-        (lambda w: w[1:], True),
+        *(
+            pytest.param(*case, marks=pytest.mark.slow)
+            for case in (
+                (lambda w: jnp.flip(w, 1), False),
+                (lambda w: w.swapaxes(1, 2), False),
+                (lambda w: -w, False),
+                (lambda w: w[1:], True),
+            )
+        ),
     ],
 )
 def test_what_a_model_makes_of_a_stack_before_its_scan(change, in_four_bits):

@@ -9,7 +9,6 @@ import pytest
 import lora_jax as lj
 from tests.core.adapted import largest_difference, setting, value_and_gradients
 from tests.core.constructs import ALL
-from tests.core.test_lift import few_fast
 
 # A mesh splits kernels, and the four bits of one stay together: materialised, which others test.
 pytestmark = pytest.mark.filterwarnings("ignore::lora_jax.MaterialisedWarning")
@@ -23,7 +22,11 @@ def float64():
     jax.config.update("jax_enable_x64", before)
 
 
-@pytest.mark.parametrize("name", few_fast(ALL))
+FEW = ("dense_general", "tied_embedding", "scanned_with_remat", "layers_by_index", "grouped_conv")
+NAMES = [n if n in FEW else pytest.param(n, marks=pytest.mark.slow) for n in ALL]
+
+
+@pytest.mark.parametrize("name", NAMES)
 def test_outputs_and_gradients_equal_those_over_the_dequantised_base(name):
     apply, method, trainable, frozen, x = setting(name, "float64")
     kernels = {path: leaf for path, leaf in frozen.items() if leaf.ndim > 1}

@@ -25,8 +25,16 @@ def adapted(model, kind=lj.LoRA):
     return method, jax.tree.map(moved, trainable)
 
 
-@pytest.mark.parametrize("kind", [lj.LoRA, lj.DoRA])
-@pytest.mark.parametrize("scan_layers", [False, True])
+@pytest.mark.parametrize(
+    "kind, scan_layers",
+    [
+        (lj.DoRA, True),
+        *(
+            pytest.param(*case, marks=pytest.mark.slow)
+            for case in ((lj.LoRA, False), (lj.LoRA, True), (lj.DoRA, False))
+        ),
+    ],
+)
 def test_an_adapter_goes_to_peft_and_back(kind, scan_layers, tmp_path):
     model = load_model("tiny-llama", quantize="nf4", scan_layers=scan_layers)
     method, trainable = adapted(model, kind)

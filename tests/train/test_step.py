@@ -148,7 +148,7 @@ def test_each_step_has_its_own_key():
 
 
 @pytest.mark.parametrize("name", METHODS)
-@pytest.mark.parametrize("parts", [2, 4, 16])
+@pytest.mark.parametrize("parts", [4, *(pytest.param(n, marks=pytest.mark.slow) for n in (2, 16))])
 def test_a_batch_in_parts_is_the_same_step(name, parts, params, batch):
     """With weights that differ, and a part without any: loss, gradient norm, sums and result."""
     method = METHODS[name]

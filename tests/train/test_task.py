@@ -117,7 +117,9 @@ def readout_setting(dtype=jnp.float32, batch_size=3, time=7, width=5):
     return h, kernel, batch
 
 
-@pytest.mark.parametrize("chunk", [1, 2, 3, 6, 7, 100, 0])
+@pytest.mark.parametrize(
+    "chunk", [2, 7, *(pytest.param(n, marks=pytest.mark.slow) for n in (1, 3, 6, 100, 0))]
+)
 @pytest.mark.parametrize("smoothing", [0.0, 0.1])
 def test_a_loss_in_chunks_is_the_plain_one(chunk, smoothing):
     """Value and gradients in states and head, float32, to 1e-6 of their largest."""
