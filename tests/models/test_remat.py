@@ -30,10 +30,10 @@ def adapted(name, **options):
 @pytest.mark.parametrize(
     "name, scan",
     [
-        *(("tiny-llama", True), ("tiny-bert", False)),
+        ("tiny-llama", True),
         *(
             pytest.param(f"tiny-{kind}", False, marks=pytest.mark.slow)
-            for kind in ("roberta", "gpt2", "llama")
+            for kind in ("bert", "roberta", "gpt2", "llama")
         ),
     ],
 )

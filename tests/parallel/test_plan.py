@@ -52,11 +52,10 @@ def held_by_first(tree):
     "mesh, change",
     [
         ("data=2,fsdp=2,tensor=2", {"quantize": "nf4"}),
-        ("fsdp=8", {"method": "full"}),
         *(
             pytest.param(*case, marks=pytest.mark.slow)
             for case in (
-                *(("fsdp=8", {}), ("fsdp=8", {"quantize": "nf4"})),
+                *(("fsdp=8", {}), ("fsdp=8", {"quantize": "nf4"}), ("fsdp=8", {"method": "full"})),
                 *(("data=2,fsdp=2,tensor=2", {}), ("data=2,fsdp=2,tensor=2", {"method": "full"})),
             )
         ),

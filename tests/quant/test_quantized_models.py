@@ -28,10 +28,10 @@ def adapted(model, kind=lj.LoRA):
 @pytest.mark.parametrize(
     "kind, scan_layers",
     [
-        (lj.DoRA, True),
+        (lj.LoRA, True),
         *(
             pytest.param(*case, marks=pytest.mark.slow)
-            for case in ((lj.LoRA, False), (lj.LoRA, True), (lj.DoRA, False))
+            for case in ((lj.LoRA, False), (lj.DoRA, True), (lj.DoRA, False))
         ),
     ],
 )

@@ -14,7 +14,7 @@ from lora_jax.sweeps.cells import overridden
 from lora_jax.train import train
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("dtype", ["float32", pytest.param("bfloat16", marks=pytest.mark.slow)])
 def test_a_quantised_run_is_evaluated_and_merged(dtype, make_config, tmp_path, capsys):
     config = make_config({"method.dropout": 0.0})
     config.model.dtype = dtype

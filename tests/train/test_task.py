@@ -177,7 +177,7 @@ def test_no_more_logits_are_alive_than_a_chunk_has():
     assert temporaries(64) < logits / 4
 
 
-@pytest.mark.parametrize("name", ["tiny-llama", "tiny-gpt2"])
+@pytest.mark.parametrize("name", ["tiny-gpt2", pytest.param("tiny-llama", marks=pytest.mark.slow)])
 def test_a_models_loss_in_chunks_is_the_plain_one(name):
     """Through `lift`, with an adapter on the tied table that gives the logits."""
     model = load_model(name)
