@@ -24,7 +24,7 @@ Examples:
 
 What is compiled is the step that `train` runs: bfloat16 base, float32 adapters and moments, layers
 computed again in the backward pass. A plan takes 30 to 100 seconds and no TPU: only XLA's compiler
-for TPUs (pip install 'lora_jax[tpu]'). Bytes are per device, GB are 10^9. The time is the
+for TPUs (pip install 'jax[tpu]'). Bytes are per device, GB are 10^9. The time is the
 roofline's: FLOPs at the chip's peak, or every argument read once, whichever takes longer; no
 communication, no attention kernels, so a lower bound.
 """

@@ -64,7 +64,7 @@ def describe_topology(name: str) -> Any:
         if "not installed" in text or "libtpu" in text.lower():
             raise RequestError(
                 f"a plan for {name} needs XLA's compiler for TPUs, which is not here; install it: "
-                f"pip install 'lora_jax[tpu]' ({text[:120]})"
+                f"pip install 'jax[tpu]' ({text[:120]})"
             ) from error
         raise RequestError(
             f"--topology={name} is no slice that XLA knows ({text[:160]}); "

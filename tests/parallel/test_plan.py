@@ -132,7 +132,7 @@ def test_topologies_that_are_none_are_named():
 
 @pytest.mark.skipif(importlib.util.find_spec("libtpu") is not None, reason="libtpu is here")
 def test_without_its_compiler_a_plan_says_how_to_get_it():
-    with pytest.raises(lj.RequestError, match=r"install it: pip install 'lora_jax\[tpu\]'"):
+    with pytest.raises(lj.RequestError, match=r"install it: pip install 'jax\[tpu\]'"):
         describe_topology("v5e:2x4")
 
 
