@@ -99,7 +99,7 @@ def run(argv: Sequence[str]) -> int:
         if options.dtype and in_four_bits:
             from lora_jax.quant import merge_error
 
-            errors = merge_error(method, trainable, frozen, dtype=options.dtype)
+            errors = merge_error(method, trainable, frozen, dtype=options.dtype, params=params)
             numbers["errors"] = errors
             lines.append(
                 f"{len(errors)} quantised kernels merged into {options.dtype}: rounding moved them "

@@ -14,7 +14,6 @@ import jax.numpy as jnp
 import numpy as np
 
 from lora_jax.core.errors import RequestError
-from lora_jax.core.trees import Stored
 from lora_jax.core.values import AdaptedValue, is_adapted
 from lora_jax.core.weights import LoRAWeight
 
@@ -42,8 +41,6 @@ def row_indices(path: str, table: Any, indices: Sequence[int]) -> tuple[int, ...
 
 def init_rows(path: str, table: jax.Array, indices: Sequence[int]) -> dict[str, jax.Array]:
     """`{"rows": (n, …)}`: the rows as they are, in float32 or wider."""
-    if isinstance(table, Stored):
-        raise RequestError(f"rows= of {path!r}, which is quantised and stays as it is")
     wide = jnp.promote_types(table.dtype, jnp.float32)
     return {"rows": table[jnp.asarray(indices)].astype(wide)}
 

@@ -95,6 +95,7 @@ class Plan:
 
 def make_plan(request: Request) -> Plan:
     """Compiles the step. Raises `RequestError` for what cannot be asked for."""
+    model, method = _model_and_method(request)
     devices = list(describe_topology(request.topology).devices)
     mesh = make_mesh(request.mesh, devices)
     rows = 1
@@ -106,7 +107,6 @@ def make_plan(request: Request) -> Plan:
             f"{request.accumulate} accumulated; give a multiple of {rows * request.accumulate}"
         )
     check_accumulate(request.accumulate, request.batch)
-    model, method = _model_and_method(request)
     placement = Placement(mesh, model)
     state, frozen, batch, tx = _abstract(request, model, method)
     of_state = placement.state(method, state)

@@ -228,15 +228,16 @@ def merge_and_requantize(
 
 
 def merge_error(
-    method: Method, trainable: Trainable, frozen: PyTree, *, dtype: Any
+    method: Method, trainable: Trainable, frozen: PyTree, *, dtype: Any, params: PyTree = None
 ) -> dict[str, float]:
     """For each quantised parameter, the error of merging it into `dtype`: ‖rounded − sum‖ / ‖sum‖.
 
-    The sum W + ΔW is of the dequantised W, in float32. The base that was quantised is not known
+    The sum W + ΔW is of the dequantised W, in float32. `params` is what the merge gave, where it is
+    there already. The base that was quantised is not known
     here: `quantize` lost it.
     """
     bound = method.bind(trainable, frozen)
-    rounded = dict(trees.flatten(merged(bound, dtype)).items())
+    rounded = dict(trees.flatten(merged(bound, dtype) if params is None else params).items())
     errors = {}
     for path, leaf in trees.flatten(bound, is_leaf=is_adapted).items():
         if not (is_adapted(leaf) and leaf.is_stored):

@@ -16,6 +16,7 @@ from lora_jax.sweeps.settings import CellSettings
 from lora_jax.train.build import keys_of
 from lora_jax.train.compilation import memory_of
 from lora_jax.train.loss import LossFunction
+from lora_jax.train.memory import num_bytes
 from lora_jax.train.state import TrainState
 from lora_jax.train.step import step_function
 
@@ -73,10 +74,6 @@ class Use:
         """Takes in what another record said."""
         self.memory_bytes = max(self.memory_bytes, told["memory_bytes"])
         self.batch_shapes |= {tuple(shape) for shape in told["batch_shapes"]}
-
-
-def _num_bytes(tree: Any) -> int:
-    return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
 
 
 class Program:
@@ -144,11 +141,11 @@ class Program:
 
         With what lies beside: the best trainables, and for the scores the optimizer's state.
         """
-        best = _num_bytes(state.trainable)
+        best = num_bytes(state.trainable)
         needed = memory_of(self._get("step", state, frozen, batch)) + best
         if look is not None:
             scores = memory_of(self._get("scores", state.trainable, frozen, look))
-            needed = max(needed, scores + best + _num_bytes(state.opt_state))
+            needed = max(needed, scores + best + num_bytes(state.opt_state))
         return needed
 
     def use(self) -> Use:

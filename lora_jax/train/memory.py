@@ -10,6 +10,7 @@ import jax
 
 from lora_jax.core.errors import RequestError
 from lora_jax.core.trees import Stored, flatten
+from lora_jax.train.compilation import memory_of
 
 
 def num_bytes(tree: Any) -> int:
@@ -44,13 +45,12 @@ class StepMemory:
     def of(cls, compiled: Any, *, base: Any, state: Any, limit: int | None = None) -> StepMemory:
         """Of a compiled step whose arguments are `state`, `base` and a batch; results that take no
         argument's place count as temporaries."""
-        memory = compiled.memory_analysis()
-        kept = memory.output_size_in_bytes - memory.alias_size_in_bytes
+        arguments = compiled.memory_analysis().argument_size_in_bytes
         own = (num_bytes(base), num_bytes(state))
         return cls(
             *own,
-            batch=max(0, memory.argument_size_in_bytes - sum(own)),
-            temporaries=memory.temp_size_in_bytes + kept,
+            batch=max(0, arguments - sum(own)),
+            temporaries=memory_of(compiled) - arguments,
             limit=device_limit_bytes() if limit is None else limit,
             may_quantize=not any(isinstance(x, Stored) for x in flatten(base).leaves),
         )
