@@ -21,7 +21,7 @@ FIXTURE_SCRIPTS := make_bert_fixtures.py make_peft_training_fixture.py make_fami
 WRITTEN := .cache/parity-written
 
 .DEFAULT_GOAL := help
-.PHONY: help demo testbeds test test-slow lint parity attachment bench notebooks clean
+.PHONY: help demo testbeds test test-slow lint parity attachment bench plans notebooks clean
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 14
@@ -86,6 +86,16 @@ bench: $(VENV)/ready .venv-torch/ready ## step time beside hand-written LoRA, fu
 	$(PY) -m experiments.bench.packed --out=experiments/results/bench
 	$(PY) -m experiments.bench.decoding --new=32 --times=3 --out=experiments/results/bench
 	$(PY) -m experiments.bench.torch_pair --torch=.venv-torch/bin/python --out=experiments/results/bench
+
+# XLA's compiler for TPUs, in an environment of its own: it needs no TPU, and hundreds of megabytes.
+.venv-tpu/ready: pyproject.toml
+	$(PYTHON) -m venv .venv-tpu
+	.venv-tpu/bin/python -m pip install --quiet --disable-pip-version-check -e '.[tpu]'
+	@touch $@
+
+plans: .venv-tpu/ready ## the memory of GPT-3 and Llama steps on TPU slices, compiled here (an hour)
+	.venv-tpu/bin/python -m experiments.bench.plans --again --out=experiments/results/bench
+	.venv-tpu/bin/python -m experiments.bench.chunked_loss --tpu=v5p:1x1x1 --out=experiments/results/bench
 
 notebooks: $(VENV)/ready ## run the notebooks at full size and keep their figures (ten minutes)
 	$(VENV)/bin/jupyter-execute --inplace notebooks/*.ipynb

@@ -9,10 +9,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from lora_jax.cli.requests import Parser, add_json, cell_of, say
+from lora_jax.cli.requests import MESH, Parser, add_json, add_mesh, cell_of, mesh_of, say
 from lora_jax.core.errors import RequestError
 
-EXAMPLES = """\
+EXAMPLES = f"""\
 Examples:
   lora-jax evaluate runs/first/cells/run
   lora-jax evaluate runs/first/cells/run --split=validation --json
@@ -25,6 +25,8 @@ BLEU is sacrebleu's over all references of a prompt, ROUGE-L rouge_score's; ever
 the cell's texts-SPLIT.json.
 
 The data and the model are those of the run's config; its data must still have the same hash.
+
+{MESH}
 """
 NUM_SHOWN = 10
 # Options of decoding, and what `Decoding` calls them.
@@ -55,6 +57,7 @@ def run(argv: Sequence[str]) -> int:
         const=False,
         help="what stands in the prompt may come again, as in the paper's decoder",
     )
+    add_mesh(parser, "fsdp=8")
     add_json(parser)
     options = parser.parse_args(argv)
     given = {name: value for name in _DECODING if (value := getattr(options, name)) is not None}
@@ -63,6 +66,8 @@ def run(argv: Sequence[str]) -> int:
         raise RequestError(f"{option} is for texts; add --texts=N, or leave it out")
     cell = cell_of(options.cell)
     if options.texts is not None:
+        if options.mesh:
+            raise RequestError("--mesh is for losses; texts are decoded on one device")
         return _texts(cell, options, given)
 
     from lora_jax.train.again import evaluate_cell
@@ -70,7 +75,9 @@ def run(argv: Sequence[str]) -> int:
     from lora_jax.train.task_metrics import describe_scores
     from lora_jax.train.workdir import read_json_file
 
-    result, splits = evaluate_cell(cell, split=options.split, merged=options.merged)
+    result, splits = evaluate_cell(
+        cell, split=options.split, merged=options.merged, mesh=mesh_of(options)
+    )
     numbers = {
         "split": options.split,
         "loss": result.loss,

@@ -54,7 +54,10 @@ def run(argv: Sequence[str]) -> int:
     parser.add_argument(
         "--remat", default="nothing_saveable", help="a policy (default: nothing_saveable)"
     )
-    parser.add_argument("--accumulate", type=int, default=1, help="parts of a batch (default: 1)")
+    parser.add_argument(
+        "--accumulate", type=int, default=1, metavar="N", help="parts of a batch (default: 1)"
+    )
+    parser.add_argument("--offload", action="store_true", help="Adam's moments in hosts' memory")
     parser.add_argument("--compare", metavar="METHOD", help="another method beside: full")
     add_json(parser)
     options = parser.parse_args(argv)
@@ -72,8 +75,7 @@ def run(argv: Sequence[str]) -> int:
             if options.smallest:
                 plans += find_smallest(own, options.smallest, _show)
             else:
-                _show(f"{own.model}, {method}, {own.topology}: compiling")
-                plans.append(make_plan(own))
+                plans.append(make_plan(own, _show))
     except RequestError:
         if plans and not options.json:  # what took minutes is not thrown away
             say(table(plans))
@@ -116,6 +118,7 @@ def _request(options: Any):
         remat=options.remat,
         quantize=options.quantize,
         accumulate=options.accumulate,
+        offload=options.offload,
     )
 
 

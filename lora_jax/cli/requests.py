@@ -7,6 +7,7 @@ import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from absl import flags
 from ml_collections import ConfigDict, config_flags
@@ -14,6 +15,13 @@ from ml_collections import ConfigDict, config_flags
 from lora_jax.core.errors import RequestError
 from lora_jax.core.optional import OPTIONAL, set_optional
 from lora_jax.core.trees import nearest
+
+# What --mesh means, for the ends of --help.
+MESH = """\
+--mesh names axes whose sizes multiply to the number of devices. data: each device has rows of the
+batch, and the whole base. fsdp: rows of the batch, and a part of every weight. tensor: a part of
+every product. What comes out is the same but for rounding. Without accelerators it can be tried on
+devices that share the processor: XLA_FLAGS=--xla_force_host_platform_device_count=8"""
 
 OVERRIDES = (
     "Any setting of the config is a flag: --config.method.rank=4 --config.data.path=my.jsonl"
@@ -146,6 +154,33 @@ def flat_items(config: ConfigDict, prefix: str = ""):
 
 def add_json(parser: Parser) -> None:
     parser.add_argument("--json", action="store_true", help="print the result as one JSON object")
+
+
+def add_mesh(parser: Parser, axes: str) -> None:
+    """`--mesh`; `axes` says by an example what it is for here."""
+    parser.add_argument(
+        "--mesh",
+        default="",
+        metavar="AXIS=N,…",
+        help=f"over all devices, as {axes} (default: one device); see the end",
+    )
+
+
+def mesh_of(options: argparse.Namespace) -> Any:
+    """The mesh of `--mesh`, None without it. Raises `RequestError`."""
+    if not options.mesh:
+        return None
+    import jax
+
+    from lora_jax.parallel.mesh import make_mesh, read_mesh
+
+    if jax.process_count() > 1:
+        raise RequestError(
+            f"--mesh={options.mesh} is for the devices of one process, and there are "
+            f"{jax.process_count()}; begin one process a host, each with its own part of the sweep "
+            "(--only) and a workdir"
+        )
+    return make_mesh(read_mesh(options.mesh))
 
 
 def needs_config(config: ConfigDict | None, command: str) -> ConfigDict:

@@ -8,7 +8,17 @@ import shlex
 import sys
 from collections.abc import Sequence
 
-from lora_jax.cli.requests import OVERRIDES, Parser, add_json, config_file, needs_config, say
+from lora_jax.cli.requests import (
+    MESH,
+    OVERRIDES,
+    Parser,
+    add_json,
+    add_mesh,
+    config_file,
+    mesh_of,
+    needs_config,
+    say,
+)
 from lora_jax.core.errors import RequestError
 
 EXAMPLES = f"""\
@@ -33,6 +43,10 @@ Cells that differ in targets, rank, alpha, dropout, init, learning rate, weight 
 train as one program over one copy of the base (ranks padded to 8, 16, 32, …); the rest, and full
 fine-tuning, one after another. --plan says which. A finished cell is not run again; a stopped sweep
 goes on where it was.
+
+{MESH}
+cell, of sweeps alone: each device has cells of its own, and the whole base; nothing is sent between
+them. What trains alone has those devices as data, where they divide its batch.
 """
 
 
@@ -58,6 +72,7 @@ def run(argv: Sequence[str]) -> int:
         "--status", action="store_true", help="say how far the workdir is, and stop"
     )
     parser.add_argument("--no-progress", action="store_true", help="no progress bars")
+    add_mesh(parser, "cell=8")
     add_json(parser)
     options, config = parser.parse_with_config(argv)
     if options.status:
@@ -87,6 +102,7 @@ def run(argv: Sequence[str]) -> int:
         memory_bytes=options.memory_gib and int(options.memory_gib * 2**30),
         progress=not options.no_progress,
         command=again,
+        mesh=mesh_of(options),
     )
     failed = [name for name, result in results.items() if isinstance(result, RequestError)]
     if options.json:

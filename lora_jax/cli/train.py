@@ -6,7 +6,17 @@ import json
 import shlex
 from collections.abc import Sequence
 
-from lora_jax.cli.requests import OVERRIDES, Parser, add_json, needs_config, say
+from lora_jax.cli.requests import (
+    MESH,
+    OVERRIDES,
+    Parser,
+    add_json,
+    add_mesh,
+    mesh_of,
+    needs_config,
+    say,
+)
+from lora_jax.core.errors import RequestError
 
 EXAMPLES = f"""\
 {OVERRIDES}
@@ -27,6 +37,8 @@ Examples:
 Stop it with Ctrl-C, or kill it: the same command goes on where it was, and the weights at the end
 are those of a run that was never stopped. Results: WORKDIR/cells/NAME/card.json, metrics.jsonl,
 adapter/; TensorBoard: tensorboard --logdir WORKDIR.
+
+{MESH}
 """
 
 
@@ -40,6 +52,7 @@ def run(argv: Sequence[str]) -> int:
     parser.add_argument("--workdir", required=True, help="folder of the runs")
     parser.add_argument("--name", default="run", help="the cell's name in it (default: run)")
     parser.add_argument("--no-progress", action="store_true", help="no progress bar")
+    add_mesh(parser, "fsdp=4,tensor=2")
     add_json(parser)
     options, config = parser.parse_with_config(argv)
     config = needs_config(config, "train")
@@ -48,7 +61,10 @@ def run(argv: Sequence[str]) -> int:
 
     again = shlex.join(["lora-jax", "train", *argv])
     progress = not options.no_progress
-    card = train(config, options.workdir, options.name, progress=progress, command=again)
+    mesh = mesh_of(options)
+    if mesh is not None and mesh.shape["cell"] > 1:
+        raise RequestError(f"--mesh={options.mesh}: cell is for a sweep; here there is one cell")
+    card = train(config, options.workdir, options.name, progress=progress, command=again, mesh=mesh)
     say(json.dumps(card) if options.json else summary(card, options.workdir, options.name))
     return 0
 

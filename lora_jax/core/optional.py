@@ -15,6 +15,7 @@ OPTIONAL: dict[str, Any] = {
     "model.quantize_targets": "all-linear",
     "model.double_quant": True,
     "optimizer.moment_dtype": "float32",  # or "bfloat16": Adam's moments, see `make_optimizer`
+    "optimizer.offload": False,  # Adam's moments in the host's memory, of a cell that trains alone
     "train.accumulate_steps": 1,  # parts of a batch, one after the other
     "train.remat": "",  # what layers keep for the backward pass: a name of jax.checkpoint_policies
     "train.loss_chunk": 0,  # positions whose logits a language model makes at once; 0: by size

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -40,6 +40,7 @@ def load_model(
     quantize: str | None = None,
     quantize_targets: str | Sequence[str] = "all-linear",
     double_quant: bool = True,
+    sharding_of: Callable[[str, Any], Any] | None = None,
 ) -> Model:
     """Loads a model from a Hugging Face folder, a `.gguf` file, a name, or a hub id.
 
@@ -54,7 +55,9 @@ def load_model(
     embedding's other use, the head, a copy of its own; `tokenizer=False` does without one.
     `quantize="nf4"` keeps the kernels that `quantize_targets` names in four bits, quantised one by
     one as they are read (see `lora_jax.quantize`); a folder that bitsandbytes quantised so stays
-    as it is. Raises `RequestError` for whatever is missing, damaged or inconsistent.
+    as it is. `sharding_of(path, array)` says where each parameter lies on many devices (see
+    `lora_jax.parallel.Placement.leaf`), and they go there one by one. Raises `RequestError` for
+    whatever is missing, damaged or inconsistent.
 
     >>> model = load_model("tiny-bert", head="classification", num_labels=2)
     >>> encoded = model.tokenizer.encode("a lovely film")
@@ -73,7 +76,7 @@ def load_model(
         quantization = Quantization(quantize_targets, double_quant)
     request = Request(
         has_head=head is not None,
-        placing=OnDevice(dtype, name, head is not None, quantization),
+        placing=OnDevice(dtype, name, head is not None, quantization, sharding_of),
         config_changes={"scan_layers": True} if scan_layers else {},
         needs_tokenizer=tokenizer,
     )

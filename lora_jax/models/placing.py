@@ -6,7 +6,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol
 
 import jax
@@ -74,12 +74,14 @@ class OnDevice:
 
     A task's head (`has_head`) keeps the file's dtype: `make_model` widens it, nothing rounds it.
     With `quantization` the kernels that it names are kept in four bits, quantised one by one.
+    `sharding_of(path, array)` is of many devices; without it all is on one.
     """
 
     wanted: np.dtype | None
     name: str
     has_head: bool
     quantization: Quantization | None = None
+    sharding_of: Callable[[str, Any], Any] | None = None
     pattern: re.Pattern[str] | None = None
 
     keeps = True
@@ -120,9 +122,9 @@ class OnDevice:
             return array
         # A copy of its own, or JAX might keep the file's memory; `jnp.array` would make two.
         if not self._quantizes(array, path):
-            return _settled(jax.device_put(array, may_alias=False))
+            return _settled(jax.device_put(array, self._where(array, path), may_alias=False))
         value = to_nf4(array, "io", path, double_quant=self.quantization.double_quant)
-        return _settled(value)
+        return _settled(jax.device_put(value, self._where(value, path)))
 
     def empty(self, like: Any, shape: tuple[int, ...], path: str) -> Any:
         if isinstance(like, NF4Weight):
@@ -130,12 +132,14 @@ class OnDevice:
         elif self._quantizes(like, path):
             double_quant = self.quantization.double_quant
         else:
-            return jnp.zeros(shape, like.dtype)
+            stack = jax.ShapeDtypeStruct(shape, like.dtype)
+            return jnp.zeros(shape, like.dtype, device=self._where(stack, path))
         stack = jax.eval_shape(
             lambda x: encode_kernel(x, "sio", path, double_quant=double_quant),
             jax.ShapeDtypeStruct(shape, like.dtype),
         )
-        return jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), stack)
+        zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), stack)
+        return jax.device_put(zeros, self._where(stack, path))
 
     def put_part(self, stack: Any, part: Any, index: int) -> Any:
         if isinstance(part, NF4Weight) and not isinstance(stack, NF4Weight):
@@ -148,6 +152,9 @@ class OnDevice:
                 raise _uneven(self.name, stack.path)
             part = dataclasses.replace(part, path=stack.path, roles=stack.roles)
         return _settled(_put_part(stack, part, index))
+
+    def _where(self, array: Any, path: str) -> Any:
+        return None if self.sharding_of is None else self.sharding_of(path, array)
 
     def _quantizes(self, array: Any, path: str) -> bool:
         return self.pattern is not None and array.ndim == 2 and bool(self.pattern.fullmatch(path))

@@ -16,6 +16,8 @@ from lora_jax.core.trees import nearest
 # cell: cells of a sweep, each its own. data: parts of a batch, the base whole on each. fsdp: parts
 # of a batch, and of each weight, gathered where it is used. tensor: parts of each product.
 AXES = ("cell", "data", "fsdp", "tensor")
+# What the rows of a batch are split over.
+BATCH = ("data", "fsdp")
 
 
 def read_mesh(text: str) -> dict[str, int]:
@@ -37,6 +39,26 @@ def read_mesh(text: str) -> dict[str, int]:
             raise RequestError(f"--mesh: {part!r} is no size; write it as {name}=4")
         sizes[name] = int(size)
     return {name: sizes.get(name, 1) for name in AXES}
+
+
+def mesh_text(mesh: Mesh) -> str:
+    """What `read_mesh` reads as this mesh: its axes above 1.
+
+    >>> mesh_text(make_mesh({"data": len(jax.devices())}))[:4] in ("data", "")
+    True
+    """
+    return ",".join(f"{name}={n}" for name, n in mesh.shape.items() if n > 1)
+
+
+def batch_parts(sizes: Mapping[str, int]) -> int:
+    """Into how many parts the rows of a batch are split."""
+    return math.prod(sizes.get(name, 1) for name in BATCH)
+
+
+def without_cells(mesh: Mesh) -> Mesh:
+    """The mesh for one cell alone: the devices of `cell` share its batch, as `data`."""
+    cells, data, *rest = (mesh.shape[name] for name in AXES)
+    return Mesh(mesh.devices.reshape(1, cells * data, *rest), AXES)
 
 
 def make_mesh(sizes: Mapping[str, int], devices: Sequence[Any] | None = None) -> Mesh:

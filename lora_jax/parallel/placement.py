@@ -3,21 +3,24 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from lora_jax.core import trees
+from lora_jax.core.errors import RequestError
 from lora_jax.methods import Method
 from lora_jax.methods.sites import path_of
 from lora_jax.models import Model
+from lora_jax.parallel.mesh import BATCH, batch_parts, without_cells
 from lora_jax.parallel.rules import fitted, roles_of, spec_of
 from lora_jax.quant.weight import NF4Weight
-from lora_jax.train.state import TrainState
 
-BATCH = ("data", "fsdp")
+if TYPE_CHECKING:
+    from lora_jax.train.state import TrainState
+
 _ACTIVATIONS = {
     "states": (BATCH, "tensor", None),
     "heads": (BATCH, None, "tensor", None),
@@ -27,10 +30,13 @@ _ACTIVATIONS = {
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Placement:
-    """Shardings on `mesh` for a model and what trains on it; trees of `NamedSharding`s."""
+    """Shardings on `mesh` for a model and what trains on it; trees of `NamedSharding`s.
+
+    Without a model, before one is loaded, kernels are (in, out) by their names.
+    """
 
     mesh: Mesh
-    model: Model
+    model: Model | None = None
 
     def _named(self, spec, shape, elsewhere: tuple[int, ...] = ()) -> NamedSharding:
         fits = fitted(tuple(spec), tuple(shape), self.mesh, elsewhere=elsewhere)
@@ -44,15 +50,16 @@ class Placement:
         """Of a params tree, or of `frozen`, by `parallel.rules`."""
         flat = trees.flatten(params)
         leaves = [
-            leaf if isinstance(leaf, trees.Hole) else self._of_leaf(path, leaf)
+            leaf if isinstance(leaf, trees.Hole) else self.leaf(path, leaf)
             for path, leaf in flat.items()
         ]
         return flat.unflatten(leaves)
 
     def _roles(self, path: str, ndim: int) -> str:
-        return roles_of(path, ndim, self.model.axes)
+        return roles_of(path, ndim, self.model.axes if self.model else {})
 
-    def _of_leaf(self, path: str, leaf: Any) -> Any:
+    def leaf(self, path: str, leaf: Any) -> Any:
+        """Of one parameter, in four bits or not."""
         roles = self._roles(path, len(leaf.shape))
         spec = spec_of(path, roles)
         if isinstance(leaf, NF4Weight):
@@ -126,13 +133,31 @@ class Placement:
             return of_trainable[name][part] if same else self.replicated
 
         of_opt = jax.tree_util.tree_map_with_path(of_moment, state.opt_state)
-        return TrainState(self.replicated, of_trainable, of_opt, self.replicated)
+        return state.replace(
+            step=self.replicated, trainable=of_trainable, opt_state=of_opt, key=self.replicated
+        )
 
     def batch(self, batch: Any) -> Any:
         """Of a batch: rows over `data` and `fsdp` together, where these divide them."""
         return jax.tree.map(
             lambda x: self._named((BATCH, *[None] * (jnp.ndim(x) - 1)), jnp.shape(x)), batch
         )
+
+    def alone(self, batch_size: int) -> Placement:
+        """For one cell by itself: the devices of `cell` share its batch where they divide it."""
+        wide = without_cells(self.mesh)
+        divides = batch_size % batch_parts(wide.shape) == 0
+        return dataclasses.replace(self, mesh=wide) if divides else self
+
+    def check_batch(self, size: int, accumulate: int = 1) -> None:
+        """Raises `RequestError` where the rows of a training batch do not divide over the mesh."""
+        rows = batch_parts(self.mesh.shape)
+        if size % (rows * accumulate):
+            parts = f" in {accumulate} parts" if accumulate > 1 else ""
+            raise RequestError(
+                f"data.batch_size={size}{parts} does not divide over the {rows} places of data x "
+                f"fsdp in --mesh; give a multiple of {rows * accumulate}, or another mesh"
+            )
 
     def constrain(self, x: jax.Array, kind: str = "states") -> jax.Array:
         """Where an activation lies: each device has rows of the batch, and its part of `tensor`.
@@ -143,3 +168,15 @@ class Placement:
         """
         spec = _ACTIVATIONS[kind]
         return jax.lax.with_sharding_constraint(x, self._named(spec, x.shape))
+
+
+def place(tree: Any, shardings: Any) -> Any:
+    """The tree's arrays where `shardings` say, those that lie there as they are; of a tree with
+    shape structs all as such, with their sharding."""
+    if not any(isinstance(x, jax.ShapeDtypeStruct) for x in jax.tree.leaves(tree)):
+        return jax.device_put(tree, shardings)
+    return jax.tree.map(
+        lambda x, where: jax.ShapeDtypeStruct(jnp.shape(x), x.dtype, sharding=where),
+        tree,
+        shardings,
+    )

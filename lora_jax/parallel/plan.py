@@ -25,14 +25,15 @@ from lora_jax.methods.named import method_of
 from lora_jax.models import Model
 from lora_jax.models.families import CAUSAL_LM
 from lora_jax.models.shapes import abstract_model
-from lora_jax.parallel.mesh import make_mesh
-from lora_jax.parallel.placement import BATCH, Placement
+from lora_jax.parallel.mesh import batch_parts, make_mesh, mesh_text
+from lora_jax.parallel.offload import offload
+from lora_jax.parallel.placement import Placement, place
 from lora_jax.parallel.topology import CHIPS, SLICES, describe_topology, needed_bytes
 from lora_jax.quant import quantize
 from lora_jax.train.loss import make_loss
 from lora_jax.train.memory import num_bytes
-from lora_jax.train.optimizer import make_optimizer
-from lora_jax.train.state import init_state
+from lora_jax.train.optimizer import make_optimizer, optimizer_parts
+from lora_jax.train.state import TrainState, init_state
 from lora_jax.train.step import check_accumulate, step_function
 from lora_jax.train.task import TASKS, readout_tokens
 
@@ -40,7 +41,8 @@ from lora_jax.train.task import TASKS, readout_tokens
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Request:
     """What is to be planned. `batch` counts sequences of `length` tokens over the whole slice;
-    `method` is a name with its settings, as in a config; `moments` the dtype of Adam's."""
+    `method` is a name with its settings, as in a config; `moments` the dtype of Adam's, which
+    `offload` keeps in the hosts' memory."""
 
     model: str
     method: str
@@ -54,6 +56,7 @@ class Request:
     remat: str = "nothing_saveable"
     quantize: str = ""
     accumulate: int = 1
+    offload: bool = False
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -61,9 +64,10 @@ class Plan:
     """What the compiler said, bytes per device; None where the program does not fit.
 
     `argument_bytes`: parameters, state and batch. `temp_bytes`: what the step makes beside.
-    `peak_bytes`: the most at once. `limit_bytes`: what the compiler may use. `needed_bytes` says
-    how much a program that does not fit wanted. `total_*` are sums over the slice. `flops` are of
-    one step over the slice, analytic; `seconds_at_least` by the roofline.
+    `peak_bytes`: the most at once. `host_bytes`: of the optimizer's state that was offloaded, in
+    hosts' memory, and in no other of these. `limit_bytes`: what the compiler may use.
+    `needed_bytes` says how much a program that does not fit wanted. `total_*` are sums over the
+    slice. `flops` are of one step over the slice, analytic; `seconds_at_least` by the roofline.
     """
 
     request: Request
@@ -75,6 +79,7 @@ class Plan:
     argument_bytes: int | None
     temp_bytes: int | None
     peak_bytes: int | None
+    host_bytes: int
     limit_bytes: int
     needed_bytes: int | None
     fits: bool
@@ -93,14 +98,13 @@ class Plan:
         return None if self.argument_bytes is None else self.argument_bytes * self.num_devices
 
 
-def make_plan(request: Request) -> Plan:
-    """Compiles the step. Raises `RequestError` for what cannot be asked for."""
+def make_plan(request: Request, show: Callable[[str], None] = lambda text: None) -> Plan:
+    """Compiles the step; `show` is told when that begins. Raises `RequestError` for what cannot be
+    asked for."""
     model, method = _model_and_method(request)
     devices = list(describe_topology(request.topology).devices)
     mesh = make_mesh(request.mesh, devices)
-    rows = 1
-    for axis in BATCH:
-        rows *= mesh.shape[axis]
+    rows = batch_parts(request.mesh)
     if request.batch % (rows * request.accumulate):
         raise RequestError(
             f"--batch={request.batch} does not divide over {rows} parts (data x fsdp) of "
@@ -110,10 +114,18 @@ def make_plan(request: Request) -> Plan:
     placement = Placement(mesh, model)
     state, frozen, batch, tx = _abstract(request, model, method)
     of_state = placement.state(method, state)
+    if request.offload:
+        tx, of_state = offload(
+            optimizer_parts(_settings(request), NUM_STEPS),
+            method.optimizer,
+            lambda tx: _state_of(state.trainable, tx),
+            lambda shapes: placement.state(method, shapes),
+        )
+        state = _state_of(state.trainable, tx)
     arguments = (
-        _placed(state, of_state),
-        _placed(frozen, placement.params(frozen)),
-        _placed(batch, placement.batch(batch)),
+        place(state, of_state),
+        place(frozen, placement.params(frozen)),
+        place(batch, placement.batch(batch)),
     )
     task = dataclasses.replace(TASKS["causal-lm"], readout=readout_tokens)
     loss = make_loss(
@@ -123,8 +135,10 @@ def make_plan(request: Request) -> Plan:
     step = jax.jit(
         step_function(loss, tx, accumulate=request.accumulate),
         donate_argnums=0,
-        out_shardings=(of_state, placement.replicated),
+        out_shardings=(of_state, None),
     )
+    said = mesh_text(mesh) or "one chip"
+    show(f"{request.model}, {request.method}, {request.topology}, {said}: compiling")
     start = time.perf_counter()
     needed = memory = None
     try:
@@ -156,27 +170,30 @@ def _model_and_method(request: Request) -> tuple[Model, Method]:
 
 def _abstract(request: Request, model: Model, method: Method):
     """`(state, frozen, batch, tx)`, all of shapes."""
-    settings = SimpleNamespace(
-        lr=1e-4, schedule="constant", warmup_ratio=0.0, weight_decay=0.01, beta1=0.9, beta2=0.999,
-        eps=1e-8, clip_norm=1.0, moment_dtype=request.moments,
-    )  # fmt: skip
-    tx = method.optimizer(make_optimizer(settings, 100))
+    tx = method.optimizer(make_optimizer(_settings(request), NUM_STEPS))
     key = jax.eval_shape(lambda: jax.random.key(0))
     trainable, frozen = jax.eval_shape(method.init, key, model.params)
-    state = jax.eval_shape(functools.partial(init_state, tx=tx), trainable, key=key)
+    state = _state_of(trainable, tx)
     shape = (request.batch, request.length)
     batch = {name: jax.ShapeDtypeStruct(shape, jnp.int32) for name in _OF_TOKENS}
     batch["weights"] = jax.ShapeDtypeStruct(shape[:1], jnp.float32)
     return state, frozen, batch, tx
 
 
+def _settings(request: Request) -> Any:
+    return SimpleNamespace(
+        lr=1e-4, schedule="constant", warmup_ratio=0.0, weight_decay=0.01, beta1=0.9, beta2=0.999,
+        eps=1e-8, clip_norm=1.0, moment_dtype=request.moments,
+    )  # fmt: skip
+
+
+def _state_of(trainable: Any, tx: Any) -> TrainState:
+    key = jax.eval_shape(lambda: jax.random.key(0))
+    return jax.eval_shape(functools.partial(init_state, tx=tx), trainable, key=key)
+
+
+NUM_STEPS = 100  # of the schedule, which is a number in the program
 _OF_TOKENS = ("input_ids", "attention_mask", "loss_mask")
-
-
-def _placed(tree: Any, shardings: Any) -> Any:
-    return jax.tree.map(
-        lambda x, where: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where), tree, shardings
-    )
 
 
 def _chunk_of(request: Request, model: Model, rows: int) -> int:
@@ -197,6 +214,8 @@ def _described(request, model, method, mesh, arguments, memory, needed, start) -
         again=request.remat == "nothing_saveable",
     )  # fmt: skip
     argument = None if memory is None else memory.argument_size_in_bytes
+    # XLA (libtpu 0.0.42) counts it in the peak, and not in what must fit into the limit.
+    on_host = 0 if memory is None else memory.host_argument_size_in_bytes
     # Every argument is read at least once.
     read = (num_bytes(frozen) + num_bytes(state)) / mesh.size
     return Plan(
@@ -208,7 +227,8 @@ def _described(request, model, method, mesh, arguments, memory, needed, start) -
         state_bytes=num_bytes(state),
         argument_bytes=argument,
         temp_bytes=None if memory is None else memory.temp_size_in_bytes,
-        peak_bytes=None if memory is None else memory.peak_memory_in_bytes,
+        peak_bytes=None if memory is None else memory.peak_memory_in_bytes - on_host,
+        host_bytes=on_host,
         limit_bytes=int(limit),
         needed_bytes=needed,
         fits=memory is not None,
@@ -240,8 +260,7 @@ def find_smallest(request: Request, kind: str, show: Callable[[str], None]) -> l
                 continue
             mesh = {"cell": 1, "data": 1, "fsdp": fsdp, "tensor": tensor}
             own = dataclasses.replace(request, topology=f"{kind}:{layout}", mesh=mesh)
-            show(f"{kind}:{layout}, fsdp={fsdp}, tensor={tensor}: compiling")
-            plans.append(make_plan(own))
+            plans.append(make_plan(own, show))
             if plans[-1].fits:
                 return plans
     raise RequestError(

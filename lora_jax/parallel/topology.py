@@ -56,6 +56,9 @@ def describe_topology(name: str) -> Any:
     # Several plans may be compiled at once, and none asks a cloud's server what it runs on.
     os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
     os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
+    # Else it complains that it finds no TPU here; the name that it is given decides.
+    os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
+    os.environ.setdefault("TPU_ACCELERATOR_TYPE", "v5p-8")
     options = _one_host(layout)
     try:
         return topologies.get_topology_desc(platform="tpu", topology_name=name, **options)

@@ -20,6 +20,7 @@ from lora_jax.train.run import StopRequested
 from lora_jax.train.state import TrainState
 
 REPACK_EVERY = 50  # steps between chances to take ended cells out; at evaluations there is one too
+EMPTY = -1
 FEWEST_STEPS = 20  # a narrower program is not compiled for fewer steps than that
 
 
@@ -28,7 +29,8 @@ Validate = Callable[[Any, Any], Sequence[tuple[float, float]] | None]
 
 
 class PackTraining:
-    """The cells of one pack under way. `slots[place]` is the cell in a place of the axis of cells.
+    """The cells of one pack under way. `slots[place]` is the cell in a place of the axis of cells;
+    `EMPTY` in those that make their number a multiple of the mesh's parts.
 
     `best` has a place for every cell, ended or not. What is due is decided from `step` and
     `looked` alone, and the cells' places change at looks only, so that a pack that was saved at any
@@ -57,6 +59,7 @@ class PackTraining:
         self._validate, self._keeper = validate, keeper
         self._base = frozen
         self._frozen = (plan.pack.data(), frozen)
+        self._keep_places(self.slots)
         self._pending: list[dict[str, jax.Array]] = []
         self._mark = time.perf_counter()
 
@@ -86,7 +89,7 @@ class PackTraining:
 
     def going(self) -> list[int]:
         """The places of the cells that have not ended."""
-        return [place for place in range(len(self.slots)) if not self._at(place).ended]
+        return [place for place, k in enumerate(self.slots) if k >= 0 and not self.cells[k].ended]
 
     def save(self) -> None:
         """Has the keeper save the pack as it is."""
@@ -107,8 +110,10 @@ class PackTraining:
 
     def like(self, facts: dict[str, Any]) -> dict[str, Any]:
         """Arrays of the shapes that the checkpoint of these facts holds."""
-        whole = self.state.trainable
-        return {"state": _take(self.state, facts["slots"]), "best": whole}
+        places = list(range(len(self.cells)))
+        best = self.state.trainable
+        best = best if self.slots == places else _take(best, places)
+        return {"state": _take(self.state, facts["slots"]), "best": best}
 
     def restore(self, groups: dict[str, Any], facts: dict[str, Any]) -> None:
         """Goes on from a checkpoint."""
@@ -118,12 +123,23 @@ class PackTraining:
         self._frozen = (_take(self.plan.pack.data(), self.slots), self._base)
         for cell, told in zip(self.cells, facts["cells"], strict=True):
             cell.books, cell.error = Bookkeeping.from_json(told["books"]), told["error"]
+        # It may have been saved on another mesh.
+        self._keep_places([place for place, k in enumerate(self.slots) if k != EMPTY])
 
     def trainable_of(self, k: int) -> Any:
         """Cell k's best trainable, at its own rank and targets; None if there never was one."""
         if not self.cells[k].books.best_step:
             return None
         return self.plan.pack.unpack(jax.tree.map(lambda leaf: leaf[k], self.best), k)
+
+    def best_of_all(self) -> tuple[Any, Any]:
+        """`(trainable, frozen)` for the scores of all cells' best; what is beyond them fills up."""
+        count = len(self.cells)
+        places = [min(place, count - 1) for place in range(self._program.padded(count))]
+        data = self.plan.pack.data()
+        if len(places) == count:
+            return self.best, (data, self._base)
+        return _take(self.best, places), (_take(data, places), self._base)
 
     def lap(self, kind: str, cells: Sequence[PackedCell] = ()) -> None:
         """Books the time since the last lap under `kind`, in equal parts, to `cells`.
@@ -150,7 +166,7 @@ class PackTraining:
         return self.cells[self.slots[place]]
 
     def _take_step(self) -> None:
-        batch = self._batches.at(self.step, [self.plan.cells[k] for k in self.slots])
+        batch = self._batches.at(self.step, [self.plan.cells[max(k, 0)] for k in self.slots])
         self.state, metrics = self._program.step(self.state, self._frozen, batch)
         self._pending.append(metrics)
         self.step += 1
@@ -248,7 +264,9 @@ class PackTraining:
                 self._keeper.validated(self, self.slots[place], loss, accuracy)
         if self.best is None:
             self.best = _with_places(trainable, len(self.cells))
-        self.best = _keep(self.best, trainable, jnp.asarray(self.slots), jnp.asarray(better))
+        # Beyond the last: what is kept of an empty place goes nowhere.
+        slots = [len(self.cells) if k == EMPTY else k for k in self.slots]
+        self.best = _keep(self.best, trainable, jnp.asarray(slots), jnp.asarray(better))
 
     def _fail(self, place: int, what: str, value: float, step: int) -> None:
         cell = self._at(place)
@@ -269,13 +287,23 @@ class PackTraining:
         left = self.schedule.num_steps - self.step
         if not going or 2 * len(going) > len(self.slots) or left < FEWEST_STEPS:
             return
-        self.state = _take(self.state, going)
-        self._frozen = (_take(self._frozen[0], going), self._base)
-        self.slots = [self.slots[place] for place in going]
+        self._keep_places(going)
+
+    def _keep_places(self, places: Sequence[int]) -> None:
+        """These places are the axis of cells from here on, and empty ones that fill it up."""
+        slots = [self.slots[place] for place in places]
+        slots += [EMPTY] * (self._program.padded(len(slots)) - len(slots))
+        if slots == self.slots:
+            return
+        # An empty place has the last cell's numbers: finite ones, which nobody looks at.
+        padded = [*places, *[places[-1]] * (len(slots) - len(places))]
+        self.state = _take(self.state, padded)
+        self.slots = slots
+        self._frozen = (_take(self.plan.pack.data(), slots), self._base)
 
 
 def _take(tree: Any, places: Sequence[int]) -> Any:
-    index = jnp.asarray(places, jnp.int32)
+    index = jnp.asarray([max(place, 0) for place in places], jnp.int32)
     return jax.tree.map(lambda leaf: jnp.take(leaf, index, axis=0), tree)
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Callable
 from typing import Any
 
@@ -13,6 +12,7 @@ from lora_jax.core.errors import RequestError
 from lora_jax.sweeps.plan import Planned
 from lora_jax.sweeps.program import Program
 from lora_jax.sweeps.settings import CellSettings
+from lora_jax.train.memory import device_limit_bytes
 
 
 class DoesNotFit(RequestError):
@@ -42,7 +42,11 @@ def fitting_width(
             lambda part=part, params=params: program.init(part.pack, part.cells, params)
         )
         batch = source.widest(part.cells)
-        needed = program.bytes_needed(state, (part.pack.data(), frozen), batch, look)
+        data = part.pack.data()
+        if (places := program.padded(width)) != width:
+            state, data = (_with_places(tree, places) for tree in (state, data))
+            batch = source.widest([part.cells[min(k, width - 1)] for k in range(places)])
+        needed = program.bytes_needed(state, (data, frozen), batch, look)
         if needed <= budget:
             return width, needed
         if width == 1:
@@ -53,9 +57,12 @@ def fitting_width(
         width = math.ceil(width / 2)
 
 
-def device_memory_bytes() -> int:
-    """What a program may use: nine tenths of the device's memory, on CPU half of the host's."""
-    limit = (jax.devices()[0].memory_stats() or {}).get("bytes_limit")
-    if limit:
-        return int(0.9 * limit)
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
+def _with_places(tree: Any, count: int) -> Any:
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct((count, *x.shape[1:]), x.dtype), tree)
+
+
+def device_memory_bytes(num_devices: int = 1) -> int:
+    """What a program may use: nine tenths of the device's memory, on CPU half of the host's, which
+    so many devices share."""
+    share = 0.5 if jax.default_backend() == "cpu" else 0.9
+    return int(share * device_limit_bytes(num_devices))

@@ -11,6 +11,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from lora_jax.parallel.cells import CellPlacement
+from lora_jax.parallel.placement import place
 from lora_jax.sweeps.pack import Pack
 from lora_jax.sweeps.settings import CellSettings
 from lora_jax.train.build import keys_of
@@ -31,10 +33,13 @@ def default_at_once() -> int:
     return 1 if jax.default_backend() == "cpu" else 0
 
 
-def over_cells(of_cell: Callable, at_once: int, batch_axis: int | None) -> Callable:
+def over_cells(
+    of_cell: Callable, at_once: int, batch_axis: int | None, *, num_parts: int = 1
+) -> Callable:
     """`of_cell(own, (data, base), batch)` for all cells in one program.
 
     The cells' own trees and data have their axis, the base has none: one copy of it serves all.
+    `num_parts` is over how many parts of a mesh they are divided, `at_once` in each.
     """
 
     def of_all(own, frozen, batch):
@@ -44,9 +49,20 @@ def over_cells(of_cell: Callable, at_once: int, batch_axis: int | None) -> Calla
             return of_cell(part[0], (part[1], base), batch if batch_axis is None else part[2])
 
         parts = (own, data) if batch_axis is None else (own, data, batch)
+
+        def in_turn(parts):
+            if not at_once:
+                return jax.vmap(one)(parts)
+            return jax.lax.map(one, parts, batch_size=None if at_once == 1 else at_once)
+
+        if num_parts == 1:
+            return in_turn(parts)
+        # Named, so that what is said of a cell's activations keeps each cell where it is.
         if not at_once:
-            return jax.vmap(one)(parts)
-        return jax.lax.map(one, parts, batch_size=None if at_once == 1 else at_once)
+            return jax.vmap(one, spmd_axis_name="cell")(parts)
+        divided = jax.tree.map(lambda x: x.reshape(num_parts, -1, *x.shape[1:]), parts)
+        found = jax.vmap(in_turn, spmd_axis_name="cell")(divided)
+        return jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), found)
 
     return of_all
 
@@ -83,7 +99,8 @@ class Program:
     of one cell, where `frozen` is what `Pack.bind` takes; `tx_of(cell)` makes one cell's optimizer,
     of one structure for all, since what differs is in its state; `batch_axis` is 0 where each cell
     has batches of its own, None where all share them; `at_once` cells are computed side by side,
-    chunk after chunk (0: all); `accumulate` is into how many parts a step cuts its batch.
+    chunk after chunk (0: all); `accumulate` is into how many parts a step cuts its batch; `place`
+    puts all of it on a mesh.
     """
 
     def __init__(
@@ -96,15 +113,27 @@ class Program:
         batch_axis: int | None,
         at_once: int,
         accumulate: int = 1,
+        place: CellPlacement | None = None,
     ):
         self.at_once = at_once
+        self._place, self._stacked = place, batch_axis is not None
         self._tx_of = tx_of
         self._compiled: dict[Any, Any] = {}
+        self._shardings: dict[Any, Any] = {}
         self._compile_seconds = 0.0
         self._use = Use()
-        step = over_cells(step_function(loss, tx, accumulate=accumulate), at_once, batch_axis)
-        scores = over_cells(scores, at_once, None)
-        self._functions = {"step": jax.jit(step, donate_argnums=0), "scores": jax.jit(scores)}
+        step = step_function(loss, tx, accumulate=accumulate)
+        self._step = over_cells(step, at_once, batch_axis, num_parts=self.num_parts)
+        self._scores = over_cells(scores, at_once, None, num_parts=self.num_parts)
+
+    @property
+    def num_parts(self) -> int:
+        """The parts of a mesh that have cells of their own."""
+        return self._place.num_parts if self._place else 1
+
+    def padded(self, count: int) -> int:
+        """The places that `count` cells need: their number must be a multiple of `num_parts`."""
+        return count + -count % self.num_parts
 
     def init(self, pack: Pack, cells: Sequence[CellSettings], params: Sequence[Any]) -> TrainState:
         """The cells' states before the first step, leaves with a leading axis K.
@@ -126,26 +155,30 @@ class Program:
 
     def step(self, state: TrainState, frozen: Any, batch: Any):
         """`(state, metrics)`, both with the axis K; `state` is donated."""
-        compiled = self._get("step", state, frozen, batch)
+        arguments = self._placed("step", state, frozen, batch)
+        compiled = self._get("step", *arguments)
         self._use.note(compiled, batch)
-        return compiled(state, frozen, batch)
+        return compiled(*arguments)
 
     def scores(self, trainable: Any, frozen: Any, batch: Any) -> Any:
         """Each cell's scores on a batch that all share, with the axis K."""
-        compiled = self._get("scores", trainable, frozen, batch)
+        arguments = self._placed("scores", trainable, frozen, batch)
+        compiled = self._get("scores", *arguments)
         self._use.note(compiled)
-        return compiled(trainable, frozen, batch)
+        return compiled(*arguments)
 
     def bytes_needed(self, state: Any, frozen: Any, batch: Any, look: Any = None) -> int:
         """What a step or the scores of the batch `look` hold, whichever is more; arrays or structs.
 
         With what lies beside: the best trainables, and for the scores the optimizer's state.
         """
-        best = num_bytes(state.trainable)
+        state, frozen, batch = self._placed("step", state, frozen, batch)
+        best = num_bytes(state.trainable, of_a_device=True)
         needed = memory_of(self._get("step", state, frozen, batch)) + best
         if look is not None:
-            scores = memory_of(self._get("scores", state.trainable, frozen, look))
-            needed = max(needed, scores + best + num_bytes(state.opt_state))
+            arguments = self._placed("scores", state.trainable, frozen, look)
+            scores = memory_of(self._get("scores", *arguments))
+            needed = max(needed, scores + best + num_bytes(state.opt_state, of_a_device=True))
         return needed
 
     def use(self) -> Use:
@@ -163,7 +196,31 @@ class Program:
         key = (name, treedef, *((np.shape(leaf), str(leaf.dtype)) for leaf in leaves))
         if key not in self._compiled:
             start = time.perf_counter()
-            lowered = self._functions[name].lower(first, frozen, batch)
-            self._compiled[key] = lowered.compile()
+            self._compiled[key] = self._jitted(name, first).lower(first, frozen, batch).compile()
             self._compile_seconds += time.perf_counter() - start
         return self._compiled[key]
+
+    def _jitted(self, name: str, state: Any) -> Any:
+        if name == "scores":
+            return jax.jit(self._scores)
+        if self._place is None:
+            return jax.jit(self._step, donate_argnums=0)
+        # Its state comes back to where the next step takes it.
+        of_state = jax.tree.map(lambda x: x.sharding, state)
+        return jax.jit(self._step, donate_argnums=0, out_shardings=(of_state, None))
+
+    def _placed(self, name: str, first: Any, frozen: Any, batch: Any) -> tuple[Any, Any, Any]:
+        """The arguments where the program has them."""
+        if self._place is None:
+            return first, frozen, batch
+        arguments = (first, frozen, batch)
+        leaves, treedef = jax.tree.flatten(arguments)
+        key = (name, treedef, tuple(np.shape(leaf) for leaf in leaves))
+        if key not in self._shardings:
+            of_first = self._place.of_state if name == "step" else self._place.of_trainable
+            self._shardings[key] = (
+                of_first(first),
+                self._place.of_frozen(frozen),
+                self._place.of_batch(batch, stacked=self._stacked and name == "step"),
+            )
+        return place(arguments, self._shardings[key])

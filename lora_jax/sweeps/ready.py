@@ -11,6 +11,7 @@ import jax
 import numpy as np
 
 from lora_jax.data.batches import OF_TOKENS
+from lora_jax.parallel.cells import CellPlacement
 from lora_jax.sweeps.cells import Cell
 from lora_jax.sweeps.groups import Group
 from lora_jax.sweeps.program import Program
@@ -81,7 +82,6 @@ class Ready:
 def make_ready(group: Group, base: Base, *, at_once: int) -> Ready:
     """What training `group` needs; nothing is compiled yet. `at_once` as in `Program`."""
     first, plan = group.cells[0].config, group.plan
-    loss = make_loss(base.model.apply, plan.pack, task=base.task, **loss_settings(first.train))
 
     def tx_of(cell: CellSettings):
         settings = {
@@ -92,16 +92,27 @@ def make_ready(group: Group, base: Base, *, at_once: int) -> Ready:
         tx = make_optimizer(types.SimpleNamespace(**settings), group.num_steps)
         return cell.method.optimizer(tx)
 
+    place = None if base.placement is None else CellPlacement(base.placement, plan.pack.union)
+    if base.placement is not None:
+        base.placement.check_batch(first.data.batch_size, accumulate_of(first))
+    constrain = None if base.placement is None else base.placement.constrain
+    loss = make_loss(
+        base.model.apply, plan.pack, task=base.task, constrain=constrain,
+        **loss_settings(first.train),
+    )  # fmt: skip
     program = Program(
         loss,
-        make_scores(base.model.apply, plan.pack, task=base.task),
+        make_scores(base.model.apply, plan.pack, task=base.task, constrain=constrain),
         tx_of,
         tx_of(plan.cells[0]),
         batch_axis=0,
         at_once=at_once,
         accumulate=accumulate_of(first),
+        place=place,
     )
     # A new head that stays frozen is that of the seed, which all cells of the group share then.
     params = base.model_of(plan.cells[0].seed).params
     frozen = plan.cells[0].method.init(jax.random.key(0), params)[1]
+    if place is not None:
+        frozen = jax.device_put(frozen, base.placement.params(frozen))
     return Ready(group, base, program, frozen, PackBatches(group.cells, base))

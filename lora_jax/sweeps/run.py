@@ -7,6 +7,8 @@ import os
 from collections.abc import Mapping
 from pathlib import Path
 
+from jax.sharding import Mesh
+
 from lora_jax.core.errors import RequestError
 from lora_jax.formats.atomic import write_json
 from lora_jax.sweeps.cells import Cell, Sweep, Tuning, choose_value
@@ -29,6 +31,7 @@ def run_sweep(
     memory_bytes: int | None = None,
     progress: bool = True,
     command: str = "",
+    mesh: Mesh | None = None,
 ) -> dict[str, Result]:
     """Trains every cell into `workdir/cells/NAME`; returns `{name: card, or the cell's error}`.
 
@@ -37,7 +40,8 @@ def run_sweep(
     not run again, packs keep their cells and slots. A cell that cannot be run, or whose loss turns
     into no number, is reported and the others still run. `source` (the config's file) and the
     sweep's name are noted in the workdir; `add` lets another sweep in. `memory_bytes` is what a
-    pack may hold (default: what the device has, half of the host's memory on CPU). Raises what
+    pack may hold of each device (default: what it has, half of the host's memory on CPU). On `mesh`
+    the cells of a pack are divided over `cell`, and each trains on what is left. Raises what
     concerns all: a workdir in use or of another sweep, cells begun with other settings, an
     interruption.
     """
@@ -45,7 +49,8 @@ def run_sweep(
     with lock_workdir(workdir), SweepView(enabled=progress) as view:
         check_sweep(sweep, workdir, source=source, add=add)
         enable_compilation_cache()
-        runner = Runner(workdir, view, memory_bytes or device_memory_bytes(), command, progress)
+        budget = memory_bytes or device_memory_bytes(1 if mesh is None else mesh.size)
+        runner = Runner(workdir, view, budget, command, progress, mesh=mesh)
         note_sweep(sweep, workdir, source)
         # One for all: a signal that comes between two trainings stops the sweep there.
         with stop_requests():

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+from jax.sharding import Mesh
 
 from lora_jax.core.errors import RequestError
 from lora_jax.formats.atomic import write_json
@@ -37,6 +38,7 @@ class Runner:
     memory_bytes: int
     command: str
     progress: bool
+    mesh: Mesh | None = None
     at_once: int = dataclasses.field(default_factory=default_at_once)
     results: dict[str, Result] = dataclasses.field(default_factory=dict)
     bases: dict[str, Base] = dataclasses.field(default_factory=dict)
@@ -144,7 +146,7 @@ class Runner:
         if key not in self.bases:
             self.bases.clear()  # one model in memory at a time
             self.ready.clear()
-            self.bases[key] = load_base(cell.config)
+            self.bases[key] = load_base(cell.config, self.mesh)
             for note in self.bases[key].splits.notes:
                 self.view.say(note)
         return self.bases[key]

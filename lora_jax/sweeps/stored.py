@@ -15,6 +15,7 @@ from lora_jax.data import Splits
 from lora_jax.formats.atomic import write_json
 from lora_jax.methods import Method
 from lora_jax.models import Model
+from lora_jax.parallel.mesh import mesh_text
 from lora_jax.sweeps.cells import Cell
 from lora_jax.sweeps.engine import PackTraining
 from lora_jax.sweeps.groups import PackRecord
@@ -225,8 +226,7 @@ def _test(training: PackTraining, ready: Ready, batches) -> dict[int, Evaluation
     good = [k for k, cell in enumerate(training.cells) if not cell.error]
     if not good:
         return {}
-    frozen = (training.plan.pack.data(), ready.frozen)
-    found = evaluate_stacked(ready.program.scores, training.best, frozen, batches)
+    found = evaluate_stacked(ready.program.scores, *training.best_of_all(), batches)
     training.lap("evaluate", [training.cells[k] for k in good])
     return {k: found[k] for k in good}
 
@@ -255,8 +255,13 @@ def _write_results(
                 "cells": [cell.name for cell in cells],
                 "at_once": ready.program.at_once,
             }
+            placement = ready.base.placement
             program = describe_program(
-                union, sorted(use.batch_shapes), memory_bytes=use.memory_bytes, pack=own
+                union,
+                sorted(use.batch_shapes),
+                memory_bytes=use.memory_bytes,
+                pack=own,
+                mesh="" if placement is None else mesh_text(placement.mesh),
             )
             settings = training.cells[k].settings
             model = ready.base.model_of(settings.seed)

@@ -12,10 +12,12 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from lora_jax.core.errors import RequestError
 from lora_jax.formats.adapter import load_trainable
+from lora_jax.parallel.mesh import make_mesh, read_mesh
 from lora_jax.sweeps.cells import Cell
 from lora_jax.sweeps.groups import make_groups
 from lora_jax.sweeps.ready import make_ready
@@ -72,7 +74,8 @@ def verify(
     folders = [run.parent / name for name in names]
     cells = [Cell(folder.name, _config_of(folder)) for folder in folders]
     enable_compilation_cache()
-    base = load_base(cells[0].config)
+    conditions = tuple(_conditions(card))
+    base = load_base(cells[0].config, _mesh_of(card))
     for what, there, here in (
         ("data", card["data_hash"], base.splits.data_hash),
         ("base model's weights", card["base_hash"], base.model.base_hash),
@@ -82,7 +85,6 @@ def verify(
                 f"the {what} have changed since {run.name} was trained (hash {there[:12]}, now "
                 f"{here[:12]}); put the old ones back"
             )
-    conditions = tuple(_conditions(card))
     exact = not conditions and (packed or card["program"]["K"] == 1)
     with (
         tempfile.TemporaryDirectory(prefix="lora-jax-verify-") as home,
@@ -165,6 +167,14 @@ def _conditions(card: Mapping[str, Any]) -> list[str]:
         if card["program"][key] != now:
             found.append((name, repr(card["program"][key]), repr(now)))
     return [f"{what} was {there}, is {now}" for what, there, now in found]
+
+
+def _mesh_of(card: Mapping[str, Any]) -> Mesh | None:
+    """The mesh that the card names, None where this machine has not as many devices: that it has
+    not is one of the conditions."""
+    text = card["program"].get("mesh", "")
+    same = card["device"].get("count") == jax.device_count()
+    return make_mesh(read_mesh(text)) if text and same else None
 
 
 def _compare(

@@ -1,7 +1,7 @@
 """Training: one loop for every method, resumable bit for bit."""
 
-from lora_jax.train.build import Adapted as Adapted
-from lora_jax.train.build import load_adapter as load_adapter
+from lora_jax.train.adapted import Adapted as Adapted
+from lora_jax.train.adapted import load_adapter as load_adapter
 from lora_jax.train.build import make_method as make_method
 from lora_jax.train.build import make_model as make_model
 from lora_jax.train.compilation import enable_compilation_cache as enable_compilation_cache

@@ -4,23 +4,26 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from lora_jax.core.errors import RequestError
 from lora_jax.data import Splits, bucket_lengths, eval_batches, load_splits
-from lora_jax.train.build import Adapted, load_adapter
+from lora_jax.parallel.placement import Placement, place
+from lora_jax.train.adapted import Adapted, load_adapter
+from lora_jax.train.compilation import CompiledByShape
 from lora_jax.train.evaluate import Evaluation, evaluate, make_scores
 from lora_jax.train.task import task_of
 from lora_jax.train.workdir import read_json_file
 
 
-def load_cell(cell: Path) -> tuple[ConfigDict, Adapted, Splits]:
+def load_cell(cell: Path, mesh: Mesh | None = None) -> tuple[ConfigDict, Adapted, Splits]:
     """A finished cell's config, its model with what was trained, and the data it was trained on.
 
     Raises `RequestError` if the data have changed since.
     """
     config = ConfigDict(read_json_file(cell / "config.json"))
-    adapted = load_adapter(cell / "adapter")
+    adapted = load_adapter(cell / "adapter", mesh)
     splits = load_splits(config.data, target=task_of(config.model).target)
     trained_on = adapted.description["data_hash"]
     if splits.data_hash != trained_on:
@@ -32,14 +35,15 @@ def load_cell(cell: Path) -> tuple[ConfigDict, Adapted, Splits]:
 
 
 def evaluate_cell(
-    cell: Path, *, split: str = "test", merged: bool = False
+    cell: Path, *, split: str = "test", merged: bool = False, mesh: Mesh | None = None
 ) -> tuple[Evaluation, Splits]:
     """Scores the adapter of `cell` on a split of the data it was trained with.
 
-    With `merged` the adapter is folded into the base first and the plain model is run. Returns the
-    scores and the data. Raises `RequestError` if the data have changed since.
+    With `merged` the adapter is folded into the base first and the plain model is run; all of it on
+    `mesh` where there is one. Returns the scores and the data. Raises `RequestError` if the data
+    have changed since.
     """
-    config, adapted, splits = load_cell(cell)
+    config, adapted, splits = load_cell(cell, mesh)
     task = task_of(config.model, splits)
     encoded = task.encode(adapted.model, getattr(splits, split), max_length=config.data.max_length)
     batches = eval_batches(
@@ -50,5 +54,13 @@ def evaluate_cell(
     trainable, frozen = adapted.trainable, adapted.frozen
     if merged:
         trainable, frozen = {}, adapted.method.merge(trainable, frozen, dtype="stored")
-    scores = make_scores(adapted.model.apply, adapted.method, task=task)
+    constrain = put = None
+    if mesh is not None:
+        placement = Placement(mesh, adapted.model)
+        trainable = place(trainable, placement.trainable(adapted.method, trainable))
+        frozen = place(frozen, placement.params(frozen))
+        constrain = placement.constrain
+        put = lambda batch: place(batch, placement.batch(batch))  # noqa: E731
+    scores = make_scores(adapted.model.apply, adapted.method, task=task, constrain=constrain)
+    scores = CompiledByShape(scores, put)
     return evaluate(scores, trainable, frozen, batches), splits

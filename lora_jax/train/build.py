@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
-import os
 from collections.abc import Mapping
 from typing import Any
 
 import jax
-import ml_collections
 import optax
+from jax.sharding import Mesh, SingleDeviceSharding
 
 from lora_jax.core.errors import RequestError
 from lora_jax.core.optional import OPTIONAL
@@ -24,15 +24,16 @@ from lora_jax.data import (
     load_splits,
     train_batches,
 )
-from lora_jax.formats.adapter import DESCRIPTION, load_trainable
 from lora_jax.methods import Method
 from lora_jax.methods.named import method_of
 from lora_jax.models import Model, load_model
 from lora_jax.models.load import redraw_head
+from lora_jax.parallel.offload import host_memory, offload
+from lora_jax.parallel.placement import Placement, place
 from lora_jax.train.compilation import CompiledByShape
 from lora_jax.train.evaluate import make_scores
 from lora_jax.train.loss import loss_settings, make_loss
-from lora_jax.train.optimizer import make_optimizer, make_schedule
+from lora_jax.train.optimizer import make_optimizer, make_schedule, optimizer_parts
 from lora_jax.train.state import TrainState, init_state
 from lora_jax.train.step import check_accumulate, make_train_step
 from lora_jax.train.task import Task, head_of, task_of
@@ -40,7 +41,8 @@ from lora_jax.train.task import Task, head_of, task_of
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Setup:
-    """What stays the same during a run. `frozen` is the part of the model that no step changes."""
+    """What stays the same during a run. `frozen` is the part of the model that no step changes;
+    `note` is for the user: what was asked for and is not to be had here."""
 
     model: Model
     method: Method
@@ -53,6 +55,8 @@ class Setup:
     schedule: optax.Schedule
     step: CompiledByShape
     scores: CompiledByShape
+    placement: Placement | None
+    note: str
     num_steps: int
     eval_every: int
     checkpoint_every: int
@@ -62,13 +66,15 @@ class Setup:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Base:
-    """A model and the data for it, loaded and encoded once for any number of cells."""
+    """A model and the data for it, loaded and encoded once for any number of cells; on a mesh
+    where there is a `placement`."""
 
     model: Model
     task: Task
     splits: Splits
     encoded: Mapping[str, EncodedExamples]
     buckets: tuple[int, ...]
+    placement: Placement | None = None
     _models: dict[int, Model] = dataclasses.field(default_factory=dict, repr=False)
 
     def model_of(self, seed: int) -> Model:
@@ -97,37 +103,62 @@ class Base:
         }
 
 
-def load_base(config: Any) -> Base:
-    """Loads what the `model` and `data` sections of `config` name. Raises `RequestError`."""
+def load_base(config: Any, mesh: Mesh | None = None) -> Base:
+    """Loads what the `model` and `data` sections of `config` name, the model onto `mesh` if there
+    is one. Raises `RequestError`."""
     splits = load_splits(config.data, target=task_of(config.model).target)
     task = task_of(config.model, splits)
-    model = make_model(config.model, keys_of(config.seed)[0])
+    model = make_model(config.model, keys_of(config.seed)[0], mesh)
     encoded = {
         name: task.encode(model, getattr(splits, name), max_length=config.data.max_length)
         for name in ("train", "validation", "test")
     }
     buckets = bucket_lengths(config.data.buckets, config.data.max_length)
-    return Base(model=model, task=task, splits=splits, encoded=encoded, buckets=buckets)
+    return Base(
+        model=model, task=task, splits=splits, encoded=encoded, buckets=buckets,
+        placement=None if mesh is None else Placement(mesh, model),
+    )  # fmt: skip
 
 
-def build(config: Any, base: Base | None = None) -> tuple[Setup, TrainState]:
+def build(
+    config: Any, base: Base | None = None, mesh: Mesh | None = None
+) -> tuple[Setup, TrainState]:
     """Loads and prepares all that `config` names, and the state before the first step.
 
     `config.seed` decides the new head, the adapters, dropout and which examples meet in a batch;
     `config.data.seed` the shapes of the batches and their order. `base` is what `load_base` gave
-    for the same model and data, where they are loaded already. Raises `RequestError`.
+    for the same model and data, where they are loaded already; else `mesh` is for it. Raises
+    `RequestError`.
     """
     _, init_key, run_key = keys_of(config.seed)
-    base = base or load_base(config)
+    base = base or load_base(config, mesh)
+    placement = base.placement and base.placement.alone(config.data.batch_size)
+    accumulate = accumulate_of(config)
+    if placement is not None:
+        placement.check_batch(config.data.batch_size, accumulate)
     model = base.model_of(config.seed)
     method = make_method(config.method, model)
     batches = base.train_batches_of(config)
     plan = plan_steps(config.train, batches.steps_per_epoch)
-    tx = method.optimizer(make_optimizer(config.optimizer, plan["num_steps"]))
-    loss = make_loss(model.apply, method, task=base.task, **loss_settings(config.train))
+    constrain = placement and placement.constrain
+    loss = make_loss(
+        model.apply, method, task=base.task, constrain=constrain, **loss_settings(config.train)
+    )
     trainable, frozen = method.init(init_key, model.params)
     if not trainable:
         raise RequestError(f"method.name={config.method.name!r} trains nothing in this model")
+    tx, of_state, note = _optimizer(config, method, trainable, plan["num_steps"], placement)
+    initial = functools.partial(init_state, tx=tx)
+    if of_state is not None:
+        initial = jax.jit(initial, out_shardings=of_state)
+    state = initial(trainable, key=run_key)
+    if placement is not None:
+        frozen = place(frozen, placement.params(frozen))
+    put = placement and (lambda batch: place(batch, placement.batch(batch)))
+    step = make_train_step(
+        loss, tx, accumulate=accumulate, out_shardings=of_state and (of_state, None)
+    )
+    scores = make_scores(model.apply, method, task=base.task, constrain=constrain)
     setup = Setup(
         model=model,
         method=method,
@@ -137,11 +168,36 @@ def build(config: Any, base: Base | None = None) -> tuple[Setup, TrainState]:
         batches=batches,
         **base.eval_batches_of(config),
         schedule=make_schedule(config.optimizer, plan["num_steps"]),
-        step=CompiledByShape(make_train_step(loss, tx, accumulate=accumulate_of(config))),
-        scores=CompiledByShape(make_scores(model.apply, method, task=base.task)),
+        step=CompiledByShape(step, put),
+        scores=CompiledByShape(scores, put),
+        placement=placement,
+        note=note,
         **plan,
     )
-    return setup, init_state(trainable, tx, run_key)
+    return setup, state
+
+
+def _optimizer(config: Any, method: Method, trainable: Any, num_steps: int, placement: Any):
+    """`(tx, shardings of the state or None, what to tell the user)`."""
+
+    def shapes_of(tx) -> TrainState:
+        initial = functools.partial(init_state, tx=tx)
+        return jax.eval_shape(initial, trainable, key=jax.eval_shape(lambda: jax.random.key(0)))
+
+    def shardings_of(shapes: TrainState) -> TrainState:
+        if placement is not None:
+            return placement.state(method, shapes)
+        return jax.tree.map(lambda x: SingleDeviceSharding(jax.devices()[0]), shapes)
+
+    note = ""
+    if config.optimizer.get("offload", OPTIONAL["optimizer.offload"]):
+        lacks = host_memory(jax.devices()[0])
+        if not lacks:
+            parts = optimizer_parts(config.optimizer, num_steps)
+            return *offload(parts, method.optimizer, shapes_of, shardings_of), note
+        note = f"optimizer.offload: {lacks}; the moments stay on the device"
+    tx = method.optimizer(make_optimizer(config.optimizer, num_steps))
+    return tx, None if placement is None else shardings_of(shapes_of(tx)), note
 
 
 def keys_of(seed: int) -> jax.Array:
@@ -149,13 +205,16 @@ def keys_of(seed: int) -> jax.Array:
     return jax.random.split(jax.random.key(seed), 3)
 
 
-def make_model(settings: Any, head_key: jax.Array) -> Model:
-    """The model that the config's `model` section names, with the head it asks for.
+def make_model(settings: Any, head_key: jax.Array, mesh: Mesh | None = None) -> Model:
+    """The model that the config's `model` section names, with the head it asks for; on `mesh` where
+    there is one.
 
     Raises `RequestError` if the model has none of that kind.
     """
     head = head_of(settings)
-    quantized = _quantized(settings)
+    options = _quantized(settings)
+    if mesh is not None:
+        options["sharding_of"] = Placement(mesh).leaf
     if head != "causal-lm":
         return load_model(
             settings.name,
@@ -163,11 +222,11 @@ def make_model(settings: Any, head_key: jax.Array) -> Model:
             num_labels=settings.get("num_labels"),
             dtype=settings.get("dtype"),
             head_key=head_key,
-            **quantized,
+            **options,
         )
     scan_layers = bool(settings.get("scan_layers", False))
     dtype = settings.get("dtype")
-    model = load_model(settings.name, dtype=dtype, scan_layers=scan_layers, **quantized)
+    model = load_model(settings.name, dtype=dtype, scan_layers=scan_layers, **options)
     if model.kind != "causal-lm" or model.eos_token_id is None:
         lacks = f"is an {model.kind}" if model.kind != "causal-lm" else "has no end of text"
         raise RequestError(
@@ -227,67 +286,3 @@ def _at_least(settings: Any, name: str, low: int) -> int:
     if isinstance(value, bool) or not isinstance(value, int) or value < low:
         raise RequestError(f"train.{name}={value!r} must be a whole number of at least {low}")
     return value
-
-
-@dataclasses.dataclass(frozen=True)
-class Adapted:
-    """A model with what a run trained for it: `method.bind(trainable, frozen)` is its params."""
-
-    model: Model
-    method: Method
-    trainable: Any
-    frozen: Any
-    description: dict[str, Any]
-
-
-def load_adapter(folder: str | os.PathLike) -> Adapted:
-    """A finished run's `adapter/` folder with its base model, ready to bind, merge or evaluate.
-
-    Raises `RequestError` if the folder is damaged or the base model's weights are not those it was
-    trained on.
-    """
-    trainable, description = load_trainable(folder)
-    _check_description(description, f"{folder}/{DESCRIPTION}")
-    config = ml_collections.ConfigDict({name: description[name] for name in ("model", "method")})
-    head_key, init_key, _ = keys_of(description["seed"])
-    base_hash = description["base_hash"]
-    model = make_model(config.model, head_key)
-    if model.base_hash != base_hash:
-        raise RequestError(
-            f"the adapter in {folder} was trained on other weights than {config.model.name!r} has "
-            f"(base hash {base_hash[:12]}, here {model.base_hash[:12]}); load the model it was "
-            "trained on"
-        )
-    method = make_method(config.method, model)
-    _, frozen = method.init(init_key, model.params)
-    wanted = jax.eval_shape(lambda: method.init(init_key, model.params)[0])
-    if jax.tree.map(_signature, trainable) != jax.tree.map(_signature, wanted):
-        raise RequestError(
-            f"the tensors in {folder} are not those of its method.json; copy it again"
-        )
-    return Adapted(model, method, trainable, frozen, description)
-
-
-_DESCRIBED = {
-    "model": dict, "model.name": str, "method": dict, "method.name": str, "seed": int,
-    "base_hash": str,
-}  # fmt: skip
-
-
-def _check_description(description: Any, place: str) -> None:
-    """Raises `RequestError` for what `load_adapter` needs and the description has not."""
-    for name, kind in _DESCRIBED.items():
-        value = description
-        for key in name.split("."):
-            value = value.get(key) if isinstance(value, dict) else None
-        if not isinstance(value, kind) or isinstance(value, bool):
-            raise RequestError(
-                f"{place}: {name} is {value!r}, not {kind.__name__}; copy the folder again, or "
-                "train this cell again"
-            )
-    if not 0 <= description["seed"] < 2**63:
-        raise RequestError(f"{place}: seed is {description['seed']}; copy the folder again")
-
-
-def _signature(leaf: Any) -> str:
-    return f"{leaf.dtype}{tuple(leaf.shape)}"

@@ -86,16 +86,18 @@ def describe_program(
     *,
     memory_bytes: int,
     pack: Mapping[str, Any] | None = None,
+    mesh: str = "",
 ) -> dict[str, Any]:
-    """What was compiled: ranks and targets, batch shapes, memory, threads, flags.
+    """What was compiled: ranks and targets, batch shapes, memory (of a device), threads, flags.
 
     `table` is a method's table (of a pack, the union's); a row without a rank is a parameter
     trained whole. `pack` says of a packed cell: `K`, `slot`, `pack` (its name), `cells` (by
-    slot), `at_once` (cells computed side by side, 0: all).
+    slot), `at_once` (cells computed side by side, 0: all). `mesh` is as `--mesh` has it.
     """
     adapted = [row for row in table if row.rank]
     return {
         **(pack or {"K": 1, "slot": 0}),
+        **({"mesh": mesh} if mesh else {}),
         "ranks": sorted({row.rank for row in adapted}),
         "targets": [row.path for row in adapted],
         "batch_shapes": [list(shape) for shape in batch_shapes],

@@ -184,8 +184,12 @@ def _from_host(leaf: np.ndarray, like: Any) -> jax.Array:
     # A copy again: JAX may take an aligned NumPy buffer over as it is, and donate it later.
     array = jnp.array(leaf, copy=True)
     if _is_key(like):
-        return jax.random.wrap_key_data(array, impl=jax.random.key_impl(like))
-    return array
+        array = jax.random.wrap_key_data(array, impl=jax.random.key_impl(like))
+    where = getattr(like, "sharding", None)
+    if where is None or (where.num_devices, where.memory_kind) == (1, array.sharding.memory_kind):
+        return array
+    # Where the run has it now, which need not be the mesh, or the memory, that it was saved from.
+    return jax.device_put(array, where)
 
 
 def _is_key(leaf: Any) -> bool:

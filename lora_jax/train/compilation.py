@@ -35,11 +35,12 @@ def memory_of(compiled: Any) -> int:
 class CompiledByShape:
     """A jitted `function(state, frozen, batch)`, compiled ahead for each batch shape it meets.
 
-    `seconds` is the time spent compiling, `shapes` the batch shapes (B, T) met so far.
+    `seconds` is the time spent compiling, `shapes` the batch shapes (B, T) met so far; `place`
+    puts a batch, or its shapes, on a mesh.
     """
 
-    def __init__(self, function: Callable):
-        self._function = function
+    def __init__(self, function: Callable, place: Callable[[Any], Any] | None = None):
+        self._function, self._place = function, place
         self._compiled: dict[tuple[int, ...], Callable] = {}
         self.seconds = 0.0
 
@@ -57,9 +58,13 @@ class CompiledByShape:
         shape = tuple(batch["input_ids"].shape)
         if shape not in self._compiled:
             start = time.perf_counter()
-            self._compiled[shape] = self._function.lower(state, frozen, batch).compile()
+            placed = self._placed(batch)
+            self._compiled[shape] = self._function.lower(state, frozen, placed).compile()
             self.seconds += time.perf_counter() - start
         return self._compiled[shape]
 
     def __call__(self, state: Any, frozen: Any, batch: dict[str, Any]):
-        return self.compiled(state, frozen, batch)(state, frozen, batch)
+        return self.compiled(state, frozen, batch)(state, frozen, self._placed(batch))
+
+    def _placed(self, batch: dict[str, Any]) -> Any:
+        return batch if self._place is None else self._place(batch)

@@ -44,9 +44,16 @@ class Evaluation:
 ScoreFunction = Callable[[Any, Any, Any], tuple[jax.Array, ...]]
 
 
-def make_scores(apply: Callable, method: Any, *, task: Task = CLASSIFICATION) -> ScoreFunction:
-    """The jitted scores of one batch, as `task` scores, without dropout or label smoothing."""
-    score = make_scorer(apply, method, task=task)
+def make_scores(
+    apply: Callable,
+    method: Any,
+    *,
+    task: Task = CLASSIFICATION,
+    constrain: Callable | None = None,
+) -> ScoreFunction:
+    """The jitted scores of one batch, as `task` scores, without dropout or label smoothing;
+    `constrain` as in `make_loss`."""
+    score = make_scorer(apply, method, task=task, constrain=constrain)
 
     @jax.jit
     def scores(trainable, frozen, batch):

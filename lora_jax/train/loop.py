@@ -8,14 +8,17 @@ import time
 from pathlib import Path
 from typing import Any
 
+from jax.sharding import Mesh
+
 from lora_jax.core.errors import RequestError
+from lora_jax.parallel.mesh import mesh_text
 from lora_jax.train.bookkeeping import Bookkeeping
 from lora_jax.train.build import Base, Setup, build
 from lora_jax.train.card import describe_program
 from lora_jax.train.checkpoint import Checkpoints
 from lora_jax.train.compilation import enable_compilation_cache
 from lora_jax.train.finish import write_results
-from lora_jax.train.memory import StepMemory
+from lora_jax.train.memory import StepMemory, device_limit_bytes
 from lora_jax.train.metrics import MetricsWriter
 from lora_jax.train.progress import ShowWith, show_progress
 from lora_jax.train.run import Run, StopRequested, copy_arrays
@@ -37,19 +40,22 @@ def train(
     *,
     progress: bool = True,
     command: str = "",
+    mesh: Mesh | None = None,
 ) -> dict[str, Any]:
     """Trains what `config` says into `workdir/cells/name` and returns the run's card.
 
     A run that was stopped, in whatever way, goes on from its last checkpoint and ends with the same
     weights, bit for bit, as one that was not; a finished one is not run again. `command` is what to
-    tell the user to type after Ctrl-C. Raises `RequestError` for what the user can set right, in
-    which case nothing is begun, and `Interrupted`, after saving, on SIGINT or SIGTERM.
+    tell the user to type after Ctrl-C. `mesh` has the devices to train on (`parallel.make_mesh`);
+    without it, one. A run may go on on another mesh, and rounds in another way from there. Raises
+    `RequestError` for what the user can set right, in which case nothing is begun, and
+    `Interrupted`, after saving, on SIGINT or SIGTERM.
     """
     if not name or name != Path(name).name or name.startswith("."):
         raise RequestError(f"name {name!r} is not the name of a folder; use letters, digits and -")
     with lock_workdir(workdir):
         cell = Path(workdir) / "cells" / name
-        return train_cell(config, cell, progress=progress, command=command)
+        return train_cell(config, cell, progress=progress, command=command, mesh=mesh)
 
 
 def train_cell(
@@ -59,6 +65,7 @@ def train_cell(
     progress: bool = True,
     command: str = "",
     base: Base | None = None,
+    mesh: Mesh | None = None,
     show_with: ShowWith = show_progress,
 ) -> dict[str, Any]:
     """`train` for the folder `cell` of a workdir whose lock the caller holds.
@@ -72,13 +79,16 @@ def train_cell(
     started = time.perf_counter()
     enable_compilation_cache()
     # All that a request can have wrong shows itself here, before anything is written.
-    setup, state = build(config, base)
+    setup, state = build(config, base, mesh)
     if progress and base is None:
         for note in setup.splits.notes:
             print(f"{cell.name}: {note}", file=sys.stderr)
+    if setup.note:
+        print(f"{cell.name}: {setup.note}", file=sys.stderr)
     memory = _check_memory(setup, state)
     if progress and base is None:
-        print(f"{cell.name}: a step takes {memory}", file=sys.stderr)
+        of_each = "" if setup.placement is None else " on each device"
+        print(f"{cell.name}: a step takes {memory}{of_each}", file=sys.stderr)
     claim_cell(cell, plain)
     with stop_requests() as stop_requested, Checkpoints(cell / "checkpoints") as checkpoints:
         books, state, best = _resume(checkpoints, setup, state)
@@ -110,6 +120,7 @@ def train_cell(
             setup.method.table(setup.model.params),
             setup.step.shapes,
             memory_bytes=max(setup.step.memory_bytes, setup.scores.memory_bytes),
+            mesh="" if setup.placement is None else mesh_text(setup.placement.mesh),
         )
         return write_results(cell, plain, setup, run.books, run.best, test, program)
 
@@ -117,7 +128,9 @@ def train_cell(
 def _check_memory(setup: Setup, state: TrainState) -> StepMemory:
     """What a step of the widest batch takes. Raises `RequestError` where that does not fit."""
     compiled = setup.step.compiled(state, setup.frozen, setup.batches.widest(setup.num_steps))
-    memory = StepMemory.of(compiled, base=setup.frozen, state=state)
+    num_devices = 1 if setup.placement is None else setup.placement.mesh.size
+    limit = device_limit_bytes(num_devices)
+    memory = StepMemory.of(compiled, base=setup.frozen, state=state, limit=limit)
     memory.check()
     return memory
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import os
 from typing import Any
 
@@ -13,15 +14,22 @@ from lora_jax.core.trees import Stored, flatten
 from lora_jax.train.compilation import memory_of
 
 
-def num_bytes(tree: Any) -> int:
-    """Bytes of all arrays, or shape structs, of a tree."""
-    return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
+def num_bytes(tree: Any, *, of_a_device: bool = False) -> int:
+    """Bytes of all arrays, or shape structs, of a tree: of all devices together, or what one of
+    those that share them holds."""
+    return sum(_bytes_of(leaf, of_a_device) for leaf in jax.tree.leaves(tree))
 
 
-def device_limit_bytes() -> int:
-    """The memory of the first device; on CPU that of the host."""
+def _bytes_of(leaf: Any, of_a_device: bool) -> int:
+    where = getattr(leaf, "sharding", None) if of_a_device else None
+    shape = leaf.shape if where is None else where.shard_shape(leaf.shape)
+    return math.prod(shape) * leaf.dtype.itemsize
+
+
+def device_limit_bytes(num_devices: int = 1) -> int:
+    """The memory of the first device; on CPU that of the host, which so many devices share."""
     limit = (jax.devices()[0].memory_stats() or {}).get("bytes_limit")
-    return int(limit or os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
+    return int(limit or os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // num_devices)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,16 +50,16 @@ class StepMemory:
         return self.base + self.state + self.batch + self.temporaries
 
     @classmethod
-    def of(cls, compiled: Any, *, base: Any, state: Any, limit: int | None = None) -> StepMemory:
+    def of(cls, compiled: Any, *, base: Any, state: Any, limit: int) -> StepMemory:
         """Of a compiled step whose arguments are `state`, `base` and a batch; results that take no
         argument's place count as temporaries."""
         arguments = compiled.memory_analysis().argument_size_in_bytes
-        own = (num_bytes(base), num_bytes(state))
+        own = (num_bytes(base, of_a_device=True), num_bytes(state, of_a_device=True))
         return cls(
             *own,
             batch=max(0, arguments - sum(own)),
             temporaries=memory_of(compiled) - arguments,
-            limit=device_limit_bytes() if limit is None else limit,
+            limit=limit,
             may_quantize=not any(isinstance(x, Stored) for x in flatten(base).leaves),
         )
 

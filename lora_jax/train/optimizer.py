@@ -73,6 +73,23 @@ def make_optimizer(settings: Any, num_steps: int) -> optax.GradientTransformatio
     `torch.optim.AdamW`. `moment_dtype`, where that is there, is what the moments are kept in.
     Raises `RequestError` for a value out of range.
     """
+    clip, tx, dtype = _clip_and_adam(settings, num_steps)
+    whole = in_float32(optax.chain(clip, *tx))
+    return whole if dtype == "float32" else _moments_in(whole, jnp.dtype(dtype))
+
+
+def optimizer_parts(
+    settings: Any, num_steps: int
+) -> tuple[optax.GradientTransformation, optax.GradientTransformation]:
+    """`make_optimizer` in two: the clipping, which sees all gradients, and what does to each
+    parameter what it would do to it alone. Raises as that does."""
+    clip, tx, dtype = _clip_and_adam(settings, num_steps)
+    each = in_float32(optax.chain(*tx))
+    return in_float32(clip), each if dtype == "float32" else _moments_in(each, jnp.dtype(dtype))
+
+
+def _clip_and_adam(settings: Any, num_steps: int):
+    """The clipping, what comes after it, and what moments are kept in; all checked."""
     make_schedule(settings, num_steps)  # for its checks
     _check_range("beta1", settings.beta1, low=0.0, below=1.0)
     _check_range("beta2", settings.beta2, low=0.0, below=1.0)
@@ -85,15 +102,12 @@ def make_optimizer(settings: Any, num_steps: int) -> optax.GradientTransformatio
         raise RequestError(
             f"optimizer.moment_dtype={dtype!r}; {nearest(str(dtype), MOMENT_DTYPES)}"
         )
-    tx = in_float32(
-        optax.chain(
-            clip,
-            optax.scale_by_adam(settings.beta1, settings.beta2, settings.eps),
-            _decay_weights(float(settings.weight_decay)),
-            _scale_by_rate(float(settings.lr), _shape_of_schedule(settings, num_steps)),
-        )
+    adam = (
+        optax.scale_by_adam(settings.beta1, settings.beta2, settings.eps),
+        _decay_weights(float(settings.weight_decay)),
+        _scale_by_rate(float(settings.lr), _shape_of_schedule(settings, num_steps)),
     )
-    return tx if dtype == "float32" else _moments_in(tx, jnp.dtype(dtype))
+    return clip, adam, dtype
 
 
 def _moments_in(tx: optax.GradientTransformation, dtype: Any) -> optax.GradientTransformation:

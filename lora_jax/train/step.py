@@ -17,7 +17,11 @@ TrainStep = Callable[[TrainState, Any, Any], tuple[TrainState, dict[str, jax.Arr
 
 
 def make_train_step(
-    loss_fn: LossFunction, tx: optax.GradientTransformation, *, accumulate: int = 1
+    loss_fn: LossFunction,
+    tx: optax.GradientTransformation,
+    *,
+    accumulate: int = 1,
+    out_shardings: Any = None,
 ) -> TrainStep:
     """`step(state, frozen, batch) -> (state, metrics)`, jitted; `state` is donated, `frozen` not.
 
@@ -25,9 +29,11 @@ def make_train_step(
     gradient of a frozen parameter is ever computed. `metrics` are scalars on the device: the mean
     `loss`, `grad_norm` before clipping, and what `loss_fn` gives beside (`correct` and `weight`,
     sums over the batch). `accumulate` is into how many parts the batch is cut, one after the other
-    with the memory of one: the same step but for rounding and what dropout draws.
+    with the memory of one: the same step but for rounding and what dropout draws. `out_shardings`
+    are of its results on a mesh.
     """
-    return jax.jit(step_function(loss_fn, tx, accumulate=accumulate), donate_argnums=0)
+    step = step_function(loss_fn, tx, accumulate=accumulate)
+    return jax.jit(step, donate_argnums=0, out_shardings=out_shardings)
 
 
 def step_function(

@@ -132,7 +132,6 @@ def four_bits_per_device(mesh, model):
 
 CASES = [
     ("wide", "lora", True, MESHES[:1]),
-    ("tiny-bert", "lora", False, MESHES[:1]),
     *(
         pytest.param(*case, MESHES, marks=pytest.mark.slow)
         for case in (

@@ -11,14 +11,15 @@ from safetensors.numpy import load_file, save_file
 
 import lora_jax as lj
 from lora_jax.cli.requests import read_config
+from lora_jax.core import trees
 from lora_jax.models import load_model, save_model
 from lora_jax.quant import nf4
 
 IDS = jnp.asarray(np.random.default_rng(0).integers(3, 60, (2, 9)))
 
 
-def adapted(model, kind=lj.LoRA):
-    method = kind(targets="q,v", rank=2, alpha=4, axes=model.axes, aliases=model.aliases)
+def adapted(model, kind=lj.LoRA, targets="q,v"):
+    method = kind(targets=targets, rank=2, alpha=4, axes=model.axes, aliases=model.aliases)
     trainable, _ = method.init(jax.random.key(0), model.params)
     keys = iter(jax.random.split(jax.random.key(1), 100))
     moved = lambda x: x + 0.1 * jax.random.normal(next(keys), x.shape)  # noqa: E731
@@ -121,3 +122,64 @@ def test_a_folder_written_by_us_in_single_precision_scales(tmp_path):
     save_file(tensors, tmp_path / "one" / "model.safetensors")
     with pytest.raises(lj.RequestError, match="lacks .quant_map"):
         load_model(tmp_path / "one")
+
+
+def _norm(tree):
+    return jnp.sqrt(sum(jnp.sum(x**2) for x in jax.tree.leaves(tree)))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype, limit", [("float32", 1e-5), ("float64", 1e-12)])
+@pytest.mark.parametrize("name", ["minilm", "smollm2-135m"])
+def test_real_models_in_four_bits_are_their_dequantised_selves(name, dtype, limit):
+    """Outputs and adapter gradients, of the packages' own weights; `b` is not zero.
+
+    In float64 with scales that are stored as they are: those in eight bits are worked out in
+    float32, whose last bit is another inside a program.
+    """
+    with jax.enable_x64(dtype == "float64"):
+        _check_real_model(name, dtype, limit)
+
+
+def _check_real_model(name, dtype, limit):
+    options = (
+        {"head": "classification", "num_labels": 3} if name == "minilm" else {"scan_layers": True}
+    )
+    model = load_model(
+        name, quantize="nf4", double_quant=dtype == "float32", dtype=dtype, **options
+    )
+    whole = trees.flatten(model.params)
+    is_quantised = [isinstance(leaf, lj.quant.NF4Weight) for leaf in whole.leaves]
+    assert any(is_quantised)
+    plain = whole.unflatten(
+        [x.dequantize() if four else x for x, four in zip(whole.leaves, is_quantised, strict=True)]
+    )
+    method, trainable = adapted(model, targets="all-linear")
+    trainable = jax.tree.map(lambda x: x.astype(dtype), trainable)
+    ids = jax.random.randint(jax.random.key(1), (2, 24), 5, 1000)
+
+    def outputs(trainable, params):
+        _, frozen = method.init(jax.random.key(0), params)
+        return model.apply(method.bind(trainable, frozen), ids, jnp.ones_like(ids))
+
+    weights = jax.random.normal(jax.random.key(2), jax.eval_shape(outputs, trainable, plain).shape)
+
+    @jax.jit
+    def both(trainable, params):
+        def loss(trainable):
+            found = outputs(trainable, params)
+            return jnp.mean(found * weights), found
+
+        return jax.grad(loss, has_aux=True)(trainable)
+
+    (gradients, found), (expected_gradients, expected) = (
+        both(trainable, model.params),
+        both(trainable, plain),
+    )
+    pairs = [(found, expected)]
+    pairs += zip(jax.tree.leaves(gradients), jax.tree.leaves(expected_gradients), strict=True)
+    sizes = [jnp.linalg.norm(expected), *[_norm(expected_gradients)] * (len(pairs) - 1)]
+    for (one, other), size in zip(pairs, sizes, strict=True):
+        assert one.dtype == dtype and jnp.linalg.norm(one - other) <= limit * size
+    first = min(expected_gradients)
+    assert float(jnp.abs(expected_gradients[first]["a"]).max()) > 0

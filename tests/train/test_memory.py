@@ -6,7 +6,7 @@ import pytest
 
 import lora_jax as lj
 from lora_jax.core.optional import set_optional
-from lora_jax.train import memory
+from lora_jax.train import loop
 from lora_jax.train.loop import train
 from lora_jax.train.memory import StepMemory
 
@@ -50,7 +50,7 @@ def test_training_says_it_first_and_writes_nothing_where_it_cannot(
 ):
     config = make_config({})
     with monkeypatch.context() as patched:
-        patched.setattr(memory, "device_limit_bytes", lambda: 10_000)
+        patched.setattr(loop, "device_limit_bytes", lambda num_devices: 10_000)
         with pytest.raises(lj.RequestError, match="a train step does not fit"):
             train(config, tmp_path / "work")
         assert not (tmp_path / "work" / "cells" / "run").exists()

@@ -8,7 +8,9 @@ import pytest
 from ml_collections import ConfigDict
 
 from lora_jax.core.errors import RequestError
-from lora_jax.train.optimizer import make_optimizer, make_schedule
+from lora_jax.methods.parts import by_part
+from lora_jax.parallel.offload import leaf_by_leaf
+from lora_jax.train.optimizer import make_optimizer, make_schedule, optimizer_parts
 
 DEFAULTS = {
     "lr": 1e-2,
@@ -163,3 +165,32 @@ def test_value_out_of_range_is_named(changes, words):
         make_optimizer(settings(**changes), 10)
     assert words in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("moments", ["float32", "bfloat16"])
+@pytest.mark.parametrize("clip_norm", [0.0, 0.1])
+def test_leaf_by_leaf_is_the_optimizer(moments, clip_norm):
+    """With a learning rate of its own for a part, and one that is fixed, as methods have them."""
+    own = settings(clip_norm=clip_norm, moment_dtype=moments)
+    clip, each = optimizer_parts(own, 10)
+    rng = np.random.default_rng(0)
+    params = {
+        name: {part: jnp.asarray(rng.normal(size=(3, 4)), dtype) for part in ("a", "b")}
+        for name, dtype in (("one", jnp.float32), ("two", jnp.bfloat16))
+    }
+    rates = {("one", "a"): 16.0, ("two", "b"): 0.0}
+    both = [
+        by_part(tx, lambda name, part: rates.get((name, part), 1.0))
+        for tx in (make_optimizer(own, 10), leaf_by_leaf(each, clip))
+    ]
+    states, trees = [tx.init(params) for tx in both], [params, params]
+    for _ in range(5):
+        gradients = jax.tree.map(lambda x: jnp.asarray(rng.normal(size=x.shape), x.dtype), params)
+        for n, tx in enumerate(both):
+            updates, states[n] = tx.update(gradients, states[n], trees[n])
+            trees[n] = optax.apply_updates(trees[n], updates)
+    for one, other in zip(*map(jax.tree.leaves, trees), strict=True):
+        np.testing.assert_allclose(
+            np.asarray(one, np.float32), np.asarray(other, np.float32), rtol=1e-6
+        )
+    assert jnp.array_equal(trees[1]["two"]["b"], params["two"]["b"])

@@ -1,0 +1,83 @@
+"""What a run left, put back onto its base."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from typing import Any
+
+import jax
+import ml_collections
+from jax.sharding import Mesh
+
+from lora_jax.core.errors import RequestError
+from lora_jax.formats.adapter import DESCRIPTION, load_trainable
+from lora_jax.methods import Method
+from lora_jax.models import Model
+from lora_jax.train.build import keys_of, make_method, make_model
+
+
+@dataclasses.dataclass(frozen=True)
+class Adapted:
+    """A model with what a run trained for it: `method.bind(trainable, frozen)` is its params."""
+
+    model: Model
+    method: Method
+    trainable: Any
+    frozen: Any
+    description: dict[str, Any]
+
+
+def load_adapter(folder: str | os.PathLike, mesh: Mesh | None = None) -> Adapted:
+    """A finished run's `adapter/` folder with its base model, ready to bind, merge or evaluate.
+
+    The base lies on `mesh` where there is one.
+
+    Raises `RequestError` if the folder is damaged or the base model's weights are not those it was
+    trained on.
+    """
+    trainable, description = load_trainable(folder)
+    _check_description(description, f"{folder}/{DESCRIPTION}")
+    config = ml_collections.ConfigDict({name: description[name] for name in ("model", "method")})
+    head_key, init_key, _ = keys_of(description["seed"])
+    base_hash = description["base_hash"]
+    model = make_model(config.model, head_key, mesh)
+    if model.base_hash != base_hash:
+        raise RequestError(
+            f"the adapter in {folder} was trained on other weights than {config.model.name!r} has "
+            f"(base hash {base_hash[:12]}, here {model.base_hash[:12]}); load the model it was "
+            "trained on"
+        )
+    method = make_method(config.method, model)
+    _, frozen = method.init(init_key, model.params)
+    wanted = jax.eval_shape(lambda: method.init(init_key, model.params)[0])
+    if jax.tree.map(_signature, trainable) != jax.tree.map(_signature, wanted):
+        raise RequestError(
+            f"the tensors in {folder} are not those of its method.json; copy it again"
+        )
+    return Adapted(model, method, trainable, frozen, description)
+
+
+_DESCRIBED = {
+    "model": dict, "model.name": str, "method": dict, "method.name": str, "seed": int,
+    "base_hash": str,
+}  # fmt: skip
+
+
+def _check_description(description: Any, place: str) -> None:
+    """Raises `RequestError` for what `load_adapter` needs and the description has not."""
+    for name, kind in _DESCRIBED.items():
+        value = description
+        for key in name.split("."):
+            value = value.get(key) if isinstance(value, dict) else None
+        if not isinstance(value, kind) or isinstance(value, bool):
+            raise RequestError(
+                f"{place}: {name} is {value!r}, not {kind.__name__}; copy the folder again, or "
+                "train this cell again"
+            )
+    if not 0 <= description["seed"] < 2**63:
+        raise RequestError(f"{place}: seed is {description['seed']}; copy the folder again")
+
+
+def _signature(leaf: Any) -> str:
+    return f"{leaf.dtype}{tuple(leaf.shape)}"

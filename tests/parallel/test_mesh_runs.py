@@ -1,0 +1,256 @@
+"""`train`, `sweep`, `evaluate`, `verify` on meshes: what comes out on one device, to rounding."""
+
+from __future__ import annotations
+
+import json
+import re
+
+import jax
+import numpy as np
+import pytest
+
+from lora_jax.cli import evaluate as evaluate_command
+from lora_jax.cli import train as train_command
+from lora_jax.core import trees
+from lora_jax.core.errors import RequestError
+from lora_jax.core.optional import set_optional
+from lora_jax.models import load_model
+from lora_jax.parallel import Placement, make_mesh, read_mesh
+from lora_jax.parallel.offload import host_memory
+from lora_jax.sweeps import run_sweep
+from lora_jax.sweeps.engine import PackTraining
+from lora_jax.sweeps.groups import make_groups
+from lora_jax.sweeps.ready import make_ready
+from lora_jax.sweeps.verify import verify
+from lora_jax.train import Interrupted, train
+from lora_jax.train.build import load_base
+from lora_jax.train.run import Run
+from tests.sweeps.stored_problem import CELLS, sweep_of
+from tests.train.conftest import make_config, reviews_file
+from tests.train.test_resume import at_call, interrupt
+
+__all__ = ["make_config", "reviews_file"]
+COLLECTIVES = re.compile(
+    r"\b(all-reduce|all-gather|all-to-all|reduce-scatter|collective-permute|collective-broadcast)"
+    r"(-start)?\("
+)
+STEPS = {"train.num_steps": 20, "train.eval_every_steps": 10, "train.log_every_steps": 1}
+# Five make 8 places of cell=4.
+FIVE = {**CELLS, "q-r2": {"method.targets": "q", "method.rank": 2, "seed": 3}}
+
+
+def mesh_of(text):
+    return make_mesh(read_mesh(text))
+
+
+def losses_of(workdir, name):
+    """Every loss that the cell logged, and its last ones."""
+    cell = workdir / "cells" / name
+    rows = [json.loads(line) for line in (cell / "metrics.jsonl").read_text().splitlines()]
+    return [row["loss"] for row in rows]
+
+
+def slow(*values):
+    return [pytest.param(value, marks=pytest.mark.slow) for value in values]
+
+
+@pytest.mark.parametrize("text", ["data=2,fsdp=2,tensor=2", *slow("fsdp=8", "data=8", "tensor=8")])
+@pytest.mark.parametrize("method", ["lora", *slow("full", "dora", "head")])
+def test_a_run_on_a_mesh_has_the_losses_of_one_device(make_config, tmp_path, text, method):
+    config = make_config({**STEPS, "method.name": method, "optimizer.lr": 1e-3})
+    train(config, tmp_path / "one", progress=False)
+    card = train(config, tmp_path / "mesh", progress=False, mesh=mesh_of(text))
+    found, expected = (losses_of(tmp_path / where, "run") for where in ("mesh", "one"))
+    np.testing.assert_allclose(found, expected, atol=2e-5)
+    assert card["program"]["mesh"] == text
+    assert max(expected) - min(expected) > 1e-3
+
+
+@pytest.mark.slow
+def test_a_run_goes_on_on_its_mesh_bit_for_bit_and_elsewhere_to_rounding(
+    make_config, tmp_path, monkeypatch
+):
+    text = "fsdp=4,tensor=2"
+    config = make_config({"optimizer.lr": 1e-3, "train.checkpoint_every_steps": 2})
+    whole = train(config, tmp_path / "whole", progress=False, mesh=mesh_of(text))
+    for where in ("same", "one"):
+        with monkeypatch.context() as patch:
+            at_call(patch, Run, "_step", 7, interrupt)
+            with pytest.raises(Interrupted):
+                train(config, tmp_path / where, progress=False, mesh=mesh_of(text))
+    again = train(config, tmp_path / "same", progress=False, mesh=mesh_of(text))
+    other = train(config, tmp_path / "one", progress=False)
+    assert again["metrics"]["weights_sha256"] == whole["metrics"]["weights_sha256"]
+    assert other["metrics"]["test"]["loss"] == pytest.approx(
+        whole["metrics"]["test"]["loss"], abs=2e-5
+    )
+    (verdict,) = verify(tmp_path / "whole" / "cells" / "run", progress=False)
+    assert verdict.exact and verdict.same
+
+
+def test_evaluating_on_a_mesh_is_evaluating(make_config, tmp_path, capsys):
+    train(make_config(), tmp_path, progress=False)
+    found = []
+    for more in ([], ["--mesh=fsdp=4,tensor=2"], ["--mesh=data=8", "--merged"]):
+        assert evaluate_command.run([str(tmp_path / "cells" / "run"), "--json", *more]) == 0
+        found.append(json.loads(capsys.readouterr().out))
+    for other in found[1:]:
+        assert other["loss"] == pytest.approx(found[0]["loss"], abs=1e-5)
+        assert other["n"] == found[0]["n"]
+
+
+@pytest.mark.parametrize("text", ["cell=4,fsdp=2", *slow("cell=8", "cell=2,data=2,tensor=2")])
+def test_a_pack_on_a_mesh_has_the_losses_of_one_device(make_config, tmp_path, text):
+    sweep = sweep_of(make_config, {**STEPS, "optimizer.lr": 1e-3}, FIVE)
+    assert not _failed(run_sweep(sweep, tmp_path / "one", progress=False))
+    cards = run_sweep(sweep, tmp_path / "mesh", progress=False, mesh=mesh_of(text))
+    assert not _failed(cards)
+    for name in FIVE:
+        found, expected = (losses_of(tmp_path / where, name) for where in ("mesh", "one"))
+        np.testing.assert_allclose(found, expected, atol=2e-5)
+        assert cards[name]["program"]["mesh"] == text and cards[name]["program"]["K"] == 5
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("later", ["cell=4,fsdp=2", "cell=2,fsdp=4", ""])
+def test_a_pack_is_narrowed_and_goes_on_on_a_mesh(make_config, tmp_path, later, monkeypatch):
+    """Cells without hope end early; what is left moves together, there or on another mesh."""
+    changes = {"optimizer.lr": 1e-3, "train.num_steps": 60, "train.patience": 1}
+    cells = {name: dict(own) for name, own in FIVE.items()}
+    for name in ("qv-r1", "qv-r4", "all-r2"):
+        cells[name]["optimizer.lr"] = 0.0  # no look is better than the one before
+    sweep, text = sweep_of(make_config, changes, cells), "cell=4,fsdp=2"
+    assert not _failed(run_sweep(sweep, tmp_path / "one", progress=False))
+    with monkeypatch.context() as patch:
+        at_call(patch, PackTraining, "_take_step", 11, interrupt)
+        with pytest.raises(Interrupted):
+            run_sweep(sweep, tmp_path / "mesh", progress=False, mesh=mesh_of(text))
+    widths = set()
+    real = PackTraining._take_step
+
+    def noted(self):
+        widths.add(len(self.slots))
+        real(self)
+
+    monkeypatch.setattr(PackTraining, "_take_step", noted)
+    cards = run_sweep(
+        sweep, tmp_path / "mesh", progress=False, mesh=mesh_of(later) if later else None
+    )
+    assert not _failed(cards)
+    assert min(widths) == (4 if later == text else 2)
+    for name in cells:
+        found, expected = (losses_of(tmp_path / where, name) for where in ("mesh", "one"))
+        np.testing.assert_allclose(found, expected, atol=2e-5)
+    if later == text:
+        verdicts = verify(tmp_path / "mesh" / "cells" / "q-r2", progress=False)
+        assert all(verdict.exact and verdict.same for verdict in verdicts) and len(verdicts) == 5
+
+
+def _failed(results):
+    return [result for result in results.values() if isinstance(result, RequestError)]
+
+
+@pytest.mark.parametrize("at_once", [1, *slow(0, 2)])
+def test_cells_over_cell_send_each_other_nothing(make_config, at_once):
+    sweep = sweep_of(
+        make_config, {}, {f"r{n}": {"method.rank": 1 + n % 4, "seed": n} for n in range(16)}
+    )
+    counts = {}
+    for text in ("cell=8", "cell=4,fsdp=2"):
+        base = load_base(sweep.first[0].config, mesh_of(text))
+        (group,), _ = make_groups(sweep.first, base)
+        ready = make_ready(group, base, at_once=at_once)
+        plan, program = group.plan, ready.program
+        state = program.init(plan.pack, plan.cells, [ready.params_of(cell) for cell in plan.cells])
+        batch = ready.batches.at(0, plan.cells)
+        for name, first, own in (
+            ("step", state, batch),
+            ("scores", state.trainable, {k: x[0] for k, x in batch.items()}),
+        ):
+            arguments = program._placed(name, first, (plan.pack.data(), ready.frozen), own)
+            compiled = program._get(name, *arguments)
+            counts[text, name] = len(COLLECTIVES.findall(compiled.as_text()))
+    assert counts["cell=8", "step"] == counts["cell=8", "scores"] == 0
+    assert counts["cell=4,fsdp=2", "step"] > 0  # what is counted is there to be counted
+
+
+@pytest.mark.parametrize("quantize", ["nf4", *slow(None)])
+@pytest.mark.parametrize("scan_layers", [True, *slow(False)])
+def test_a_model_is_loaded_where_it_lies(quantize, scan_layers):
+    mesh = mesh_of("fsdp=4,tensor=2")
+    options = {"scan_layers": scan_layers, "quantize": quantize}
+    one = load_model("tiny-llama", **options)
+    there = load_model("tiny-llama", **options, sharding_of=Placement(mesh).leaf)
+    assert there.base_hash == one.base_hash
+    wanted = Placement(mesh, one).params(one.params)
+    leaves = zip(jax.tree.leaves(there.params), jax.tree.leaves(wanted), strict=True)
+    assert all(x.sharding.is_equivalent_to(where, x.ndim) for x, where in leaves)
+    split = [
+        x
+        for x in trees.flatten(there.params).leaves
+        if not isinstance(x, jax.Array) or not x.sharding.is_fully_replicated
+    ]
+    assert split
+
+
+def test_what_a_mesh_does_not_divide_is_named(make_config, tmp_path):
+    with pytest.raises(
+        RequestError, match=r"batch_size=8 in 2 parts .* 8 places .* multiple of 16"
+    ):
+        config = make_config()
+        with config.unlocked():
+            config.train.accumulate_steps = 2
+        train(config, tmp_path, progress=False, mesh=mesh_of("fsdp=8"))
+    argv = ["--config=experiments/reviews_minilm.py:lora,smoke", f"--workdir={tmp_path}"]
+    for text, says in (
+        ("fsdp=3", "3 places, and there are 8 devices"),
+        ("fsdb=8", "no axis 'fsdb'; nearest: 'fsdp'"),
+        ("cell=8", "cell is for a sweep"),
+    ):
+        with pytest.raises(RequestError, match=says):
+            train_command.run([*argv, f"--mesh={text}"])
+    assert not list(tmp_path.rglob("config.json"))
+
+
+@pytest.mark.parametrize("text", ["", *slow("fsdp=8")])
+def test_moments_in_the_hosts_memory_are_the_same_training(
+    make_config, tmp_path, monkeypatch, text
+):
+    """On CPU both memories are one, but what moves between them is the same program."""
+    if host_memory(jax.devices()[0]):
+        pytest.skip("this JAX has no memory of the host's own on CPU")
+    mesh = mesh_of(text) if text else None
+    config = make_config({"train.checkpoint_every_steps": 4, "optimizer.lr": 1e-3})
+    train(config, tmp_path / "plain", progress=False)
+    set_optional(config, "optimizer.offload", True)
+    whole = train(config, tmp_path / "whole", progress=False, mesh=mesh)
+    with monkeypatch.context() as patch:
+        at_call(patch, Run, "_step", 7, interrupt)
+        with pytest.raises(Interrupted):
+            train(config, tmp_path / "again", progress=False, mesh=mesh)
+    kinds = []
+    real = Run.__init__
+
+    def noted(self, setup, books, state, *rest):
+        kinds.extend(x.sharding.memory_kind for x in jax.tree.leaves(state.opt_state) if x.ndim)
+        kinds.extend(x.sharding.memory_kind for x in jax.tree.leaves(state.trainable))
+        real(self, setup, books, state, *rest)
+
+    monkeypatch.setattr(Run, "__init__", noted)
+    again = train(config, tmp_path / "again", progress=False, mesh=mesh)
+    assert kinds.count("pinned_host") == 2 * len(kinds) // 3  # two moments a parameter
+    assert again["metrics"]["weights_sha256"] == whole["metrics"]["weights_sha256"]
+    found, expected = (losses_of(tmp_path / where, "run") for where in ("whole", "plain"))
+    np.testing.assert_allclose(found, expected, atol=2e-5)
+    assert max(expected) - min(expected) > 1e-3
+
+
+def test_a_backend_without_a_hosts_memory_says_so_and_goes_on(
+    make_config, tmp_path, monkeypatch, capsys
+):
+    config = make_config()
+    set_optional(config, "optimizer.offload", True)
+    monkeypatch.setattr("lora_jax.parallel.offload.HOST", "no such kind")
+    card = train(config, tmp_path, progress=False)
+    assert "has no memory kind 'no such kind'" in capsys.readouterr().err
+    assert card["metrics"]["stopped"]
