@@ -94,7 +94,8 @@ bench: $(VENV)/ready .venv-torch/ready ## step time beside hand-written LoRA, fu
 	@touch $@
 
 plans: .venv-tpu/ready ## the memory of GPT-3 and Llama steps on TPU slices, compiled here (an hour)
-	.venv-tpu/bin/python -m experiments.bench.plans --again --out=experiments/results/bench
+	.venv-tpu/bin/python -m experiments.bench.plans --out=experiments/results/bench
+	.venv-tpu/bin/python -m experiments.bench.chunked_loss --dtype=float32 --out=experiments/results/bench
 	.venv-tpu/bin/python -m experiments.bench.chunked_loss --tpu=v5p:1x1x1 --out=experiments/results/bench
 
 notebooks: $(VENV)/ready ## run the notebooks at full size and keep their figures (ten minutes)

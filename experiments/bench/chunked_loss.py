@@ -1,7 +1,7 @@
 """The loss over a large vocabulary, with all logits at once and in chunks: temporaries, compiled.
 
-    python -m experiments.bench.chunked_loss --out=experiments/results/bench          # for this CPU
-    .venv-tpu/bin/python -m experiments.bench.chunked_loss --tpu=v5p:1x1x1 --out=…    # for a TPU
+    python -m experiments.bench.chunked_loss --dtype=float32 --out=experiments/results/bench
+    .venv-tpu/bin/python -m experiments.bench.chunked_loss --tpu=v5p:1x1x1 --out=…
 
 Nothing is run: the value and its gradient by the states, 8,192 tokens of width 4,096 and a head of
 128,256 words (Llama 3's), are compiled, and XLA says what they hold beside their arguments. A chunk

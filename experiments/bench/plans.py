@@ -4,7 +4,7 @@
     python -m experiments.bench.plans --only=65b --out=experiments/results/bench
 
 Each plan is one `lora-jax plan`, as its command in the table says; `plans.json` has what it printed
-with --json, `plans.md` the table. A plan that is there is not compiled again (--again does).
+with --json, by which commit, `plans.md` the table. What this commit has planned is not done again.
 """
 
 from __future__ import annotations
@@ -50,35 +50,42 @@ PLANS = (
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--only", default="", help="only plans whose command contains this")
-    parser.add_argument("--again", action="store_true", help="those that are there, too")
     parser.add_argument("--out", required=True, type=Path, help="folder of the record")
     options = parser.parse_args()
     path = options.out / "plans.json"
-    found = json.loads(path.read_text(encoding="utf-8"))["plans"] if path.exists() else {}
-    wanted = [one for one in PLANS if options.only in one and (options.again or one not in found)]
+    found = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    here = {"versions": {**versions(), "libtpu": version("libtpu")}, "commit": git_commit()}
+    wanted = [
+        one
+        for one in PLANS
+        if options.only in one and found.get(one, {}).get("commit") != here["commit"]
+    ]
+    failed = 0
     for number, command in enumerate(wanted, 1):
         print(f"{number} of {len(wanted)}: lora-jax plan {command}", file=sys.stderr, flush=True)
         argv = [sys.executable, "-m", "lora_jax.cli.main", "plan", *shlex.split(command), "--json"]
         ended = subprocess.run(argv, stdout=subprocess.PIPE, text=True, check=False)
         if not ended.stdout:  # it said why on the terminal
-            raise SystemExit(2)
+            failed += 1
+            continue
         told = json.loads(ended.stdout)
-        found[command] = told if isinstance(told, list) else [told]
+        found[command] = {"plans": told if isinstance(told, list) else [told], **here}
         ordered = {one: found[one] for one in PLANS if one in found}
-        told = {"versions": {**versions(), "libtpu": version("libtpu")}, "commit": git_commit()}
-        write_json(path, {**told, "plans": ordered})
+        write_json(path, ordered)
         write_text(options.out / "plans.md", table(ordered))
+    if failed:
+        raise SystemExit(f"{failed} of {len(wanted)} plans could not be made; see above")
 
 
-def table(plans: dict[str, list[dict]]) -> str:
+def table(found: dict[str, dict]) -> str:
     """A row a command: of several slices the last, which holds it."""
     lines = [
         "| `lora-jax plan …` | slice, mesh | trained | arguments a chip | peak a chip "
         "| arguments in all |",
         "|---|---|---:|---:|---:|---:|",
     ]
-    for command, tried in plans.items():
-        plan = tried[-1]
+    for command, one in found.items():
+        plan = one["plans"][-1]
         mesh = ",".join(f"{name}={n}" for name, n in plan["mesh"].items() if n > 1)
         where = plan["topology"] + (f", {mesh}" if mesh else "")
         if not plan["fits"]:

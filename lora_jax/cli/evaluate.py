@@ -25,6 +25,7 @@ BLEU is sacrebleu's over all references of a prompt, ROUGE-L rouge_score's; ever
 the cell's texts-SPLIT.json.
 
 The data and the model are those of the run's config; its data must still have the same hash.
+A batch of evaluation whose rows a mesh does not divide is worked out whole on every device.
 
 {MESH}
 """

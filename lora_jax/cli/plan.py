@@ -128,7 +128,8 @@ def table(plans: Sequence[Any]) -> str:
     head = (
         f"{first.model}: {plans[0].num_params / 1e9:,.2f} billion parameters, batch {first.batch} "
         f"x {first.length} tokens, {first.dtype}"
-        f"{', kernels in ' + first.quantize if first.quantize else ''}, moments {first.moments}, "
+        f"{', kernels in ' + first.quantize if first.quantize else ''}, moments {first.moments}"
+        f"{' in the memory of hosts' if first.offload else ''}, "
         f"remat {first.remat or 'none'}"
         f"{f', in {first.accumulate} parts' if first.accumulate > 1 else ''}"
     )
@@ -160,9 +161,19 @@ def table(plans: Sequence[Any]) -> str:
             head,
             *lines,
             "GB a device, arguments of the whole slice in all; peak against limit decides.",
+            *_offloaded(plans),
             *_ratios(plans),
         ]
     )
+
+
+def _offloaded(plans: Sequence[Any]) -> list[str]:
+    return [
+        f"{plan.request.method}: {_gb(plan.host_bytes)} GB of moments a device lie in the memory "
+        "of hosts, and in no column"
+        for plan in plans
+        if plan.host_bytes
+    ]
 
 
 def _ratios(plans: Sequence[Any]) -> list[str]:

@@ -166,8 +166,11 @@ def add_mesh(parser: Parser, axes: str) -> None:
     )
 
 
-def mesh_of(options: argparse.Namespace) -> Any:
-    """The mesh of `--mesh`, None without it. Raises `RequestError`."""
+def mesh_of(options: argparse.Namespace, *, has_cells: bool = False) -> Any:
+    """The mesh of `--mesh`, None without it; with an axis of cells only where there are several.
+
+    Raises `RequestError`.
+    """
     if not options.mesh:
         return None
     import jax
@@ -180,7 +183,10 @@ def mesh_of(options: argparse.Namespace) -> Any:
             f"{jax.process_count()}; begin one process a host, each with its own part of the sweep "
             "(--only) and a workdir"
         )
-    return make_mesh(read_mesh(options.mesh))
+    sizes = read_mesh(options.mesh)
+    if sizes["cell"] > 1 and not has_cells:
+        raise RequestError(f"--mesh={options.mesh}: cell is for a sweep; here there is one cell")
+    return make_mesh(sizes)
 
 
 def needs_config(config: ConfigDict | None, command: str) -> ConfigDict:

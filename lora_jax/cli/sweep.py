@@ -65,7 +65,8 @@ def run(argv: Sequence[str]) -> int:
         "--memory-gib",
         type=float,
         metavar="N",
-        help="what a pack may hold (default: 90%% of the device's memory, on CPU half the host's)",
+        help="what a pack may hold of each device (default: 90%% of its memory, on CPU half the "
+        "host's)",
     )
     parser.add_argument("--plan", action="store_true", help="say what shares a program, and stop")
     parser.add_argument(
@@ -89,6 +90,7 @@ def run(argv: Sequence[str]) -> int:
     sweep = read_sweep(file, options.sweep, config)
     if options.only:
         sweep = sweep.only(options.only)
+    mesh = mesh_of(options, has_cells=True)
     if options.plan:
         lines = plan_sweep(sweep, options.workdir, source=file, add=options.add)
         say(json.dumps(lines) if options.json else "\n".join(lines))
@@ -102,7 +104,7 @@ def run(argv: Sequence[str]) -> int:
         memory_bytes=options.memory_gib and int(options.memory_gib * 2**30),
         progress=not options.no_progress,
         command=again,
-        mesh=mesh_of(options),
+        mesh=mesh,
     )
     failed = [name for name, result in results.items() if isinstance(result, RequestError)]
     if options.json:

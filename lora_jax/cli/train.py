@@ -16,7 +16,6 @@ from lora_jax.cli.requests import (
     needs_config,
     say,
 )
-from lora_jax.core.errors import RequestError
 
 EXAMPLES = f"""\
 {OVERRIDES}
@@ -62,8 +61,6 @@ def run(argv: Sequence[str]) -> int:
     again = shlex.join(["lora-jax", "train", *argv])
     progress = not options.no_progress
     mesh = mesh_of(options)
-    if mesh is not None and mesh.shape["cell"] > 1:
-        raise RequestError(f"--mesh={options.mesh}: cell is for a sweep; here there is one cell")
     card = train(config, options.workdir, options.name, progress=progress, command=again, mesh=mesh)
     say(json.dumps(card) if options.json else summary(card, options.workdir, options.name))
     return 0

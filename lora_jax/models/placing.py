@@ -119,7 +119,7 @@ class OnDevice:
                 raise RequestError(
                     f"model {self.name} is quantised already ({path!r}); load it without quantize"
                 )
-            return array
+            return _settled(jax.device_put(array, self._where(array, path)))
         # A copy of its own, or JAX might keep the file's memory; `jnp.array` would make two.
         if not self._quantizes(array, path):
             return _settled(jax.device_put(array, self._where(array, path), may_alias=False))

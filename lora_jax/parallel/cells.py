@@ -40,11 +40,9 @@ class CellPlacement:
         """Of the trainable trees of K cells."""
         return self._stacked(self.placement.trainable(self.method, _one(trainable)))
 
-    def of_frozen(self, frozen: tuple[Any, Any]) -> tuple[Any, Any]:
-        """Of the cells' data, over `cell`, and of the base, one for all, by its own rules."""
-        data, base = frozen
-        of_data = jax.tree.map(lambda x: self.placement.replicated, data)
-        return self._stacked(of_data), self.placement.params(base)
+    def of_data(self, data: Any) -> Any:
+        """Of what `Pack.data` gives of K cells."""
+        return self._stacked(jax.tree.map(lambda x: self.placement.replicated, data))
 
     def of_batch(self, batch: Any, *, stacked: bool) -> Any:
         """Of a batch that all share, or (`stacked`) of one for each of K cells."""

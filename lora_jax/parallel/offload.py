@@ -15,6 +15,11 @@ import optax
 HOST = "pinned_host"
 
 
+def is_in_hosts_memory(where: Any) -> bool:
+    """Whether an array of this sharding is no part of the devices' own memory. On CPU none is."""
+    return where.memory_kind == HOST and all(d.platform != "cpu" for d in where.device_set)
+
+
 def host_memory(device: Any) -> str:
     """Why `device` cannot have a state in its host's memory, "" if it can."""
     kinds = {memory.kind for memory in device.addressable_memories()}
@@ -49,18 +54,23 @@ def offload(
     wrap: Callable[[optax.GradientTransformation], optax.GradientTransformation],
     shapes_of: Callable[[optax.GradientTransformation], Any],
     shardings_of: Callable[[Any], Any],
+    *,
+    kind: str | None = HOST,
 ) -> tuple[optax.GradientTransformation, Any]:
-    """`(tx, shardings of the train state)` with the moments in the host's memory.
+    """`(tx, shardings of the train state)` with the moments in the memory of `kind`.
 
     `parts` are `train.optimizer_parts`, `wrap` a method's `optimizer`; `shapes_of(tx)` gives the
     shapes of a train state, `shardings_of(shapes)` where it would lie on the devices. Scalars, such
-    as counts of steps, stay there.
+    as counts of steps, stay there; with no `kind` all does, in a state of the same structure, so
+    that a checkpoint goes on on a backend without such a memory.
     """
     clip, tx = parts
     shapes = shapes_of(wrap(leaf_by_leaf(tx, clip)))
     here = shardings_of(shapes)
+    if kind is None:
+        return wrap(leaf_by_leaf(tx, clip)), here
     there = jax.tree.map(
-        lambda x, where: where.with_memory_kind(HOST) if x.ndim else where,
+        lambda x, where: where.with_memory_kind(kind) if x.ndim else where,
         shapes.opt_state,
         here.opt_state,
     )

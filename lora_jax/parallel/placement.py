@@ -143,10 +143,11 @@ class Placement:
             lambda x: self._named((BATCH, *[None] * (jnp.ndim(x) - 1)), jnp.shape(x)), batch
         )
 
-    def alone(self, batch_size: int) -> Placement:
-        """For one cell by itself: the devices of `cell` share its batch where they divide it."""
+    def alone(self, batch_size: int, accumulate: int = 1) -> Placement:
+        """For one cell by itself: the devices of `cell` share its batch where they divide it, and
+        else they all do the same."""
         wide = without_cells(self.mesh)
-        divides = batch_size % batch_parts(wide.shape) == 0
+        divides = batch_size % (batch_parts(wide.shape) * accumulate) == 0
         return dataclasses.replace(self, mesh=wide) if divides else self
 
     def check_batch(self, size: int, accumulate: int = 1) -> None:

@@ -273,7 +273,7 @@ def arguments_at_least(request: Request) -> int:
     """Bytes of base and state over all devices, were nothing held twice."""
     model, method = _model_and_method(request)
     state, frozen, _, _ = _abstract(request, model, method)
-    return num_bytes(frozen) + num_bytes(state)
+    return num_bytes(frozen) + num_bytes(state.trainable if request.offload else state)
 
 
 def step_flops(

@@ -9,12 +9,11 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from lora_jax.sweeps.keeping import Keeper, PackedCell, Schedule
 from lora_jax.sweeps.plan import Planned
-from lora_jax.sweeps.program import Program
+from lora_jax.sweeps.program import Program, with_places
 from lora_jax.train.bookkeeping import Bookkeeping
 from lora_jax.train.run import StopRequested
 from lora_jax.train.state import TrainState
@@ -50,7 +49,8 @@ class PackTraining:
     ):
         self.plan = plan
         self.schedule = schedule
-        self.cells = [PackedCell(settings) for settings in plan.cells]
+        books = Bookkeeping().on_mesh(program.mesh)
+        self.cells = [PackedCell(settings, books) for settings in plan.cells]
         self.slots = list(range(len(self.cells)))
         self.step, self.looked, self.saved = 0, 0, 0
         self.state = state
@@ -58,7 +58,6 @@ class PackTraining:
         self._program, self._batches = program, batches
         self._validate, self._keeper = validate, keeper
         self._base = frozen
-        self._frozen = (plan.pack.data(), frozen)
         self._keep_places(self.slots)
         self._pending: list[dict[str, jax.Array]] = []
         self._mark = time.perf_counter()
@@ -106,25 +105,31 @@ class PackTraining:
     def facts(self) -> dict[str, Any]:
         """What a checkpoint says beside its arrays, as JSON values."""
         cells = [{"books": cell.books.to_json(), "error": cell.error} for cell in self.cells]
-        return {"step": self.step, "looked": self.looked, "slots": self.slots, "cells": cells}
+        return {
+            "step": self.step, "looked": self.looked, "slots": self.slots, "cells": cells,
+            "num_best": self._program.padded(len(self.cells)),
+        }  # fmt: skip
 
     def like(self, facts: dict[str, Any]) -> dict[str, Any]:
-        """Arrays of the shapes that the checkpoint of these facts holds."""
-        places = list(range(len(self.cells)))
-        best = self.state.trainable
-        best = best if self.slots == places else _take(best, places)
-        return {"state": _take(self.state, facts["slots"]), "best": best}
+        """Shapes of the arrays that the checkpoint of these facts holds."""
+        num_best = facts.get("num_best", len(self.cells))
+        return {
+            "state": with_places(self.state, len(facts["slots"])),
+            "best": with_places(self.state.trainable, num_best),
+        }
 
     def restore(self, groups: dict[str, Any], facts: dict[str, Any]) -> None:
         """Goes on from a checkpoint."""
         self.step, self.looked = facts["step"], facts["looked"]
         self.saved, self.slots = self.step, list(facts["slots"])
         self.state, self.best = groups["state"], groups.get("best")
-        self._frozen = (_take(self.plan.pack.data(), self.slots), self._base)
         for cell, told in zip(self.cells, facts["cells"], strict=True):
-            cell.books, cell.error = Bookkeeping.from_json(told["books"]), told["error"]
+            books = Bookkeeping.from_json(told["books"])
+            cell.books, cell.error = books.on_mesh(self._program.mesh), told["error"]
         # It may have been saved on another mesh.
         self._keep_places([place for place, k in enumerate(self.slots) if k != EMPTY])
+        if self.best is not None:
+            self.best = self._program.take("trainable", self.best, self._all_places())
 
     def trainable_of(self, k: int) -> Any:
         """Cell k's best trainable, at its own rank and targets; None if there never was one."""
@@ -134,12 +139,7 @@ class PackTraining:
 
     def best_of_all(self) -> tuple[Any, Any]:
         """`(trainable, frozen)` for the scores of all cells' best; what is beyond them fills up."""
-        count = len(self.cells)
-        places = [min(place, count - 1) for place in range(self._program.padded(count))]
-        data = self.plan.pack.data()
-        if len(places) == count:
-            return self.best, (data, self._base)
-        return _take(self.best, places), (_take(data, places), self._base)
+        return self.best, self._frozen_of(self._all_places())
 
     def lap(self, kind: str, cells: Sequence[PackedCell] = ()) -> None:
         """Books the time since the last lap under `kind`, in equal parts, to `cells`.
@@ -166,7 +166,7 @@ class PackTraining:
         return self.cells[self.slots[place]]
 
     def _take_step(self) -> None:
-        batch = self._batches.at(self.step, [self.plan.cells[max(k, 0)] for k in self.slots])
+        batch = self._batches.at(self.step, [self.plan.cells[k] for k in self._filled(self.slots)])
         self.state, metrics = self._program.step(self.state, self._frozen, batch)
         self._pending.append(metrics)
         self.step += 1
@@ -262,11 +262,10 @@ class PackTraining:
                 self._log(place)
             if scores is not None:
                 self._keeper.validated(self, self.slots[place], loss, accuracy)
-        if self.best is None:
-            self.best = _with_places(trainable, len(self.cells))
         # Beyond the last: what is kept of an empty place goes nowhere.
-        slots = [len(self.cells) if k == EMPTY else k for k in self.slots]
-        self.best = _keep(self.best, trainable, jnp.asarray(slots), jnp.asarray(better))
+        count = self._program.padded(len(self.cells))
+        slots = [count if k == EMPTY else k for k in self.slots]
+        self.best = self._program.keep(self.best, trainable, slots, better, count)
 
     def _fail(self, place: int, what: str, value: float, step: int) -> None:
         cell = self._at(place)
@@ -287,36 +286,27 @@ class PackTraining:
         left = self.schedule.num_steps - self.step
         if not going or 2 * len(going) > len(self.slots) or left < FEWEST_STEPS:
             return
-        self._keep_places(going)
+        if self._program.padded(len(going)) < len(self.slots):
+            self._keep_places(going)
 
     def _keep_places(self, places: Sequence[int]) -> None:
         """These places are the axis of cells from here on, and empty ones that fill it up."""
         slots = [self.slots[place] for place in places]
-        slots += [EMPTY] * (self._program.padded(len(slots)) - len(slots))
-        if slots == self.slots:
-            return
-        # An empty place has the last cell's numbers: finite ones, which nobody looks at.
-        padded = [*places, *[places[-1]] * (len(slots) - len(places))]
-        self.state = _take(self.state, padded)
-        self.slots = slots
-        self._frozen = (_take(self.plan.pack.data(), slots), self._base)
+        num_empty = self._program.padded(len(slots)) - len(slots)
+        # An empty place goes on as the last cell does, and nobody looks at it.
+        self.state = self._program.take("state", self.state, [*places, *[places[-1]] * num_empty])
+        self.slots = [*slots, *[EMPTY] * num_empty]
+        self._frozen = self._frozen_of(self._filled(self.slots))
 
+    def _frozen_of(self, cells: Sequence[int]) -> tuple[Any, Any]:
+        return self._program.take("data", self.plan.pack.data(), cells), self._base
 
-def _take(tree: Any, places: Sequence[int]) -> Any:
-    index = jnp.asarray([max(place, 0) for place in places], jnp.int32)
-    return jax.tree.map(lambda leaf: jnp.take(leaf, index, axis=0), tree)
+    def _filled(self, slots: Sequence[int]) -> list[int]:
+        """The cell of each place, in empty ones the last."""
+        last = max(place for place, k in enumerate(slots) if k != EMPTY)
+        return [slots[min(place, last)] for place in range(len(slots))]
 
-
-def _with_places(tree: Any, count: int) -> Any:
-    return jax.tree.map(lambda leaf: jnp.zeros((count, *leaf.shape[1:]), leaf.dtype), tree)
-
-
-@jax.jit
-def _keep(best: Any, new: Any, slots: jax.Array, better: jax.Array) -> Any:
-    """`best` (K, …) with `new` (places, …) in the slots of the cells that are better."""
-
-    def keep(old, x):
-        chosen = better.reshape(-1, *[1] * (x.ndim - 1))
-        return old.at[slots].set(jnp.where(chosen, x, old[slots]))
-
-    return jax.tree.map(keep, best, new)
+    def _all_places(self) -> list[int]:
+        """Of all cells, ended or not, in their order, filled up."""
+        count = len(self.cells)
+        return [min(place, count - 1) for place in range(self._program.padded(count))]

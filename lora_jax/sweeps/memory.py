@@ -10,7 +10,7 @@ import jax
 
 from lora_jax.core.errors import RequestError
 from lora_jax.sweeps.plan import Planned
-from lora_jax.sweeps.program import Program
+from lora_jax.sweeps.program import Program, with_places
 from lora_jax.sweeps.settings import CellSettings
 from lora_jax.train.memory import device_limit_bytes
 
@@ -44,21 +44,18 @@ def fitting_width(
         batch = source.widest(part.cells)
         data = part.pack.data()
         if (places := program.padded(width)) != width:
-            state, data = (_with_places(tree, places) for tree in (state, data))
+            state, data = (with_places(tree, places) for tree in (state, data))
             batch = source.widest([part.cells[min(k, width - 1)] for k in range(places)])
         needed = program.bytes_needed(state, (data, frozen), batch, look)
         if needed <= budget:
             return width, needed
-        if width == 1:
+        parts = program.num_parts
+        if places == parts:  # one on each
             raise DoesNotFit(
                 f"one cell alone needs {needed / 2**20:,.1f} MiB of {budget / 2**20:,.1f} MiB; use "
                 "smaller batches or raise the memory budget"
             )
-        width = math.ceil(width / 2)
-
-
-def _with_places(tree: Any, count: int) -> Any:
-    return jax.tree.map(lambda x: jax.ShapeDtypeStruct((count, *x.shape[1:]), x.dtype), tree)
+        width = parts * math.ceil(places // parts / 2)
 
 
 def device_memory_bytes(num_devices: int = 1) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import time
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -12,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from lora_jax.parallel.cells import CellPlacement
+from lora_jax.parallel.mesh import mesh_text
 from lora_jax.parallel.placement import place
 from lora_jax.sweeps.pack import Pack
 from lora_jax.sweeps.settings import CellSettings
@@ -69,7 +71,8 @@ def over_cells(
 
 @dataclasses.dataclass
 class Use:
-    """Which programs a pack ran: bytes of the largest, batch shapes (K, B, T) of the steps."""
+    """Which programs a pack ran: bytes of the largest (on one device), batch shapes (places, B, T)
+    of the steps."""
 
     memory_bytes: int = 0
     batch_shapes: set[tuple[int, ...]] = dataclasses.field(default_factory=set)
@@ -119,12 +122,17 @@ class Program:
         self._place, self._stacked = place, batch_axis is not None
         self._tx_of = tx_of
         self._compiled: dict[Any, Any] = {}
-        self._shardings: dict[Any, Any] = {}
+        self._of_batch: dict[Any, Any] = {}
         self._compile_seconds = 0.0
         self._use = Use()
         step = step_function(loss, tx, accumulate=accumulate)
         self._step = over_cells(step, at_once, batch_axis, num_parts=self.num_parts)
         self._scores = over_cells(scores, at_once, None, num_parts=self.num_parts)
+
+    @property
+    def mesh(self) -> str:
+        """As `--mesh` has it, "" for one device."""
+        return "" if self._place is None else mesh_text(self._place.placement.mesh)
 
     @property
     def num_parts(self) -> int:
@@ -210,17 +218,75 @@ class Program:
         return jax.jit(self._step, donate_argnums=0, out_shardings=(of_state, None))
 
     def _placed(self, name: str, first: Any, frozen: Any, batch: Any) -> tuple[Any, Any, Any]:
-        """The arguments where the program has them."""
+        """The arguments where the program has them: arrays of `take` and `keep` are there, and so
+        is the base; shape structs get their sharding."""
         if self._place is None:
             return first, frozen, batch
-        arguments = (first, frozen, batch)
-        leaves, treedef = jax.tree.flatten(arguments)
-        key = (name, treedef, tuple(np.shape(leaf) for leaf in leaves))
-        if key not in self._shardings:
-            of_first = self._place.of_state if name == "step" else self._place.of_trainable
-            self._shardings[key] = (
-                of_first(first),
-                self._place.of_frozen(frozen),
-                self._place.of_batch(batch, stacked=self._stacked and name == "step"),
-            )
-        return place(arguments, self._shardings[key])
+        stacked = self._stacked and name == "step"
+        if not any(isinstance(x, jax.ShapeDtypeStruct) for x in jax.tree.leaves(first)):
+            leaves, treedef = jax.tree.flatten(batch)
+            key = (stacked, treedef, *map(np.shape, leaves))
+            if key not in self._of_batch:
+                self._of_batch[key] = self._place.of_batch(batch, stacked=stacked)
+            return first, frozen, place(batch, self._of_batch[key])
+        of_first = self._place.of_state if name == "step" else self._place.of_trainable
+        data, base = frozen
+        return (
+            place(first, of_first(first)),
+            (place(as_shapes(data), self._place.of_data(data)), base),
+            place(as_shapes(batch), self._place.of_batch(batch, stacked=stacked)),
+        )
+
+    def take(self, kind: str, tree: Any, places: Sequence[int]) -> Any:
+        """These places of a tree with an axis of them, lying as the programs have it.
+
+        `kind` is "state", "trainable" or "data".
+        """
+        as_it_is = list(places) == list(range(jax.tree.leaves(tree)[0].shape[0]))
+        if self._place is None:
+            return tree if as_it_is else _take(tree, places)
+        taking = functools.partial(_take, places=places)
+        where = getattr(self._place, f"of_{kind}")(jax.eval_shape(taking, tree))
+        if as_it_is:
+            return jax.device_put(tree, where)
+        return jax.jit(taking, out_shardings=where)(tree)
+
+    def keep(
+        self, best: Any, new: Any, slots: Sequence[int], better: np.ndarray, count: int
+    ) -> Any:
+        """The trainables `best` with those of `new` (places, …) in the slots that are better.
+
+        `best` has `count` places; without any it is zero in them. Slots beyond are dropped.
+        """
+        if best is None:
+            best = self.take("trainable", _zeros(new, count), range(count))
+        where = None if self._place is None else self._place.of_trainable(best)
+        kept = _keep if where is None else jax.jit(_keep, out_shardings=where)
+        return kept(best, new, jnp.asarray(slots), jnp.asarray(better))
+
+
+def as_shapes(tree: Any) -> Any:
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(jnp.shape(x), x.dtype), tree)
+
+
+def with_places(tree: Any, count: int) -> Any:
+    """The tree's shapes, with so many places."""
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct((count, *x.shape[1:]), x.dtype), tree)
+
+
+def _zeros(tree: Any, count: int) -> Any:
+    return jax.tree.map(lambda x: jnp.zeros((count, *x.shape[1:]), x.dtype), tree)
+
+
+def _take(tree: Any, places: Sequence[int]) -> Any:
+    index = jnp.asarray(places, jnp.int32)
+    return jax.tree.map(lambda leaf: jnp.take(leaf, index, axis=0), tree)
+
+
+@jax.jit
+def _keep(best: Any, new: Any, slots: jax.Array, better: jax.Array) -> Any:
+    def keep(old, x):
+        chosen = better.reshape(-1, *[1] * (x.ndim - 1))
+        return old.at[slots].set(jnp.where(chosen, x, old[slots]))
+
+    return jax.tree.map(keep, best, new)

@@ -158,6 +158,8 @@ class Runner:
                 with self.view.running(1, group.num_steps):
                     self._take({cell.name: self._run_alone(cell, base)})
                 return
+            if group.cells[0].config.optimizer.get("offload"):
+                self.view.say("optimizer.offload is for cells alone; a pack's moments are small")
             for part, ready in self._fitted(group, base):
                 if not part.is_pack:
                     self._run_group(part, base)

@@ -15,7 +15,6 @@ from lora_jax.data import Splits
 from lora_jax.formats.atomic import write_json
 from lora_jax.methods import Method
 from lora_jax.models import Model
-from lora_jax.parallel.mesh import mesh_text
 from lora_jax.sweeps.cells import Cell
 from lora_jax.sweeps.engine import PackTraining
 from lora_jax.sweeps.groups import PackRecord
@@ -255,13 +254,12 @@ def _write_results(
                 "cells": [cell.name for cell in cells],
                 "at_once": ready.program.at_once,
             }
-            placement = ready.base.placement
             program = describe_program(
                 union,
                 sorted(use.batch_shapes),
                 memory_bytes=use.memory_bytes,
                 pack=own,
-                mesh="" if placement is None else mesh_text(placement.mesh),
+                mesh=training.cells[k].books.mesh,
             )
             settings = training.cells[k].settings
             model = ready.base.model_of(settings.seed)

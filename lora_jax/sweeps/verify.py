@@ -24,6 +24,7 @@ from lora_jax.sweeps.ready import make_ready
 from lora_jax.sweeps.stored import FAILURE, train_pack, write_failure
 from lora_jax.sweeps.view import SweepView
 from lora_jax.train import enable_compilation_cache, train_cell
+from lora_jax.train.bookkeeping import CHANGED_TO
 from lora_jax.train.build import load_base
 from lora_jax.train.card import device_description, versions
 from lora_jax.train.finish import hash_trainable
@@ -166,14 +167,17 @@ def _conditions(card: Mapping[str, Any]) -> list[str]:
     ):
         if card["program"][key] != now:
             found.append((name, repr(card["program"][key]), repr(now)))
+    mesh = card["program"].get("mesh", "")
+    if CHANGED_TO in mesh:
+        found.append(("mesh", mesh, "one device"))
     return [f"{what} was {there}, is {now}" for what, there, now in found]
 
 
 def _mesh_of(card: Mapping[str, Any]) -> Mesh | None:
-    """The mesh that the card names, None where this machine has not as many devices: that it has
-    not is one of the conditions."""
+    """The mesh that the card names; None where this machine has not as many devices, or the
+    training went on on another, which are conditions."""
     text = card["program"].get("mesh", "")
-    same = card["device"].get("count") == jax.device_count()
+    same = card["device"].get("count") == jax.device_count() and CHANGED_TO not in text
     return make_mesh(read_mesh(text)) if text and same else None
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
+CHANGED_TO = ", then "
 STOPPED_IMPROVING = "validation stopped improving"
 
 
@@ -14,7 +15,7 @@ class Bookkeeping:
 
     `window` holds the steps not logged yet, as (step, loss, correct, weight, grad_norm); `seconds`
     what each kind of work took; `metrics_lines` how many lines of the metrics file are true;
-    `stopped` why the training is over, "" while it is not.
+    `stopped` why the training is over, "" while it is not; `meshes` those it was on, in order.
     """
 
     step: int = 0
@@ -28,6 +29,7 @@ class Bookkeeping:
     metrics_lines: int = 0
     seconds: dict[str, float] = dataclasses.field(default_factory=dict)
     stopped: str = ""
+    meshes: tuple[str, ...] = ()
 
     def to_json(self) -> dict[str, Any]:
         return dataclasses.asdict(self)
@@ -35,7 +37,20 @@ class Bookkeeping:
     @classmethod
     def from_json(cls, values: dict[str, Any]) -> Bookkeeping:
         window = tuple(tuple(row) for row in values["window"])
-        return cls(**{**values, "window": window})
+        return cls(**{**values, "window": window, "meshes": tuple(values.get("meshes", ()))})
+
+    def on_mesh(self, mesh: str) -> Bookkeeping:
+        """The books of a training that goes on on `mesh`, "" for one device."""
+        if self.meshes[-1:] == (mesh,):
+            return self
+        return dataclasses.replace(self, meshes=(*self.meshes, mesh))
+
+    @property
+    def mesh(self) -> str:
+        """Where the training was, for its card: "" if it never was on more than one device."""
+        if self.meshes in ((), ("",)):
+            return ""
+        return CHANGED_TO.join(mesh or "one device" for mesh in self.meshes)
 
     def after_logging(self) -> tuple[Bookkeeping, dict[str, float]]:
         """The books with the window emptied, and what it came to: loss, accuracy, grad_norm.

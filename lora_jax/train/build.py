@@ -132,8 +132,8 @@ def build(
     """
     _, init_key, run_key = keys_of(config.seed)
     base = base or load_base(config, mesh)
-    placement = base.placement and base.placement.alone(config.data.batch_size)
     accumulate = accumulate_of(config)
+    placement = base.placement and base.placement.alone(config.data.batch_size, accumulate)
     if placement is not None:
         placement.check_batch(config.data.batch_size, accumulate)
     model = base.model_of(config.seed)
@@ -191,11 +191,12 @@ def _optimizer(config: Any, method: Method, trainable: Any, num_steps: int, plac
 
     note = ""
     if config.optimizer.get("offload", OPTIONAL["optimizer.offload"]):
-        lacks = host_memory(jax.devices()[0])
-        if not lacks:
-            parts = optimizer_parts(config.optimizer, num_steps)
-            return *offload(parts, method.optimizer, shapes_of, shardings_of), note
-        note = f"optimizer.offload: {lacks}; the moments stay on the device"
+        parts = optimizer_parts(config.optimizer, num_steps)
+        settings = (parts, method.optimizer, shapes_of, shardings_of)
+        if lacks := host_memory(jax.devices()[0]):
+            note = f"optimizer.offload: {lacks}; the moments stay on the device"
+            return *offload(*settings, kind=None), note
+        return *offload(*settings), note
     tx = method.optimizer(make_optimizer(config.optimizer, num_steps))
     return tx, None if placement is None else shardings_of(shapes_of(tx)), note
 

@@ -92,6 +92,7 @@ def train_cell(
     claim_cell(cell, plain)
     with stop_requests() as stop_requested, Checkpoints(cell / "checkpoints") as checkpoints:
         books, state, best = _resume(checkpoints, setup, state)
+        books = books.on_mesh("" if setup.placement is None else mesh_text(setup.placement.mesh))
         with (
             MetricsWriter(cell, num_lines=books.metrics_lines, step=books.step) as metrics,
             show_with(
@@ -120,7 +121,7 @@ def train_cell(
             setup.method.table(setup.model.params),
             setup.step.shapes,
             memory_bytes=max(setup.step.memory_bytes, setup.scores.memory_bytes),
-            mesh="" if setup.placement is None else mesh_text(setup.placement.mesh),
+            mesh=run.books.mesh,
         )
         return write_results(cell, plain, setup, run.books, run.best, test, program)
 

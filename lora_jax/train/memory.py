@@ -11,19 +11,23 @@ import jax
 
 from lora_jax.core.errors import RequestError
 from lora_jax.core.trees import Stored, flatten
+from lora_jax.parallel.offload import is_in_hosts_memory
 from lora_jax.train.compilation import memory_of
 
 
 def num_bytes(tree: Any, *, of_a_device: bool = False) -> int:
     """Bytes of all arrays, or shape structs, of a tree: of all devices together, or what one of
-    those that share them holds."""
+    those that share them holds in its own memory."""
     return sum(_bytes_of(leaf, of_a_device) for leaf in jax.tree.leaves(tree))
 
 
 def _bytes_of(leaf: Any, of_a_device: bool) -> int:
-    where = getattr(leaf, "sharding", None) if of_a_device else None
-    shape = leaf.shape if where is None else where.shard_shape(leaf.shape)
-    return math.prod(shape) * leaf.dtype.itemsize
+    where = getattr(leaf, "sharding", None)
+    if not of_a_device or where is None:
+        return leaf.size * leaf.dtype.itemsize
+    if is_in_hosts_memory(where):
+        return 0
+    return math.prod(where.shard_shape(leaf.shape)) * leaf.dtype.itemsize
 
 
 def device_limit_bytes(num_devices: int = 1) -> int:

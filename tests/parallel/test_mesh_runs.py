@@ -10,16 +10,18 @@ import numpy as np
 import pytest
 
 from lora_jax.cli import evaluate as evaluate_command
+from lora_jax.cli import sweep as sweep_command
 from lora_jax.cli import train as train_command
-from lora_jax.core import trees
 from lora_jax.core.errors import RequestError
 from lora_jax.core.optional import set_optional
-from lora_jax.models import load_model
+from lora_jax.models import load_model, save_model
 from lora_jax.parallel import Placement, make_mesh, read_mesh
 from lora_jax.parallel.offload import host_memory
 from lora_jax.sweeps import run_sweep
 from lora_jax.sweeps.engine import PackTraining
 from lora_jax.sweeps.groups import make_groups
+from lora_jax.sweeps.memory import fitting_width
+from lora_jax.sweeps.program import as_shapes
 from lora_jax.sweeps.ready import make_ready
 from lora_jax.sweeps.verify import verify
 from lora_jax.train import Interrupted, train
@@ -162,10 +164,10 @@ def test_cells_over_cell_send_each_other_nothing(make_config, at_once):
         ready = make_ready(group, base, at_once=at_once)
         plan, program = group.plan, ready.program
         state = program.init(plan.pack, plan.cells, [ready.params_of(cell) for cell in plan.cells])
-        batch = ready.batches.at(0, plan.cells)
+        state, batch = as_shapes(state), as_shapes(ready.batches.at(0, plan.cells))
         for name, first, own in (
             ("step", state, batch),
-            ("scores", state.trainable, {k: x[0] for k, x in batch.items()}),
+            ("scores", state.trainable, ready.batches.widest_look()),
         ):
             arguments = program._placed(name, first, (plan.pack.data(), ready.frozen), own)
             compiled = program._get(name, *arguments)
@@ -176,24 +178,102 @@ def test_cells_over_cell_send_each_other_nothing(make_config, at_once):
 
 @pytest.mark.parametrize("quantize", ["nf4", *slow(None)])
 @pytest.mark.parametrize("scan_layers", [True, *slow(False)])
-def test_a_model_is_loaded_where_it_lies(quantize, scan_layers):
+def test_a_model_is_loaded_where_it_lies(quantize, scan_layers, tmp_path):
+    """From its tensors, and from a folder that has them in four bits already."""
     mesh = mesh_of("fsdp=4,tensor=2")
-    options = {"scan_layers": scan_layers, "quantize": quantize}
-    one = load_model("tiny-llama", **options)
-    there = load_model("tiny-llama", **options, sharding_of=Placement(mesh).leaf)
+    one = load_model("tiny-llama", scan_layers=scan_layers, quantize=quantize)
+    source, options = "tiny-llama", {"quantize": quantize}
+    for _ in range(2):
+        _check_where(one, mesh, source, {**options, "scan_layers": scan_layers})
+        source, options = tmp_path / "folder", {}
+        if not source.exists():
+            save_model(source, one, one.params)
+
+
+def _check_where(one, mesh, source, options):
+    there = load_model(source, **options, sharding_of=Placement(mesh).leaf)
     assert there.base_hash == one.base_hash
     wanted = Placement(mesh, one).params(one.params)
     leaves = zip(jax.tree.leaves(there.params), jax.tree.leaves(wanted), strict=True)
     assert all(x.sharding.is_equivalent_to(where, x.ndim) for x, where in leaves)
-    split = [
-        x
-        for x in trees.flatten(there.params).leaves
-        if not isinstance(x, jax.Array) or not x.sharding.is_fully_replicated
-    ]
+    split = [x for x in jax.tree.leaves(there.params) if not x.sharding.is_fully_replicated]
     assert split
 
 
-def test_what_a_mesh_does_not_divide_is_named(make_config, tmp_path):
+@pytest.mark.slow
+def test_cells_alone_in_a_sweep_share_their_batch(make_config, tmp_path):
+    """Full fine-tuning has no pack; where a batch does not divide, all devices do the same."""
+    sweep = sweep_of(
+        make_config,
+        {"method.name": "full", "optimizer.lr": 1e-3},
+        {"whole": {}, "parts": {"train.accumulate_steps": 2}},
+    )
+    base = load_base(sweep.first[0].config, mesh_of("cell=4,fsdp=2"))
+    cards = run_sweep(sweep, tmp_path / "mesh", progress=False, mesh=mesh_of("cell=4,fsdp=2"))
+    assert not _failed(cards)
+    assert cards["whole"]["program"]["mesh"] == "data=4,fsdp=2"
+    assert cards["parts"]["program"]["mesh"] == "cell=4,fsdp=2"
+    one = train(sweep.first[0].config, tmp_path / "one", progress=False)
+    assert cards["whole"]["metrics"]["test"]["loss"] == pytest.approx(
+        one["metrics"]["test"]["loss"], abs=2e-5
+    )
+    assert base.placement.alone(8).mesh.shape["data"] == 4
+
+
+@pytest.mark.slow
+def test_a_pack_is_narrowed_in_whole_rows_of_the_mesh(make_config):
+    """Ten cells on cell=4: 12 places, then 8, then 4; the best of all are counted as they lie."""
+    cells = {f"r{n}": {"method.rank": 1 + n % 4, "seed": n} for n in range(10)}
+    sweep = sweep_of(make_config, {}, cells)
+    base = load_base(sweep.first[0].config, mesh_of("cell=4,fsdp=2"))
+    (group,), _ = make_groups(sweep.first, base)
+    ready = make_ready(group, base, at_once=1)
+
+    def width(budget):
+        return fitting_width(
+            ready.program, group.plan, ready.params_of, ready.frozen, ready.batches, budget,
+            ready.batches.widest_look(),
+        )  # fmt: skip
+
+    whole, needed = width(2**40)
+    assert whole == 10
+    fewer, less = width(needed - 1)
+    assert fewer == 8 and less < needed
+    fewest, least = width(less - 1)
+    assert fewest == 4 and least < less
+    with pytest.raises(RequestError, match="one cell alone needs"):
+        width(least - 1)
+    # On one device a cell more costs its state; here a row of four does.
+    program = ready.program
+    state = program.init(
+        group.plan.pack, group.plan.cells, [ready.params_of(c) for c in group.plan.cells]
+    )
+    placed = program.take("state", state, [*range(10), 9, 9])
+    kept = program.keep(None, placed.trainable, [*range(10), 12, 12], np.ones(12, bool), 12)
+    for x in jax.tree.leaves((placed, kept)):
+        assert x.sharding.shard_shape(x.shape)[0] == 3
+    for one, first in zip(jax.tree.leaves(kept), jax.tree.leaves(state.trainable), strict=True):
+        np.testing.assert_array_equal(one[:10], first)
+        assert not np.any(one[10:])
+
+
+@pytest.mark.slow
+def test_going_on_on_another_mesh_is_on_the_card_and_no_false_alarm(
+    make_config, tmp_path, monkeypatch
+):
+    config = make_config({"optimizer.lr": 1e-3, "train.num_steps": 6})
+    with monkeypatch.context() as patch:
+        at_call(patch, Run, "_step", 3, interrupt)
+        with pytest.raises(Interrupted):
+            train(config, tmp_path, progress=False, mesh=mesh_of("fsdp=4,tensor=2"))
+    card = train(config, tmp_path, progress=False, mesh=mesh_of("data=8"))
+    assert card["program"]["mesh"] == "fsdp=4,tensor=2, then data=8"
+    (verdict,) = verify(tmp_path / "cells" / "run", progress=False)
+    assert verdict.same and not verdict.exact
+    assert verdict.conditions == ("mesh was fsdp=4,tensor=2, then data=8, is one device",)
+
+
+def test_what_a_mesh_does_not_divide_is_named(make_config, tmp_path, monkeypatch):
     with pytest.raises(
         RequestError, match=r"batch_size=8 in 2 parts .* 8 places .* multiple of 16"
     ):
@@ -209,7 +289,19 @@ def test_what_a_mesh_does_not_divide_is_named(make_config, tmp_path):
     ):
         with pytest.raises(RequestError, match=says):
             train_command.run([*argv, f"--mesh={text}"])
-    assert not list(tmp_path.rglob("config.json"))
+    with pytest.raises(RequestError, match="no axis 'cells'; nearest: 'cell'"):
+        sweep_command.run([*argv, "--sweep=demo", "--mesh=cells=8", "--plan"])
+    cell = tmp_path / "cells" / "run"
+    cell.mkdir(parents=True)
+    (cell / "config.json").write_text("{}")
+    with pytest.raises(RequestError, match="cell is for a sweep"):
+        evaluate_command.run([str(cell), "--mesh=cell=8"])
+    with pytest.raises(RequestError, match="texts are decoded on one device"):
+        evaluate_command.run([str(cell), "--texts=3", "--mesh=data=8"])
+    monkeypatch.setattr(jax, "process_count", lambda: 4)
+    with pytest.raises(RequestError, match="devices of one process, and there are 4"):
+        train_command.run([*argv, "--mesh=data=8"])
+    assert len(list(tmp_path.rglob("config.json"))) == 1
 
 
 @pytest.mark.parametrize("text", ["", *slow("fsdp=8")])

@@ -1,14 +1,17 @@
 """The memory of a step: said before it begins, and refused where it does not fit."""
 
+import types
+
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 
 import lora_jax as lj
 from lora_jax.core.optional import set_optional
 from lora_jax.train import loop
 from lora_jax.train.loop import train
-from lora_jax.train.memory import StepMemory
+from lora_jax.train.memory import StepMemory, num_bytes
 
 
 def compiled_step(num_rows):
@@ -78,3 +81,20 @@ def test_settings_that_a_config_may_lack_train_the_same_cells(change, make_confi
         return
     assert losses[1] != losses[0] and losses[1] == pytest.approx(losses[0], abs=0.2)
     assert cards[0]["base_hash"] != cards[1]["base_hash"]
+
+
+def test_what_lies_in_the_hosts_memory_is_none_of_the_devices():
+    """On an accelerator; on CPU both are one, and XLA counts it among the arguments."""
+
+    def array(kind, platform):
+        device = types.SimpleNamespace(platform=platform)
+        where = types.SimpleNamespace(
+            memory_kind=kind, device_set={1: device}.values(), shard_shape=lambda shape: (2, 4)
+        )
+        return types.SimpleNamespace(
+            shape=(8, 4), size=32, dtype=np.dtype("float32"), sharding=where
+        )
+
+    tree = [array("device", "tpu"), array("pinned_host", "tpu"), array("pinned_host", "cpu")]
+    assert [num_bytes(one, of_a_device=True) for one in tree] == [32, 0, 32]
+    assert [num_bytes(one) for one in tree] == [128, 128, 128]
