@@ -79,4 +79,11 @@ def make_mesh(sizes: Mapping[str, int], devices: Sequence[Any] | None = None) ->
         return Mesh(np.array(devices).reshape(shape), AXES)
     from jax.experimental import mesh_utils
 
-    return Mesh(mesh_utils.create_device_mesh(shape, devices=devices), AXES)
+    try:
+        placed = mesh_utils.create_device_mesh(shape, devices=devices)
+    except NotImplementedError:
+        # Axes that are no whole rows of the slice: tensor=8 on 4x4 takes two rows.
+        placed = mesh_utils.create_device_mesh(
+            shape, devices=devices, allow_split_physical_axes=True
+        )
+    return Mesh(placed, AXES)

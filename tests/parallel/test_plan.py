@@ -18,7 +18,7 @@ from lora_jax.models.shapes import abstract_model
 from lora_jax.models.tiny import TINY_MODELS
 from lora_jax.parallel import Placement, make_mesh, plan, read_mesh
 from lora_jax.parallel.plan import Request, make_plan, step_flops
-from lora_jax.parallel.topology import describe_topology, needed_bytes
+from lora_jax.parallel.topology import SLICES, describe_topology, needed_bytes
 
 CONFIG = dataclasses.replace(
     TINY_MODELS["tiny-llama"], vocab_size=512, hidden_size=256, intermediate_size=512, head_dim=64,
@@ -137,6 +137,19 @@ def test_without_its_compiler_a_plan_says_how_to_get_it():
 
 
 @pytest.mark.slow
+@pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="needs the tpu extra")
+@pytest.mark.slow
+def test_every_slice_has_the_meshes_that_are_searched():
+    """tensor=8 is no whole row of 4x4 chips; it takes two."""
+    for kind, layouts in SLICES.items():
+        for layout in layouts:
+            devices = list(describe_topology(f"{kind}:{layout}").devices)
+            for tensor in (1, 2, 4, 8):
+                if len(devices) % tensor == 0:
+                    mesh = make_mesh({"fsdp": len(devices) // tensor, "tensor": tensor}, devices)
+                    assert len(set(mesh.devices.flat)) == len(devices)
+
+
 @pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="needs the tpu extra")
 def test_a_real_plan_of_a_real_slice():
     found = make_plan(request(model="llama-2-7b", length=2048))
