@@ -138,7 +138,6 @@ def test_without_its_compiler_a_plan_says_how_to_get_it():
 
 @pytest.mark.slow
 @pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="needs the tpu extra")
-@pytest.mark.slow
 def test_every_slice_has_the_meshes_that_are_searched():
     """tensor=8 is no whole row of 4x4 chips; it takes two."""
     for kind, layouts in SLICES.items():
@@ -150,6 +149,7 @@ def test_every_slice_has_the_meshes_that_are_searched():
                     assert len(set(mesh.devices.flat)) == len(devices)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="needs the tpu extra")
 def test_a_real_plan_of_a_real_slice():
     found = make_plan(request(model="llama-2-7b", length=2048))
