@@ -23,8 +23,8 @@ Examples:
     lora-jax plan --model=llama-2-7b --method=full --batch=8 --smallest=v5e
 
 What is compiled is the step that `train` runs: bfloat16 base, float32 adapters and moments, layers
-computed again in the backward pass. A plan takes 30 to 100 seconds and no TPU: only XLA's compiler
-for TPUs (pip install 'jax[tpu]'). Bytes are per device, GB are 10^9. The time is the
+computed again in the backward pass. A plan takes two to four minutes and no TPU, only XLA's
+compiler for them (pip install 'jax[tpu]'). Bytes are per device, GB are 10^9. The time is the
 roofline's: FLOPs at the chip's peak, or every argument read once, whichever takes longer; no
 communication, no attention kernels, so a lower bound.
 """
@@ -61,7 +61,11 @@ def run(argv: Sequence[str]) -> int:
     parser.add_argument("--compare", metavar="METHOD", help="another method beside: full")
     add_json(parser)
     options = parser.parse_args(argv)
+    import jax
 
+    if not jax.config.jax_platforms:
+        # Nothing runs on a device: none is waited for, and none complains that it is not there.
+        jax.config.update("jax_platforms", "cpu")
     from lora_jax.parallel.plan import find_smallest, make_plan
 
     request = _request(options)
