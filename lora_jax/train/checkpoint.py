@@ -184,7 +184,9 @@ def _from_host(leaf: np.ndarray, like: Any) -> jax.Array:
     # A copy again: JAX may take an aligned NumPy buffer over as it is, and donate it later.
     array = jnp.array(leaf, copy=True)
     if _is_key(like):
-        array = jax.random.wrap_key_data(array, impl=jax.random.key_impl(like))
+        # Of a shape struct JAX does not tell the kind; then it is that of new keys.
+        impl = jax.random.key_impl(like) if isinstance(like, jax.Array) else None
+        array = jax.random.wrap_key_data(array, impl=impl)
     where = getattr(like, "sharding", None)
     if where is None or (where.num_devices, where.memory_kind) == (1, array.sharding.memory_kind):
         return array
