@@ -242,7 +242,10 @@ class Program:
 
         `kind` is "state", "trainable" or "data".
         """
-        as_it_is = list(places) == list(range(jax.tree.leaves(tree)[0].shape[0]))
+        leaves = jax.tree.leaves(tree)
+        if not leaves:  # cells that differ in nothing have no data of their own
+            return tree
+        as_it_is = list(places) == list(range(leaves[0].shape[0]))
         if self._place is None:
             return tree if as_it_is else _take(tree, places)
         taking = functools.partial(_take, places=places)
