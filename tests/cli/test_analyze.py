@@ -118,6 +118,7 @@ def test_a_bad_request_is_one_line_and_writes_nothing(args, says, tmp_path, caps
     assert not any(tmp_path.iterdir())
 
 
+@pytest.mark.slow
 def test_runs_of_this_project_know_their_base(tmp_path, capsys):
     config = "--config=experiments/reviews_minilm.py:lora,smoke"
     args = ["--name=one", f"--workdir={tmp_path}", "--config.method.rank=4"]

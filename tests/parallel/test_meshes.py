@@ -131,24 +131,23 @@ def four_bits_per_device(mesh, model):
 
 
 CASES = [
-    ("wide", "lora", True, MESHES[:1]),
-    *(
-        pytest.param(*case, MESHES, marks=pytest.mark.slow)
-        for case in (
-            *(("wide", "lora", True), ("tiny-llama", "lora", False), ("tiny-llama", "full", False)),
-            *(("tiny-llama", "lora", True), ("tiny-gpt2", "lora", False)),
-            ("tiny-bert", "lora", False),
-        )
-    ),
+    ("wide", "lora", True),
+    ("tiny-llama", "lora", False),
+    ("tiny-llama", "full", False),
+    ("tiny-llama", "lora", True),
+    ("tiny-gpt2", "lora", False),
+    ("tiny-bert", "lora", False),
 ]
 
 
-@pytest.mark.parametrize("name, kind, quantize, meshes", CASES)
-def test_meshes_give_the_losses_of_one_device(name, kind, quantize, meshes):
+@pytest.mark.slow
+@pytest.mark.parametrize("name, kind, quantize", CASES)
+def test_meshes_give_the_losses_of_one_device(name, kind, quantize):
+    """The whole grid; `test_mesh_runs.py` has a run of the trainer's in the fast suite."""
     wide = name == "wide"
     model, method, task, batches = setting(name, kind, quantize=quantize, wide=wide)
     expected, final = losses_on("", model, method, task, batches)
-    for mesh in meshes:
+    for mesh in MESHES:
         found, state = losses_on(mesh, model, method, task, batches)
         np.testing.assert_allclose(found, expected, atol=2e-5)
         split = [x for x in jax.tree.leaves(state) if not x.sharding.is_fully_replicated]

@@ -46,7 +46,7 @@ def test_bytes_scales_and_values_are_theirs(number, double_quant):
     np.testing.assert_allclose(ours.dequantize().T, theirs["double"], rtol=2e-6, atol=1e-9)
 
 
-@pytest.mark.parametrize("scan_layers", [False, True])
+@pytest.mark.parametrize("scan_layers", [True, pytest.param(False, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("name", ["llama_double", "llama_single"])
 def test_a_folder_that_transformers_quantised_gives_its_logits(name, scan_layers):
     model = load_model(FOLDER / name, scan_layers=scan_layers, tokenizer=False)

@@ -167,6 +167,7 @@ def test_task_metric_is_that_of_the_predictions_and_shown(tmp_path, capsys, task
     assert ("| test share within 0.5, % |" in headings) == (task == "stsb")
 
 
+@pytest.mark.slow
 def test_cells_with_the_models_own_dropout_end_packed_where_they_end_alone(tmp_path):
     changes = {"train.num_steps": 3, "train.eval_every_steps": 3}
     configs = {}
