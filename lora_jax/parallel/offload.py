@@ -20,7 +20,7 @@ def is_in_hosts_memory(where: Any) -> bool:
     return where.memory_kind == HOST and all(d.platform != "cpu" for d in where.device_set)
 
 
-def host_memory(device: Any) -> str:
+def lacks_host_memory(device: Any) -> str:
     """Why `device` cannot have a state in its host's memory, "" if it can."""
     kinds = {memory.kind for memory in device.addressable_memories()}
     if HOST in kinds:
@@ -29,12 +29,16 @@ def host_memory(device: Any) -> str:
 
 
 def leaf_by_leaf(
-    tx: optax.GradientTransformation, clip: optax.GradientTransformation
+    tx: optax.GradientTransformation,
+    clip: optax.GradientTransformation,
+    moves: tuple[Any, Any] | None = None,
 ) -> optax.GradientTransformation:
     """`clip` of all gradients, then `tx` of each parameter with a state of its own.
 
     The state is `{name: {part: state}}` for a trainable `{name: {part: array}}`. The same as `tx`
-    after `clip`, for a `tx` in which parameters know nothing of each other.
+    after `clip`, for a `tx` in which parameters know nothing of each other. `moves` are shardings
+    of the state, here and there: it lies there, and each parameter's is brought here for its update
+    and sent back before the next one's, so that at no time all of it is here.
     """
 
     def init(params):
@@ -44,7 +48,24 @@ def leaf_by_leaf(
         }
 
     def update(gradients, state, params=None):
-        return _updated(tx, clip, gradients, state, params, lambda of_one, name, part: of_one)
+        gradients, _ = clip.update(gradients, clip.init(params))
+        updates: dict[str, Any] = {}
+        states: dict[str, Any] = {}
+        before = None
+        for name, entry in gradients.items():
+            updates[name], states[name] = {}, {}
+            for part, gradient in entry.items():
+                own, held = state[name][part], params[name][part]
+                if moves is not None:
+                    if before is not None:
+                        # Not before the one before has gone: else all would be fetched at once.
+                        own, _ = jax.lax.optimization_barrier((own, before))
+                    own = jax.device_put(own, moves[0][name][part])
+                found, new = tx.update({name: {part: gradient}}, own, {name: {part: held}})
+                if moves is not None:
+                    new = jax.device_put(new, moves[1][name][part])
+                before = updates[name][part], states[name][part] = found[name][part], new
+        return updates, states
 
     return optax.GradientTransformation(init, update)
 
@@ -74,47 +95,4 @@ def offload(
         shapes.opt_state,
         here.opt_state,
     )
-    fetched = _offloaded(tx, clip, here.opt_state, there)
-    return wrap(fetched), here.replace(opt_state=there)
-
-
-def _offloaded(
-    tx: optax.GradientTransformation, clip: optax.GradientTransformation, here: Any, there: Any
-) -> optax.GradientTransformation:
-    """`leaf_by_leaf`, whose state lies `there` and is brought `here` for its parameter's update.
-
-    Both are shardings of the state. One after the other: at no time are the moments of all
-    parameters on the device.
-    """
-
-    def fetch(of_one, name, part):
-        return jax.tree.map(jax.device_put, of_one, here[name][part])
-
-    def put_back(of_one, name, part):
-        return jax.tree.map(jax.device_put, of_one, there[name][part])
-
-    def update(gradients, state, params=None):
-        return _updated(tx, clip, gradients, state, params, fetch, put_back)
-
-    return optax.GradientTransformation(leaf_by_leaf(tx, clip).init, update)
-
-
-def _updated(tx, clip, gradients, state, params, fetch: Callable, put_back: Callable | None = None):
-    gradients, _ = clip.update(gradients, clip.init(params))
-    updates: dict[str, Any] = {}
-    states: dict[str, Any] = {}
-    before = None
-    for name, entry in gradients.items():
-        updates[name], states[name] = {}, {}
-        for part, gradient in entry.items():
-            own, held = state[name][part], params[name][part]
-            if before is not None and put_back is not None:
-                # Not before the one before has gone: else all would be fetched at once.
-                own, _ = jax.lax.optimization_barrier((own, before))
-            found, new = tx.update(
-                {name: {part: gradient}}, fetch(own, name, part), {name: {part: held}}
-            )
-            updates[name][part] = found[name][part]
-            states[name][part] = new if put_back is None else put_back(new, name, part)
-            before = (updates[name][part], states[name][part])
-    return updates, states
+    return wrap(leaf_by_leaf(tx, clip, (here.opt_state, there))), here.replace(opt_state=there)

@@ -143,6 +143,10 @@ class Placement:
             lambda x: self._named((BATCH, *[None] * (jnp.ndim(x) - 1)), jnp.shape(x)), batch
         )
 
+    def place_batch(self, batch: Any) -> Any:
+        """The batch, or its shapes, there."""
+        return place(batch, self.batch(batch))
+
     def alone(self, batch_size: int, accumulate: int = 1) -> Placement:
         """For one cell by itself: the devices of `cell` share its batch where they divide it, and
         else they all do the same."""

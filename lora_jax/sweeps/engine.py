@@ -166,7 +166,7 @@ class PackTraining:
         return self.cells[self.slots[place]]
 
     def _take_step(self) -> None:
-        batch = self._batches.at(self.step, [self.plan.cells[k] for k in self._filled(self.slots)])
+        batch = self._batches.at(self.step, [self.plan.cells[k] for k in self._members])
         self.state, metrics = self._program.step(self.state, self._frozen, batch)
         self._pending.append(metrics)
         self.step += 1
@@ -296,15 +296,11 @@ class PackTraining:
         # An empty place goes on as the last cell does, and nobody looks at it.
         self.state = self._program.take("state", self.state, [*places, *[places[-1]] * num_empty])
         self.slots = [*slots, *[EMPTY] * num_empty]
-        self._frozen = self._frozen_of(self._filled(self.slots))
+        self._members = [*slots, *[slots[-1]] * num_empty]
+        self._frozen = self._frozen_of(self._members)
 
     def _frozen_of(self, cells: Sequence[int]) -> tuple[Any, Any]:
         return self._program.take("data", self.plan.pack.data(), cells), self._base
-
-    def _filled(self, slots: Sequence[int]) -> list[int]:
-        """The cell of each place, in empty ones the last."""
-        last = max(place for place, k in enumerate(slots) if k != EMPTY)
-        return [slots[min(place, last)] for place in range(len(slots))]
 
     def _all_places(self) -> list[int]:
         """Of all cells, ended or not, in their order, filled up."""

@@ -60,7 +60,7 @@ def evaluate_cell(
         trainable = place(trainable, placement.trainable(adapted.method, trainable))
         frozen = place(frozen, placement.params(frozen))
         constrain = placement.constrain
-        put = lambda batch: place(batch, placement.batch(batch))  # noqa: E731
+        put = placement.place_batch
     scores = make_scores(adapted.model.apply, adapted.method, task=task, constrain=constrain)
     scores = CompiledByShape(scores, put)
     return evaluate(scores, trainable, frozen, batches), splits

@@ -28,7 +28,7 @@ from lora_jax.methods import Method
 from lora_jax.methods.named import method_of
 from lora_jax.models import Model, load_model
 from lora_jax.models.load import redraw_head
-from lora_jax.parallel.offload import host_memory, offload
+from lora_jax.parallel.offload import lacks_host_memory, offload
 from lora_jax.parallel.placement import Placement, place
 from lora_jax.train.compilation import CompiledByShape
 from lora_jax.train.evaluate import make_scores
@@ -154,7 +154,7 @@ def build(
     state = initial(trainable, key=run_key)
     if placement is not None:
         frozen = place(frozen, placement.params(frozen))
-    put = placement and (lambda batch: place(batch, placement.batch(batch)))
+    put = placement and placement.place_batch
     step = make_train_step(
         loss, tx, accumulate=accumulate, out_shardings=of_state and (of_state, None)
     )
@@ -193,7 +193,7 @@ def _optimizer(config: Any, method: Method, trainable: Any, num_steps: int, plac
     if config.optimizer.get("offload", OPTIONAL["optimizer.offload"]):
         parts = optimizer_parts(config.optimizer, num_steps)
         settings = (parts, method.optimizer, shapes_of, shardings_of)
-        if lacks := host_memory(jax.devices()[0]):
+        if lacks := lacks_host_memory(jax.devices()[0]):
             note = f"optimizer.offload: {lacks}; the moments stay on the device"
             return *offload(*settings, kind=None), note
         return *offload(*settings), note

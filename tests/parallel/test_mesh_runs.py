@@ -16,7 +16,7 @@ from lora_jax.core.errors import RequestError
 from lora_jax.core.optional import set_optional
 from lora_jax.models import load_model, save_model
 from lora_jax.parallel import Placement, make_mesh, read_mesh
-from lora_jax.parallel.offload import host_memory
+from lora_jax.parallel.offload import lacks_host_memory
 from lora_jax.sweeps import run_sweep
 from lora_jax.sweeps.engine import PackTraining
 from lora_jax.sweeps.groups import make_groups
@@ -309,7 +309,7 @@ def test_moments_in_the_hosts_memory_are_the_same_training(
     make_config, tmp_path, monkeypatch, text
 ):
     """On CPU both memories are one, but what moves between them is the same program."""
-    if host_memory(jax.devices()[0]):
+    if lacks_host_memory(jax.devices()[0]):
         pytest.skip("this JAX has no memory of the host's own on CPU")
     mesh = mesh_of(text) if text else None
     config = make_config({"train.checkpoint_every_steps": 4, "optimizer.lr": 1e-3})
