@@ -33,8 +33,8 @@ SMOLLM2 = {
     "data.path": "../shared/data/e2e",
     "data.text": "prompt",
     "data.label": "completion",
-    "data.max_length": 128,
-    "data.buckets": (64, 128),
+    "data.max_length": 96,  # the longest has 89 tokens
+    "data.buckets": (64, 80, 96),
     "data.batch_size": 4,
     "data.limit": 192,
     "data.eval_limit": 96,

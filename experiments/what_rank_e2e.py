@@ -86,8 +86,8 @@ def get_config(arg: str = "") -> ConfigDict:
                 "path": "../shared/data/e2e",
                 "text": "prompt",
                 "label": "completion",
-                "max_length": 128,
-                "buckets": (64, 128),
+                "max_length": 96,  # the longest has 89 tokens
+                "buckets": (64, 80, 96),
                 "batch_size": 4,
                 "seed": 0,
                 "limit": 192,  # one epoch
