@@ -14,7 +14,8 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from experiments.hypotheses import Contestant, Verdict
+from experiments.hypotheses import Contestant, Verdict, read_contestants
+from lora_jax.core import trees
 from lora_jax.core.errors import RequestError
 from lora_jax.formats.atomic import atomic_path, write_json, write_text
 from lora_jax.report.quantities import rate_text
@@ -46,6 +47,25 @@ def cell_record(run: Run) -> dict[str, Any]:
         "commit": card["commit"],
         "weights_sha256": card["metrics"].get("weights_sha256"),
     }
+
+
+def seeds_of(place: str | Path, name: str) -> list[dict[str, Any]]:
+    """`cell_record` of each seed of a contestant at its rate: of a finished sweep's workdir, or of
+    results that were kept, a folder with a cells.jsonl. Raises `RequestError`."""
+    place = Path(place)
+    if not (place / "cells.jsonl").is_file():
+        found = read_contestants(place)
+        if name in found:
+            return [cell_record(run) for run in found[name].runs]
+        raise RequestError(f"{place} has no {name!r}; {trees.nearest(name, found)}")
+    rows = [json.loads(line) for line in (place / "cells.jsonl").read_text().splitlines()]
+    known = dict.fromkeys(row["cell"].rpartition("-lr")[0] for row in rows)
+    own = [row for row in rows if row["cell"].rpartition("-lr")[0] == name]
+    if not own:
+        raise RequestError(f"{place} has no {name!r}; {trees.nearest(name, known)}")
+    tried = [row for row in own if row["seed"] == own[0]["seed"]]
+    best = min(tried, key=lambda row: row["validation_loss"])
+    return [row for row in own if row["lr"] == best["lr"]]
 
 
 def contestant_table(contestants: Mapping[str, Contestant]) -> str:
@@ -164,19 +184,19 @@ def run_main(
     write: Callable[..., None],
     argv: Sequence[str] | None = None,
     *,
-    beside: bool = False,
+    beside: str = "",
 ) -> None:
     """The command line of an experiment: where its runs are, where its findings go.
 
-    With `beside` it needs another sweep's runs, too: `write(workdir, out, beside)`.
+    With `beside`, another experiment's name, it needs runs of that, too: `write(workdir, out,
+    place)`, where the place is a sweep's workdir or what was kept of one, as in `seeds_of`.
     """
     parser = argparse.ArgumentParser(prog=f"python -m experiments.{name}")
     parser.add_argument("workdir", type=Path, help="a finished sweep's --workdir")
     parser.add_argument("--out", type=Path, default=RESULTS / name, help="(default: %(default)s)")
     if beside:
-        parser.add_argument(
-            "--beside", type=Path, required=True, help="the other sweep's --workdir"
-        )
+        about = f"a sweep of {beside}, or what was kept of one (default: %(default)s)"
+        parser.add_argument("--beside", type=Path, default=RESULTS / beside, help=about)
     options = parser.parse_args(argv)
     more = (options.beside,) if beside else ()
     try:

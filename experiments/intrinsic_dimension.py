@@ -2,7 +2,7 @@
 
     make testbeds
     lora-jax sweep --config=experiments/intrinsic_dimension.py --sweep=full_size --workdir=runs/dim
-    python -m experiments.intrinsic_dimension runs/dim --beside=runs/what_rank
+    python -m experiments.intrinsic_dimension runs/dim
 
 The argument is a size: none, or `smoke` (a tiny model on 64 reviews; sweep `smoke`, a minute).
 
@@ -116,15 +116,15 @@ def get_config(arg: str = "") -> ConfigDict:
 
 
 def write(workdir, out, beside) -> None:
-    """Reads the finished sweep and that of `what_rank` beside, and writes what was found."""
+    """Reads the finished sweep and full fine-tuning's seeds beside, and writes what was found."""
     import numpy as np
 
     from experiments import findings, hypotheses
     from lora_jax.analysis import intrinsic_dimension
 
     found = hypotheses.read_contestants(workdir)
-    full = hypotheses.read_contestants(beside)["full"]
-    score = full.mean("metrics.test.accuracy")
+    full = findings.seeds_of(beside, "full")
+    score = float(np.mean([row["test_accuracy"] for row in full]))
     dims = {
         kind: sorted(int(n.rpartition("-d")[2]) for n in found if n.startswith(kind))
         for kind in ("did", "said")
@@ -163,7 +163,7 @@ def write(workdir, out, beside) -> None:
     findings.write_findings(
         out,
         title="The intrinsic dimension of fine-tuning",
-        command="python -m experiments.intrinsic_dimension runs/dim --beside=runs/what_rank",
+        command="python -m experiments.intrinsic_dimension runs/dim",
         verdicts=verdicts,
         parts=[
             "\n".join(lines),
@@ -207,4 +207,4 @@ def _draw(accuracies, dims, score, threshold):
 if __name__ == "__main__":
     from experiments.findings import run_main
 
-    run_main("intrinsic_dimension", write, beside=True)
+    run_main("intrinsic_dimension", write, beside="what_rank")

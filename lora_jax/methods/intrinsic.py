@@ -162,12 +162,13 @@ class IntrinsicDimension(Method):
         check_layout(NAME, entry["layout"], moved)
         project = PROJECTIONS[self.projection]
         steps = project(entry["theta"], sum(moved.values()), key_of(entry["key"]))
-        groups, found, start = self._groups(moved), {}, 0
-        for (path, size), group in zip(moved.items(), groups, strict=True):
-            own = steps[start : start + size]
-            found[path] = entry["scales"][group] * own if self.structure == "said" else own
-            start += size
-        return found
+        # Split, not sliced: the adjoint is one concatenation, where that of each slice passes over
+        # all that moves (100 slices of MiniLM's 10.7 million: 1 s of a step on a CPU, not 0.1).
+        found = dict(zip(moved, jax.lax.split(steps, tuple(moved.values())), strict=True))
+        if self.structure != "said":
+            return found
+        groups = zip(moved, self._groups(moved), strict=True)
+        return {path: entry["scales"][group] * found[path] for path, group in groups}
 
     def theta_size(self, params: PyTree) -> int:
         """How many numbers θ has: dim, less SAID's λ."""

@@ -112,14 +112,13 @@ class UniLoRA(Method):
         check_layout(NAME, entry["layout"], sizes)
         key = key_of(entry["key"])
         flat = PROJECTIONS[self.projection](entry["theta"], sum(sizes.values()), key)
+        # Split, not sliced: the adjoint is one concatenation.
+        values = dict(zip(sizes, jax.lax.split(flat, tuple(sizes.values())), strict=True))
         found: dict[str, dict[str, Any]] = {}
-        begun = 0
         for name, site in sites.items():
             beneath = self._begun(key, site) if self.start == "lora" else None
             for part, spec in LoRA.PARTS.items():
-                size = sizes[f"{name}:{part}"]
-                value = flat[begun : begun + size].reshape(site.part_shape(spec))
-                begun += size
+                value = values[f"{name}:{part}"].reshape(site.part_shape(spec))
                 found.setdefault(name, {})[part] = (
                     value if beneath is None else value + beneath[part]
                 )

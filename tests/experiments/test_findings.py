@@ -159,6 +159,19 @@ def test_what_is_written_holds_the_hashes_and_no_figure_typed_by_hand(tmp_path):
     assert kept["commits"] == ["c" * 40] and kept["verdicts"][0]["verdict"] == "open"
 
 
+def test_a_contestants_seeds_are_read_from_a_sweep_and_from_what_was_kept_of_it(tmp_path):
+    workdir, kept = workdir_of(tmp_path / "work"), tmp_path / "kept"
+    found = hypotheses.read_contestants(workdir)
+    runs = found["a"].all_runs
+    findings.write_findings(kept, title="t", command="c", verdicts=[], parts=[], runs=runs)
+    rows = findings.seeds_of(workdir, "a")
+    assert [(row["lr"], row["seed"]) for row in rows] == [(1e-2, 0), (1e-2, 1)]
+    assert findings.seeds_of(kept, "a") == rows
+    for place in (workdir, kept):
+        with pytest.raises(RequestError, match="has no 'aa'; nearest: 'a'"):
+            findings.seeds_of(place, "aa")
+
+
 @pytest.mark.parametrize("name", SWEEPS)
 def test_every_sweep_has_a_smoke_size_and_five_rates(name):
     module = importlib.import_module(f"experiments.{name}")
