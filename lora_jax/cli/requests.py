@@ -13,7 +13,7 @@ from absl import flags
 from ml_collections import ConfigDict, config_flags
 
 from lora_jax.core.errors import RequestError
-from lora_jax.core.optional import OPTIONAL, set_optional
+from lora_jax.core.optional import OPTIONAL, describe_optional, set_optional
 from lora_jax.core.trees import nearest
 
 # What --mesh means, for the ends of --help.
@@ -26,6 +26,9 @@ devices that share the processor: XLA_FLAGS=--xla_force_host_platform_device_cou
 OVERRIDES = (
     "Any setting of the config is a flag: --config.method.rank=4 --config.data.path=my.jsonl"
 )
+OPTIONAL_SETTINGS = f"""\
+Settings that a config need not have, and what they are without; flags like all others:
+{describe_optional()}"""
 
 
 class Parser(argparse.ArgumentParser):

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 
 from lora_jax.cli.requests import (
     MESH,
+    OPTIONAL_SETTINGS,
     OVERRIDES,
     Parser,
     add_json,
@@ -43,6 +44,8 @@ Cells that differ in targets, rank, alpha, dropout, init, learning rate, weight 
 train as one program over one copy of the base (ranks padded to 8, 16, 32, …); the rest, and full
 fine-tuning, one after another. --plan says which. A finished cell is not run again; a stopped sweep
 goes on where it was.
+
+{OPTIONAL_SETTINGS}
 
 {MESH}
 cell, of sweeps alone: each device has cells of its own, and the whole base; nothing is sent between

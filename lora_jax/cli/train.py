@@ -8,6 +8,7 @@ from collections.abc import Sequence
 
 from lora_jax.cli.requests import (
     MESH,
+    OPTIONAL_SETTINGS,
     OVERRIDES,
     Parser,
     add_json,
@@ -36,6 +37,8 @@ Examples:
 Stop it with Ctrl-C, or kill it: the same command goes on where it was, and the weights at the end
 are those of a run that was never stopped. Results: WORKDIR/cells/NAME/card.json, metrics.jsonl,
 adapter/; TensorBoard: tensorboard --logdir WORKDIR.
+
+{OPTIONAL_SETTINGS}
 
 {MESH}
 """

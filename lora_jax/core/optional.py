@@ -9,17 +9,25 @@ from typing import Any
 
 from lora_jax.core.errors import RequestError
 
-# Setting: what it is where a config lacks it.
-OPTIONAL: dict[str, Any] = {
-    "model.quantize": "",  # or "nf4": a frozen base in four bits
-    "model.quantize_targets": "all-linear",
-    "model.double_quant": True,
-    "optimizer.moment_dtype": "float32",  # or "bfloat16": Adam's moments, see `make_optimizer`
-    "optimizer.offload": False,  # Adam's moments in the host's memory, of a cell that trains alone
-    "train.accumulate_steps": 1,  # parts of a batch, one after the other
-    "train.remat": "",  # what layers keep for the backward pass: a name of jax.checkpoint_policies
-    "train.loss_chunk": 0,  # positions whose logits a language model makes at once; 0: by size
+# Setting: what it is where a config lacks it, and what `--help` says of it.
+_SETTINGS: dict[str, tuple[Any, str]] = {
+    "model.quantize": ("", "nf4: a frozen base in four bits"),
+    "model.quantize_targets": ("all-linear", "which of its kernels"),
+    "model.double_quant": (True, "the scales in eight bits, too"),
+    "optimizer.moment_dtype": ("float32", "bfloat16: Adam's moments in half the memory"),
+    "optimizer.offload": (False, "Adam's moments in the host's memory (a cell that trains alone)"),
+    "train.accumulate_steps": (1, "parts of a batch, one after the other"),
+    "train.remat": ("", "all that layers keep to go back by; nothing_saveable: none of it"),
+    "train.loss_chunk": (0, "positions whose logits are made at once; 0: by size"),
 }
+OPTIONAL: dict[str, Any] = {key: default for key, (default, _) in _SETTINGS.items()}
+
+
+def describe_optional() -> str:
+    """A line each: the setting with its default, and what it is."""
+    said = {key: f"{key}={str(default).lower()}" for key, default in OPTIONAL.items()}
+    width = max(map(len, said.values()))
+    return "\n".join(f"  {said[key]:{width}}  {about}" for key, (_, about) in _SETTINGS.items())
 
 
 def set_optional(config: Any, key: str, value: Any) -> None:

@@ -98,10 +98,13 @@ class SweepView(contextlib.AbstractContextManager):
             bar = self._bars.add_task(name, total=num_steps, completed=start, values="")
 
         def show(step: int, loss: float | None, rate: float | None) -> None:
-            told = f"{name} step {step}/{num_steps}"
+            come = f"step {step}/{num_steps}"
+            if step >= num_steps:  # nothing is shown again until that is over
+                come += ", evaluating"
+            told = f"{name} {come}"
             values = f"loss {loss:.4f}" if loss is not None else ""
             if bar is not None:
-                self._bars.update(bar, completed=step, values=f"step {step}/{num_steps}  {values}")
+                self._bars.update(bar, completed=step, values=f"{come}  {values}")
                 done = (self._worked + cells * step) / max(1.0, self._work)
                 self._bars.update(self._whole, completed=done, values=self._counts(step))
                 return

@@ -78,7 +78,7 @@ def _lines(name, num_steps, start, unit, stream, every_s, clock) -> Show:
         words = [
             f"{name}: step {step}/{num_steps}",
             _values(loss, rate, unit),
-            f"{clock_time(left)} left",
+            f"{clock_time(left)} left" if step < num_steps else "evaluating",
         ]
         print("  ".join(word for word in words if word), file=stream, flush=True)
 

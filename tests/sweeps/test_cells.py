@@ -196,9 +196,13 @@ def test_the_view_counts_cells_and_says_what_is_left():
             show(2, None, None)  # not yet: a line each 10 s
             now[0] = 20.0
             show(5, 0.5, None)
+            now[0] = 21.0
+            show(10, 0.25, None)
     # 10 of 40 cell-steps took 20 s: 60 s for the other 30.
     assert stream.getvalue() == (
         "0 done, 2 running, 1 failed, 1 waiting; 1:00 left  pack-1 step 5/10  loss 0.5000\n"
+        "0 done, 2 running, 1 failed, 1 waiting; 0:21 left  pack-1 step 10/10, evaluating"
+        "  loss 0.2500\n"
     )
 
 

@@ -25,6 +25,7 @@ def test_lines_come_now_and_then_and_at_the_end():
         "run: step 100/100",
     ]
     assert lines[0] == "run: step 40/100  loss 0.0250  320 examples/s  0:15 left"
+    assert lines[-1] == "run: step 100/100  loss 0.0100  320 examples/s  evaluating"
 
 
 def test_time_left_of_a_resumed_run_counts_its_own_steps():
