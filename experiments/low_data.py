@@ -9,7 +9,8 @@ Compared: MiniLM on 64, 256, 1,024 and 4,096 movie reviews (the largest split ha
 tokens, 80 steps of 32 in each (so 40 epochs of the least): q,v at r = 8, full fine-tuning and the
 frozen probe. Five rates on seed 0, the best on validation with four more seeds; of two looks the
 one with the best validation loss counts. The validation split has 1,000 reviews whatever the size,
-which favours whoever overfits, equally.
+which favours whoever overfits, equally. At 64 and for full fine-tuning at 256 the smallest rate was
+the best: two smaller ones were added once that was seen, in the same sweep.
 
 The source, Table 16 (MNLI on GPT-3, accuracy at 100, 1k, 10k, 392k examples): full 60.2, 85.8,
 88.9, 89.5; LoRA 63.8, 85.6, 89.2, 91.7; prefix methods far below at 100.
@@ -34,6 +35,13 @@ RATES = {
     "qv-r8": (3e-4, 1e-3, 3e-3, 1e-2, 3e-2),
     "head": (1e-3, 3e-3, 1e-2, 3e-2, 1e-1),
     "full": (2e-5, 5e-5, 1e-4, 3e-4, 1e-3),
+}
+# Added after a first sweep, whose best rates were the smallest for these.
+LOWER = {
+    "qv-r8-n64": (3e-5, 1e-4),
+    "head-n64": (1e-4, 3e-4),
+    "full-n64": (5e-6, 1e-5),
+    "full-n256": (5e-6, 1e-5),
 }
 MORE_SEEDS = (1, 2, 3, 4)
 MARGIN = 0.02
@@ -63,8 +71,10 @@ def sweep_full_size(add):
     """Three methods on four sizes at five rates, then four more seeds at the best."""
     for name, own in CONTESTANTS.items():
         for size in SIZES:
-            tuned = {"tune": ("optimizer.lr", RATES[name]), "more_seeds": MORE_SEEDS}
-            add(f"{name}-n{size}", **tuned, **own, **{"data.limit": size})
+            cell = f"{name}-n{size}"
+            rates = (*LOWER.get(cell, ()), *RATES[name])
+            tuned = {"tune": ("optimizer.lr", rates), "more_seeds": MORE_SEEDS}
+            add(cell, **tuned, **own, **{"data.limit": size})
 
 
 def sweep_smoke(add):
