@@ -154,7 +154,7 @@ def write(workdir, out) -> None:
     verdicts = [
         hypotheses.equivalent(
             model,
-            f"{model}: NF4 equals float32 within {MARGIN}",
+            f"NF4 equals float32 within {MARGIN}",
             found[f"{model}-nf4"],
             found[f"{model}-float32"],
             MARGIN,
