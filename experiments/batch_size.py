@@ -143,6 +143,7 @@ def write(workdir, out) -> None:
             )
         )
     runs = [run for one in found.values() for run in one.all_runs]
+    figure = findings.draw_by_number(found, "-b", label="batch size", beside="full")
     findings.write_findings(
         out,
         title="Batch size",
@@ -150,7 +151,7 @@ def write(workdir, out) -> None:
         verdicts=verdicts,
         parts=[
             findings.contestant_table(found),
-            findings.figure_file(findings.draw_contestants(found), out, "batches", runs),
+            findings.figure_file(figure, out, "batches", runs),
         ],
         runs=runs,
     )

@@ -14,7 +14,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from experiments.hypotheses import Contestant, Verdict, read_contestants
+from experiments.hypotheses import Contestant, Verdict, difference, read_contestants
 from lora_jax.core import trees
 from lora_jax.core.errors import RequestError
 from lora_jax.formats.atomic import atomic_path, write_json, write_text
@@ -24,6 +24,7 @@ from lora_jax.train.card import device_description, git_commit
 from lora_jax.train.card import versions as package_versions
 
 RESULTS = Path(__file__).parent / "results"
+COLOURS = ("#2f86c9", "#159b78", "#d9661f", "#8a5cc2", "#b8860b")
 
 
 def cell_record(run: Run) -> dict[str, Any]:
@@ -99,7 +100,7 @@ def draw_contestants(contestants: Mapping[str, Contestant]):
     """Test losses with their 95% intervals, a line a contestant, single seeds as small marks."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(7, 1 + 0.4 * len(contestants)), layout="constrained")
+    figure = Figure(figsize=(7, 1.2 + 0.4 * len(contestants)), layout="constrained")
     axes = figure.subplots()
     places = range(len(contestants), 0, -1)
     for place, one in zip(places, contestants.values(), strict=True):
@@ -108,8 +109,50 @@ def draw_contestants(contestants: Mapping[str, Contestant]):
         axes.plot(one.losses.mean(axis=1), [place - 0.2] * len(one.runs), "k.", markersize=4)
         axes.plot([loss.estimate], [place], "o", color="#2f86c9")
     axes.set_yticks(list(places), list(contestants))
+    axes.set_ylim(0.5, len(contestants) + 0.5)
     axes.set_xlabel("test loss (nats), mean over seeds, 95%; dots: seeds")
     axes.grid(axis="x", alpha=0.3)
+    return figure
+
+
+def draw_by_number(contestants: Mapping[str, Contestant], mark: str, *, label: str, beside: str):
+    """Contestants named METHOD, `mark`, number: test loss against the number, a line a method.
+
+    Single seeds are dots. At the right what each method's loss has above that of the method
+    `beside`, paired, with its 95% interval; 0 is that method's line.
+    """
+    from matplotlib.figure import Figure
+
+    by_method: dict[str, dict[int, Contestant]] = {}
+    for name, one in contestants.items():
+        method, _, number = name.rpartition(mark)
+        by_method.setdefault(method, {})[int(number)] = one
+    numbers = sorted({number for own in by_method.values() for number in own})
+    figure = Figure(figsize=(9.5, 3.8), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    for (method, own), colour in zip(by_method.items(), COLOURS, strict=False):
+        losses = [own[number].losses.mean(axis=1) for number in numbers]
+        left.plot(numbers, [seeds.mean() for seeds in losses], "-", color=colour, label=method)
+        for number, seeds in zip(numbers, losses, strict=True):
+            left.plot([number] * len(seeds), seeds, ".", color=colour, markersize=5)
+        if method == beside:
+            continue
+        gaps = [difference(own[number], by_method[beside][number]) for number in numbers]
+        middle = [gap.estimate for gap in gaps]
+        right.plot(numbers, middle, "o-", color=colour, label=f"{method} − {beside}")
+        right.fill_between(
+            numbers, [gap.low for gap in gaps], [gap.high for gap in gaps],
+            color=colour, alpha=0.15, linewidth=0,
+        )  # fmt: skip
+    right.axhline(0, color=COLOURS[list(by_method).index(beside)])
+    left.set_ylabel("test loss (nats); dots: seeds")
+    right.set_ylabel("difference (nats), paired, 95%")
+    for axes in (left, right):
+        axes.set_xscale("log", base=2)
+        axes.set_xticks(numbers, [f"{number:,}" for number in numbers])
+        axes.set_xlabel(label)
+        axes.grid(alpha=0.3)
+        axes.legend()
     return figure
 
 

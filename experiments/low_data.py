@@ -165,6 +165,7 @@ def write(workdir, out) -> None:
         ),
     ]
     runs = [run for one in found.values() for run in one.all_runs]
+    figure = findings.draw_by_number(found, "-n", label="reviews to train on", beside="full")
     findings.write_findings(
         out,
         title="Few examples",
@@ -172,7 +173,7 @@ def write(workdir, out) -> None:
         verdicts=verdicts,
         parts=[
             findings.contestant_table(found),
-            findings.figure_file(findings.draw_contestants(found), out, "sizes", runs),
+            findings.figure_file(figure, out, "sizes", runs),
         ],
         runs=runs,
     )
