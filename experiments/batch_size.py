@@ -143,7 +143,9 @@ def write(workdir, out) -> None:
             )
         )
     runs = [run for one in found.values() for run in one.all_runs]
-    figure = findings.draw_by_number(found, "-b", label="batch size", beside="full")
+    gaps = findings.gaps_by_number(found, "-b", beside="full")
+    said = {"label": "batch size", "beside": "full"}
+    figure = findings.draw_by_number(found, gaps, "-b", **said)
     findings.write_findings(
         out,
         title="Batch size",
@@ -151,6 +153,7 @@ def write(workdir, out) -> None:
         verdicts=verdicts,
         parts=[
             findings.contestant_table(found),
+            findings.gap_table(gaps, **said),
             findings.figure_file(figure, out, "batches", runs),
         ],
         runs=runs,

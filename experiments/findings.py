@@ -14,12 +14,13 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from experiments.hypotheses import Contestant, Verdict, difference, read_contestants
+from experiments.hypotheses import Contestant, Verdict, difference, interval_text, read_contestants
 from lora_jax.core import trees
 from lora_jax.core.errors import RequestError
 from lora_jax.formats.atomic import atomic_path, write_json, write_text
 from lora_jax.report.quantities import rate_text
 from lora_jax.report.runs import Run
+from lora_jax.report.statistics import Interval
 from lora_jax.train.card import device_description, git_commit
 from lora_jax.train.card import versions as package_versions
 
@@ -115,36 +116,59 @@ def draw_contestants(contestants: Mapping[str, Contestant]):
     return figure
 
 
-def draw_by_number(contestants: Mapping[str, Contestant], mark: str, *, label: str, beside: str):
-    """Contestants named METHOD, `mark`, number: test loss against the number, a line a method.
-
-    Single seeds are dots. At the right what each method's loss has above that of the method
-    `beside`, paired, with its 95% interval; 0 is that method's line.
-    """
-    from matplotlib.figure import Figure
-
-    by_method: dict[str, dict[int, Contestant]] = {}
+def gaps_by_number(
+    contestants: Mapping[str, Contestant], mark: str, *, beside: str
+) -> dict[str, dict[int, Interval]]:
+    """`{method: {number: …}}` of contestants named METHOD, `mark`, number: test loss less that of
+    the method `beside` at the same number, paired, 95%."""
+    found: dict[str, dict[int, Interval]] = {}
     for name, one in contestants.items():
         method, _, number = name.rpartition(mark)
-        by_method.setdefault(method, {})[int(number)] = one
-    numbers = sorted({number for own in by_method.values() for number in own})
+        if method != beside:
+            gap = difference(one, contestants[f"{beside}{mark}{number}"])
+            found.setdefault(method, {})[int(number)] = gap
+    return found
+
+
+def gap_table(gaps: Mapping[str, Mapping[int, Interval]], *, label: str, beside: str) -> str:
+    """Markdown of `gaps_by_number`, a row a number."""
+    numbers = sorted(next(iter(gaps.values())))
+    heads = [label, *(f"{method} − {beside}, 95%" for method in gaps)]
+    lines = ["| " + " | ".join(heads) + " |", "|---:" * len(heads) + "|"]
+    for number in numbers:
+        shown = (interval_text(own[number]) for own in gaps.values())
+        lines.append(f"| {number:,} | " + " | ".join(shown) + " |")
+    return "\n".join(lines)
+
+
+def draw_by_number(
+    contestants: Mapping[str, Contestant],
+    gaps: Mapping[str, Mapping[int, Interval]],
+    mark: str,
+    *,
+    label: str,
+    beside: str,
+):
+    """Left: test loss against the number in the contestants' names, a line a method, single seeds
+    as dots. Right: `gaps_by_number`; 0 is the line of the method `beside`."""
+    from matplotlib.figure import Figure
+
+    numbers = sorted(next(iter(gaps.values())))
+    colours = dict(zip([*gaps, beside], COLOURS, strict=False))
     figure = Figure(figsize=(9.5, 3.8), layout="constrained")
     left, right = figure.subplots(1, 2)
-    for (method, own), colour in zip(by_method.items(), COLOURS, strict=False):
-        losses = [own[number].losses.mean(axis=1) for number in numbers]
+    for method, colour in colours.items():
+        losses = [contestants[f"{method}{mark}{n}"].losses.mean(axis=1) for n in numbers]
         left.plot(numbers, [seeds.mean() for seeds in losses], "-", color=colour, label=method)
         for number, seeds in zip(numbers, losses, strict=True):
             left.plot([number] * len(seeds), seeds, ".", color=colour, markersize=5)
-        if method == beside:
-            continue
-        gaps = [difference(own[number], by_method[beside][number]) for number in numbers]
-        middle = [gap.estimate for gap in gaps]
+    for method, own in gaps.items():
+        colour, some = colours[method], [own[number] for number in numbers]
+        middle = [gap.estimate for gap in some]
         right.plot(numbers, middle, "o-", color=colour, label=f"{method} − {beside}")
-        right.fill_between(
-            numbers, [gap.low for gap in gaps], [gap.high for gap in gaps],
-            color=colour, alpha=0.15, linewidth=0,
-        )  # fmt: skip
-    right.axhline(0, color=COLOURS[list(by_method).index(beside)])
+        low, high = [gap.low for gap in some], [gap.high for gap in some]
+        right.fill_between(numbers, low, high, color=colour, alpha=0.15, linewidth=0)
+    right.axhline(0, color=colours[beside])
     left.set_ylabel("test loss (nats); dots: seeds")
     right.set_ylabel("difference (nats), paired, 95%")
     for axes in (left, right):

@@ -176,8 +176,9 @@ class Verdict:
     verdict: str
 
 
-def _interval_text(one: Interval, level: float, form: str = "+.3f", unit: str = "") -> str:
-    return f"{one.estimate:{form}} [{one.low:{form}}, {one.high:{form}}]{unit} ({level:.0%})"
+def interval_text(one: Interval, form: str = "+.3f") -> str:
+    """The estimate with its interval in brackets."""
+    return f"{one.estimate:{form}} [{one.low:{form}}, {one.high:{form}}]"
 
 
 def worse(name: str, claim: str, first: Contestant, second: Contestant, margin: float) -> Verdict:
@@ -199,7 +200,7 @@ def equivalent(
     inside = -margin < found.low and found.high < margin
     outside = found.low > margin or found.high < -margin
     verdict = HOLDS if inside else REFUTED if outside else OPEN
-    text = _interval_text(found, 0.90)
+    text = f"{interval_text(found)} (90%)"
     return _open_if_failed(Verdict(name, claim, text, verdict), first, second)
 
 
@@ -211,7 +212,7 @@ def not_worse(
     """
     found = difference(first, second, level=0.90)
     verdict = HOLDS if found.high < margin else REFUTED if found.low > margin else OPEN
-    text = _interval_text(found, 0.90)
+    text = f"{interval_text(found)} (90%)"
     return _open_if_failed(Verdict(name, claim, text, verdict), first, second)
 
 
@@ -241,7 +242,7 @@ def beyond(
 ) -> Verdict:
     """Whether a 95% interval lies above the margin, below it, or holds it."""
     verdict = HOLDS if found.low > margin else REFUTED if found.high < margin else OPEN
-    return Verdict(name, claim, _interval_text(found, 0.95, form, unit), verdict)
+    return Verdict(name, claim, f"{interval_text(found, form)}{unit} (95%)", verdict)
 
 
 def decide(name: str, claim: str, seen: str, holds: bool | None) -> Verdict:

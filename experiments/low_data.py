@@ -165,7 +165,9 @@ def write(workdir, out) -> None:
         ),
     ]
     runs = [run for one in found.values() for run in one.all_runs]
-    figure = findings.draw_by_number(found, "-n", label="reviews to train on", beside="full")
+    gaps = findings.gaps_by_number(found, "-n", beside="full")
+    said = {"label": "reviews to train on", "beside": "full"}
+    figure = findings.draw_by_number(found, gaps, "-n", **said)
     findings.write_findings(
         out,
         title="Few examples",
@@ -173,6 +175,7 @@ def write(workdir, out) -> None:
         verdicts=verdicts,
         parts=[
             findings.contestant_table(found),
+            findings.gap_table(gaps, **said),
             findings.figure_file(figure, out, "sizes", runs),
         ],
         runs=runs,

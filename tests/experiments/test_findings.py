@@ -172,6 +172,23 @@ def test_a_contestants_seeds_are_read_from_a_sweep_and_from_what_was_kept_of_it(
             findings.seeds_of(place, "aa")
 
 
+def test_gaps_are_paired_differences_at_the_same_number(tmp_path):
+    rng = np.random.default_rng(0)
+    base = {number: rng.normal(1.0, 0.5, (3, 200)) for number in (8, 32)}
+    shift = {8: 0.25, 32: -0.5}
+    found = {f"full-b{n}": contestant(f"full-b{n}", rows) for n, rows in base.items()}
+    found |= {f"q-r1-b{n}": contestant(f"q-r1-b{n}", base[n] + shift[n]) for n in (32, 8)}
+    gaps = findings.gaps_by_number(found, "-b", beside="full")
+    assert {n: round(gap.estimate, 9) for n, gap in gaps["q-r1"].items()} == shift
+    table = findings.gap_table(gaps, label="size", beside="full")
+    assert table.splitlines()[2:] == [
+        "| 8 | +0.250 [+0.250, +0.250] |",
+        "| 32 | -0.500 [-0.500, -0.500] |",
+    ]
+    figure = findings.draw_by_number(found, gaps, "-b", label="size", beside="full")
+    assert findings.figure_file(figure, tmp_path, "it") == "![it](it.png)"
+
+
 @pytest.mark.parametrize("name", SWEEPS)
 def test_every_sweep_has_a_smoke_size_and_five_rates(name):
     module = importlib.import_module(f"experiments.{name}")
