@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import itertools
 import json
+import math
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -25,7 +27,7 @@ from lora_jax.train.card import device_description, git_commit
 from lora_jax.train.card import versions as package_versions
 
 RESULTS = Path(__file__).parent / "results"
-COLOURS = ("#2f86c9", "#159b78", "#d9661f", "#8a5cc2", "#b8860b")
+COLOURS = ("#d9661f", "#2f86c9", "#159b78", "#8a5cc2", "#b8860b")
 
 
 def cell_record(run: Run) -> dict[str, Any]:
@@ -66,8 +68,12 @@ def seeds_of(place: str | Path, name: str) -> list[dict[str, Any]]:
     if not own:
         raise RequestError(f"{place} has no {name!r}; {trees.nearest(name, known)}")
     tried = [row for row in own if row["seed"] == own[0]["seed"]]
-    best = min(tried, key=lambda row: row["validation_loss"])
+    best = min(tried, key=lambda row: (_finite(row["validation_loss"]), row["lr"]))
     return [row for row in own if row["lr"] == best["lr"]]
+
+
+def _finite(loss: float | None) -> float:
+    return loss if loss is not None and math.isfinite(loss) else math.inf
 
 
 def contestant_table(contestants: Mapping[str, Contestant]) -> str:
@@ -125,8 +131,10 @@ def gaps_by_number(
     for name, one in contestants.items():
         method, _, number = name.rpartition(mark)
         if method != beside:
-            gap = difference(one, contestants[f"{beside}{mark}{number}"])
-            found.setdefault(method, {})[int(number)] = gap
+            other = contestants[f"{beside}{mark}{number}"]
+            if failed := one.num_failed + other.num_failed:
+                print(f"{name}: {failed} seeds diverged, and are not in its gap")
+            found.setdefault(method, {})[int(number)] = difference(one, other)
     return found
 
 
@@ -154,7 +162,7 @@ def draw_by_number(
     from matplotlib.figure import Figure
 
     numbers = sorted(next(iter(gaps.values())))
-    colours = dict(zip([*gaps, beside], COLOURS, strict=False))
+    colours = dict(zip([beside, *gaps], itertools.cycle(COLOURS), strict=False))
     figure = Figure(figsize=(9.5, 3.8), layout="constrained")
     left, right = figure.subplots(1, 2)
     for method, colour in colours.items():

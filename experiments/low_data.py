@@ -7,10 +7,12 @@ The argument is a size: none, or `smoke` (a tiny model on 64 reviews; sweep `smo
 
 Compared: MiniLM on 64, 256, 1,024 and 4,096 movie reviews (the largest split has 7,500), cut at 24
 tokens, 80 steps of 32 in each (so 40 epochs of the least): q,v at r = 8, full fine-tuning and the
-frozen probe. Five rates on seed 0, the best on validation with four more seeds; of two looks the
-one with the best validation loss counts. The validation split has 1,000 reviews whatever the size,
-which favours whoever overfits, equally. At 64 and for full fine-tuning at 256 the smallest rate was
-the best: two smaller ones were added once that was seen, in the same sweep (none was better).
+frozen probe. Each size is one draw of reviews, the same for all seeds: the intervals do not hold
+what another draw would change. Five rates on seed 0, the best on validation with four more seeds;
+of two looks the one with the best validation loss counts. The validation split has 1,000 reviews
+whatever the size, which favours whoever overfits, equally. At 64, and for full fine-tuning at 256,
+the smallest rate was the best: two smaller ones were added once that was seen, in the same sweep
+(none was better).
 
 The source, Table 16 (MNLI on GPT-3, accuracy at 100, 1k, 10k, 392k examples): full 60.2, 85.8,
 88.9, 89.5; LoRA 63.8, 85.6, 89.2, 91.7; prefix methods far below at 100.

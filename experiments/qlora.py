@@ -9,8 +9,9 @@ The argument is a size: none, or `smoke` (a tiny model on 64 reviews; sweep `smo
 Compared: LoRA on all linear layers, r = 8, over the base in float32 and over the same base in NF4
 with double quantisation (kernels of the layers only; dequantised to float32). MiniLM on WordNet's
 glosses as in `what_rank` (200 steps of 32), SmolLM2-135M on E2E as in `what_rank_e2e` (48 steps of
-4; its weights are 4-bit values already, of another format, so NF4 rounds what was rounded). Five
-rates each on seed 0, the best on validation with four more seeds.
+4; its weights are 4-bit values already, of another format, so NF4 rounds what was rounded; its 96
+test pairs are of 16 prompts, which its intervals resample). Five rates each on seed 0, the best on
+validation with four more seeds.
 
 The source: QLoRA (arXiv:2305.14314), Table 3 and Section 4: "16-bit, 8-bit and 4-bit adapter
 methods replicate the performance of the fully finetuned 16-bit baseline": RoBERTa-large on GLUE,
@@ -151,6 +152,8 @@ def write(workdir, out) -> None:
     from experiments import findings, hypotheses
 
     found = hypotheses.read_contestants(workdir)
+    texts = {name: one for name, one in found.items() if name.startswith("smollm2")}
+    found |= hypotheses.by_prompt(texts)
     verdicts = [
         hypotheses.equivalent(
             model,

@@ -27,7 +27,7 @@ OVERRIDES = (
     "Any setting of the config is a flag: --config.method.rank=4 --config.data.path=my.jsonl"
 )
 OPTIONAL_SETTINGS = f"""\
-Settings that a config need not have, and what they are without; flags like all others:
+Settings that these configs need not have, and what they are without; flags like all others:
 {describe_optional()}"""
 
 

@@ -17,7 +17,10 @@ _SETTINGS: dict[str, tuple[Any, str]] = {
     "optimizer.moment_dtype": ("float32", "bfloat16: Adam's moments in half the memory"),
     "optimizer.offload": (False, "Adam's moments in the host's memory (a cell that trains alone)"),
     "train.accumulate_steps": (1, "parts of a batch, one after the other"),
-    "train.remat": ("", "all that layers keep to go back by; nothing_saveable: none of it"),
+    "train.remat": (
+        "",
+        "nothing_saveable, dots_saveable, …: layers are computed again in going back",
+    ),
     "train.loss_chunk": (0, "positions whose logits are made at once; 0: by size"),
 }
 OPTIONAL: dict[str, Any] = {key: default for key, (default, _) in _SETTINGS.items()}

@@ -11,7 +11,7 @@ from typing import TextIO
 import rich.console
 import rich.progress
 
-from lora_jax.train.progress import clock_time
+from lora_jax.train.progress import EVALUATING, clock_time
 
 
 class SweepView(contextlib.AbstractContextManager):
@@ -100,7 +100,7 @@ class SweepView(contextlib.AbstractContextManager):
         def show(step: int, loss: float | None, rate: float | None) -> None:
             come = f"step {step}/{num_steps}"
             if step >= num_steps:  # nothing is shown again until that is over
-                come += ", evaluating"
+                come += f", {EVALUATING}"
             told = f"{name} {come}"
             values = f"loss {loss:.4f}" if loss is not None else ""
             if bar is not None:

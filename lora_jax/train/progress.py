@@ -15,6 +15,8 @@ import rich.progress
 Show = Callable[[int, float | None, float | None], None]
 # (name, num_steps, *, start, enabled, unit) -> a context manager that gives a Show
 ShowWith = Callable[..., contextlib.AbstractContextManager[Show]]
+# What comes after the last step, of which nothing is shown.
+EVALUATING = "evaluating"
 
 
 @contextlib.contextmanager
@@ -33,7 +35,8 @@ def show_progress(
     second.
 
     On a terminal it moves a bar with the time left. Elsewhere it prints a line to `stream`
-    (standard error) every `every_s` seconds and at the last step. Not `enabled`, it does nothing.
+    (standard error) every `every_s` seconds and at the last step, which evaluation follows. Not
+    `enabled`, it does nothing.
     """
     stream = stream or sys.stderr
     if not enabled:
@@ -59,7 +62,10 @@ def _bar(name: str, num_steps: int, start: int, unit: str, stream: TextIO) -> It
         task = bar.add_task(name, total=num_steps, completed=start, values="")
 
         def show(step, loss, rate):
-            bar.update(task, completed=step, values=_values(loss, rate, unit))
+            words = _values(loss, rate, unit)
+            if step >= num_steps:
+                words = "  ".join(filter(None, [words, EVALUATING]))
+            bar.update(task, completed=step, values=words)
 
         yield show
 
@@ -78,7 +84,7 @@ def _lines(name, num_steps, start, unit, stream, every_s, clock) -> Show:
         words = [
             f"{name}: step {step}/{num_steps}",
             _values(loss, rate, unit),
-            f"{clock_time(left)} left" if step < num_steps else "evaluating",
+            f"{clock_time(left)} left" if step < num_steps else EVALUATING,
         ]
         print("  ".join(word for word in words if word), file=stream, flush=True)
 

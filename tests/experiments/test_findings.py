@@ -51,6 +51,18 @@ def test_texts_count_by_their_tokens():
     assert losses.mean() == pytest.approx((5 * 1 + 3 * 2 + 2 * 4) / 10)
 
 
+def test_prompts_are_the_units_where_their_pairs_are_alike():
+    """Ten pairs of each prompt with one loss: the interval is that of the prompts alone."""
+    prompts = np.random.default_rng(0).normal(1.0, 0.5, 20)
+    one = contestant("one", [np.repeat(prompts, 10)])
+    by_pair = one.test_loss
+    found = dataclasses.replace(one, units=np.repeat(np.arange(20), 10)).test_loss
+    alone = contestant("alone", [prompts]).test_loss
+    assert found.estimate == pytest.approx(by_pair.estimate) == pytest.approx(prompts.mean())
+    assert (found.low, found.high) == pytest.approx((alone.low, alone.high))
+    assert found.high - found.low > 2.5 * (by_pair.high - by_pair.low)
+
+
 @pytest.mark.parametrize(
     "shift, is_worse, is_equal",
     [

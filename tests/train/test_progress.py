@@ -40,7 +40,7 @@ def test_terminal_gets_a_bar():
     stream = Terminal()
     with show_progress("reviews", 10, stream=stream) as show:
         show(10, 0.25, 1234.0)
-    for words in ("reviews", "10/10", "loss 0.2500", "1,234 examples/s"):
+    for words in ("reviews", "10/10", "loss 0.2500", "1,234 examples/s", "evaluating"):
         assert words in stream.getvalue()
 
 
