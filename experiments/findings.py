@@ -103,23 +103,37 @@ def verdict_table(verdicts: Sequence[Verdict]) -> str:
     return "\n".join(lines)
 
 
-def draw_contestants(contestants: Mapping[str, Contestant]):
-    """Test losses with their 95% intervals, a line a contestant, single seeds as small marks."""
+def draw_contestants(contestants: Mapping[str, Contestant], *, beside: str = ""):
+    """Test losses with their 95% intervals, a line a contestant, single seeds as small marks.
+
+    With `beside` the differences from that contestant, paired, stand at the right: what makes
+    examples hard is in the losses' intervals and not in theirs.
+    """
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(7, 1.2 + 0.4 * len(contestants)), layout="constrained")
-    axes = figure.subplots()
+    size = (10 if beside else 7, 1.2 + 0.4 * len(contestants))
+    figure = Figure(figsize=size, layout="constrained")
+    panels = figure.subplots(1, 2, sharey=True) if beside else [figure.subplots()]
     places = range(len(contestants), 0, -1)
     for place, one in zip(places, contestants.values(), strict=True):
-        loss = one.test_loss
-        axes.plot([loss.low, loss.high], [place, place], color="#2f86c9", linewidth=3, alpha=0.5)
-        axes.plot(one.losses.mean(axis=1), [place - 0.2] * len(one.runs), "k.", markersize=4)
-        axes.plot([loss.estimate], [place], "o", color="#2f86c9")
-    axes.set_yticks(list(places), list(contestants))
-    axes.set_ylim(0.5, len(contestants) + 0.5)
-    axes.set_xlabel("test loss (nats), mean over seeds, 95%; dots: seeds")
-    axes.grid(axis="x", alpha=0.3)
+        _bar(panels[0], place, one.test_loss)
+        panels[0].plot(one.losses.mean(axis=1), [place - 0.2] * len(one.runs), "k.", markersize=4)
+        if beside and one.name != beside:
+            _bar(panels[1], place, difference(one, contestants[beside]))
+    panels[0].set_yticks(list(places), list(contestants))
+    panels[0].set_ylim(0.5, len(contestants) + 0.5)
+    panels[0].set_xlabel("test loss (nats), mean over seeds, 95%; dots: seeds")
+    if beside:
+        panels[1].axvline(0, color=COLOURS[0])
+        panels[1].set_xlabel(f"difference from {beside} (nats), paired, 95%")
+    for axes in panels:
+        axes.grid(axis="x", alpha=0.3)
     return figure
+
+
+def _bar(axes, place: int, found: Interval) -> None:
+    axes.plot([found.low, found.high], [place, place], color=COLOURS[1], linewidth=3, alpha=0.5)
+    axes.plot([found.estimate], [place], "o", color=COLOURS[1])
 
 
 def gaps_by_number(

@@ -168,7 +168,7 @@ def write(workdir, out) -> None:
     parts = []
     for model in ("minilm", "smollm2"):
         own = {name: one for name, one in found.items() if name.startswith(model)}
-        figure = findings.draw_contestants(own)
+        figure = findings.draw_contestants(own, beside=f"{model}-float32")
         parts += [
             findings.contestant_table(own),
             findings.figure_file(figure, out, model, runs),

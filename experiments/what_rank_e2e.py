@@ -158,7 +158,7 @@ def write(workdir, out) -> None:
     for name, values in bleu.items():
         lines.append(f"| {name} | {' '.join(f'{v:.1f}' for v in values)} | {means[name]:.1f} |")
     runs = [run for one in found.values() for run in one.all_runs]
-    figure = findings.draw_contestants(found)
+    figure = findings.draw_contestants(found, beside="full")
     findings.write_findings(
         out,
         title="What rank, on SmolLM2 and E2E",
