@@ -11,6 +11,7 @@ import pytest
 from lora_jax.core.errors import RequestError
 from lora_jax.sweeps import Sweep, plan_sweep, read_sweep, run_sweep
 from lora_jax.sweeps.groups import PackRecord
+from lora_jax.sweeps.run import note_sweep
 from lora_jax.sweeps.status import seconds_left, sweep_status
 from lora_jax.sweeps.view import SweepView
 from lora_jax.train.workdir import lock_workdir
@@ -161,6 +162,19 @@ def test_a_workdir_is_of_one_sweep_unless_told_otherwise(make_config, tmp_path):
     changed = sweep_of(make_config, {"train.num_steps": 2}, {"a": {}})
     with pytest.raises(RequestError, match=r"train\.num_steps is 1 there, 2 here"):
         run(changed, tmp_path, source="x/mine.py")
+
+
+def test_cells_that_a_sweep_no_longer_has_are_forgotten_unless_they_began(make_config, tmp_path):
+    def note(name, *cells):
+        sweep = sweep_of(make_config, {}, {cell: {} for cell in cells})
+        note_sweep(Sweep(name, sweep.cells), tmp_path, "mine.py")
+        return json.loads((tmp_path / "sweep.json").read_text())["cells"]
+
+    assert note("one", "begun", "planned") == ["begun", "planned"]
+    (tmp_path / "cells" / "begun").mkdir(parents=True)
+    assert note("one", "new") == ["begun", "new"]
+    # Beside another sweep nobody knows whose a cell is.
+    assert note("other", "b") == note("one", "begun") == ["begun", "new", "b"]
 
 
 def test_status_is_read_from_files(make_config, tmp_path):
