@@ -142,6 +142,7 @@ def write(workdir, out, beside) -> None:
         kind: sorted(int(n.rpartition("-d")[2]) for n in found if n.startswith(kind))
         for kind in ("did", "said")
     }
+    found = {f"{kind}-d{d}": found[f"{kind}-d{d}"] for kind, some in dims.items() for d in some}
     accuracies = {
         name: [run.metric("metrics.test.accuracy") for run in one.runs]
         for name, one in found.items()
