@@ -4,7 +4,8 @@
     lora-jax sweep --config=experiments/intrinsic_dimension.py --sweep=full_size --workdir=runs/dim
     python -m experiments.intrinsic_dimension runs/dim
 
-The argument is a size: none, or `smoke` (a tiny model on 64 reviews; sweep `smoke`, a minute).
+The argument is a size: none, or `smoke` (a tiny model on 64 reviews; sweep `smoke`, a minute; its
+page needs --beside=… of `what_rank`'s smoke).
 
 Compared: MiniLM, glosses of WordNet's nouns to their 26 domains as in `what_rank` (200 steps of 32
 glosses of at most 16 tokens). All parameters of the encoder's layers and the new head, 10.7
@@ -136,7 +137,10 @@ def write(workdir, out, beside) -> None:
     runs = [run for one in found.values() for run in one.all_runs]
     full = findings.seeds_of(beside, "full")
     if other := {row["data_hash"] for row in full} - {run.card["data_hash"] for run in runs}:
-        raise RequestError(f"{beside} is of other data, {other.pop()[:12]}; give a sweep of these")
+        raise RequestError(
+            f"{beside} is of other data, {other.pop()[:12]}; sweep what_rank on these, and give its "
+            "workdir as --beside"
+        )
     score = float(np.mean([row["test_accuracy"] for row in full]))
     dims = {
         kind: sorted(int(n.rpartition("-d")[2]) for n in found if n.startswith(kind))
