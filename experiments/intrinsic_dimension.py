@@ -138,8 +138,8 @@ def write(workdir, out, beside) -> None:
     full = findings.seeds_of(beside, "full")
     if other := {row["data_hash"] for row in full} - {run.card["data_hash"] for run in runs}:
         raise RequestError(
-            f"{beside} is of other data, {other.pop()[:12]}; sweep what_rank on these, and give its "
-            "workdir as --beside"
+            f"{beside} is of other data, {other.pop()[:12]}; sweep what_rank on these, and give "
+            "its workdir as --beside"
         )
     score = float(np.mean([row["test_accuracy"] for row in full]))
     dims = {
