@@ -11,12 +11,18 @@ import argparse
 import dataclasses
 import itertools
 import json
-import math
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from experiments.hypotheses import Contestant, Verdict, difference, interval_text, read_contestants
+from experiments.hypotheses import (
+    Contestant,
+    Verdict,
+    best_rate,
+    difference,
+    interval_text,
+    read_contestants,
+)
 from lora_jax.core import trees
 from lora_jax.core.errors import RequestError
 from lora_jax.formats.atomic import atomic_path, write_json, write_text
@@ -67,13 +73,9 @@ def seeds_of(place: str | Path, name: str) -> list[dict[str, Any]]:
     own = [row for row in rows if row["cell"].rpartition("-lr")[0] == name]
     if not own:
         raise RequestError(f"{place} has no {name!r}; {trees.nearest(name, known)}")
-    tried = [row for row in own if row["seed"] == own[0]["seed"]]
-    best = min(tried, key=lambda row: (_finite(row["validation_loss"]), row["lr"]))
-    return [row for row in own if row["lr"] == best["lr"]]
-
-
-def _finite(loss: float | None) -> float:
-    return loss if loss is not None and math.isfinite(loss) else math.inf
+    tried = {r["lr"]: r["validation_loss"] for r in own if r["seed"] == own[0]["seed"]}
+    lr = best_rate(name, tried)
+    return [row for row in own if row["lr"] == lr]
 
 
 def contestant_table(contestants: Mapping[str, Contestant]) -> str:

@@ -139,9 +139,7 @@ def _contestant(name: str, runs: list[Run]) -> Contestant:
     seed = runs[0].config["seed"]
     first = {r.config["optimizer"]["lr"]: r for r in runs if r.config["seed"] == seed}
     rates = {lr: _validation_loss(run) for lr, run in sorted(first.items())}
-    lr = min(rates, key=rates.get)
-    if rates[lr] == math.inf:
-        raise RequestError(f"{name} diverged at every rate; tune it over smaller ones")
+    lr = best_rate(name, rates)
     chosen = [run for run in runs if run.config["optimizer"]["lr"] == lr]
     own = [run for run in chosen if run.finished]
     own.sort(key=lambda run: run.config["seed"])
@@ -154,6 +152,14 @@ def _contestant(name: str, runs: list[Run]) -> Contestant:
 def _validation_loss(run: Run) -> float:
     loss = run.metric("metrics.validation.loss") if run.finished else math.inf
     return loss if math.isfinite(loss) else math.inf
+
+
+def best_rate(name: str, rates: Mapping[float, float]) -> float:
+    """The rate with the least finite validation loss, the smallest of several."""
+    finite = {lr: loss for lr, loss in rates.items() if math.isfinite(loss)}
+    if not finite:
+        raise RequestError(f"{name} diverged at every rate; tune it over smaller ones")
+    return min(sorted(finite), key=finite.get)
 
 
 def difference(first: Contestant, second: Contestant, *, level: float = 0.95) -> Interval:

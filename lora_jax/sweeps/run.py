@@ -118,12 +118,12 @@ def note_sweep(
     one = {"name": sweep.name, "source": Path(source).name}
     there["sweeps"] += [] if one in there["sweeps"] else [one]
     names = [cell.name for cell in sweep.first] + list(results or ())
-    known = list(dict.fromkeys([*there["cells"], *names]))
+    earlier = there["cells"]
     if there["sweeps"] == [one]:
         # A cell that the sweep no longer has, and that never began, is nobody's.
-        begun = {name for name in known if (workdir / "cells" / name).exists()}
-        known = [name for name in known if name in begun or name in names]
-    there["cells"] = known
+        own = set(names)
+        earlier = [n for n in earlier if n in own or (workdir / "cells" / n).exists()]
+    there["cells"] = list(dict.fromkeys([*earlier, *names]))
     for name, result in (results or {}).items():
         there["refused"].pop(name, None)
         if isinstance(result, RequestError) and not isinstance(result, Diverged):
