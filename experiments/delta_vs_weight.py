@@ -19,6 +19,11 @@ Hypotheses, written before those runs were looked at; figures are means over mat
 - full_is_wide: 90% of the energy of full fine-tuning's ΔW needs more than 64 of 384 directions.
 - intruders: r = 4 has more intruders among W + ΔW's first ten directions than full fine-tuning.
 Measured: experiments/results/delta_vs_weight/README.md.
+
+Limits (a review, after the runs): `falls_with_rank` could not fail. For random U and V, ‖UᵀWV‖ is
+‖W‖ r / n, so a random ΔW of the same norm has 34.1 and 1.75, a ratio of 19.5; the amplification
+seen (28.5 and 1.68) is at that level. `full_is_wide` is a point estimate whose range contains 64:
+inconclusive. `full` is that of a tied head.
 """
 
 RANKS = (4, 64)
@@ -147,6 +152,7 @@ def write(workdir, out) -> None:
     findings.write_findings(
         out,
         title="ΔW against W",
+        name="delta_vs_weight",
         command="python -m experiments.delta_vs_weight runs/what_rank",
         verdicts=verdicts,
         parts=[

@@ -8,6 +8,7 @@ writes `experiments/results/NAME`: `cells.jsonl` (a line a run, with the hashes 
 from __future__ import annotations
 
 import argparse
+import ast
 import dataclasses
 import itertools
 import json
@@ -223,6 +224,7 @@ def write_findings(
     out: str | Path,
     *,
     title: str,
+    name: str,
     command: str,
     verdicts: Sequence[Verdict],
     parts: Sequence[str],
@@ -231,7 +233,8 @@ def write_findings(
 ) -> None:
     """Writes cells.jsonl, verdicts.json and README.md of an experiment; prints the verdicts.
 
-    `parts` are Markdown, after the verdicts; `extra` are numbers that the README only shows in
+    `name` is the experiment's: the limits in its docstring follow the verdicts. `parts` are
+    Markdown, after them; `extra` are numbers that the README only shows in
     figures, kept in verdicts.json.
     """
     out = Path(out)
@@ -261,13 +264,20 @@ def write_findings(
             "seeds and examples; those of differences are paired, and where Student's is wider "
             f"(few seeds) it is that. {note}"
         )
-    text = "\n\n".join(
-        [f"# {title}", note, f"    {command}", verdict_table(verdicts), *filter(None, parts)]
-    )
+    parts = [verdict_table(verdicts), paragraph_of(name, "Limits"), *parts]
+    text = "\n\n".join([f"# {title}", note, f"    {command}", *filter(None, parts)])
     write_text(out / "README.md", text + "\n")
     for verdict in verdicts:
         print(f"{verdict.name}: {verdict.verdict}: {verdict.seen}")
     print(f"written: {out}")
+
+
+def paragraph_of(name: str, start: str = "") -> str:
+    """The first paragraph of an experiment's docstring that begins with `start`, on one line."""
+    source = (RESULTS.parent / f"{name}.py").read_text(encoding="utf-8")
+    text = ast.get_docstring(ast.parse(source)) or ""
+    paragraphs = (" ".join(part.split()) for part in text.split("\n\n"))
+    return next((part for part in paragraphs if part.startswith(start)), "")
 
 
 def run_main(

@@ -239,6 +239,7 @@ def write(found, out: Path) -> None:
     findings.write_findings(
         out,
         title="The intrinsic dimension of digits",
+        name="intrinsic_digits",
         command="python -m experiments.intrinsic_digits",
         verdicts=verdicts,
         parts=["\n".join(lines), findings.figure_file(_draw(found), out, "dimension"), note],

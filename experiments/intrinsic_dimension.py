@@ -25,6 +25,10 @@ Hypotheses, written before the run:
 - small: d₉₀ by DID is at most 5,000, below 0.05% of what moves.
 - said: d₉₀ by SAID is not above DID's.
 Measured: experiments/results/intrinsic_dimension/README.md.
+
+Limits (a review, after the runs): the reference is a full fine-tuning whose head shared its
+learning rate and is under-trained, so d₉₀ is relative to that run and no property of the task. d =
+5,000 was added to decide `small`, a sequential test.
 """
 
 import math
@@ -179,6 +183,7 @@ def write(workdir, out, beside) -> None:
     findings.write_findings(
         out,
         title="The intrinsic dimension of fine-tuning",
+        name="intrinsic_dimension",
         command="python -m experiments.intrinsic_dimension runs/dim",
         verdicts=verdicts,
         parts=[

@@ -17,6 +17,10 @@ Hypotheses, written before those runs were looked at:
   than 0.02 nats of validation loss to its own best rate.
 Each best rate is of one seed: a basin is narrower than the grid only where the curves say so.
 Measured: experiments/results/lr_by_rank/README.md.
+
+Limits (a review, after the runs): the grid has steps of 2 to 2.5, so it cannot measure factors as
+small as those of the hypotheses: all ranks share the last rate before training collapses. The
+tenfold rate is that of a tied head. `one_rate_for_all` follows from the grid.
 """
 
 MARGIN = 0.02
@@ -77,6 +81,7 @@ def write(workdir, out) -> None:
     findings.write_findings(
         out,
         title="The learning rate by rank",
+        name="lr_by_rank",
         command="python -m experiments.lr_by_rank runs/what_rank",
         verdicts=verdicts,
         parts=[findings.figure_file(_draw(shown), out, "rates", runs), note, "\n".join(lines)],

@@ -22,6 +22,9 @@ Hypotheses, written before the run, margin 0.02 nats of test loss:
 - minilm: NF4 is equivalent to float32 (90% interval within the margin).
 - smollm2: NF4 is equivalent to float32 (the same), in nats a token.
 Measured: experiments/results/qlora/README.md.
+
+Limits (a review, after the runs): both verdicts are inconclusive. SmolLM2's estimate equals the
+margin, so no number of seeds decides it.
 """
 
 from ml_collections import ConfigDict
@@ -176,6 +179,7 @@ def write(workdir, out) -> None:
     findings.write_findings(
         out,
         title="A base in four bits",
+        name="qlora",
         command="python -m experiments.qlora runs/qlora",
         verdicts=verdicts,
         parts=parts,

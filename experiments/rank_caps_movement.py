@@ -31,6 +31,12 @@ last layer r = 1 (alpha 2) 0.81, r = 64 (alpha 128) 0.98.
 - words_full: with exchanged words r = 64 is worse than full fine-tuning by more than 0.02 nats (it
   was the better one by 0.069 with the words as they are: `what_rank`).
 Measured: experiments/results/rank_caps_movement/README.md.
+
+Limits (a review, after the runs): alpha is 16, so r = 1 has scale 16 and r = 64 scale 0.25. At
+alpha = 2 and rate 1e-2 r = 1 reaches 0.814 on the labels (seed 0), not 1.07; the probe's best rate
+is at the edge of its grid. `labels_spread` is about stability: at rates where both train, r = 1 in
+all layers memorises more. The `words` arms contain collapsed seeds; more seeds at those rates would
+not help.
 """
 
 from ml_collections import ConfigDict
@@ -191,6 +197,7 @@ def write(workdir, out) -> None:
     findings.write_findings(
         out,
         title="Where rank caps movement",
+        name="rank_caps_movement",
         command="python -m experiments.rank_caps_movement runs/caps",
         verdicts=verdicts,
         parts=parts,

@@ -19,6 +19,10 @@ Hypotheses, written before those runs were looked at:
 - beyond_random: φ(1, 1) is above the highest of 32 random pairs in at least 10 of the 12 matrices
   (means over pairs).
 Measured: experiments/results/subspace_ranks/README.md.
+
+Limits (a review, after the runs): the trainings are those of what_rank, whose adapters share the
+head's learning rate; directions beyond the first few of a ΔW with 90% of its energy in two are
+mostly initialisation.
 """
 
 import itertools
@@ -96,6 +100,7 @@ def write(workdir, out) -> None:
     findings.write_findings(
         out,
         title="Directions of rank 8 and of rank 64",
+        name="subspace_ranks",
         command="python -m experiments.subspace_ranks runs/what_rank",
         verdicts=verdicts,
         parts=[

@@ -23,6 +23,10 @@ Hypotheses, written before the run:
 - full: r = 4 is not worse than full fine-tuning by more than 0.03 nats (one-sided 5%).
 - bleu: the ranks' mean BLEU lie within 3 points of each other.
 Measured: experiments/results/what_rank_e2e/README.md.
+
+Limits (a review, after the runs): alpha is 32 at every rank, so r = 1 has scale 32 and r = 64 scale
+0.5. `bleu` compares point estimates of three seeds over 40 prompts (standard error 1 to 7 points):
+inconclusive. Intervals rest on 16 prompts.
 """
 
 from ml_collections import ConfigDict
@@ -162,6 +166,7 @@ def write(workdir, out) -> None:
     findings.write_findings(
         out,
         title="What rank, on SmolLM2 and E2E",
+        name="what_rank_e2e",
         command="python -m experiments.what_rank_e2e runs/e2e_rank",
         verdicts=verdicts,
         parts=[

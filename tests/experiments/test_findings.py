@@ -158,6 +158,7 @@ def test_what_is_written_holds_the_hashes_and_no_figure_typed_by_hand(tmp_path):
     findings.write_findings(
         tmp_path / "out",
         title="A question",
+        name="qlora",
         command="python -m it",
         verdicts=[hypotheses.decide("name", "claim", "seen", None)],
         parts=[findings.contestant_table(found)],
@@ -166,6 +167,7 @@ def test_what_is_written_holds_the_hashes_and_no_figure_typed_by_hand(tmp_path):
     lines = (tmp_path / "out" / "cells.jsonl").read_text().splitlines()
     assert [json.loads(line)["config_hash"] for line in lines] == ["ab" * 32] * 3
     text = (tmp_path / "out" / "README.md").read_text()
+    assert findings.paragraph_of("qlora", "Limits") in text
     assert "| name: claim | seen | **open** |" in text and "| a | 7 | 1e-2 |" in text
     kept = json.loads((tmp_path / "out" / "verdicts.json").read_text())
     assert kept["commits"] == ["c" * 40] and kept["verdicts"][0]["verdict"] == "open"
@@ -175,7 +177,9 @@ def test_a_contestants_seeds_are_read_from_a_sweep_and_from_what_was_kept_of_it(
     workdir, kept = workdir_of(tmp_path / "work"), tmp_path / "kept"
     found = hypotheses.read_contestants(workdir)
     runs = found["a"].all_runs
-    findings.write_findings(kept, title="t", command="c", verdicts=[], parts=[], runs=runs)
+    findings.write_findings(
+        kept, title="t", name="qlora", command="c", verdicts=[], parts=[], runs=runs
+    )
     rows = findings.seeds_of(workdir, "a")
     assert [(row["lr"], row["seed"]) for row in rows] == [(1e-2, 0), (1e-2, 1)]
     assert findings.seeds_of(kept, "a") == rows
@@ -210,6 +214,12 @@ def test_every_sweep_has_a_smoke_size_and_five_rates(name):
     assert module.get_config("smoke").model.name.startswith("tiny-")
     with pytest.raises(ValueError, match="give no size, or smoke"):
         module.get_config("large")
+
+
+@pytest.mark.parametrize("name", index.ORDER)
+def test_the_limits_of_an_experiment_stand_on_its_page(name):
+    page = (ROOT / "experiments" / "results" / name / "README.md").read_text()
+    assert findings.paragraph_of(name, "Limits") in page
 
 
 def test_the_page_of_experiments_is_that_of_their_docstrings_and_verdicts():
