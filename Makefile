@@ -21,7 +21,7 @@ FIXTURE_SCRIPTS := make_bert_fixtures.py make_peft_training_fixture.py make_fami
 WRITTEN := .cache/parity-written
 
 .DEFAULT_GOAL := help
-.PHONY: help demo testbeds test test-slow lint parity attachment bench plans notebooks clean
+.PHONY: help demo testbeds test test-slow lint parity attachment zoo bench plans notebooks clean
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 14
@@ -80,6 +80,14 @@ parity: $(VENV)/ready .venv-torch/ready ## compare live with transformers and pe
 
 attachment: $(VENV)/ready .venv-peers/ready ## where adapters attach: constructs beside qwix, nnx.LoRA and quax
 	$(PY) -m experiments.attachment --peers=.venv-peers/bin/python --out=experiments/results/attachment
+
+.venv-zoo/ready: experiments/zoo/requirements.txt pyproject.toml
+	$(PYTHON) -m venv .venv-zoo
+	.venv-zoo/bin/python -m pip install --quiet --disable-pip-version-check -e . -r experiments/zoo/requirements.txt
+	@touch $@
+
+zoo: .venv-zoo/ready ## models of diffrax, optimistix, Equinox and Flax, adapted as they are: a table
+	.venv-zoo/bin/python -m experiments.zoo --out=experiments/results/zoo
 
 bench: $(VENV)/ready .venv-torch/ready ## step time beside hand-written LoRA, full fine-tuning, torch; packs; decoding
 	$(PY) -m experiments.bench.hand_written --out=experiments/results/bench
