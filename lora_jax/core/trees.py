@@ -37,6 +37,31 @@ class Hole:
 jax.tree_util.register_pytree_node(Hole, lambda hole: ((), None), lambda _, children: Hole())
 
 
+class Static:
+    """A Python leaf of a tree (an activation, a flag) while the tree crosses a `jit`: no leaves."""
+
+    def __init__(self, value: Any):
+        self.value = value
+
+    def __repr__(self) -> str:
+        return f"Static({self.value!r})"
+
+    def __eq__(self, other) -> bool:
+        same_type = isinstance(other, Static) and type(self.value) is type(other.value)
+        return same_type and (self.value is other.value or bool(self.value == other.value))
+
+    def __hash__(self) -> int:
+        try:
+            return hash((type(self.value), self.value))
+        except TypeError:  # a leaf of no hash compares by identity or equality alone
+            return hash(type(self.value))
+
+
+jax.tree_util.register_pytree_node(
+    Static, lambda static: ((), static), lambda static, children: static
+)
+
+
 class Stored:
     """An array of `params` that is kept in another form, such as four bits: one leaf by its path.
 
@@ -105,6 +130,23 @@ def is_float(leaf: Any) -> bool:
     Integers (counters) and random keys are never differentiated, nor is what is `Stored`.
     """
     return is_array(leaf) and jnp.issubdtype(leaf.dtype, jnp.inexact)
+
+
+def hide_static(tree: PyTree) -> PyTree:
+    """The tree with every leaf that is no array as a `Static`: `jit` and `vmap` take the result."""
+    flat = flatten(tree)
+    return flat.unflatten(
+        [leaf if is_array(leaf) or isinstance(leaf, Hole) else Static(leaf) for leaf in flat.leaves]
+    )
+
+
+def show_static(tree: PyTree) -> PyTree:
+    """The inverse of `hide_static`: the tree that the model's own code takes."""
+    return jax.tree.map(
+        lambda leaf: leaf.value if isinstance(leaf, Static) else leaf,
+        tree,
+        is_leaf=lambda node: isinstance(node, Static | Hole | Stored),
+    )
 
 
 def take(tree: PyTree, paths) -> tuple[dict[str, Any], PyTree]:

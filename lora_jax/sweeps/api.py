@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 import types
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -12,6 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from lora_jax.core import trees
 from lora_jax.core.errors import RequestError
 from lora_jax.core.lift import lift
 from lora_jax.sweeps.batches import OwnBatches, SharedBatches, num_elements
@@ -54,7 +56,8 @@ def sweep(
 
     Args:
       loss_fn: `loss_fn(params, batch) -> ()` of any JAX model; it need know nothing of adapters.
-      params: the frozen base: dict, `nnx.State`, module tree.
+      params: the frozen base: dict, `nnx.State`, module tree; leaves that are no arrays
+        (activations, flags) reach `loss_fn` as they are.
       batches: a sequence that all cells go through in order, over and over; or `batches(seed)`, an
         iterable of `num_steps` batches or more: each cell's own order, opened once, in which batch
         n has the same shapes for all.
@@ -101,6 +104,7 @@ def sweep(
         raise RequestError(f"tune={tune!r} chooses on validation; give validation batches")
     cells, tuned = tuned_cells(cells, tune)
     named = read_cells(cells, axes=axes, aliases=aliases)
+    params = trees.hide_static(params)
     planned, refused = make_plan(named, params)
     shared = {
         "schedule": schedule,
@@ -117,7 +121,7 @@ def sweep(
             make_optimizer(types.SimpleNamespace(**shared, **own), num_steps)
         )
 
-    loss = lift(loss_fn)
+    loss = lift(_of_shown(loss_fn))
     budget = memory_bytes or device_memory_bytes()
     found: dict[str, CellResult] = {}
     lines: list[str] = []
@@ -180,6 +184,16 @@ def sweep(
     rows = [found.get(cell.name) or _refused(cell, refused[cell.name]) for cell in named]
     rows = [dataclasses.replace(row, group=tuned.get(row.name, "")) for row in rows]
     return SweepResults(rows, "\n".join(lines), tune[0] if tune else "")
+
+
+def _of_shown(loss_fn: Callable[[Any, Any], jax.Array]):
+    """The user's loss, which sees the Python leaves (activations, flags) of its own tree."""
+
+    @functools.wraps(loss_fn)
+    def of_shown(params, batch):
+        return loss_fn(trees.show_static(params), batch)
+
+    return of_shown
 
 
 def _loss_and_scores(pack: Pack, loss: Callable[[Any, Any], jax.Array]):
