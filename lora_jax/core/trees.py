@@ -17,10 +17,19 @@ import jax.numpy as jnp
 import numpy as np
 
 from lora_jax.core.errors import RequestError
+from lora_jax.core.misuse import refuses_use
 
 PyTree = Any
 
 
+def _not_bound(hole: Hole) -> str:
+    return (
+        "this parameter is a hole in `frozen`: `trainable` holds it whole; call "
+        "apply(method.bind(trainable, frozen), …), or method.merge(trainable, frozen) for arrays"
+    )
+
+
+@refuses_use(_not_bound)
 class Hole:
     """The empty place in `frozen` of a parameter that `trainable` holds whole: no leaves at all."""
 

@@ -20,6 +20,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from lora_jax.core.misuse import refuses_use
 from lora_jax.core.reshapes import reshape_roles
 from lora_jax.core.trees import Stored
 
@@ -43,6 +44,14 @@ class Use(Protocol):
     def with_gain(self, gain: jax.Array, axes: list) -> Use | None: ...
 
 
+def _outside_lift(value: AdaptedValue) -> str:
+    return (
+        f"{value.path!r} is a {type(value).__name__}, which plain JAX code cannot use; "
+        "call lora_jax.lift(apply)(…) in place of apply(…), or merge first"
+    )
+
+
+@refuses_use(_outside_lift)
 @dataclasses.dataclass(frozen=True)
 class AdaptedValue:
     """A pytree node that stands for one array of the model.
