@@ -22,7 +22,7 @@ from lora_jax.core.axes import KernelAxes
 from lora_jax.core.errors import RequestError
 from lora_jax.core.hashes import hash_params
 from lora_jax.core.rules import Rule
-from lora_jax.core.values import is_adapted, is_bound
+from lora_jax.core.values import float32_or_wider, is_adapted, is_bound
 from lora_jax.methods.base import Method, PyTree, Trainable
 from lora_jax.methods.changes import Changes, side_by_side
 from lora_jax.methods.lora import LoRA
@@ -205,7 +205,7 @@ def difference(
     trainable: Trainable = {path: {"value": after[path]} for path in whole}
     errors, norms = {}, {}
     for name, site in sites.items():
-        wide = jnp.promote_types(before[name].dtype, jnp.float32)
+        wide = float32_or_wider(before[name].dtype)
         delta = after[name].astype(wide) - before[name].astype(wide)
         p, sigma, q = jnp.linalg.svd(to_matrices(delta, site), full_matrices=False)
         trainable[name] = _balanced(p, sigma, q, site)
