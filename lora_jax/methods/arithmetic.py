@@ -193,15 +193,16 @@ def difference(
             f"the models differ at {path!r}: {shapes[0].get(path, 'missing')} in the base, "
             f"{shapes[1].get(path, 'missing')} in the other; give two trees of one model"
         )
-    for tree, which in ((before, "base"), (after, "tuned model")):
-        for path, leaf in tree.items():
-            if trees.is_float(leaf) and not bool(jnp.isfinite(leaf).all()):
-                raise RequestError(
-                    f"{path!r} of the {which} holds NaN or infinity; give two finite models"
-                )
     method = LoRA(targets=targets, rank=rank, axes=axes, train=train, aliases=aliases)
     sites = method.sites(base)
     whole = method.whole_paths(base)
+    # What is not compared may hold anything: a mask's minus infinity, a statistic that is NaN.
+    for tree, which in ((before, "base"), (after, "tuned model")):
+        for path in (*sites, *whole):
+            if not bool(jnp.isfinite(tree[path]).all()):
+                raise RequestError(
+                    f"{path!r} of the {which} holds NaN or infinity; give two finite models"
+                )
     trainable: Trainable = {path: {"value": after[path]} for path in whole}
     errors, norms = {}, {}
     for name, site in sites.items():
@@ -217,10 +218,18 @@ def difference(
         if path not in sites
         and path not in whole
         and trees.is_array(before[path])
-        and not np.array_equal(before[path], after[path])
+        and not _are_equal(before[path], after[path])
     ]
     found = Adapter(method, trainable, base)
     return _approximated(_plain(found, trainable, sites, {}), errors, norms, tuple(left_out))
+
+
+def _are_equal(one: Any, other: Any) -> bool:
+    """Whether two arrays hold the same numbers, NaN in the same places included."""
+    one, other = np.asarray(one), np.asarray(other)
+    return np.array_equal(one, other) or (
+        one.dtype == other.dtype and one.tobytes() == other.tobytes()
+    )
 
 
 def _check(adapters: Sequence[Adapter], weights: Sequence[float]) -> None:
