@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -48,20 +49,40 @@ def load_adapted(
 
 def base_of(folder: Path) -> str:
     """The base model that a PEFT folder names. Raises `RequestError` if it names none."""
+    from lora_jax.formats.peft_config import check_is_peft
     from lora_jax.models.config_fields import read_json
 
-    base = read_json(folder / PEFT_CONFIG, kind=dict).get("base_model_name_or_path")
+    raw = read_json(folder / PEFT_CONFIG, kind=dict)
+    check_is_peft(raw, f"{folder}/{PEFT_CONFIG}")
+    base = raw.get("base_model_name_or_path")
     if not isinstance(base, str) or not base:
         raise RequestError(f"{folder}/{PEFT_CONFIG} names no base model; give it: --model=…")
+    return base
+
+
+def _base_here(folder: Path) -> str:
+    """`base_of`. Raises `RequestError` if no model is there under that name."""
+    from lora_jax.models.sources import embedded_names, find_source
+
+    base = base_of(folder)
+    if base not in embedded_names():
+        try:
+            find_source(base)
+        except RequestError as error:
+            raise RequestError(
+                f"{folder}/{PEFT_CONFIG} names the base model {base!r}, which is not here; give "
+                f"its folder: --model=… ({error})"
+            ) from error
     return base
 
 
 def _load_peft(path: str, base: str | None, untie: bool):
     from lora_jax.formats.peft import load_adapter
     from lora_jax.formats.peft_keys import read_keys
+    from lora_jax.formats.peft_save import read_labels
     from lora_jax.models import load_model
 
-    base = base or base_of(Path(path))
+    base = base or _base_here(Path(path))
     folder = Path(base) if Path(base).is_dir() else None
     keys = read_keys(Path(path))
     num_labels = _num_labels(Path(path), keys.whole)
@@ -70,6 +91,8 @@ def _load_peft(path: str, base: str | None, untie: bool):
     has_none = folder is not None and not (folder / "tokenizer.json").is_file()
     model = load_model(base, head=head, num_labels=num_labels, tokenizer=not has_none, untie=untie)
     method, trainable = load_adapter(path, model)
+    if model.head is not None and (labels := read_labels(Path(path), model.num_labels)):
+        model = dataclasses.replace(model, labels=labels)
     return model, method, trainable, model.params
 
 

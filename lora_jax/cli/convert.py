@@ -56,10 +56,16 @@ def run(argv: Sequence[str]) -> int:
     from lora_jax.formats.peft import save_adapter
 
     save_adapter(options.out, method, trainable, model, plain=options.plain, dtype=dtype)
+    names = (
+        [] if model.head is None else list(((model.labels or {}).get("id2label") or {}).values())
+    )
     if options.json:
-        say(json.dumps({"folder": str(options.out), "entries": len(trainable)}))
+        numbers = {"folder": str(options.out), "entries": len(trainable), "labels": names}
+        say(json.dumps(numbers))
     else:
         say(f"{len(trainable)} adapted or trained parameters; the adapter is in {options.out}")
+        if names:
+            say(f"classes {', '.join(map(str, names))}: in the file's metadata (lora_jax.labels)")
     return 0
 
 

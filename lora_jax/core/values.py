@@ -30,6 +30,15 @@ if TYPE_CHECKING:
 RANK = "r"
 
 
+def float32_or_wider(*dtypes: Any) -> Any:
+    """The widest of float32 and these floating-point types.
+
+    By size, since JAX promotes neither eight-bit floats nor, where promotion is strict, any.
+    """
+    floats = [jnp.dtype(dtype) for dtype in dtypes if jnp.issubdtype(dtype, jnp.inexact)]
+    return max([jnp.dtype(jnp.float32), *floats], key=lambda dtype: dtype.itemsize)
+
+
 class Use(Protocol):
     """One equation that is linear in an adapted kernel; see `core/products.py`."""
 
@@ -107,8 +116,12 @@ class AdaptedValue:
 
     def expanded(self, dtype) -> jax.Array:
         """The plain array in another dtype, summed in float32 or wider and rounded once."""
-        wide = jnp.promote_types(self.dtype, jnp.float32)
+        wide = float32_or_wider(self.dtype, dtype, *self._side_dtypes())
         return self.on_base(lambda kernel: kernel.astype(wide)).materialise().astype(dtype)
+
+    def _side_dtypes(self) -> list[Any]:
+        beneath = self.kernel._side_dtypes() if is_adapted(self.kernel) else []
+        return [x.dtype for x in self.sides().values()] + beneath
 
     @property
     def is_stored(self) -> bool:

@@ -20,6 +20,7 @@ from lora_jax.core.values import (
     AdaptedValue,
     Use,
     cast,
+    float32_or_wider,
     materialise,
     times_side,
     use_beneath,
@@ -55,7 +56,7 @@ class LoRAWeight(AdaptedValue):
 
         Uses the highest matmul precision: a merged weight is stored once and used for ever.
         """
-        dtype = jnp.promote_types(jnp.promote_types(self.a.dtype, jnp.float32), self.dtype)
+        dtype = float32_or_wider(self.a.dtype, self.dtype)
         a_axes, b_axes = self.side_axes("a"), self.side_axes("b")
         scaled = self.scaled(self.a.astype(dtype), a_axes)
         order = list(range(self.ndim))
@@ -112,7 +113,7 @@ class GainWeight(AdaptedValue):
     SIDES: ClassVar = {"gain": "so"}
 
     def materialise(self) -> jax.Array:
-        dtype = jnp.promote_types(jnp.promote_types(self.gain.dtype, jnp.float32), self.dtype)
+        dtype = float32_or_wider(self.gain.dtype, self.dtype)
         wide = materialise(self.on_base(lambda kernel: kernel.astype(dtype)).kernel)
         order = list(range(self.ndim))
         return times_side(wide, order, self.gain, self.side_axes("gain")).astype(self.dtype)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import os
 import re
+import warnings
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -23,7 +24,7 @@ from lora_jax.core.trees import nearest
 from lora_jax.formats.peft_assemble import Part, assemble, pattern_of_paths
 from lora_jax.formats.peft_config import CONFIG, PeftConfig
 from lora_jax.formats.peft_keys import TENSORS, Keys, read_keys
-from lora_jax.formats.peft_names import EMBEDDING, Module, Names, View
+from lora_jax.formats.peft_names import EMBEDDING, UNTIE, Module, Names, View
 from lora_jax.formats.peft_save import check_base, save_adapter
 from lora_jax.formats.peft_whole import (
     and_more,
@@ -71,6 +72,7 @@ def load_adapter(
             f"{config.place}: task_type is {config.task_type!r}, whose head is another than this "
             "model's; load the model with head=None, and an adapter without a head"
         )
+    _check_patterns(config, names, view)
     modules = _adapted_modules(config, keys, names, view, folder)
     config, keys = stored_tables(config, keys, names, view, model)
     check_bases(keys, names, view, model, folder)
@@ -93,6 +95,26 @@ def _check_tying(config: PeftConfig, keys: Keys, names: Names, view: View) -> No
             f"{config.place}: ensure_weight_tying is True, which trains a tied table and its head "
             "together and is not implemented; merge the adapter with peft and load the merged model"
         )
+
+
+def _check_patterns(config: PeftConfig, names: Names, view: View) -> None:
+    """Warns of keys that match no targeted module: PEFT passes over them without a word."""
+    targeted = [
+        view.there(name)
+        for name, module in names.modules.items()
+        if config.targets(
+            view.there(name), is_linear=module.kind != EMBEDDING, is_output=module.is_output
+        )
+    ]
+    for field in ("rank_pattern", "alpha_pattern"):
+        for key in config.idle_keys(field, targeted):
+            warnings.warn(
+                f"{config.place}: {field} names {key!r}, which matches no adapted module, so those "
+                f"have r={config.r} and lora_alpha={config.lora_alpha:g} unless another key "
+                f"matches; {nearest(key, targeted)}",
+                UserWarning,
+                stacklevel=3,
+            )
 
 
 def _adapted_modules(
@@ -154,8 +176,7 @@ def _part_of(
     if module.is_tied and (module.name == "lm_head" or config.use_dora):
         raise RequestError(
             f"{folder} adapts {there!r} apart from the table that this model ties it to"
-            f"{' by DoRA' if config.use_dora else ''}; load the model with "
-            "load_model(…, untie=True), which gives the head a kernel of its own"
+            f"{' by DoRA' if config.use_dora else ''}; {UNTIE}"
         )
     for name, array in arrays.items():
         ndim = 1 if name == "magnitude" else 2

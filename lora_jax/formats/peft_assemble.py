@@ -66,9 +66,23 @@ def _assembled(path: str, group: list[Part], kernel: Any, kind: type) -> Assembl
     if first.module.entry.index is None:
         arrays = {"a": first.a, "b": first.b}
         arrays |= {} if first.magnitude is None else {"magnitude": first.magnitude}
-        arrays = {name: x.astype(wide) for name, x in arrays.items()}
+        arrays = {name: cast(x, wide, f"{first.place}: {name}") for name, x in arrays.items()}
         return Assembled(path, first.rank, first.alpha, arrays, first.module.is_tied)
     return _stacked(path, group, kernel, kind, wide)
+
+
+def cast(array: Any, dtype: Any, place: str, scale: float = 1.0) -> np.ndarray:
+    """`array · scale` in another dtype. Raises `RequestError` if that makes an infinity."""
+    dtype = np.dtype(dtype)
+    with np.errstate(over="ignore", invalid="ignore"):
+        found = np.asarray(array).astype(dtype) * dtype.type(scale)
+    if not np.isfinite(found).all():
+        raise RequestError(
+            f"{place} holds numbers that {dtype.name} cannot (up to "
+            f"{np.abs(np.asarray(array).astype(np.float64)).max():.3g}); "
+            "the training had diverged, or choose a wider dtype"
+        )
+    return found
 
 
 def _stacked(path: str, group: list[Part], kernel: Any, kind: type, wide) -> Assembled:
@@ -88,10 +102,10 @@ def _stacked(path: str, group: list[Part], kernel: Any, kind: type, wide) -> Ass
     for part in group:
         place = part.module.entry.index
         scale = 1.0 if is_even else part.alpha / part.rank**power
-        a[place, :, : part.rank] = part.a
-        b[place, : part.rank] = part.b.astype(wide) * wide.type(scale)
+        a[place, :, : part.rank] = cast(part.a, wide, f"{part.place}: a")
+        b[place, : part.rank] = cast(part.b, wide, f"{part.place}: b", scale)
         if part.magnitude is not None:
-            arrays["magnitude"][place] = part.magnitude
+            arrays["magnitude"][place] = cast(part.magnitude, wide, f"{part.place}: magnitude")
     return Assembled(path, rank, float(alpha), arrays, False)
 
 

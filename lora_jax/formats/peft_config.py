@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import re
 import reprlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from re import _parser  # the only parser of expressions there is
 from typing import Any
@@ -83,6 +83,7 @@ class PeftConfig:
         unknown field that switches something on ("use_…": true, "…_config": {…}) is refused.
         """
         raw, place = read_json(path, kind=dict), str(path)
+        check_is_peft(raw, place)
         fields = Fields(raw, place)
         fields.choice("peft_type", ["LORA"])
         for name, value in raw.items():
@@ -158,11 +159,33 @@ class PeftConfig:
         """The module's alpha: the first match in `alpha_pattern`, else `lora_alpha`."""
         return _first(self.alpha_pattern, module, self.lora_alpha)
 
+    def idle_keys(self, field: str, modules: Sequence[str]) -> list[str]:
+        """Keys of `rank_pattern` or `alpha_pattern` that match none of these modules."""
+        keys = [key for key, _ in getattr(self, field)]
+        return [
+            key for key in keys if not any(_first(((key, True),), name, False) for name in modules)
+        ]
+
     def saves(self, module: str) -> bool:
         """Whether the module, or one that holds it, is trained whole."""
         parts = module.split(".")
         holders = [".".join(parts[: n + 1]) for n in range(len(parts))]
         return any(holder.endswith(self.modules_to_save) for holder in holders)
+
+
+def check_is_peft(raw: Mapping[str, Any], place: str) -> None:
+    """Raises `RequestError` for an `adapter_config.json` of another program."""
+    if raw.get("peft_type") is not None:
+        return
+    if "fine_tune_type" in raw or "lora_parameters" in raw:
+        raise RequestError(
+            f"{place} is mlx-lm's (fine_tune_type, lora_parameters), whose adapters are not read; "
+            "fuse the adapter there (mlx_lm.fuse) and load the fused model"
+        )
+    raise RequestError(
+        f"{place} lacks peft_type, so it is not an adapter that peft saved; give the folder that "
+        "peft's save_pretrained, or lora-jax convert, wrote"
+    )
 
 
 def _is_among(module: str, names: str | Iterable[str]) -> bool:

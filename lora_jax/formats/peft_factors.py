@@ -16,7 +16,7 @@ import numpy as np
 from lora_jax.core.errors import RequestError
 from lora_jax.core.trees import nearest
 from lora_jax.formats.peft_config import CONFIG, PeftConfig
-from lora_jax.formats.peft_keys import PREFIX, TENSORS, read_keys
+from lora_jax.formats.peft_keys import PREFIX, TENSORS, adapter_names, plain_key, read_keys
 from lora_jax.formats.safetensors import LazyTensors
 from lora_jax.models.config_fields import read_json
 from lora_jax.models.sources import find_adapter, find_source
@@ -118,12 +118,10 @@ def _layer_order(item: tuple[str, object]) -> list[tuple[int, str]]:
 
 def _tables(folder: Path) -> frozenset[str]:
     """Modules whose factors have the names that PEFT gives to those of embeddings."""
-    end = ".lora_embedding_A"
-    return frozenset(
-        key.removeprefix(PREFIX).removesuffix(end)
-        for key in LazyTensors(folder / TENSORS)
-        if key.endswith(end)
-    )
+    end, keys = ".lora_embedding_A", list(LazyTensors(folder / TENSORS))
+    adapter = next(iter(adapter_names(keys)), None)
+    plain = (plain_key(key.removeprefix(PREFIX), adapter) for key in keys)
+    return frozenset(key.removesuffix(end) for key in plain if key.endswith(end))
 
 
 # transformers' models whose blocks are made of Conv1D, with (in, out) weights, and its names there.

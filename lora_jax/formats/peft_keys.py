@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 import numpy as np
@@ -25,6 +25,10 @@ _PARTS = {
     "lora_magnitude_vector.weight": "magnitude",
 }
 _PART = re.compile(r"(?P<module>.+)\.(?P<part>" + "|".join(map(re.escape, _PARTS)) + ")")
+# As a model in memory has them: with the adapter's name, which save_pretrained leaves out.
+_NAMED = re.compile(
+    r"(?P<start>.+\.lora_(?:[AB]|embedding_[AB]|magnitude_vector))\.(?P<name>[^.]+)(?P<end>\.weight)?"
+)
 _BASE = re.compile(r"(?P<module>.+)\.base_layer\.(?P<what>weight|bias)")
 
 
@@ -62,16 +66,29 @@ def read_keys(folder: Path) -> Keys:
     whole: dict[str, np.ndarray] = {}
     bases: dict[str, np.ndarray] = {}
     wrapped: dict[str, np.ndarray] = {}
-    for key, array in read_tensors(path).items():
+    tensors = read_tensors(path)
+    adapter = _adapter_in(path, tensors)
+    for key, array in tensors.items():
         if not key.startswith(PREFIX):
             raise RequestError(
                 f"{path} holds {key!r}, which does not begin with {PREFIX!r}; it is no adapter of "
                 "peft's naming"
             )
         _check_values(path, key, array)
-        name = key.removeprefix(PREFIX)
+        name = plain_key(key.removeprefix(PREFIX), adapter)
+        if name.endswith(".alpha") and array.size == 1:
+            raise RequestError(
+                f"{path} holds {key!r}, an alpha as kohya's scripts store it; peft keeps it in "
+                "adapter_config.json (lora_alpha, alpha_pattern): write it there and remove the "
+                "tensor"
+            )
         if found := _PART.fullmatch(name):
-            parts.setdefault(found["module"], {})[_PARTS[found["part"]]] = array
+            module, part = found["module"], _PARTS[found["part"]]
+            if part in parts.setdefault(module, {}):
+                raise RequestError(
+                    f"{path} holds two tensors for {part} of {module!r}: {key!r}, too"
+                )
+            parts[module][part] = array
         elif found := _BASE.fullmatch(name):
             if found["what"] == "bias":
                 whole[f"{found['module']}.bias"] = array
@@ -85,6 +102,30 @@ def read_keys(folder: Path) -> Keys:
             raise RequestError(f"{path} holds two different tensors for {plain!r}: {name!r}, too")
         whole[plain] = array
     return Keys(parts, whole, bases)
+
+
+def plain_key(name: str, adapter: str | None) -> str:
+    """A key without the adapter's name: "….lora_A.default.weight" as "….lora_A.weight"."""
+    found = None if adapter is None else _NAMED.fullmatch(name)
+    if found is None or found["name"] != adapter:
+        return name
+    return f"{found['start']}{found['end'] or ''}"
+
+
+def adapter_names(keys: Iterable[str]) -> list[str]:
+    """The adapters that the keys of a raw state dict name; none, for those of save_pretrained."""
+    names = (found["name"] for key in keys if (found := _NAMED.fullmatch(key)))
+    return sorted({name for name in names if name != "weight"})
+
+
+def _adapter_in(path: Path, keys: Iterable[str]) -> str | None:
+    names = adapter_names(keys)
+    if len(names) > 1:
+        raise RequestError(
+            f"{path} is a raw state dict of the adapters {', '.join(names)}; save one of them with "
+            "peft's save_pretrained(…, selected_adapters=[…])"
+        )
+    return names[0] if names else None
 
 
 def _unwrapped(name: str, names: Mapping[str, np.ndarray]) -> str:

@@ -11,6 +11,10 @@ from lora_jax.models.model import Model
 from lora_jax.models.pooling import FAMILY
 
 LINEAR, CONV1D, EMBEDDING = "linear", "conv1d", "embedding"
+# The way out where a file has a head apart from the table that the model ties it to.
+UNTIE = (
+    "give the head a kernel of its own: load_model(…, untie=True), or --untie on the command line"
+)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 from collections import Counter
@@ -14,6 +15,7 @@ import numpy as np
 from lora_jax.core.errors import RequestError
 from lora_jax.core.trees import Stored
 from lora_jax.formats.atomic import atomic_folder, write_json
+from lora_jax.formats.peft_assemble import cast
 from lora_jax.formats.peft_config import CONFIG, PeftConfig
 from lora_jax.formats.peft_keys import PREFIX, TENSORS
 from lora_jax.formats.peft_names import CONV1D, EMBEDDING, Names
@@ -28,6 +30,8 @@ from lora_jax.models.model import Model
 
 # Of the weights that an adapter was trained on; readers that do not know it pass it over.
 _BASE_KEY = "lora_jax.base"
+# The names of a head's outputs, as JSON: adapter_config.json has no field for them.
+_LABELS_KEY = "lora_jax.labels"
 # That a head lies beside, in a file of its own.
 HEAD_KEY = "lora_jax.head"
 # PEFT stores the frozen table beside an adapter of these.
@@ -53,8 +57,8 @@ def save_adapter(
 
     `plain` writes what readers of `r` and `lora_alpha` alone understand: alpha = r everywhere, the
     scale in B, ranks padded with zeros. A head on sentence-transformers' pooling, which PEFT has no
-    class for, lies beside in head.safetensors. Raises `RequestError` for what PEFT cannot say, and
-    if `path` exists.
+    class for, lies beside in head.safetensors. The names of a head's outputs are in the metadata
+    ("lora_jax.labels"). Raises `RequestError` for what PEFT cannot say, and if `path` exists.
     """
     names = Names.of(model)
     written = split(method, trainable, model, names)
@@ -72,10 +76,25 @@ def save_adapter(
         PeftConfig.read(temporary / CONFIG)
         metadata = {"format": "pt", _BASE_KEY: f"{_dtype_of(model)}:{model.body_hash}"}
         metadata |= {HEAD_KEY: HEAD_FILE} if written.has_pooled_head else {}
+        if model.head is not None and model.labels is not None:
+            metadata[_LABELS_KEY] = json.dumps(dict(model.labels), sort_keys=True)
         write_tensors(temporary / TENSORS, tensors, metadata=metadata)
         if written.has_pooled_head:
             own = {path: trainable.get(path, {}).get("value", flat[path]) for path in POOLED_HEAD}
             write_tensors(temporary / HEAD_FILE, tensors_from_params(own, HEAD_ENTRIES))
+
+
+def read_labels(folder: Path, num_labels: int | None) -> dict[str, Any] | None:
+    """The names of a head's outputs as `save_adapter` wrote them; None where it wrote none that
+    fit `num_labels`."""
+    text = read_metadata(folder / TENSORS).get(_LABELS_KEY, "null")
+    try:
+        labels = json.loads(text)
+        names = labels["id2label"]
+        fits = set(names) == {str(n) for n in range(num_labels or 0)}
+        return labels if fits and all(isinstance(x, str) for x in names.values()) else None
+    except (ValueError, RecursionError, TypeError, KeyError, AttributeError):
+        return None
 
 
 def check_base(path: Path, model: Model) -> None:
@@ -110,7 +129,7 @@ def _factors(written: Written, dtype: Any) -> dict[str, np.ndarray]:
         if one.magnitude is not None:
             parts["lora_magnitude_vector"] = one.magnitude
         for suffix, array in parts.items():
-            array = array if dtype is None else np.asarray(array).astype(dtype)
+            array = cast(array, array.dtype if dtype is None else dtype, f"{suffix} of {name!r}")
             tensors[f"{PREFIX}{name}.{suffix}"] = array
     return tensors
 

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from lora_jax.core.errors import RequestError
+from lora_jax.formats.peft_assemble import cast
 from lora_jax.formats.peft_names import Module, Names
 from lora_jax.methods import DoRA, LoRA, Method, RsLoRA
 from lora_jax.methods.lookup import LookupLoRA
@@ -66,12 +67,13 @@ class Written:
             raise RequestError(
                 "a DoRA has no plain form: it is no sum of the base and a low-rank change; merge it"
             )
-        rank = max(one.rank for one in self.adapters.values())
+        rank = max((one.rank for one in self.adapters.values()), default=0)
         adapters = {}
         for name, one in self.adapters.items():
             more = rank - one.rank
             a = np.pad(one.a, ((0, 0), (0, more)))
-            b = np.pad(one.b * one.b.dtype.type(one.scale), ((0, more), (0, 0)))
+            b = cast(one.b, one.b.dtype, f"the plain B of {name!r}", one.scale)
+            b = np.pad(b, ((0, more), (0, 0)))
             adapters[name] = dataclasses.replace(one, a=a, b=b, scale=1.0, alpha=float(rank))
         return dataclasses.replace(self, adapters=adapters, use_rslora=False)
 
@@ -105,8 +107,7 @@ def split(
                 "merge them and save the model, or train the table whole"
             )
         path, owner = path_of(name), method._owner_of(name)
-        if not isinstance(owner, LoRA):
-            raise RequestError(f"{type(owner).__name__} at {name!r} has no form in PEFT; merge it")
+        _check_owner(name, owner)
         if path not in by_path:
             raise RequestError(
                 f"{name!r} is no weight of a module that PEFT can adapt in {model.name}; merge it"
@@ -145,6 +146,17 @@ def split(
     )
 
 
+def _check_owner(name: str, owner: Method) -> None:
+    """Raises `RequestError` if what the method binds is not what PEFT computes from A, B and m."""
+    kind = next((kind for kind in (DoRA, LookupLoRA, LoRA) if isinstance(owner, kind)), None)
+    same = ("weight", "_bind_adapter", "_bind_over")
+    if kind is None or any(getattr(type(owner), n) is not getattr(kind, n) for n in same):
+        raise RequestError(
+            f"what {type(owner).__name__} makes of {name!r} is more than scale · a @ b, "
+            "which PEFT has no form for; merge it and save the model (lora-jax merge)"
+        )
+
+
 def has_pooled_head(model: Model) -> bool:
     """Whether the model's head stands on a pooling that transformers' classes do not have."""
     return model.head is not None and model.kind != CAUSAL_LM and model.pooling != FAMILY
@@ -172,6 +184,11 @@ def _adapter(module: Module, found, kernel: Any, use_rslora: bool) -> Adapter | 
                 f"{site.name!r} is DoRA on a slice, and PEFT's norm is over whole weights; merge it"
             )
         a, b = owner.factors(entry, site)
+        if not a.shape[-1]:
+            raise RequestError(
+                f"{type(owner).__name__} has factors of rank 0 at {site.name!r}, and a "
+                "PEFT adapter has a rank of at least 1; leave that parameter out, or merge it"
+            )
         a, b = cut(site.widen(a, "sir")), cut(site.widen(b, "sro"))
         pieces.append((a, b, float(owner.scale(site.rule)), float(site.rule.alpha)))
     has_magnitude = any("magnitude" in entry for _, _, entry in found)

@@ -11,9 +11,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from lora_jax.core.errors import RequestError
+from lora_jax.formats.peft_assemble import cast
 from lora_jax.formats.peft_config import CONFIG, PeftConfig
 from lora_jax.formats.peft_keys import TENSORS, Keys
-from lora_jax.formats.peft_names import EMBEDDING, Names, View
+from lora_jax.formats.peft_names import EMBEDDING, UNTIE, Names, View
 from lora_jax.formats.peft_save import HEAD_KEY
 from lora_jax.formats.peft_split import has_pooled_head
 from lora_jax.formats.safetensors import read_metadata, read_tensors
@@ -58,12 +59,12 @@ def check_bases(keys: Keys, names: Names, view: View, model: Model, folder: Path
                 f"{folder / TENSORS} holds the weight of {there!r}, which this model does not have"
             )
         own = np.asarray(flat[module.entry.path])
-        if own.shape != (array.T if module.entry.is_transposed else array).shape:
-            raise RequestError(
-                f"{folder / TENSORS} was made for an embedding {array.shape}, this model has "
-                f"{own.shape}; load the base whose vocabulary was resized in the same way"
-            )
         own = own.T if module.entry.is_transposed else own
+        if own.shape != array.shape:
+            raise RequestError(
+                f"{folder / TENSORS} was made for a table {array.shape} at {there!r}, this model "
+                f"has {own.shape}; load the base whose vocabulary was resized in the same way"
+            )
         coarse = min(own.dtype, array.dtype, key=lambda dtype: dtype.itemsize)
         if not np.array_equal(own.astype(coarse), array.astype(coarse)):
             raise RequestError(
@@ -97,25 +98,33 @@ def whole_values(
         if is_saved and module in names.modules and names.modules[module].is_tied:
             raise RequestError(
                 f"{folder} trains {module!r} whole, apart from the table that this model ties it "
-                "to; load the model with load_model(…, untie=True)"
+                f"to; {UNTIE}"
             )
         array = given.pop(name)
-        array = array.T if entry.is_transposed else array
         old = flat[entry.path]
         shape = tuple(old.shape) if entry.index is None else tuple(old.shape[1:])
-        if array.shape != shape:
+        stored = shape[::-1] if entry.is_transposed else shape
+        if array.shape != stored:
             raise RequestError(
                 f"{folder / TENSORS}: {view.there(name)!r} is {array.shape}, this model has "
-                f"{shape}; load the model that the adapter was made for"
+                f"{stored}; load the model that the adapter was made for"
             )
+        array = array.T if entry.is_transposed else array
+        array = cast(array, old.dtype, f"{folder / TENSORS}: {view.there(name)!r}")
         if entry.index is None:
-            values[entry.path] = jnp.array(array, dtype=old.dtype)
+            values[entry.path] = jnp.array(array)
             continue
         if entry.path not in values:
             values[entry.path] = np.array(old)
         values[entry.path][entry.index] = array
     if given:
         extra = sorted(given)
+        head = names.modules.get("lm_head")
+        if "lm_head.weight" in given and head is not None and head.is_tied:
+            raise RequestError(
+                f"{folder / TENSORS} holds an {view.there('lm_head.weight')!r} of its own, which "
+                f"this model ties to its table; {UNTIE}"
+            )
         raise RequestError(
             f"{folder / TENSORS} holds {view.there(extra[0])!r}{and_more(extra)}, which is no "
             f"parameter of this model that {CONFIG} says was trained (modules_to_save="
@@ -140,7 +149,7 @@ def pooled_head(model: Model, folder: Path) -> dict[str, Any]:
             "none; load it with head='classification'"
         )
     head = params_from_tensors(read_tensors(path), HEAD_ENTRIES, flat, ignored=(), place=str(path))
-    return {p: jnp.array(array, dtype=flat[p].dtype) for p, array in head.items()}
+    return {p: jnp.array(cast(x, flat[p].dtype, f"{path}: {p!r}")) for p, x in head.items()}
 
 
 def and_more(names: Sequence[str]) -> str:

@@ -4,6 +4,7 @@ The format itself is the `safetensors` library's; here are only the errors a use
 NumPy arrays (bfloat16 as `ml_dtypes.bfloat16`) on both sides.
 """
 
+import json
 import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -76,10 +77,20 @@ def write_tensors(
     # The library writes an array's buffer as it lies in memory, ignoring strides: a transposed view
     # would be stored scrambled unless it is laid out in C order first.
     arrays = {name: np.asarray(tensor, order="C") for name, tensor in tensors.items()}
-    content = save(arrays, metadata=dict(metadata or {"format": "pt"}))
+    content = _in_order(save(arrays, metadata=dict(metadata or {"format": "pt"})))
     # Written by Python rather than by the library, so that a full disk is an OSError.
     with atomic_path(path) as temporary:
         temporary.write_bytes(content)
+
+
+def _in_order(content: bytes) -> bytes:
+    """The file with its metadata sorted: the library's order differs from run to run."""
+    size = int.from_bytes(content[:8], "little")
+    header = json.loads(content[8 : 8 + size])
+    header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)  # the data begin at a multiple of 8, as the library writes it
+    return len(text).to_bytes(8, "little") + text + content[8 + size :]
 
 
 def _opened(path: str | os.PathLike):

@@ -22,7 +22,7 @@ from lora_jax.core.axes import KernelAxes
 from lora_jax.core.errors import RequestError
 from lora_jax.core.hashes import hash_params
 from lora_jax.core.rules import Rule
-from lora_jax.core.values import is_adapted, is_bound
+from lora_jax.core.values import float32_or_wider, is_adapted, is_bound
 from lora_jax.methods.base import Method, PyTree, Trainable
 from lora_jax.methods.changes import Changes, side_by_side
 from lora_jax.methods.lora import LoRA
@@ -193,19 +193,20 @@ def difference(
             f"the models differ at {path!r}: {shapes[0].get(path, 'missing')} in the base, "
             f"{shapes[1].get(path, 'missing')} in the other; give two trees of one model"
         )
-    for tree, which in ((before, "base"), (after, "tuned model")):
-        for path, leaf in tree.items():
-            if trees.is_float(leaf) and not bool(jnp.isfinite(leaf).all()):
-                raise RequestError(
-                    f"{path!r} of the {which} holds NaN or infinity; give two finite models"
-                )
     method = LoRA(targets=targets, rank=rank, axes=axes, train=train, aliases=aliases)
     sites = method.sites(base)
     whole = method.whole_paths(base)
+    # What is not compared may hold anything: a mask's minus infinity, a statistic that is NaN.
+    for tree, which in ((before, "base"), (after, "tuned model")):
+        for path in (*sites, *whole):
+            if not bool(jnp.isfinite(tree[path]).all()):
+                raise RequestError(
+                    f"{path!r} of the {which} holds NaN or infinity; give two finite models"
+                )
     trainable: Trainable = {path: {"value": after[path]} for path in whole}
     errors, norms = {}, {}
     for name, site in sites.items():
-        wide = jnp.promote_types(before[name].dtype, jnp.float32)
+        wide = float32_or_wider(before[name].dtype)
         delta = after[name].astype(wide) - before[name].astype(wide)
         p, sigma, q = jnp.linalg.svd(to_matrices(delta, site), full_matrices=False)
         trainable[name] = _balanced(p, sigma, q, site)
@@ -217,10 +218,18 @@ def difference(
         if path not in sites
         and path not in whole
         and trees.is_array(before[path])
-        and not np.array_equal(before[path], after[path])
+        and not _are_equal(before[path], after[path])
     ]
     found = Adapter(method, trainable, base)
     return _approximated(_plain(found, trainable, sites, {}), errors, norms, tuple(left_out))
+
+
+def _are_equal(one: Any, other: Any) -> bool:
+    """Whether two arrays hold the same numbers, NaN in the same places included."""
+    one, other = np.asarray(one), np.asarray(other)
+    return np.array_equal(one, other) or (
+        one.dtype == other.dtype and one.tobytes() == other.tobytes()
+    )
 
 
 def _check(adapters: Sequence[Adapter], weights: Sequence[float]) -> None:

@@ -18,6 +18,7 @@ from lora_jax.core import trees
 from lora_jax.core.errors import RequestError
 from lora_jax.core.rules import check_each_matches, pattern_of
 from lora_jax.core.values import is_adapted, is_bound
+from lora_jax.methods.merging import merged
 from lora_jax.methods.parts import by_part
 from lora_jax.methods.rows import bind_rows, init_rows, row_indices, rows_name
 from lora_jax.methods.sites import path_of
@@ -121,12 +122,13 @@ class Method:
         return trees.put(frozen, values, is_leaf=is_adapted)
 
     def merge(self, trainable: Trainable, frozen: PyTree, *, dtype: Any = None) -> PyTree:
-        """Plain parameters with the adapters folded in (W + ΔW): same shapes and dtypes.
+        """Plain parameters with the adapters folded in (W + ΔW), in the same shapes.
 
-        The sum is made in float32 or wider and rounded once to the kernel's dtype. Inputs are
-        untouched. A quantised base needs a `dtype`, which all of its quantised parameters get
-        ("stored": each the one it had before).
-        Raises `RequestError` where that is not given, or a kernel cannot hold the sum (integers).
+        The sum is made in float32 or wider and rounded once: to `dtype`, or to the kernel's own.
+        `dtype` is of the adapted and of the quantised parameters; all others, those trained whole
+        among them, keep theirs. A quantised base needs it ("stored": each the one it had before).
+        Inputs are untouched. Raises `RequestError` where it is not given, a kernel cannot hold the
+        sum (integers), or the result holds NaN or infinity (an overflow of float16).
         Source: Hu et al. 2021, §4.1, "no additional inference latency".
         """
         return merged(self.bind(trainable, frozen), dtype)
@@ -268,36 +270,6 @@ class Method:
 
     def _check_no_dropout(self) -> None:
         """Raises `RequestError` if this method drops anything in training."""
-
-
-def merged(bound: PyTree, dtype: Any = None) -> PyTree:
-    """A bound tree with every adapted value as the plain array it stands for.
-
-    What is quantised comes in `dtype`, without which it is a `RequestError`; "stored" is the dtype
-    it had before, which the model computes in.
-    """
-    flat = trees.flatten(bound, is_leaf=is_adapted)
-    for path, leaf in flat.items():
-        if is_adapted(leaf) and leaf.is_stored and dtype is None:
-            raise RequestError(
-                f"{path!r} is quantised: merged with it, the parameters take their full size "
-                "again, so say in which dtype: dtype=jnp.bfloat16; or merge_and_requantize"
-            )
-        if is_adapted(leaf) and not jnp.issubdtype(leaf.dtype, jnp.floating):
-            raise RequestError(
-                f"{path!r} holds {leaf.dtype}, which W + ΔW cannot be rounded to; merge into the "
-                "floating-point base and convert the result"
-            )
-    return flat.unflatten(
-        [
-            leaf
-            if not is_adapted(leaf)
-            else leaf.expanded(leaf.dtype if dtype == "stored" else dtype)
-            if leaf.is_stored
-            else leaf.materialise()
-            for leaf in flat.leaves
-        ]
-    )
 
 
 def _matching(what: str, targets, params: PyTree, aliases) -> list[str]:

@@ -15,6 +15,7 @@ from typing import Any
 import jax.numpy as jnp
 
 from lora_jax.core.errors import RequestError
+from lora_jax.core.values import float32_or_wider
 from lora_jax.core.weights import LoRAWeight
 from lora_jax.methods.base import Method
 from lora_jax.methods.lora import LoRA
@@ -149,5 +150,5 @@ def side_by_side(parts: list[LowRank]) -> LowRank:
 
 def _change(weight: float, value, start):
     """weight · (value − start), in float32 or wider."""
-    wide = jnp.promote_types(jnp.result_type(value), jnp.float32)
+    wide = float32_or_wider(jnp.result_type(value))
     return jnp.asarray(weight, wide) * (jnp.asarray(value, wide) - jnp.asarray(start, wide))

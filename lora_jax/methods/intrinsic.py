@@ -20,8 +20,9 @@ import jax.numpy as jnp
 from lora_jax.core import trees
 from lora_jax.core.errors import RequestError
 from lora_jax.core.rules import check_each_matches, pattern_of
-from lora_jax.core.values import is_adapted
+from lora_jax.core.values import float32_or_wider, is_adapted
 from lora_jax.methods.base import Method, PyTree, Trainable
+from lora_jax.methods.merging import STORED, check_finite, checked_dtype
 from lora_jax.methods.projections import dense, fastfood, grouped
 from lora_jax.methods.subspace import check_dim, check_layout, key_numbers, key_of, layout_of
 from lora_jax.methods.table import Row
@@ -170,6 +171,24 @@ class IntrinsicDimension(Method):
         groups = zip(moved, self._groups(moved), strict=True)
         return {path: entry["scales"][group] * found[path] for path, group in groups}
 
+    def merge(self, trainable: Trainable, frozen: PyTree, *, dtype: Any = None) -> PyTree:
+        dtype, moved = checked_dtype(dtype), {}
+        if NAME in trainable:
+            whole = frozenset(name for name, entry in trainable.items() if "value" in entry)
+            moved = self._moved(frozen, whole)
+        leaves = dict(trees.flatten(frozen, is_leaf=is_adapted).items())
+        if dtype not in (None, STORED):
+            # What is bound is summed already, and rounded to the base's dtype: here to this one.
+            wide = {p: leaves[p].astype(float32_or_wider(leaves[p].dtype, dtype)) for p in moved}
+            frozen = trees.put(frozen, wide, is_leaf=is_adapted)
+        tree = super().merge(trainable, frozen, dtype=dtype)
+        sums = dict(trees.flatten(tree).items())
+        own = None if dtype == STORED else dtype
+        values = {p: sums[p].astype(own or leaves[p].dtype) for p in moved}
+        for path, value in values.items():
+            check_finite(path, value)
+        return trees.put(tree, values)
+
     def theta_size(self, params: PyTree) -> int:
         """How many numbers θ has: dim, less SAID's λ."""
         groups = self._groups(self.moved(params))
@@ -191,7 +210,7 @@ class IntrinsicDimension(Method):
 
 def _moved_by(leaf: jax.Array, flat: jax.Array) -> jax.Array:
     """θ₀ + the step, summed in float32 or wider and rounded once."""
-    wide = leaf.astype(jnp.promote_types(leaf.dtype, flat.dtype))
+    wide = leaf.astype(float32_or_wider(leaf.dtype, flat.dtype))
     return (wide + flat.reshape(leaf.shape)).astype(leaf.dtype)
 
 

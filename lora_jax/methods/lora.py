@@ -20,7 +20,7 @@ from lora_jax.core.apply import scale_of
 from lora_jax.core.axes import KernelAxes
 from lora_jax.core.errors import RequestError
 from lora_jax.core.rules import Rule, match_rules, split_parts
-from lora_jax.core.values import AdaptedValue, is_adapted, is_bound
+from lora_jax.core.values import AdaptedValue, float32_or_wider, is_adapted, is_bound
 from lora_jax.core.weights import LoRAWeight
 from lora_jax.methods.base import Method, Trainable
 from lora_jax.methods.sites import Site, name_of, path_of
@@ -110,7 +110,7 @@ class LoRA(Method):
 
         Leaves that the kernel does not decide are drawn from `key`.
         """
-        dtype = jnp.promote_types(kernel.dtype, jnp.float32)
+        dtype = float32_or_wider(kernel.dtype)
         b = jnp.zeros(site.part_shape("sro"), dtype)
         return {"a": draw(key, site.rule.init, site, dtype), "b": b}
 

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from lora_jax.core.errors import RequestError
-from lora_jax.core.values import AdaptedValue, is_adapted
+from lora_jax.core.values import AdaptedValue, float32_or_wider, is_adapted
 from lora_jax.core.weights import LoRAWeight
 
 
@@ -41,7 +41,7 @@ def row_indices(path: str, table: Any, indices: Sequence[int]) -> tuple[int, ...
 
 def init_rows(path: str, table: jax.Array, indices: Sequence[int]) -> dict[str, jax.Array]:
     """`{"rows": (n, …)}`: the rows as they are, in float32 or wider."""
-    wide = jnp.promote_types(table.dtype, jnp.float32)
+    wide = float32_or_wider(table.dtype)
     return {"rows": table[jnp.asarray(indices)].astype(wide)}
 
 

@@ -10,7 +10,8 @@ import jax
 
 from lora_jax.core import trees
 from lora_jax.core.errors import RequestError
-from lora_jax.methods.base import Method, PyTree, Trainable, merged
+from lora_jax.methods.base import Method, PyTree, Trainable
+from lora_jax.methods.merging import merged
 from lora_jax.methods.sites import are_apart, path_of
 from lora_jax.methods.table import MethodTable, Row
 
@@ -69,6 +70,8 @@ def merge_all(
 
     `dtype` as in `Method.merge`.
     """
+    if len(adapters) == 1:
+        return adapters[0][0].merge(adapters[0][1], frozen, dtype=dtype)
     return merged(bind_all(adapters, frozen), dtype)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
+from lora_jax.core.values import float32_or_wider
 from lora_jax.methods.sites import Site
 
 
@@ -26,7 +27,7 @@ def top_singular(kernel: jax.Array, site: Site) -> tuple[jax.Array, jax.Array, j
     the best rank-r approximation of the kernel is `(p * sigma) @ q` (Eckart & Young 1936). The sign
     of each pair is such that the largest entry of its column of `p` is positive.
     """
-    wide = jnp.promote_types(kernel.dtype, jnp.float32)
+    wide = float32_or_wider(kernel.dtype)
     matrices = to_matrices(kernel.astype(wide), site)
     p, sigma, q = jnp.linalg.svd(matrices, full_matrices=False)
     p, sigma, q = p[..., : site.rank], sigma[..., : site.rank], q[..., : site.rank, :]

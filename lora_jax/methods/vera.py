@@ -15,6 +15,7 @@ import jax.numpy as jnp
 
 from lora_jax.core.errors import RequestError
 from lora_jax.core.rules import Rule
+from lora_jax.core.values import float32_or_wider
 from lora_jax.methods.lora import LoRA
 from lora_jax.methods.singular import times_ranks
 from lora_jax.methods.sites import Site
@@ -52,7 +53,7 @@ class VeRA(LoRA):
         return 1.0
 
     def init_parts(self, key: jax.Array, kernel: jax.Array, site: Site) -> dict[str, jax.Array]:
-        dtype = jnp.promote_types(kernel.dtype, jnp.float32)
+        dtype = float32_or_wider(kernel.dtype)
         return {
             "lambda_d": jnp.full(site.part_shape("sr"), self.D_INITIAL, dtype),
             "lambda_b": jnp.zeros(site.part_shape("so"), dtype),

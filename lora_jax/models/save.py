@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -85,12 +85,16 @@ def _task_fields(model: Model) -> dict[str, Any]:
         return {}
     if model.labels is not None:
         return dict(model.labels)
-    labels = {str(n): f"LABEL_{n}" for n in range(model.num_labels)}
     is_number = model.head == "regression" or model.num_labels == 1
     kind = "regression" if is_number else "single_label_classification"
+    return label_fields([f"LABEL_{n}" for n in range(model.num_labels)], kind)
+
+
+def label_fields(names: Sequence[str], kind: str = "single_label_classification") -> dict[str, Any]:
+    """What a config.json says of a head with outputs of these names."""
     return {
-        "id2label": labels,
-        "label2id": {name: int(n) for n, name in labels.items()},
+        "id2label": {str(n): name for n, name in enumerate(names)},
+        "label2id": {name: n for n, name in enumerate(names)},
         "problem_type": kind,
     }
 

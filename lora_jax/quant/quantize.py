@@ -18,7 +18,8 @@ from lora_jax.core.errors import RequestError
 from lora_jax.core.lift import lift
 from lora_jax.core.rules import check_each_matches, pattern_of
 from lora_jax.core.values import is_adapted, is_bound
-from lora_jax.methods.base import Method, Trainable, merged
+from lora_jax.methods.base import Method, Trainable
+from lora_jax.methods.merging import merged
 from lora_jax.quant import nf4
 from lora_jax.quant.weight import NF4Weight, encode_kernel
 
@@ -214,11 +215,9 @@ def merge_and_requantize(
         errors[path] = of(value.dequantize().astype(jnp.float32) - whole)
         changes[path] = of(whole - base.dequantize().astype(jnp.float32))
         values[path] = value
-    leaves = [
-        values[path] if path in values else leaf.materialise() if is_adapted(leaf) else leaf
-        for path, leaf in flat.items()
-    ]
-    params = flat.unflatten(leaves)
+    # The adapters of plain kernels merge into their kernels' own dtypes.
+    values |= merged({path: leaf for path, leaf in flat.items() if path not in values})
+    params = flat.unflatten([values[path] for path in flat.paths])
     if apply is None:
         return Requantized(params, errors, changes)
     run = jax.jit(lambda params: lift(apply)(params, *inputs, **options))

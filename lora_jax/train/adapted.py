@@ -14,6 +14,7 @@ from lora_jax.core.errors import RequestError
 from lora_jax.formats.adapter import DESCRIPTION, load_trainable
 from lora_jax.methods import Method
 from lora_jax.models import Model
+from lora_jax.models.save import label_fields
 from lora_jax.train.build import keys_of, make_method, make_model
 
 
@@ -55,7 +56,16 @@ def load_adapter(folder: str | os.PathLike, mesh: Mesh | None = None) -> Adapted
         raise RequestError(
             f"the tensors in {folder} are not those of its method.json; copy it again"
         )
-    return Adapted(model, method, trainable, frozen, description)
+    return Adapted(_with_labels(model, description), method, trainable, frozen, description)
+
+
+def _with_labels(model: Model, description: dict[str, Any]) -> Model:
+    """The model with the names of the run's classes, which its exports keep."""
+    names = description.get("label_names")
+    is_list = isinstance(names, list) and all(isinstance(name, str) for name in names)
+    if model.head != "classification" or not is_list or len(names) != model.num_labels:
+        return model
+    return dataclasses.replace(model, labels=label_fields(names))
 
 
 _DESCRIBED = {
