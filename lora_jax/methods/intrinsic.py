@@ -23,7 +23,14 @@ from lora_jax.core.rules import check_each_matches, pattern_of
 from lora_jax.core.values import is_adapted
 from lora_jax.methods.base import Method, PyTree, Trainable
 from lora_jax.methods.projections import dense, fastfood, grouped
-from lora_jax.methods.subspace import check_dim, check_layout, key_numbers, key_of, layout_of
+from lora_jax.methods.subspace import (
+    check_dim,
+    check_layout,
+    key_numbers,
+    key_of,
+    layout_of,
+    probe,
+)
 from lora_jax.methods.table import Row
 
 # The one entry of `trainable`: it is of all moved parameters together.
@@ -169,6 +176,11 @@ class IntrinsicDimension(Method):
             return found
         groups = zip(moved, self._groups(moved), strict=True)
         return {path: entry["scales"][group] * found[path] for path, group in groups}
+
+    def drawn(self, trainable: Trainable) -> dict[str, list[float]]:
+        entry = trainable[NAME]
+        project = PROJECTIONS[self.projection]
+        return {"P": probe(project, entry["key"], entry["theta"].shape[0])}
 
     def theta_size(self, params: PyTree) -> int:
         """How many numbers θ has: dim, less SAID's λ."""
