@@ -28,6 +28,10 @@ PyTree = Any
 Trainable = dict[str, dict[str, jax.Array]]
 
 
+# How many numbers of each random array `Method.drawn` reports.
+PROBED = 8
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Method:
     """What all methods share: parameters trained whole, named by `train`, and rows of tables.
@@ -162,6 +166,13 @@ class Method:
         methods it is `tx` itself.
         """
         return by_part(tx, self.rate_of) if self._has_rates() else tx
+
+    def drawn(self, trainable: Trainable) -> dict[str, list[float]]:
+        """A sample of each random array that binding draws again: `{name: numbers}`.
+
+        An adapter's file keeps it, so that a JAX that draws other numbers is noticed on reading.
+        """
+        return {}
 
     def owns(self, name: str) -> bool:
         """Whether an adapter of this name (see `table`) is this method's."""

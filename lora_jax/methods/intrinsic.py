@@ -24,7 +24,14 @@ from lora_jax.core.values import float32_or_wider, is_adapted
 from lora_jax.methods.base import Method, PyTree, Trainable
 from lora_jax.methods.merging import STORED, check_finite, checked_dtype
 from lora_jax.methods.projections import dense, fastfood, grouped
-from lora_jax.methods.subspace import check_dim, check_layout, key_numbers, key_of, layout_of
+from lora_jax.methods.subspace import (
+    check_dim,
+    check_layout,
+    key_numbers,
+    key_of,
+    layout_of,
+    probe,
+)
 from lora_jax.methods.table import Row
 
 # The one entry of `trainable`: it is of all moved parameters together.
@@ -188,6 +195,11 @@ class IntrinsicDimension(Method):
         for path, value in values.items():
             check_finite(path, value)
         return trees.put(tree, values)
+
+    def drawn(self, trainable: Trainable) -> dict[str, list[float]]:
+        entry = trainable[NAME]
+        project = PROJECTIONS[self.projection]
+        return {"P": probe(project, entry["key"], entry["theta"].shape[0])}
 
     def theta_size(self, params: PyTree) -> int:
         """How many numbers θ has: dim, less SAID's λ."""

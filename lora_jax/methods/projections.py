@@ -20,6 +20,7 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
+from lora_jax.core.draws import partitionable
 from lora_jax.core.errors import RequestError
 
 # The transform works on axes of at most this size: a product with a small matrix for every seven
@@ -52,6 +53,7 @@ def fastfood(theta: jax.Array, size: int, key: jax.Array) -> jax.Array:
 
 
 @functools.partial(jax.jit, static_argnames="size")
+@partitionable()
 def dense(theta: jax.Array, size: int, key: jax.Array) -> jax.Array:
     """P θ of a Gaussian P (size, d) with columns of norm 1, which is formed: for small networks.
 
@@ -66,6 +68,7 @@ def dense(theta: jax.Array, size: int, key: jax.Array) -> jax.Array:
 
 
 @functools.partial(jax.jit, static_argnames="size")
+@partitionable()
 def grouped(theta: jax.Array, size: int, key: jax.Array) -> jax.Array:
     """P θ where each of the `size` rows of P has one entry that is not 0, in a random column.
 
@@ -119,6 +122,8 @@ def _fastfood(size: int, num: int) -> Callable[[jax.Array, jax.Array], jax.Array
     """
     width, inner = _width(size), _width(num)
 
+    # The adjoint is traced outside the caller's settings, so `draw` states its own.
+    @partitionable()
     def draw(key, dtype):
         of_signs, of_order, of_gains = jax.random.split(key, 3)
         signs = _signs(of_signs, num).astype(dtype)

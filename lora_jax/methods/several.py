@@ -128,6 +128,10 @@ class Combined(Method):
     def whole_paths(self, params: PyTree) -> list[str]:
         return [path for method in self.methods for path in method.whole_paths(params)]
 
+    def drawn(self, trainable: Trainable) -> dict[str, list[float]]:
+        found = [method.drawn(trainable) for method in self.methods]
+        return {f"{n}:{name}": row for n, own in enumerate(found) for name, row in own.items()}
+
     def owns(self, name: str) -> bool:
         return any(method.owns(name) for method in self.methods)
 

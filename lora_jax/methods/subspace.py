@@ -6,15 +6,18 @@ All that trains is stored, stacked and saved as floating-point arrays; so these 
 from __future__ import annotations
 
 import zlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from lora_jax.core.draws import KEY_IMPL, partitionable
 from lora_jax.core.errors import RequestError
+from lora_jax.methods.base import PROBED
 
 
+@partitionable()
 def key_numbers(key: jax.Array) -> jax.Array:
     """(4,) float32 of 16 bits each, from a key of any kind."""
     words = jax.random.bits(key, (2,), jnp.uint32)
@@ -24,7 +27,13 @@ def key_numbers(key: jax.Array) -> jax.Array:
 def key_of(numbers: jax.Array) -> jax.Array:
     """The key that `key_numbers` wrote down; nothing has a gradient by it."""
     halves = jax.lax.stop_gradient(numbers).astype(jnp.uint32).reshape(-1, 2)
-    return jax.random.wrap_key_data((halves[:, 0] << 16) | halves[:, 1], impl="threefry2x32")
+    return jax.random.wrap_key_data((halves[:, 0] << 16) | halves[:, 1], impl=KEY_IMPL)
+
+
+def probe(project: Callable[..., jax.Array], numbers: jax.Array, dim: int) -> list[float]:
+    """The first rows of a small projection with this key: what `Method.drawn` reports of it."""
+    theta = jnp.arange(1, min(dim, PROBED) + 1, dtype=jnp.float32)
+    return project(theta, 8 * PROBED, key_of(numbers))[: 2 * PROBED].tolist()
 
 
 def layout_of(sizes: Mapping[str, int]) -> jax.Array:

@@ -18,12 +18,20 @@ import jax
 import jax.numpy as jnp
 
 from lora_jax.core import trees
+from lora_jax.core.draws import partitionable
 from lora_jax.core.errors import RequestError
-from lora_jax.methods.base import Method, PyTree, Trainable
+from lora_jax.methods.base import PROBED, Method, PyTree, Trainable
 from lora_jax.methods.lora import LoRA, draw
 from lora_jax.methods.projections import fastfood, grouped
 from lora_jax.methods.sites import Site
-from lora_jax.methods.subspace import check_dim, check_layout, key_numbers, key_of, layout_of
+from lora_jax.methods.subspace import (
+    check_dim,
+    check_layout,
+    key_numbers,
+    key_of,
+    layout_of,
+    probe,
+)
 from lora_jax.methods.table import Row
 
 # The one entry of `trainable`: it is of all adapters together.
@@ -124,12 +132,23 @@ class UniLoRA(Method):
                 )
         return found
 
+    @partitionable()
     def _begun(self, key: jax.Array, site: Site) -> dict[str, jax.Array]:
         """LoRA's own start, drawn again whenever it is bound: the file holds θ alone."""
         own = jax.random.fold_in(key, zlib.crc32(site.name.encode()))
         a = draw(own, site.rule.init, site, jnp.float32)
         return {"a": jax.lax.stop_gradient(a), "b": jnp.zeros(site.part_shape("sro"), a.dtype)}
 
+    @partitionable()
+    def drawn(self, trainable: Trainable) -> dict[str, list[float]]:
+        entry = trainable[NAME]
+        found = {"P": probe(PROJECTIONS[self.projection], entry["key"], self.dim)}
+        if self.start == "lora":
+            start = jax.random.fold_in(key_of(entry["key"]), 0)
+            found["a"] = jax.random.uniform(start, (PROBED,), jnp.float32).tolist()
+        return found
+
+    @partitionable()
     def _init_adapters(self, key, params, whole: frozenset[str]) -> Trainable:
         sites = self._lora._sites(params, whole)
         sizes = _sizes(sites)

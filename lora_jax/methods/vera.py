@@ -13,9 +13,11 @@ from typing import ClassVar
 import jax
 import jax.numpy as jnp
 
+from lora_jax.core.draws import key_from_seed, partitionable
 from lora_jax.core.errors import RequestError
 from lora_jax.core.rules import Rule
 from lora_jax.core.values import float32_or_wider
+from lora_jax.methods.base import PROBED, Trainable
 from lora_jax.methods.lora import LoRA
 from lora_jax.methods.singular import times_ranks
 from lora_jax.methods.sites import Site
@@ -49,6 +51,14 @@ class VeRA(LoRA):
         super().__init__(**settings)
         object.__setattr__(self, "projection_seed", projection_seed)
 
+    def _keys(self) -> jax.Array:
+        return jax.random.split(key_from_seed(self.projection_seed))
+
+    @partitionable()
+    def drawn(self, trainable: Trainable) -> dict[str, list[float]]:
+        bits = [_kaiming(key, (PROBED,), 1, jnp.float32) for key in self._keys()]
+        return {name: row.tolist() for name, row in zip("AB", bits, strict=True)}
+
     def scale(self, rule: Rule) -> float:
         return 1.0
 
@@ -59,13 +69,12 @@ class VeRA(LoRA):
             "lambda_b": jnp.zeros(site.part_shape("so"), dtype),
         }
 
+    @partitionable()
     def factors(self, parts, site: Site) -> tuple[jax.Array, jax.Array]:
         d, lambda_b = parts["lambda_d"], parts["lambda_b"]
         stack, ones = site.sizes("s"), (1,) * len(site.sizes("s"))
         # Behind a barrier, so that XLA does not draw them at compile time, number by number.
-        key_a, key_b = jax.lax.optimization_barrier(
-            jax.random.split(jax.random.key(self.projection_seed))
-        )
+        key_a, key_b = jax.lax.optimization_barrier(self._keys())
         a = _kaiming(key_a, (site.size("i"), site.rank), site.size("i"), d.dtype)
         b = _kaiming(key_b, (site.rank, site.size("o")), site.rank, d.dtype)
         a = jnp.broadcast_to(a.reshape(*ones, *site.sizes("i"), -1), site.part_shape("sir"))

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from lora_jax.core.draws import partitionable
 from lora_jax.core.errors import RequestError
 from lora_jax.data import Splits
 from lora_jax.formats.atomic import write_json
@@ -27,6 +28,7 @@ from lora_jax.train.checkpoint import Checkpoints
 from lora_jax.train.evaluate import Evaluation, evaluate_stacked
 from lora_jax.train.finish import write_results
 from lora_jax.train.metrics import MetricsWriter
+from lora_jax.train.numerics import check_resumed, numerics
 from lora_jax.train.optimizer import make_schedule
 from lora_jax.train.progress import Show, ShowWith
 from lora_jax.train.run import Diverged, StopRequested
@@ -102,6 +104,7 @@ class DiskKeeper(Keeper):
             "training": training.facts(),
             "schedules": self._fingerprints,
             "program": self._use.to_json(),
+            "numerics": numerics(),
         }
         if self._checkpoints.latest_step != training.step:
             self._checkpoints.save(training.step, training.groups(), facts)
@@ -110,6 +113,7 @@ class DiskKeeper(Keeper):
         self._show(training.step, training.mean_loss(), None)
 
 
+@partitionable()
 def train_pack(
     ready: Ready, workdir: Path, *, memory_bytes: int, command: str, show_with: ShowWith
 ) -> dict[str, dict[str, Any] | RequestError]:
@@ -207,7 +211,15 @@ def train_pack(
 def _resume(
     training: PackTraining, checkpoints: Checkpoints, fingerprints: list[str], use: Use
 ) -> None:
-    restored = checkpoints.restore(lambda facts: training.like(facts["training"]))
+    changes: tuple[str, ...] = ()
+
+    def like(facts: dict[str, Any]) -> dict[str, Any]:
+        # Before the arrays are compared: x64 changes their dtypes, and is the cause to name.
+        nonlocal changes
+        changes = check_resumed(facts.get("numerics", {}), checkpoints.folder)
+        return training.like(facts["training"])
+
+    restored = checkpoints.restore(like)
     if restored is None:
         return
     groups, facts = restored
@@ -217,6 +229,8 @@ def _resume(
             "old data back, or choose another workdir"
         )
     training.restore(groups, facts["training"])
+    for cell in training.cells:
+        cell.books = cell.books.with_changes(changes)
     use.add(facts["program"])
 
 
@@ -260,6 +274,7 @@ def _write_results(
                 memory_bytes=use.memory_bytes,
                 pack=own,
                 mesh=training.cells[k].books.mesh,
+                numerics_changes=training.cells[k].books.numerics_changes,
             )
             settings = training.cells[k].settings
             model = ready.base.model_of(settings.seed)

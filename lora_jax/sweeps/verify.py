@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import os
 import tempfile
 import zipfile
 from collections.abc import Mapping
@@ -28,6 +27,7 @@ from lora_jax.train.bookkeeping import CHANGED_TO
 from lora_jax.train.build import load_base
 from lora_jax.train.card import device_description, versions
 from lora_jax.train.finish import hash_trainable
+from lora_jax.train.numerics import differences
 from lora_jax.train.run import Diverged
 from lora_jax.train.signals import Interrupted
 from lora_jax.train.workdir import config_hash, lock_workdir, read_json_file
@@ -37,6 +37,14 @@ from lora_jax.train.workdir import config_hash, lock_workdir, read_json_file
 TOLERANCE = 0.01
 COMPARED_VERSIONS = ("jax", "jaxlib", "numpy", "flax", "optax")
 COMPARED_METRICS = ("train", "validation", "test", "stopped", "steps", "weights_sha256")
+
+# What the record calls them, as a user sets them.
+_SHOWN_AS = {
+    "x64": "JAX_ENABLE_X64",
+    "disable_jit": "JAX_DISABLE_JIT",
+    "xla_flags": "XLA_FLAGS",
+    "matmul_precision": "matmul precision",
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -161,16 +169,21 @@ def _conditions(card: Mapping[str, Any]) -> list[str]:
         for name in COMPARED_VERSIONS
         if card["versions"].get(name) != now[name]
     ]
-    for name, key, now in (
-        ("XLA_FLAGS", "xla_flags", os.environ.get("XLA_FLAGS", "")),
-        ("matmul precision", "matmul_precision", str(jax.config.jax_default_matmul_precision)),
-    ):
-        if card["program"][key] != now:
-            found.append((name, repr(card["program"][key]), repr(now)))
+    program = card["program"]
+    # Cards from before the whole record have these two of it.
+    old = {name: program[name] for name in ("xla_flags", "matmul_precision")}
+    record = program.get("numerics", old)
+    found += [
+        (_SHOWN_AS.get(name, name), repr(was), repr(now))
+        for name, (was, now) in differences(record).items()
+        if name not in (*COMPARED_VERSIONS, "backend")  # versions and device are above
+    ]
     mesh = card["program"].get("mesh", "")
     if CHANGED_TO in mesh:
         found.append(("mesh", mesh, "one device"))
-    return [f"{what} was {there}, is {now}" for what, there, now in found]
+    told = [f"{what} was {there}, is {now}" for what, there, now in found]
+    changes = program.get("numerics_changes", ())
+    return [*told, *(f"in the middle of training, {change}" for change in changes)]
 
 
 def _mesh_of(card: Mapping[str, Any]) -> Mesh | None:

@@ -8,8 +8,10 @@ from typing import Any
 
 import jax
 import ml_collections
+import numpy as np
 from jax.sharding import Mesh
 
+from lora_jax.core.draws import partitionable
 from lora_jax.core.errors import RequestError
 from lora_jax.formats.adapter import DESCRIPTION, load_trainable
 from lora_jax.methods import Method
@@ -29,6 +31,7 @@ class Adapted:
     description: dict[str, Any]
 
 
+@partitionable()
 def load_adapter(folder: str | os.PathLike, mesh: Mesh | None = None) -> Adapted:
     """A finished run's `adapter/` folder with its base model, ready to bind, merge or evaluate.
 
@@ -56,6 +59,7 @@ def load_adapter(folder: str | os.PathLike, mesh: Mesh | None = None) -> Adapted
         raise RequestError(
             f"the tensors in {folder} are not those of its method.json; copy it again"
         )
+    _check_drawn(method.drawn(trainable), description.get("drawn", {}), folder)
     return Adapted(_with_labels(model, description), method, trainable, frozen, description)
 
 
@@ -66,6 +70,20 @@ def _with_labels(model: Model, description: dict[str, Any]) -> Model:
     if model.head != "classification" or not is_list or len(names) != model.num_labels:
         return model
     return dataclasses.replace(model, labels=label_fields(names))
+
+
+def _check_drawn(here: dict[str, list[float]], there: Any, folder: str | os.PathLike) -> None:
+    """Raises `RequestError` where this JAX draws other numbers than the adapter was trained with.
+
+    Folders from before the sample was kept have none; nothing is compared then.
+    """
+    for name, row in there.items() if isinstance(there, dict) else ():
+        # A tolerance: devices round the same draw differently in the last bit.
+        if len(row) != len(here.get(name, ())) or not np.allclose(row, here[name], 1e-4, 1e-5):
+            raise RequestError(
+                f"the adapter in {folder} was trained with other random numbers {name} than JAX "
+                f"{jax.__version__} draws here; use the JAX version that its card.json names"
+            )
 
 
 _DESCRIBED = {

@@ -7,6 +7,7 @@ from pathlib import Path
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
+from lora_jax.core.draws import partitionable
 from lora_jax.core.errors import RequestError
 from lora_jax.data import Splits, bucket_lengths, eval_batches, load_splits
 from lora_jax.parallel.placement import Placement, place
@@ -34,6 +35,7 @@ def load_cell(cell: Path, mesh: Mesh | None = None) -> tuple[ConfigDict, Adapted
     return config, adapted, splits
 
 
+@partitionable()
 def evaluate_cell(
     cell: Path, *, split: str = "test", merged: bool = False, mesh: Mesh | None = None
 ) -> tuple[Evaluation, Splits]:

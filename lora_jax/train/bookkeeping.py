@@ -15,7 +15,8 @@ class Bookkeeping:
 
     `window` holds the steps not logged yet, as (step, loss, correct, weight, grad_norm); `seconds`
     what each kind of work took; `metrics_lines` how many lines of the metrics file are true;
-    `stopped` why the training is over, "" while it is not; `meshes` those it was on, in order.
+    `stopped` why the training is over, "" while it is not; `meshes` those it was on, in order;
+    `numerics_changes` what of `train/numerics.py` changed on the way.
     """
 
     step: int = 0
@@ -30,6 +31,7 @@ class Bookkeeping:
     seconds: dict[str, float] = dataclasses.field(default_factory=dict)
     stopped: str = ""
     meshes: tuple[str, ...] = ()
+    numerics_changes: tuple[str, ...] = ()
 
     def to_json(self) -> dict[str, Any]:
         return dataclasses.asdict(self)
@@ -37,7 +39,14 @@ class Bookkeeping:
     @classmethod
     def from_json(cls, values: dict[str, Any]) -> Bookkeeping:
         window = tuple(tuple(row) for row in values["window"])
-        return cls(**{**values, "window": window, "meshes": tuple(values.get("meshes", ()))})
+        lists = {name: tuple(values.get(name, ())) for name in ("meshes", "numerics_changes")}
+        return cls(**{**values, "window": window, **lists})
+
+    def with_changes(self, changes: tuple[str, ...]) -> Bookkeeping:
+        """The books of a training that goes on with other `numerics`."""
+        if not changes:
+            return self
+        return dataclasses.replace(self, numerics_changes=(*self.numerics_changes, *changes))
 
     def on_mesh(self, mesh: str) -> Bookkeeping:
         """The books of a training that goes on on `mesh`, "" for one device."""

@@ -12,6 +12,7 @@ import jax
 import optax
 from jax.sharding import Mesh, SingleDeviceSharding
 
+from lora_jax.core.draws import key_from_seed, partitionable
 from lora_jax.core.errors import RequestError
 from lora_jax.core.optional import OPTIONAL
 from lora_jax.data import (
@@ -182,7 +183,7 @@ def _optimizer(config: Any, method: Method, trainable: Any, num_steps: int, plac
 
     def shapes_of(tx) -> TrainState:
         initial = functools.partial(init_state, tx=tx)
-        return jax.eval_shape(initial, trainable, key=jax.eval_shape(lambda: jax.random.key(0)))
+        return jax.eval_shape(initial, trainable, key=jax.eval_shape(lambda: key_from_seed(0)))
 
     def shardings_of(shapes: TrainState) -> TrainState:
         if placement is not None:
@@ -201,9 +202,10 @@ def _optimizer(config: Any, method: Method, trainable: Any, num_steps: int, plac
     return tx, None if placement is None else shardings_of(shapes_of(tx)), note
 
 
+@partitionable()
 def keys_of(seed: int) -> jax.Array:
     """The three keys of a run, from its seed: for a new head, the adapters, and the steps."""
-    return jax.random.split(jax.random.key(seed), 3)
+    return jax.random.split(key_from_seed(seed), 3)
 
 
 def make_model(settings: Any, head_key: jax.Array, mesh: Mesh | None = None) -> Model:

@@ -13,6 +13,8 @@ from typing import Any
 
 import jax
 
+from lora_jax.train.numerics import numerics
+
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "numpy", "lora_jax")
 
 
@@ -87,12 +89,14 @@ def describe_program(
     memory_bytes: int,
     pack: Mapping[str, Any] | None = None,
     mesh: str = "",
+    numerics_changes: Sequence[str] = (),
 ) -> dict[str, Any]:
     """What was compiled: ranks and targets, batch shapes, memory (of a device), threads, flags.
 
     `table` is a method's table (of a pack, the union's); a row without a rank is a parameter
     trained whole. `pack` says of a packed cell: `K`, `slot`, `pack` (its name), `cells` (by
-    slot), `at_once` (cells computed side by side, 0: all). `mesh` is as `--mesh` has it.
+    slot), `at_once` (cells computed side by side, 0: all). `mesh` is as `--mesh` has it;
+    `numerics_changes` what a resumed run found changed of `numerics`.
     """
     adapted = [row for row in table if row.rank]
     return {
@@ -105,6 +109,8 @@ def describe_program(
         "threads": num_threads(),
         "xla_flags": os.environ.get("XLA_FLAGS", ""),
         "matmul_precision": str(jax.config.jax_default_matmul_precision),
+        "numerics": numerics(),
+        **({"numerics_changes": list(numerics_changes)} if numerics_changes else {}),
     }
 
 

@@ -23,6 +23,7 @@ import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 
+from lora_jax.core.draws import KEY_IMPL
 from lora_jax.core.errors import RequestError
 
 PyTree = Any
@@ -184,8 +185,8 @@ def _from_host(leaf: np.ndarray, like: Any) -> jax.Array:
     # A copy again: JAX may take an aligned NumPy buffer over as it is, and donate it later.
     array = jnp.array(leaf, copy=True)
     if _is_key(like):
-        # Of a shape struct JAX does not tell the kind; then it is that of new keys.
-        impl = jax.random.key_impl(like) if isinstance(like, jax.Array) else None
+        # JAX does not tell the kind of a shape struct; a run's keys are of the stated one.
+        impl = jax.random.key_impl(like) if isinstance(like, jax.Array) else KEY_IMPL
         array = jax.random.wrap_key_data(array, impl=impl)
     where = getattr(like, "sharding", None)
     if where is None or (where.num_devices, where.memory_kind) == (1, array.sharding.memory_kind):

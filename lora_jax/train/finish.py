@@ -48,7 +48,7 @@ def write_results(
     killed process left of the others is replaced.
     """
     shutil.rmtree(cell / "adapter", ignore_errors=True)
-    save_trainable(cell / "adapter", trainable, describe_adapter(config, subject))
+    save_trainable(cell / "adapter", trainable, describe_adapter(config, subject, trainable))
     write_predictions(cell / "test_predictions.npz", test)
     table = subject.method.table(subject.model.params)
     seconds = books.seconds
@@ -106,8 +106,9 @@ def hash_trainable(trainable: Any) -> str:
     return hash_params(flat)
 
 
-def describe_adapter(config: dict[str, Any], subject: Subject) -> dict[str, Any]:
+def describe_adapter(config: dict[str, Any], subject: Subject, trainable: Any) -> dict[str, Any]:
     """What `load_adapter` needs to put the tensors back, and what a reader wants to know."""
+    drawn = subject.method.drawn(trainable)
     return {
         "format": "lora_jax adapter 1",
         "model": config["model"],
@@ -117,6 +118,7 @@ def describe_adapter(config: dict[str, Any], subject: Subject) -> dict[str, Any]
         "data_hash": subject.splits.data_hash,
         "label_names": list(subject.splits.label_names),
         "max_length": config["data"]["max_length"],
+        **({"drawn": drawn} if drawn else {}),
     }
 
 

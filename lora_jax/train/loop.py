@@ -10,6 +10,7 @@ from typing import Any
 
 from jax.sharding import Mesh
 
+from lora_jax.core.draws import partitionable
 from lora_jax.core.errors import RequestError
 from lora_jax.parallel.mesh import mesh_text
 from lora_jax.train.bookkeeping import Bookkeeping
@@ -20,6 +21,7 @@ from lora_jax.train.compilation import enable_compilation_cache
 from lora_jax.train.finish import write_results
 from lora_jax.train.memory import StepMemory, device_limit_bytes
 from lora_jax.train.metrics import MetricsWriter
+from lora_jax.train.numerics import check_resumed
 from lora_jax.train.progress import ShowWith, show_progress
 from lora_jax.train.run import Run, StopRequested, copy_arrays
 from lora_jax.train.signals import Interrupted, stop_requests
@@ -58,6 +60,7 @@ def train(
         return train_cell(config, cell, progress=progress, command=command, mesh=mesh)
 
 
+@partitionable()
 def train_cell(
     config: Any,
     cell: str | os.PathLike,
@@ -122,6 +125,7 @@ def train_cell(
             setup.step.shapes,
             memory_bytes=max(setup.step.memory_bytes, setup.scores.memory_bytes),
             mesh=run.books.mesh,
+            numerics_changes=run.books.numerics_changes,
         )
         return write_results(cell, plain, setup, run.books, run.best, test, program)
 
@@ -140,11 +144,19 @@ def _resume(
     checkpoints: Checkpoints, setup: Setup, state: TrainState
 ) -> tuple[Bookkeeping, TrainState, Any]:
     """Books, state and best trainable of the latest checkpoint, or those of a beginning."""
-    restored = checkpoints.restore({"state": state, "best": state.trainable})
+    changes: tuple[str, ...] = ()
+
+    def like(facts: dict[str, Any]) -> dict[str, Any]:
+        # Before the arrays are compared: x64 changes their dtypes, and is the cause to name.
+        nonlocal changes
+        changes = check_resumed(facts.get("numerics", {}), checkpoints.folder)
+        return {"state": state, "best": state.trainable}
+
+    restored = checkpoints.restore(like)
     if restored is None:
         return Bookkeeping(), state, None
     groups, facts = restored
-    books = Bookkeeping.from_json(facts["bookkeeping"])
+    books = Bookkeeping.from_json(facts["bookkeeping"]).with_changes(changes)
     setup.batches.set_state(facts["data"])
     state = groups["state"]
     if books.best_step == 0:

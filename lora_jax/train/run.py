@@ -18,6 +18,7 @@ from lora_jax.train.build import Setup
 from lora_jax.train.checkpoint import Checkpoints
 from lora_jax.train.evaluate import Evaluation, evaluate
 from lora_jax.train.metrics import MetricsWriter
+from lora_jax.train.numerics import numerics
 from lora_jax.train.progress import Show
 from lora_jax.train.state import TrainState
 
@@ -193,7 +194,11 @@ class Run:
         groups = {"state": self.state}
         if self.books.best_step not in (0, self.books.step):
             groups["best"] = self.best
-        facts = {"bookkeeping": self.books.to_json(), "data": self.setup.batches.get_state()}
+        facts = {
+            "bookkeeping": self.books.to_json(),
+            "data": self.setup.batches.get_state(),
+            "numerics": numerics(),
+        }
         self._checkpoints.save(self.books.step, groups, facts)
         self._saved_step = self.books.step
         self._lap("save")
