@@ -22,26 +22,36 @@ _FILL = lax.GatherScatterMode.FILL_OR_DROP
 class GatherUse:
     """A lookup: whole slices of the kernel by index along some of its axes.
 
-    The axes that are looked up are gone from the result; the others are there in full. Adapter
-    dropout does not reach it: there is no input to drop from (as in `peft`).
+    The axes that are looked up are gone from the result, or of size one; the others are there in
+    full. Along an axis of `batching` each index has its own part of the kernel (a table vmapped
+    over its stack). Adapter dropout does not reach it: there is no input to drop from (as in
+    `peft`).
     """
 
     frozen: Callable[[Any], jax.Array]
     indices: jax.Array
     options: dict[str, Any]
+    numbers: lax.GatherDimensionNumbers
     looked_up: tuple[int, ...]
-    offset_dims: tuple[int, ...]
     kernel_shape: tuple[int, ...]
-    out_ndim: int
+    out_shape: tuple[int, ...]
+
+    @property
+    def batch_labels(self) -> list:
+        """For each batch axis of the indices: the kernel's axis it goes along, or its own."""
+        numbers = self.numbers
+        along = zip(numbers.start_indices_batching_dims, numbers.operand_batching_dims, strict=True)
+        labels = {int(n): int(axis) for n, axis in along}
+        return [labels.get(n, ("g", n)) for n in range(self.indices.ndim - 1)]
 
     @property
     def out_axes(self) -> list:
-        kept = iter(axis for axis in range(len(self.kernel_shape)) if axis not in self.looked_up)
-        batch = iter(range(self.out_ndim))
-        return [
-            next(kept) if n in self.offset_dims else ("g", next(batch))
-            for n in range(self.out_ndim)
-        ]
+        gone = {*self.numbers.collapsed_slice_dims, *self.numbers.operand_batching_dims}
+        kept = iter(axis for axis in range(len(self.kernel_shape)) if axis not in gone)
+        kept = iter(("one", axis) if axis in self.looked_up else axis for axis in kept)
+        batch = iter(self.batch_labels)
+        offsets = self.numbers.offset_dims
+        return [next(kept if n in offsets else batch) for n in range(len(self.out_shape))]
 
     def bind(self, kernel):
         return self.frozen(kernel)
@@ -64,35 +74,44 @@ class GatherUse:
 
     def low_rank(self, weight: LoRAWeight):
         wide = jnp.promote_types(weight.a.dtype, jnp.float32)
-        out = self.out_axes
+        out = [label for label in self.out_axes if not _is_one(label)]
         a, a_axes = self._looked_up(weight.a.astype(wide), weight.side_axes("a"))
         b, b_axes = self._looked_up(weight.b.astype(wide), weight.side_axes("b"))
         scale = jnp.asarray(weight.scale).astype(wide)
         a = times_side(a, a_axes, *self._looked_up(scale, weight.side_axes("scale")))
-        return contract(a, a_axes, b, b_axes, out)
+        return lax.reshape(contract(a, a_axes, b, b_axes, out), self.out_shape)
 
     def _looked_up(self, x, axes, fill=0):
         """What the lookup makes of an array that has some of the kernel's axes; with its axes."""
         mine = [axis for axis in self.looked_up if axis in axes]
         if not mine:
             return x, axes
-        columns = [self.looked_up.index(axis) for axis in mine]
+        columns = [self.numbers.start_index_map.index(axis) for axis in mine]
         indices = self.indices[..., jnp.array(columns)]
         places = tuple(axes.index(axis) for axis in mine)
-        rest = [n for n in range(x.ndim) if n not in places]
+        along = {axes.index(axis): n for n, axis in enumerate(self.batch_labels) if axis in axes}
+        rest = [n for n in range(x.ndim) if n not in places and n not in along]
         num_batch = indices.ndim - 1
         numbers = lax.GatherDimensionNumbers(
             offset_dims=tuple(range(num_batch, num_batch + len(rest))),
             collapsed_slice_dims=tuple(sorted(places)),
             start_index_map=places,
+            operand_batching_dims=tuple(sorted(along)),
+            start_indices_batching_dims=tuple(along[n] for n in sorted(along)),
         )
         # Past the end the frozen lookup says what is there; nothing is added.
         options = {**self.options}
         if options.get("fill_value") is not None or options["mode"] == _FILL:
             options["fill_value"] = fill
-        sizes = [1 if n in places else x.shape[n] for n in range(x.ndim)]
+        if len(columns) < self.indices.shape[-1]:  # what holds of the pairs need not hold of one
+            options |= {"indices_are_sorted": False, "unique_indices": False}
+        sizes = [1 if n in places or n in along else x.shape[n] for n in range(x.ndim)]
         found = lax.gather(x, indices, numbers, tuple(sizes), **options)
-        return found, [*(("g", n) for n in range(num_batch)), *(axes[n] for n in rest)]
+        return found, [*self.batch_labels, *(axes[n] for n in rest)]
+
+
+def _is_one(label) -> bool:
+    return isinstance(label, tuple) and label[0] == "one"
 
 
 @jax.tree_util.register_dataclass

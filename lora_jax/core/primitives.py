@@ -14,7 +14,7 @@ from lora_jax.core import jaxprs
 from lora_jax.core.lift import rule_for
 from lora_jax.core.lookups import GatherUse
 from lora_jax.core.products import ConvUse, DotUse, RaggedUse
-from lora_jax.core.values import is_adapted
+from lora_jax.core.values import is_adapted, placed
 
 
 def _one(value):
@@ -49,16 +49,21 @@ def _gather(interpreter, eqn, values):
     if not is_adapted(weight) or is_adapted(indices):
         return None
     params, numbers = eqn.params, eqn.params["dimension_numbers"]
-    looked_up = numbers.start_index_map
-    whole = [
-        size == full
-        for axis, (size, full) in enumerate(zip(params["slice_sizes"], weight.shape, strict=True))
-        if axis not in looked_up
-    ]
-    if (
-        numbers.operand_batching_dims
-        or sorted(looked_up) != sorted(numbers.collapsed_slice_dims)
-        or not all(whole)
+    sizes, shape = params["slice_sizes"], tuple(weight.shape)
+    looked_up = tuple(
+        axis
+        for axis in numbers.start_index_map
+        if axis in numbers.collapsed_slice_dims or sizes[axis] == 1 < shape[axis]
+    )
+    # An index along an axis that is there in full says nothing, unless it may be past the end.
+    filled = params["mode"] == lax.GatherScatterMode.FILL_OR_DROP
+    if filled and len(looked_up) < len(numbers.start_index_map):
+        return None
+    gone = {*looked_up, *numbers.operand_batching_dims}
+    if not {*numbers.collapsed_slice_dims} <= gone or any(
+        size != full
+        for axis, (size, full) in enumerate(zip(sizes, shape, strict=True))
+        if axis not in gone
     ):
         return None
     names = ("indices_are_sorted", "unique_indices", "mode", "fill_value")
@@ -66,10 +71,10 @@ def _gather(interpreter, eqn, values):
         frozen=lambda kernel: jaxprs.bind(eqn, [kernel, indices])[0],
         indices=indices,
         options={name: params[name] for name in names},
-        looked_up=tuple(looked_up),
-        offset_dims=numbers.offset_dims,
-        kernel_shape=tuple(weight.shape),
-        out_ndim=eqn.outvars[0].aval.ndim,
+        numbers=numbers,
+        looked_up=looked_up,
+        kernel_shape=shape,
+        out_shape=tuple(eqn.outvars[0].aval.shape),
     )
     return _one(weight.use(use))
 
@@ -121,6 +126,29 @@ def _times(interpreter, eqn, values):
     return _one(weight.times(number, lambda kernel: lax.mul(kernel, number)))
 
 
+@rule_for("add", "sub")
+def _moved(interpreter, eqn, values):
+    """A kernel plus or minus a plain array moves the frozen kernel; the factors stay."""
+    left, right = values
+    weight, other = (left, right) if is_adapted(left) else (right, left)
+    if is_adapted(other) or tuple(weight.shape) != eqn.outvars[0].aval.shape:
+        return None
+    sign = -1 if eqn.primitive.name == "sub" and weight is right else 1
+
+    def bind(kernel):
+        return jaxprs.bind(eqn, [kernel, other] if weight is left else [other, kernel])[0]
+
+    return _one(weight.moved(sign, bind))
+
+
+@rule_for("pad")
+def _pad(interpreter, eqn, values):
+    weight, value = values
+    if not is_adapted(weight) or is_adapted(value):
+        return None
+    return _one(weight.pad(value, eqn.params["padding_config"]))
+
+
 @rule_for("neg")
 def _neg(interpreter, eqn, values):
     (weight,) = values
@@ -144,9 +172,10 @@ def _transpose(interpreter, eqn, values):
 
 @rule_for("reshape")
 def _reshape(interpreter, eqn, values):
-    if eqn.params["dimensions"] is not None:
-        return None
-    return _one(values[0].reshape(tuple(eqn.params["new_sizes"])))
+    weight, order = values[0], eqn.params["dimensions"]
+    if order is not None:  # vmap of a convolution permutes the axes within its reshape
+        weight = weight.transpose(order)
+    return _one(weight and weight.reshape(tuple(eqn.params["new_sizes"])))
 
 
 @rule_for("squeeze")
@@ -202,6 +231,20 @@ def _on_kernel(interpreter, eqn, values):
     """Marks and placements concern the kernel; the factors follow their own sharding."""
     (weight,) = values
     return _one(weight.marked(lambda kernel: jaxprs.bind(eqn, [kernel])[0]))
+
+
+@rule_for("device_put")
+def _device_put(interpreter, eqn, values):
+    """The factors go with their kernel, unless its sharding names its own axes."""
+    if len(values) > 1:
+        return None
+    (target,) = eqn.params["devices"]
+    named = isinstance(target, jax.sharding.Sharding) and len(target.device_set) > 1
+
+    def put(x):
+        return jaxprs.bind(eqn, [x])[0]
+
+    return _one(placed(values[0], put, (lambda x: x) if named else put))
 
 
 @rule_for("optimization_barrier")

@@ -293,13 +293,15 @@ def _why_unused(rule: Rule, candidates, everything, aliases) -> str:
     matched = [path for path in everything if pattern.fullmatch(path)]
     near = trees.nearest(pattern.pattern, candidates)
     if not matched:
+        if any(path.split("/")[-1].isdecimal() for path in candidates):
+            near += " (a number in a path is a place in a list or tuple)"
         return f"rule {pattern.pattern!r} matches no parameter; {near}"
     able = [path for path in candidates if pattern.fullmatch(path)]
     if not able:
         return (
             f"rule {pattern.pattern!r} matches only what cannot hold an adapter ({matched[0]!r}, "
-            "…): parameters of fewer than two axes, of integers or complex numbers, or trained "
-            f"whole; {near}"
+            "…): parameters of fewer than two axes, of integers or complex numbers, trained whole, "
+            f"or in no product of the model (axes= does not name them); {near}"
         )
     if not any(rule.takes(path, aliases) for path in able):
         found = _layers_of(able)

@@ -276,6 +276,14 @@ class AdaptedValue:
         kernel = beneath.times(factor, bind) if is_adapted(beneath) else bind(beneath)
         return self._followed(kernel, {})
 
+    def moved(self, sign: int, bind: Callable[[jax.Array], jax.Array]) -> AdaptedValue | None:
+        """The value, or minus it, plus an array; `bind` is that equation on the frozen array."""
+        return None
+
+    def pad(self, value, config) -> AdaptedValue | None:
+        """The value with `value` around it, as `lax.pad` has it."""
+        return None
+
 
 def is_adapted(value: Any) -> bool:
     return isinstance(value, AdaptedValue)
@@ -289,6 +297,16 @@ def is_bound(value: Any) -> bool:
 def materialise(value: Any) -> Any:
     """The plain array that `value` stands for; plain values pass."""
     return value.materialise() if is_adapted(value) else value
+
+
+def placed(value: Any, put: Callable, put_side: Callable) -> Any:
+    """The value with the arrays it is made of put elsewhere: the frozen one, and its sides."""
+    if not is_adapted(value):
+        return put(value)
+    if isinstance(value, Stored):
+        return value.marked(put)
+    sides = {name: put_side(x) for name, x in value.sides().items()}
+    return dataclasses.replace(value, kernel=placed(value.kernel, put, put_side), **sides)
 
 
 def use_beneath(kernel: Any, use: Use) -> jax.Array | None:

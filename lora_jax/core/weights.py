@@ -17,10 +17,12 @@ from jax import lax
 
 from lora_jax.core.contract import contract
 from lora_jax.core.values import (
+    RANK,
     AdaptedValue,
     Use,
     cast,
     float32_or_wider,
+    is_adapted,
     materialise,
     times_side,
     use_beneath,
@@ -85,6 +87,27 @@ class LoRAWeight(AdaptedValue):
         scale = jnp.asarray(self.scale)
         times = super().times(factor, bind)
         return times and dataclasses.replace(times, scale=scale * factor.astype(scale.dtype))
+
+    def moved(self, sign: int, bind) -> LoRAWeight | None:
+        beneath = self.kernel
+        kernel = beneath.moved(sign, bind) if is_adapted(beneath) else bind(beneath)
+        return self._followed(kernel, {"scale": sign * jnp.asarray(self.scale)})
+
+    def pad(self, value, config) -> LoRAWeight | None:
+        # ΔW is zero in every row and column that is added, so either factor may hold the zeros.
+        if any(tuple(config[axis]) != (0, 0, 0) for axis in self.axes("s")):
+            return None
+        beneath = self.kernel
+        kernel = (
+            beneath.pad(value, config) if is_adapted(beneath) else lax.pad(beneath, value, config)
+        )
+
+        def padded(x, x_axes):
+            around = [(0, 0, 0) if axis == RANK else config[axis] for axis in x_axes]
+            return lax.pad(x, jnp.zeros((), x.dtype), around)
+
+        sides = {name: padded(getattr(self, name), self.side_axes(name)) for name in ("a", "b")}
+        return self._followed(kernel, sides)
 
     def dropped(self, x, uses: int):
         """Inverted dropout on the adapter's input, by a mask of its own at each equation.

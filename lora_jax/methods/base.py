@@ -207,7 +207,7 @@ class Method:
         total = sum(leaf.size for leaf in flat.values() if trees.is_array(leaf))
         order = {path: place for place, path in enumerate(flat)}
         in_order = sorted(rows, key=lambda row: (order[path_of(row.path)], row.path))
-        return MethodTable(tuple(in_order), total)
+        return MethodTable(tuple(in_order), total, tuple(self._skipped(params, frozenset(whole))))
 
     def whole_paths(self, params: PyTree) -> list[str]:
         """Paths of the parameters trained whole. Raises `RequestError` for what matches none."""
@@ -271,6 +271,10 @@ class Method:
         )
 
     def _adapter_rows(self, params, whole: frozenset[str]) -> list[Row]:
+        return []
+
+    def _skipped(self, params, whole: frozenset[str]) -> list[str]:
+        """What the rules match and `axes` does not name: it meets no product."""
         return []
 
     def _mask_of(self, path: str, value) -> Any:

@@ -23,7 +23,7 @@ from lora_jax.core.rules import Rule, match_rules, split_parts
 from lora_jax.core.values import AdaptedValue, float32_or_wider, is_adapted, is_bound
 from lora_jax.core.weights import LoRAWeight
 from lora_jax.methods.base import Method, Trainable
-from lora_jax.methods.sites import Site, name_of, path_of
+from lora_jax.methods.sites import Site, can_hold, name_of, path_of
 from lora_jax.methods.table import Row
 
 
@@ -33,8 +33,9 @@ class LoRA(Method):
 
     Either `targets` with `rank`, `alpha`, `dropout`, `init`, … (see `Rule`), or `rules`: an ordered
     sequence of `Rule`, first match wins. `train` and `rows` name what trains beside (see `Method`);
-    a parameter trained whole gets no adapter. `axes` is what `kernel_axes` gave; without it a
-    kernel of two axes is (in, out) and one of more is an error.
+    a parameter trained whole gets no adapter. `axes` is what `kernel_axes` gave: what it
+    does not name meets no product and gets no adapter; without it a kernel of two axes is (in, out)
+    and one of more is an error.
 
     `a` is (stack…, in…, r), `b` is (stack…, r, out…), in float32 or the kernel's dtype if wider.
 
@@ -134,15 +135,8 @@ class LoRA(Method):
 
     def _sites(self, params, whole: frozenset[str]) -> dict[str, Site]:
         leaves = dict(trees.flatten(params).items())
-        candidates = [
-            path
-            for path, leaf in leaves.items()
-            if trees.is_float(leaf)
-            and leaf.ndim >= 2
-            and path not in whole
-            # scale · a @ b of real factors would not reach the half of a complex kernel.
-            and not jnp.issubdtype(leaf.dtype, jnp.complexfloating)
-        ]
+        able = [path for path, leaf in leaves.items() if can_hold(leaf) and path not in whole]
+        candidates = [path for path in able if self._meets_product(path)]
         for path in self.axes or ():
             if path not in leaves:
                 raise RequestError(
@@ -155,6 +149,17 @@ class LoRA(Method):
             site.check(any_rank=self.ANY_RANK)
             found[site.name] = site
         return found
+
+    def _meets_product(self, path: str) -> bool:
+        return self.axes is None or path in self.axes
+
+    def _skipped(self, params, whole: frozenset[str]) -> list[str]:
+        return [
+            path
+            for path, leaf in trees.flatten(params).items()
+            if can_hold(leaf) and path not in whole and not self._meets_product(path)
+            and any(rule.takes(path, self.aliases) for rule in self.rules)
+        ]  # fmt: skip
 
     def _site(self, path: str, rule: Rule, shape) -> Site:
         return Site(path, rule, self._roles(path, len(shape)), tuple(shape))

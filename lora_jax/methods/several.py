@@ -162,6 +162,9 @@ class Combined(Method):
     def _adapter_rows(self, params, whole: frozenset[str]) -> list[Row]:
         return [row for method in self.methods for row in method._adapter_rows(params, whole)]
 
+    def _skipped(self, params, whole: frozenset[str]) -> list[str]:
+        return list(dict.fromkeys(p for m in self.methods for p in m._skipped(params, whole)))
+
     def _rows(self, params: PyTree, whole=()) -> dict[str, Any]:
         return {k: v for method in self.methods for k, v in method._rows(params, whole).items()}
 

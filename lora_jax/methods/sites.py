@@ -5,10 +5,12 @@ from __future__ import annotations
 import dataclasses
 import math
 import re
+from typing import Any
 
 import jax.numpy as jnp
 from jax import lax
 
+from lora_jax.core import trees
 from lora_jax.core.errors import RequestError
 from lora_jax.core.rules import Rule
 
@@ -152,3 +154,15 @@ class Site:
                 return at + axes.index(place)
             at += len(self.sizes(role))
         return None
+
+
+def can_hold(leaf: Any) -> bool:
+    """Whether a leaf can hold an adapter: real floats of two axes or more.
+
+    scale · a @ b of real factors would not reach the half of a complex kernel.
+    """
+    return (
+        trees.is_float(leaf)
+        and leaf.ndim >= 2
+        and not jnp.issubdtype(leaf.dtype, jnp.complexfloating)
+    )

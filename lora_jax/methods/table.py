@@ -18,10 +18,15 @@ class Row:
 
 @dataclasses.dataclass(frozen=True)
 class MethodTable:
-    """Rows in the tree's order; `num_params` counts the whole model without its adapters."""
+    """Rows in the tree's order; `num_params` counts the whole model without its adapters.
+
+    `skipped`: paths that the rules match and that get no adapter, since the model uses them in no
+    product.
+    """
 
     rows: tuple[Row, ...]
     num_params: int
+    skipped: tuple[str, ...] = ()
 
     @property
     def num_trainable(self) -> int:
@@ -57,4 +62,6 @@ class MethodTable:
         lines.append(
             f"{self.num_trainable:,} trainable parameters beside {self.num_params:,} ({share:.3%})"
         )
+        if self.skipped:
+            lines.append(f"no adapter, since in no product: {', '.join(self.skipped)}")
         return "\n".join(lines)

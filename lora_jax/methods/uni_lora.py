@@ -175,6 +175,9 @@ class UniLoRA(Method):
     def _adapter_rows(self, params, whole: frozenset[str]) -> list[Row]:
         return []
 
+    def _skipped(self, params, whole: frozenset[str]) -> list[str]:
+        return self._lora._skipped(params, whole)
+
     def table(self, params: PyTree):
         table = super().table(params)
         sizes = _sizes(self._lora._sites(params, frozenset(self.whole_paths(params))))

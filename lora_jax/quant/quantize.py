@@ -45,8 +45,9 @@ def quantize(
     `targets` is a regular expression over whole paths, or aliases of the model family joined by
     commas ("all-linear"). The result goes wherever `params` went: `lift(apply)`, a method's `init`
     and `bind`. 4.5 bits a parameter, 4.127 with `double_quant` (see `quant.nf4`). `axes` is what
-    `kernel_axes` gave, for kernels of more than two axes. Vectors and integers that `targets` name
-    too are left as they are, and listed in a `SkippedWarning`.
+    `kernel_axes` gave, for kernels of more than two axes. Vectors, integers and, with `axes`, what
+    it does not name are left as they are where `targets` match them, and listed in a
+    `SkippedWarning`.
 
     Raises `RequestError` for targets that name no matrix, one that is quantised or adapted already,
     an unknown format, numbers that are not finite. Source: QLoRA (arXiv:2305.14314), Section 3.
@@ -140,6 +141,8 @@ def _roles(path: str, leaf: Any, axes) -> tuple[str | None, str]:
     if leaf.ndim < 2:
         return None, "is a vector" if leaf.ndim else "is a number"
     known = None if axes is None else axes.get(path)
+    if known is None and axes is not None:
+        return None, "is in no product of the model (axes= does not name it)"
     if known is None and leaf.ndim > 2:
         raise RequestError(
             f"{path!r} has {leaf.ndim} axes and nothing says which are input and output; pass "

@@ -356,6 +356,70 @@ def _conv(x, w, dims, **options):
     ).reshape(dims[0], -1)
 
 
+@construct(w=(6, 4))
+def lookup_of_one_row_vmapped(p, x):
+    return jax.vmap(lambda n: p["w"][n])(_ids(x)) + jax.vmap(jax.vmap(lambda n: p["w"][n]))(
+        _ids(x)[:, None]
+    ).reshape(5, 4)
+
+
+@construct(w=(4, 6))
+def lookup_of_columns_vmapped(p, x):
+    return jax.vmap(lambda n: jax.lax.dynamic_slice_in_dim(p["w"], n, 1, axis=1))(_ids(x))[..., 0]
+
+
+@construct(w=(3, 6, 4))
+def lookup_vmapped_over_tables(p, x):
+    return jax.vmap(lambda w, n: w[n])(p["w"], jnp.stack([_ids(x), _ids(-x), _ids(x**2)]))
+
+
+@construct(w=(6, 4))
+def moved_kernel(p, x):
+    start = jnp.cos(jnp.arange(24, dtype=x.dtype)).reshape(6, 4)
+    return x @ (p["w"] + start) - jnp.tanh(x @ (start - p["w"])) + x @ (p["w"] - start)
+
+
+@construct(w=(4, 3))
+def padded_kernel(p, x):
+    spread = jax.lax.pad(p["w"], jnp.ones((), x.dtype), ((-1, 0, 1), (0, 1, 0)))
+    return x @ jnp.pad(p["w"], ((2, 0), (0, 1))) + jnp.tanh(x @ spread)
+
+
+@construct(w=(6, 4))
+def put_kernel(p, x):
+    return x @ jax.device_put(p["w"])
+
+
+@construct(w=(2, 2, 3, 4))
+def conv_of_many_kernels(p, x):
+    return jax.vmap(lambda w: _conv(x, w, (5, 2, 3)))(p["w"])
+
+
+@construct(low_rank=False, w=(2, 2, 3, 4))
+def conv_vmapped_over_kernels(p, x):
+    return jax.vmap(lambda x, w: _conv(x, w, (5, 2, 3)))(jnp.stack([x, -x]), p["w"])
+
+
+@construct(low_rank=False, w=(3, 6, 2))
+def depthwise_conv_of_keras(p, x):
+    return _conv(x, p["w"].reshape(3, 1, 12), (1, 5, 6), feature_group_count=6)
+
+
+@construct(low_rank=False, q=(6, 4), k=(6, 4))
+def kernels_stacked_inside(p, x):
+    return x @ jnp.stack([p["q"], p["k"]], axis=1).reshape(6, 8)
+
+
+@construct(low_rank=False, w=(6, 4))
+def masked_kernel(p, x):
+    return x @ jnp.where(jnp.tri(6, 4) > 0, p["w"], 0)
+
+
+@construct(low_rank=False, q=(6, 4), k=(6, 4))
+def complex_kernel(p, x):
+    return jnp.abs(x @ jax.lax.complex(p["q"], p["k"]))
+
+
 @construct(w=(2, 3, 4))
 def conv_1d(p, x):
     return _conv(x, p["w"], (5, 2, 3))

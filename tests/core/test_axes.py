@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import functools
+
 import equinox as eqx
 import jax
 import jax.numpy as jnp
 import pytest
+from flax import linen as nn
 from flax import nnx
 
 import lora_jax as lj
@@ -20,6 +23,13 @@ def axes_of(apply, x=X, **shapes):
 
 def roles(axes, path="w"):
     return axes[path].stack, axes[path].in_, axes[path].out
+
+
+def _conv(x, w, groups=1):
+    numbers = ("NWC", "WIO", "NWC")
+    return jax.lax.conv_general_dilated(
+        x, w, (1,), "SAME", dimension_numbers=numbers, feature_group_count=groups
+    )
 
 
 CASES = {
@@ -67,7 +77,100 @@ CASES = {
         (3, 8, 4),
         ((), (-3, -2), (-1,)),
     ),
+    "lookup of one row": (lambda p, x: x @ p["w"][jnp.argmax(x[0])], (9, 8), ((), (-2,), (-1,))),
+    "vmapped lookup of one row": (
+        lambda p, x: jax.vmap(lambda n: p["w"][n])(jnp.argmax(x, 1)), (9, 4), ((), (-2,), (-1,)),
+    ),
+    "lookup vmapped over tables": (
+        lambda p, x: jax.vmap(lambda t, n: t[n])(p["w"], jnp.argmax(x[:3], 1)),
+        (3, 9, 4),
+        ((-3,), (-2,), (-1,)),
+    ),
+    "convolution vmapped over kernels": (
+        lambda p, x: jax.vmap(_conv)(jnp.stack([x[None]] * 2), p["w"]),
+        (2, 3, 8, 4),
+        ((-4,), (-3, -2), (-1,)),
+    ),
+    "grouped convolution vmapped over kernels": (
+        lambda p, x: jax.vmap(functools.partial(_conv, groups=2))(
+            jnp.stack([x[None]] * 2), p["w"]
+        ),
+        (2, 3, 4, 6),
+        ((-4,), (-3, -2), (-1,)),
+    ),
+    "convolution of one input by many kernels": (
+        lambda p, x: jax.vmap(_conv, (None, 0))(x[None], p["w"]),
+        (2, 3, 8, 4),
+        ((), (-3, -2), (-4, -1)),
+    ),
+    "depthwise convolution of Keras": (
+        lambda p, x: _conv(x[None], p["w"].reshape(3, 1, 16), groups=8),
+        (3, 8, 2),
+        ((-2,), (-3,), (-1,)),
+    ),
+    "watched by a callback": (
+        lambda p, x: (jax.debug.callback(lambda w: None, p["w"]), x @ p["w"])[1],
+        (8, 4),
+        ((), (-2,), (-1,)),
+    ),
+    "device_put": (lambda p, x: x @ jax.device_put(p["w"]), (8, 4), ((), (-2,), (-1,))),
+    "padded": (
+        lambda p, x: x @ jnp.pad(p["w"], ((2, 0), (0, 3))), (6, 4), ((), (-2,), (-1,)),
+    ),
+    "moved by an array": (
+        lambda p, x: x @ (p["w"] - jnp.arange(32.0).reshape(8, 4)), (8, 4), ((), (-2,), (-1,)),
+    ),
+    "masked": (
+        lambda p, x: x @ jnp.where(jnp.tri(8, 4) > 0, p["w"], 0), (8, 4), ((), (-2,), (-1,)),
+    ),
+    "chunks of the inputs": (
+        lambda p, x: jax.lax.scan(
+            lambda h, chunk: (h + chunk[0] @ chunk[1], None),
+            jnp.zeros((5, 4)),
+            (x.reshape(5, 2, 4).transpose(1, 0, 2), p["w"].reshape(2, 4, 4)),
+        )[0],
+        (8, 4),
+        ((), (-2,), (-1,)),
+    ),
+    "chunks of the outputs": (
+        lambda p, x: jax.lax.map(lambda w: x @ w, p["w"].reshape(8, 2, 2).transpose(1, 0, 2)),
+        (8, 4),
+        ((), (-2,), (-1,)),
+    ),
 }  # fmt: skip
+JOINS = {
+    "sum": lambda w, v: w + v,
+    "difference": lambda w, v: w - v,
+    "concatenation": lambda w, v: jnp.concatenate([w, v], axis=1),
+    "stack": lambda w, v: jnp.stack([w, v], axis=1).reshape(8, 8),
+    "complex number": jax.lax.complex,
+}
+
+
+@pytest.mark.parametrize("name", JOINS)
+def test_each_of_two_kernels_made_into_one_has_its_axes(name):
+    axes = axes_of(lambda p, x: x @ JOINS[name](p["w"], p["v"]), w=(8, 4), v=(8, 4))
+    assert roles(axes, "w") == roles(axes, "v") == ((), (-2,), (-1,))
+
+
+def test_the_gates_of_a_fused_lstm_cell_have_axes():
+    cell = nn.OptimizedLSTMCell(4)
+    carry = cell.initialize_carry(jax.random.key(0), X.shape)
+    variables = jax.eval_shape(cell.init, jax.random.key(0), carry, X)
+    axes = lj.kernel_axes(cell.apply, variables, carry, X)
+    assert axes.keys() == {f"params/{side}{gate}/kernel" for side in "ih" for gate in "ifgo"}
+    assert {roles(axes, path) for path in axes} == {((), (-2,), (-1,))}
+
+
+@pytest.mark.parametrize("shape", [(5, 1, 1), (1, 1, 1, 8)])
+def test_biases_and_scales_spread_over_the_activations_have_no_axes(shape):
+    axes = axes_of(lambda p, x: ((x * 1.0)[:, None] * p["v"] + p["v"]) @ p["w"], v=shape, w=(8, 4))
+    assert axes.keys() == {"w"}
+
+
+def test_a_class_token_before_its_patches_has_no_axes():
+    axes = axes_of(lambda p, x: jnp.concatenate([p["v"], x]) @ p["w"], v=(1, 8), w=(8, 4))
+    assert axes.keys() == {"w"}
 
 
 @pytest.mark.parametrize("name", CASES)
