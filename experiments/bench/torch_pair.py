@@ -125,7 +125,8 @@ def main(arguments: list[str] | None = None) -> None:
         return {"ratio": medians, "quartiles": [low, high]}
 
     record = {
-        "what": f"{options.model}, {options.batch} × {options.tokens} tokens, {threads} threads, float32",
+        "what": f"{options.model}, {options.batch} × {options.tokens} tokens, "
+        f"{threads} threads, float32",
         "median_seconds": {name: statistics.median(took) for name, took in seconds.items()},
         "here_over_torch": {n: ratio(f"here {n}", f"torch {n}") for n in CONTESTANTS},
         "lora_over_full_here": {n: ratio(f"here {n}", "here full") for n in CONTESTANTS[:2]},
