@@ -2,6 +2,8 @@
 
 import os
 import sys
+import time
+from collections import Counter
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -10,15 +12,69 @@ ROOT = Path(__file__).resolve().parent.parent
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 flags = os.environ.get("XLA_FLAGS", "")
 if "xla_force_host_platform_device_count" not in flags:
-    os.environ["XLA_FLAGS"] = f"{flags} --xla_force_host_platform_device_count=8".strip()
+    flags += " --xla_force_host_platform_device_count=8"
+# Most of a test's time is LLVM's, and its programs run for milliseconds: compile them plainly.
+if "xla_backend_optimization_level" not in flags:
+    flags += " --xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
+os.environ["XLA_FLAGS"] = flags.strip()
 cache = ROOT / ".cache" / f"jax-{sys.version_info.major}.{sys.version_info.minor}"
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(cache))
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.05")
 # Tests never reach for the network; a hub id must fail the way it does on a plane.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
+import pytest  # noqa: E402
 from hypothesis import settings  # noqa: E402
 
 # A first call compiles or imports, and a busy machine is slow: neither is a failure.
 settings.register_profile("no deadline", deadline=None)
 settings.load_profile("no deadline")
+
+# Processor seconds that a folder's fast tests may take on a cold cache; more is told, not failed,
+# since machines differ.
+BUDGETS = {
+    "analysis": 40, "cli": 40, "core": 120, "data": 20, "experiments": 30, "formats": 20,
+    "generate": 60, "methods": 120, "models": 90, "notebooks": 60, "parallel": 90, "parity": 90,
+    "quant": 60, "report": 30, "sweeps": 120, "train": 150,
+}  # fmt: skip
+_spent: Counter = Counter()
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_protocol(item):
+    """Notes the processor seconds of a test, its fixtures' and its children's included."""
+    start = _processor_seconds()
+    outcome = yield
+    _spent[_folder_of(item.nodeid)] += _processor_seconds() - start
+    return outcome
+
+
+def pytest_sessionfinish(session):
+    worker = getattr(session.config, "workeroutput", None)
+    if worker is not None:
+        worker["processor_seconds"] = dict(_spent)
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node):
+    _spent.update(getattr(node, "workeroutput", {}).get("processor_seconds", {}))
+
+
+def pytest_terminal_summary(terminalreporter):
+    terminalreporter.section("processor seconds per folder (budget of the fast tests)")
+    for folder, seconds in _spent.most_common():
+        budget = BUDGETS.get(folder)
+        over = " OVER" if budget is not None and seconds > budget else ""
+        terminalreporter.write_line(f"{folder:12} {seconds:8.1f}  ({budget or '-'}){over}")
+    terminalreporter.write_line(f"{'all':12} {sum(_spent.values()):8.1f}")
+
+
+def _processor_seconds() -> float:
+    children = os.times()
+    return time.process_time() + children.children_user + children.children_system
+
+
+def _folder_of(nodeid: str) -> str:
+    """The folder in tests/, or the top of the tree: "lora_jax" has the docstrings' examples."""
+    parts = nodeid.partition("::")[0].split("/")
+    return parts[1] if parts[0] == "tests" and len(parts) > 2 else parts[0]

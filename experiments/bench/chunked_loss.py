@@ -22,7 +22,7 @@ from lora_jax.train.task import readout_tokens
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
 
 
-def main() -> None:
+def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--tokens", type=int, default=8192)
     parser.add_argument("--width", type=int, default=4096)
@@ -31,7 +31,7 @@ def main() -> None:
     parser.add_argument("--chunks", default="8192,0,512,64", help="tokens at a time; 0: default")
     parser.add_argument("--tpu", help="a slice of one chip, such as v5p:1x1x1 (default: this CPU)")
     parser.add_argument("--out", help="folder of the record (default: print only)")
-    options = parser.parse_args()
+    options = parser.parse_args(arguments)
     where = None
     if options.tpu:
         from lora_jax.parallel.topology import describe_topology

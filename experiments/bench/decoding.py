@@ -21,7 +21,7 @@ from lora_jax.generate import Decoding, compile_first, generate
 from lora_jax.models import load_model
 
 
-def main() -> None:
+def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", default="smollm2-135m")
     parser.add_argument("--prompt", type=int, default=64)
@@ -29,7 +29,7 @@ def main() -> None:
     parser.add_argument("--batches", default="1,8")
     parser.add_argument("--times", type=int, default=5)
     parser.add_argument("--out", help="folder of the record (default: print only)")
-    options = parser.parse_args()
+    options = parser.parse_args(arguments)
     model = load_model(options.model)
     settings = Decoding(options.new, eos_token_ids=())
     batches = {}

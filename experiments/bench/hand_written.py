@@ -47,7 +47,7 @@ def hand_written(config: BertConfig, *, rngs: nnx.Rngs) -> Bert:
     return model
 
 
-def main() -> None:
+def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--layers", type=int, default=24)
     parser.add_argument("--width", type=int, default=256)
@@ -55,7 +55,7 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=64)
     parser.add_argument("--steps", type=int, default=25)
     parser.add_argument("--out", help="folder of the record (default: print only)")
-    options = parser.parse_args()
+    options = parser.parse_args(arguments)
     config = encoder_config(
         layers=options.layers, width=options.width, vocabulary=1000, tokens=options.tokens
     )

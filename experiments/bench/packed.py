@@ -28,7 +28,7 @@ from lora_jax.models.bert import ALIASES
 VOCABULARY = 30522
 
 
-def main() -> None:
+def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--cells", type=int, default=16)
     parser.add_argument("--batch", type=int, default=8)
@@ -39,7 +39,7 @@ def main() -> None:
     parser.add_argument("--times", type=int, default=3)
     parser.add_argument("--larger", default="8,16,32,64,128", help="batches of the run alone")
     parser.add_argument("--out", help="folder of the record (default: print only)")
-    options = parser.parse_args()
+    options = parser.parse_args(arguments)
     config = encoder_config(
         layers=options.layers, width=options.width, vocabulary=VOCABULARY, tokens=512
     )

@@ -47,11 +47,11 @@ PLANS = (
 )
 
 
-def main() -> None:
+def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--only", default="", help="only plans whose command contains this")
     parser.add_argument("--out", required=True, type=Path, help="folder of the record")
-    options = parser.parse_args()
+    options = parser.parse_args(arguments)
     path = options.out / "plans.json"
     found = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
     here = {"versions": {**versions(), "libtpu": version("libtpu")}, "commit": git_commit()}

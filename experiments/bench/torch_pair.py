@@ -29,7 +29,8 @@ import optax
 
 import lora_jax as lj
 from experiments.bench.record import write_record
-from lora_jax.models.sources import find_folder
+from lora_jax.models.model import Model
+from lora_jax.models.sources import find_source
 from lora_jax.train import init_state, make_train_step
 from lora_jax.train.loss import make_loss
 
@@ -59,9 +60,8 @@ class Torch:
 
 
 class Here:
-    def __init__(self, batch):
+    def __init__(self, model: Model, batch: dict):
         self.batch, self.made = batch, {}
-        model = lj.load_model("minilm", head="classification", num_labels=2)
         lora = {"rank": 8, "alpha": 16.0, "train": "head/.*", "aliases": model.aliases}
         methods = {
             "lora-qv": lj.LoRA(targets="q,v", **lora),
@@ -82,19 +82,21 @@ class Here:
         return time.perf_counter() - start
 
 
-def main() -> None:
+def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--torch", required=True, help="a Python with torch, transformers, peft")
+    parser.add_argument("--model", default="minilm", help="a BERT: packaged, or a folder")
     parser.add_argument("--rounds", type=int, default=11)
     parser.add_argument("--batch", type=int, default=32)
     parser.add_argument("--tokens", type=int, default=64)
     parser.add_argument("--out", help="folder of the record (default: print only)")
-    options = parser.parse_args()
+    options = parser.parse_args(arguments)
     if options.rounds < 2:
         parser.error(f"--rounds={options.rounds}: quartiles need at least 2")
+    model = lj.load_model(options.model, head="classification", num_labels=2)
     rng, shape = np.random.default_rng(0), (options.batch, options.tokens)
     batch = {
-        "input_ids": rng.integers(1000, 20000, shape).astype(np.int32),
+        "input_ids": (rng.integers(1000, 20000, shape) % model.config.vocab_size).astype(np.int32),
         "attention_mask": np.ones(shape, np.int32),
         "labels": rng.integers(0, 2, options.batch).astype(np.int32),
         "weights": np.ones(options.batch, np.float32),
@@ -104,8 +106,8 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         data = str(Path(folder) / "batch.npz")
         np.savez(data, **batch)
-        there = Torch(options.torch, str(find_folder("minilm")), data, threads)
-        here = Here(batch)
+        there = Torch(options.torch, str(find_source(options.model)), data, threads)
+        here = Here(model, batch)
         for number in range(options.rounds + 1):
             for name in CONTESTANTS:
                 sides = [("here", here), ("torch", there)]
@@ -123,7 +125,8 @@ def main() -> None:
         return {"ratio": medians, "quartiles": [low, high]}
 
     record = {
-        "what": f"MiniLM, {options.batch} × {options.tokens} tokens, {threads} threads, float32",
+        "what": f"{options.model}, {options.batch} × {options.tokens} tokens, "
+        f"{threads} threads, float32",
         "median_seconds": {name: statistics.median(took) for name, took in seconds.items()},
         "here_over_torch": {n: ratio(f"here {n}", f"torch {n}") for n in CONTESTANTS},
         "lora_over_full_here": {n: ratio(f"here {n}", "here full") for n in CONTESTANTS[:2]},

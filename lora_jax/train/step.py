@@ -49,7 +49,7 @@ def step_function(
         (loss, sums), gradients = grad_of(state.trainable, frozen, batch, key)
         updates, opt_state = tx.update(gradients, state.opt_state, state.trainable)
         trainable = optax.apply_updates(state.trainable, updates)
-        metrics = {"loss": loss, "grad_norm": optax.global_norm(gradients), **sums}
+        metrics = {"loss": loss, "grad_norm": optax.tree.norm(gradients), **sums}
         return TrainState(state.step + 1, trainable, opt_state, state.key), metrics
 
     return step

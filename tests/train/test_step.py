@@ -116,7 +116,7 @@ def test_clipping_sees_only_the_trainable_tree(params, batch):
     loss = make_loss(apply, method)
     gradients = jax.jit(jax.grad(loss, has_aux=True))(trainable, frozen, batch, key)[0]
     everything = jax.jit(jax.grad(lambda p: loss({}, p, batch, key)[0]))(params)
-    norm, whole_norm = optax.global_norm(gradients), optax.global_norm(everything)
+    norm, whole_norm = optax.tree.norm(gradients), optax.tree.norm(everything)
     state, metrics = step(state, frozen, batch)
     np.testing.assert_allclose(metrics["grad_norm"], norm, rtol=1e-6)
     assert whole_norm > 1.05 * norm  # else the two could not be told apart
