@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 
-from lora_jax.cli.requests import Parser, add_json, say
+from lora_jax.cli.requests import Parser, add_json, printable, say
 
 EXAMPLES = """\
 Examples:
@@ -25,6 +25,6 @@ def run(argv: Sequence[str]) -> int:
 
     from lora_jax.report.cite import cite
 
-    text = cite(options.run)
+    text = printable(cite(options.run))
     say(json.dumps({"bibtex": text}) if options.json else text.rstrip())
     return 0

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -15,6 +16,12 @@ from ml_collections import ConfigDict, config_flags
 from lora_jax.core.errors import RequestError
 from lora_jax.core.optional import OPTIONAL, describe_optional, set_optional
 from lora_jax.core.trees import nearest
+
+# Options that name a file or a folder.
+PATHS = {
+    "adapter", "adapters", "base", "beside", "cell", "figures", "keep", "model", "out", "run",
+    "workdir",
+}  # fmt: skip
 
 # What --mesh means, for the ends of --help.
 MESH = """\
@@ -63,7 +70,21 @@ class Parser(argparse.ArgumentParser):
         if unknown:
             options = [name for action in self._actions for name in action.option_strings]
             self.error(f"unknown argument {unknown[0]!r}; {nearest(unknown[0], options)}")
+        for name in PATHS & vars(known).keys():
+            value = getattr(known, name)
+            value = [*map(read_path, value)] if isinstance(value, list) else read_path(value)
+            setattr(known, name, value)
         return known
+
+
+def read_path(text: Any) -> Any:
+    """A path as given, with `~` as the home folder. Raises `RequestError` for a Windows path on
+    another system, where it would make one folder with backslashes in its name."""
+    if not isinstance(text, str):
+        return text
+    if os.name != "nt" and re.match(r"[A-Za-z]:\\", text):
+        raise RequestError(f"{text!r} is a Windows path, and this is {sys.platform}; use slashes")
+    return os.path.expanduser(text) if text == "~" or text.startswith("~/") else text
 
 
 def read_config(args: Sequence[str]) -> ConfigDict:
@@ -72,7 +93,8 @@ def read_config(args: Sequence[str]) -> ConfigDict:
     Raises `RequestError` for a missing file, an unknown key (nearest named) or a value of another
     type.
     """
-    name, file = _config_name(args), config_file(args)
+    args = [_at_home(arg) for arg in args]
+    name, file = config_name(args), config_file(args)
     args, optional = _without_optional(name, args)
     if not Path(file).is_file():
         beside = sorted(str(p) for p in Path("experiments").glob("*.py"))
@@ -94,7 +116,17 @@ def read_config(args: Sequence[str]) -> ConfigDict:
         raise RequestError(f"unknown argument {rest[1]!r}; settings look like --config.key=value")
     for key, value in optional.items():
         set_optional(values.config, key, value)
+    for key, value in flat_items(values.config):
+        if isinstance(value, str) and (path := read_path(value)) != value:
+            section, _, last = key.rpartition(".")
+            (values.config[section] if section else values.config)[last] = path
     return values.config
+
+
+def _at_home(arg: str) -> str:
+    """`--config=~/x.py` or `~/x.py` with the home folder in it."""
+    name, _, path = arg.partition("=")
+    return f"{name}={read_path(path)}" if name == "--config" and path else read_path(arg)
 
 
 def _without_optional(name: str, args: Sequence[str]) -> tuple[list[str], dict[str, str]]:
@@ -121,15 +153,16 @@ def _without_optional(name: str, args: Sequence[str]) -> tuple[list[str], dict[s
 
 def config_file(args: Sequence[str]) -> str:
     """The path in `--config=FILE.py[:arg]`."""
-    return _config_name(args).partition(":")[0]
+    return config_name(args).partition(":")[0]
 
 
-def _config_name(args: Sequence[str]) -> str:
+def config_name(args: Sequence[str]) -> str:
+    """What `--config=` names: "FILE.py" or "FILE.py:arg"."""
     for place, arg in enumerate(args):
         if arg.startswith("--config="):
-            return arg.removeprefix("--config=")
+            return read_path(arg.removeprefix("--config="))
         if arg == "--config" and place + 1 < len(args):
-            return args[place + 1]
+            return read_path(args[place + 1])
     raise RequestError(f"{args[0]} needs the file it changes: --config=FILE.py[:arg]")
 
 
@@ -214,6 +247,11 @@ def cell_of(path: str | os.PathLike, *, having: str = "config.json") -> Path:
     if cells:
         raise RequestError(f"{folder} holds {len(cells)} cells; name one, such as {cells[0]}")
     raise RequestError(f"{folder} holds no run; give a run's WORKDIR/cells/NAME")
+
+
+def printable(text: str) -> str:
+    """Text without the control characters (escape codes) that a stranger's file may hold."""
+    return re.sub(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]", "", text)
 
 
 def say(text: str) -> None:

@@ -16,8 +16,10 @@ from lora_jax.cli.requests import (
     add_json,
     add_mesh,
     config_file,
+    config_name,
     mesh_of,
     needs_config,
+    printable,
     say,
 )
 from lora_jax.core.errors import RequestError
@@ -102,7 +104,7 @@ def run(argv: Sequence[str]) -> int:
     results = run_sweep(
         sweep,
         options.workdir,
-        source=file,
+        source=config_name(argv),
         add=options.add,
         memory_bytes=options.memory_gib and int(options.memory_gib * 2**30),
         progress=not options.no_progress,
@@ -142,7 +144,8 @@ def _status(options) -> int:
     for cell in cells:
         of = f"/{cell.num_steps}" if cell.num_steps else ""
         loss = "" if cell.loss is None else f"{cell.loss:.4f}"
-        table.add_row(cell.name, cell.state, f"{cell.step}{of}", loss, cell.note)
+        row = (cell.name, cell.state, f"{cell.step}{of}", loss, cell.note)
+        table.add_row(*(printable(text) for text in row))
     Console(width=None if sys.stdout.isatty() else 120, markup=False).print(table)
     words = ", ".join(f"{count} {state}" for state, count in counts.items() if count)
     say(words + (f"; {clock_time(left)} left for those running" if left is not None else ""))

@@ -13,6 +13,7 @@ from lora_jax.cli.requests import (
     Parser,
     add_json,
     add_mesh,
+    config_name,
     mesh_of,
     needs_config,
     say,
@@ -64,7 +65,15 @@ def run(argv: Sequence[str]) -> int:
     again = shlex.join(["lora-jax", "train", *argv])
     progress = not options.no_progress
     mesh = mesh_of(options)
-    card = train(config, options.workdir, options.name, progress=progress, command=again, mesh=mesh)
+    card = train(
+        config,
+        options.workdir,
+        options.name,
+        progress=progress,
+        command=again,
+        config_file=config_name(argv),
+        mesh=mesh,
+    )
     say(json.dumps(card) if options.json else summary(card, options.workdir, options.name))
     return 0
 

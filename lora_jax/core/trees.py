@@ -209,12 +209,33 @@ def check_not_untied(tree: PyTree, changed) -> None:
             )
 
 
+# What other libraries call a setting, and what it is called here.
+PEFT_WORDS = {
+    "learning_rate": "lr",
+    "lora_alpha": "alpha",
+    "lora_dropout": "dropout",
+    "max_steps": "num_steps",
+    "modules_to_save": "train",
+    "num_train_epochs": "num_epochs",
+    "per_device_train_batch_size": "batch_size",
+    "r": "rank",
+    "lora_rank": "rank",
+    "layers_to_transform": "layers",
+    "exclude_modules": "exclude",
+    "init_lora_weights": "init",
+    "loraplus_lr_ratio": "ratio",
+    "target_modules": "targets",
+}
+
+
 def nearest(name: str, known, *, count: int = 4) -> str:
     """The tail of an error message: the known names nearest to `name`, or all if there are few."""
     known = list(known)
+    meant = PEFT_WORDS.get(name.rpartition(".")[2])
     scored = sorted(
         known,
         key=lambda candidate: (
+            meant is None or str(candidate).rpartition(".")[2] != meant,
             -difflib.SequenceMatcher(None, name, candidate, autojunk=False).ratio(),
             candidate,
         ),

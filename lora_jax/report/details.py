@@ -7,11 +7,10 @@ from pathlib import Path
 
 import numpy as np
 
+from lora_jax.report.commands import command
 from lora_jax.report.groups import flatten
 from lora_jax.report.quantities import bytes_text, number_text, seconds_text
 from lora_jax.report.runs import Run
-
-CONFIG_FILE = "experiments/reviews_minilm.py"  # where a card names no config_file of its own
 
 
 def setting_line(runs: tuple[Run, ...]) -> str:
@@ -73,8 +72,17 @@ def run_details(run: Run) -> str:
         f"<details><summary><b>{escape(run.name)}</b><span>{escape(accuracy)}</span>"
         f"<span>{escape(run.status)}</span></summary>{_definitions(entries)}"
         f"<p>Its settings:</p><pre>{escape(config)}</pre>"
-        f"<p>Its command:</p><pre>{escape(command(run))}</pre></details>"
+        f"{_its_command(run)}</details>"
     )
+
+
+def _its_command(run: Run) -> str:
+    if (text := command(run)) is None:
+        return (
+            "<p>Its command is not known: the card names no config file, and no config in "
+            "experiments/ has these settings.</p>"
+        )
+    return f"<p>Its command:</p><pre>{escape(text)}</pre>"
 
 
 def _task_metrics(test: dict) -> dict[str, str]:
@@ -84,23 +92,6 @@ def _task_metrics(test: dict) -> dict[str, str]:
         for name, value in test.items()
         if name not in known and isinstance(value, float)
     }
-
-
-def command(run: Run, *, workdir: str = "runs/again") -> str:
-    """A shell command that trains the cell again, with every setting spelled out.
-
-    >>> from pathlib import Path
-    >>> cell = Run("r8", Path("x"), {"seed": 1, "data": {"path": "my file"}}, None, (), None)
-    >>> print(command(cell))
-    lora-jax train --config=experiments/reviews_minilm.py --name=r8 --workdir=runs/again \\
-      --config.data.path='my file' \\
-      --config.seed=1
-    """
-    source = (run.card or {}).get("config_file") or CONFIG_FILE
-    first = f"lora-jax train --config={shlex.quote(str(source))} --name={shlex.quote(run.name)}"
-    settings = sorted(flatten(run.config).items())
-    flags = [f"--config.{key}={shlex.quote(str(value))}" for key, value in settings]
-    return " \\\n  ".join([f"{first} --workdir={shlex.quote(workdir)}", *flags])
 
 
 def reproduction(runs: tuple[Run, ...], folder) -> str:

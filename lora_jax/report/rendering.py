@@ -155,6 +155,17 @@ def to_records(summary: Summary) -> list[dict]:
     return records
 
 
+def _inert(value: object) -> object:
+    """A text that a spreadsheet would take for a formula, with an apostrophe before it."""
+    if not isinstance(value, str) or not value.startswith(("=", "+", "-", "@", "\t", "\r")):
+        return value
+    try:
+        float(value)
+    except ValueError:
+        return f"'{value}"
+    return value
+
+
 def to_csv(summary: Summary) -> str:
     """The records as CSV with a heading line."""
     records = to_records(summary)
@@ -162,7 +173,7 @@ def to_csv(summary: Summary) -> str:
     if records:
         writer = csv.DictWriter(text, list(records[0]), lineterminator="\n")
         writer.writeheader()
-        writer.writerows(records)
+        writer.writerows({key: _inert(value) for key, value in one.items()} for one in records)
     return text.getvalue()
 
 

@@ -38,19 +38,22 @@ def run_sweep(
     Cells whose shapes agree train as one program (see `groups`), those of full fine-tuning one
     after another. Stopped in whatever way, the same call goes on where it was: finished cells are
     not run again, packs keep their cells and slots. A cell that cannot be run, or whose loss turns
-    into no number, is reported and the others still run. `source` (the config's file) and the
-    sweep's name are noted in the workdir; `add` lets another sweep in. `memory_bytes` is what a
-    pack may hold of each device (default: what it has, half of the host's memory on CPU). On `mesh`
-    the cells of a pack are divided over `cell`, and each trains on what is left. Raises what
-    concerns all: a workdir in use or of another sweep, cells begun with other settings, an
+    into no number, is reported and the others still run. `source` (the config, "FILE.py[:arg]") is
+    noted in every card, its file and the sweep's name in the workdir; `add` lets another sweep in.
+    `memory_bytes` is what a pack may hold of each device (default: what it has, half of the host's
+    memory on CPU). On `mesh` the cells of a pack are divided over `cell`, and each trains on what
+    is left. Raises what concerns all: a workdir in use or of another sweep, cells begun with other settings, an
     interruption.
     """
-    workdir = Path(workdir)
+    workdir, config_file = Path(workdir), source
+    source = source.partition(":")[0]
     with lock_workdir(workdir), SweepView(enabled=progress) as view:
         check_sweep(sweep, workdir, source=source, add=add)
         enable_compilation_cache()
         budget = memory_bytes or device_memory_bytes(1 if mesh is None else mesh.size)
-        runner = Runner(workdir, view, budget, command, progress, mesh=mesh)
+        runner = Runner(
+            workdir, view, budget, command, progress, mesh=mesh, config_file=config_file
+        )
         note_sweep(sweep, workdir, source)
         # One for all: a signal that comes between two trainings stops the sweep there.
         with stop_requests():

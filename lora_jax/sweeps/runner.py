@@ -39,6 +39,7 @@ class Runner:
     command: str
     progress: bool
     mesh: Mesh | None = None
+    config_file: str = ""
     at_once: int = dataclasses.field(default_factory=default_at_once)
     results: dict[str, Result] = dataclasses.field(default_factory=dict)
     bases: dict[str, Base] = dataclasses.field(default_factory=dict)
@@ -171,6 +172,7 @@ class Runner:
                             self.workdir,
                             memory_bytes=self.memory_bytes,
                             command=self.command,
+                            config_file=self.config_file,
                             show_with=self.view.show_with,
                         )
                     )
@@ -189,6 +191,7 @@ class Runner:
                 folder,
                 progress=self.progress,
                 command=self.command,
+                config_file=self.config_file,
                 base=base,
                 show_with=self.view.show_with,
             )

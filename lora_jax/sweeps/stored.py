@@ -115,7 +115,13 @@ class DiskKeeper(Keeper):
 
 @partitionable()
 def train_pack(
-    ready: Ready, workdir: Path, *, memory_bytes: int, command: str, show_with: ShowWith
+    ready: Ready,
+    workdir: Path,
+    *,
+    memory_bytes: int,
+    command: str,
+    show_with: ShowWith,
+    config_file: str = "",
 ) -> dict[str, dict[str, Any] | RequestError]:
     """Trains the cells of a group as one pack; `{name: card, or its failure}`.
 
@@ -205,7 +211,7 @@ def train_pack(
             )
         # On the disk before the results say that the pack is over.
         checkpoints.wait()
-        return _write_results(training, ready, folders, tests, home, use)
+        return _write_results(training, ready, folders, tests, home, use, config_file)
 
 
 def _resume(
@@ -251,6 +257,7 @@ def _write_results(
     tests: Mapping[int, Evaluation],
     home: Path,
     use: Use,
+    config_file: str,
 ) -> dict[str, dict[str, Any] | RequestError]:
     cells = ready.group.cells
     union = training.plan.pack.union.table(ready.base.model.params)
@@ -286,6 +293,7 @@ def _write_results(
                 training.trainable_of(k),
                 tests[k],
                 program,
+                config_file=config_file,
             )
     return results
 

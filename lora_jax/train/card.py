@@ -114,8 +114,11 @@ def describe_program(
     }
 
 
-def make_card(**parts: Any) -> dict[str, Any]:
+def make_card(*, config_file: str = "", **parts: Any) -> dict[str, Any]:
     """The card from its parts, with versions, commit and time added.
+
+    `config_file` is the config as `--config=` had it, "FILE.py[:arg]"; the card names it where it
+    is known, so that the run's command can be printed. It is no setting and not hashed.
 
     Raises `TypeError` for a gap.
     """
@@ -126,4 +129,5 @@ def make_card(**parts: Any) -> dict[str, Any]:
     if wanted != parts.keys():
         raise TypeError(f"a card needs {sorted(wanted)}, got {sorted(parts)}")
     now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
-    return {**parts, "versions": versions(), "commit": git_commit(), "finished": now}
+    named = {"config_file": config_file} if config_file else {}
+    return {**parts, **named, "versions": versions(), "commit": git_commit(), "finished": now}

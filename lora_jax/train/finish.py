@@ -41,11 +41,13 @@ def write_results(
     trainable: Any,
     test: Evaluation,
     program: dict[str, Any],
+    *,
+    config_file: str = "",
 ) -> dict[str, Any]:
     """Writes adapter/, test_predictions.npz and card.json into `cell`; returns the card.
 
-    `program` is what `describe_program` gave. The card comes last: where it is, all is. What a
-    killed process left of the others is replaced.
+    `program` is what `describe_program` gave, `config_file` is for `make_card`. The card
+    comes last: where it is, all is. What a killed process left of the others is replaced.
     """
     shutil.rmtree(cell / "adapter", ignore_errors=True)
     save_trainable(cell / "adapter", trainable, describe_adapter(config, subject, trainable))
@@ -53,6 +55,7 @@ def write_results(
     table = subject.method.table(subject.model.params)
     seconds = books.seconds
     card = make_card(
+        config_file=config_file,
         config=config,
         config_hash=config_hash(config),
         base_hash=subject.model.base_hash,

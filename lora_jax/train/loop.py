@@ -42,13 +42,15 @@ def train(
     *,
     progress: bool = True,
     command: str = "",
+    config_file: str = "",
     mesh: Mesh | None = None,
 ) -> dict[str, Any]:
     """Trains what `config` says into `workdir/cells/name` and returns the run's card.
 
     A run that was stopped, in whatever way, goes on from its last checkpoint and ends with the same
     weights, bit for bit, as one that was not; a finished one is not run again. `command` is what to
-    tell the user to type after Ctrl-C. `mesh` has the devices to train on (`parallel.make_mesh`);
+    tell the user to type after Ctrl-C; `config_file` ("FILE.py[:arg]") is noted in the card.
+    `mesh` has the devices to train on (`parallel.make_mesh`);
     without it, one. A run may go on on another mesh, and rounds in another way from there. Raises
     `RequestError` for what the user can set right, in which case nothing is begun, and
     `Interrupted`, after saving, on SIGINT or SIGTERM.
@@ -57,7 +59,9 @@ def train(
         raise RequestError(f"name {name!r} is not the name of a folder; use letters, digits and -")
     with lock_workdir(workdir):
         cell = Path(workdir) / "cells" / name
-        return train_cell(config, cell, progress=progress, command=command, mesh=mesh)
+        return train_cell(
+            config, cell, progress=progress, command=command, config_file=config_file, mesh=mesh
+        )
 
 
 @partitionable()
@@ -67,6 +71,7 @@ def train_cell(
     *,
     progress: bool = True,
     command: str = "",
+    config_file: str = "",
     base: Base | None = None,
     mesh: Mesh | None = None,
     show_with: ShowWith = show_progress,
@@ -127,7 +132,9 @@ def train_cell(
             mesh=run.books.mesh,
             numerics_changes=run.books.numerics_changes,
         )
-        return write_results(cell, plain, setup, run.books, run.best, test, program)
+        return write_results(
+            cell, plain, setup, run.books, run.best, test, program, config_file=config_file
+        )
 
 
 def _check_memory(setup: Setup, state: TrainState) -> StepMemory:

@@ -68,6 +68,7 @@ def _write_run(workdir: Path, name: str, **options) -> Path:
         return cell
     card = {
         "config": config,
+        "config_file": "experiments/reviews_minilm.py:lora",
         "config_hash": f"{zlib.crc32(name.encode()):08x}",
         "base_hash": "b" * 64,
         "data_hash": "d" * 64,

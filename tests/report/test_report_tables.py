@@ -11,7 +11,7 @@ from rich.console import Console
 
 from lora_jax.core.errors import RequestError
 from lora_jax.report.quantities import bytes_text, count_text, rate_text, seconds_text
-from lora_jax.report.rendering import to_csv, to_json, to_latex, to_markdown, to_terminal
+from lora_jax.report.rendering import _inert, to_csv, to_json, to_latex, to_markdown, to_terminal
 from lora_jax.report.runs import read_runs
 from lora_jax.report.statistics import mean_interval, paired_difference
 from lora_jax.report.tables import summarise
@@ -242,3 +242,9 @@ def test_quantities_are_written_for_people():
         "1e0",
     ]
     assert [seconds_text(s) for s in (4.21, 73, 720, 9000)] == ["4.2 s", "73 s", "12 min", "2.5 h"]
+
+
+@pytest.mark.parametrize("text", ["=HYPERLINK(1)", "+x", "-x", "@x", "\t=x"])
+def test_a_text_that_a_spreadsheet_would_execute_is_made_inert(text):
+    assert _inert(text) == f"'{text}"
+    assert _inert("-0.5") == "-0.5" and _inert(-0.5) == -0.5 and _inert("q,v") == "q,v"

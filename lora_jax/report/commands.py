@@ -1,0 +1,79 @@
+"""The command that trains a run again, with the config that its settings are settings of."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import runpy
+import shlex
+from pathlib import Path
+
+from ml_collections import ConfigDict
+
+from lora_jax.core.errors import RequestError
+from lora_jax.report.groups import flatten
+from lora_jax.report.runs import Run
+from lora_jax.sweeps.cells import overridden
+from lora_jax.train.workdir import config_hash, flat_config, plain_config
+
+# The configs of this project's own checkout. No other file is executed: a card may be a stranger's.
+EXPERIMENTS = Path(__file__).resolve().parents[2] / "experiments"
+
+
+def command(run: Run, *, workdir: str = "runs/again") -> str | None:
+    """A shell command that trains the cell again, with every setting spelled out.
+
+    None where the card names no config file and no config of this project has these settings.
+
+    >>> cell = Run("r8", Path("x"), {"seed": 1, "data": {"path": "my file"}},
+    ...            {"config_file": "mine.py:lora"}, (), None)
+    >>> print(command(cell))
+    lora-jax train --config=mine.py:lora --name=r8 --workdir=runs/again \\
+      '--config.data.path=my file' \\
+      --config.seed=1
+    """
+    if (source := config_of(run)) is None:
+        return None
+    first = [f"--config={source}", f"--name={run.name}", f"--workdir={workdir}"]
+    settings = sorted(flatten(run.config).items())
+    lines = [shlex.join(["lora-jax", "train", *first])]
+    lines += [shlex.quote(f"--config.{key}={value}") for key, value in settings]
+    return " \\\n  ".join(lines)
+
+
+def config_of(run: Run) -> str | None:
+    """The config as `--config=` takes it: the card's own, or the one that has these settings."""
+    named = (run.card or {}).get("config_file")
+    if isinstance(named, str) and named:
+        return named
+    folders = set(run.folder.resolve().parts)
+    # Configs with the same settings are many: the folder's name tells which one was meant.
+    files = sorted(
+        EXPERIMENTS.glob("*.py"),
+        key=lambda file: (file.stem not in folders, file.stem != "reviews_minilm", file.stem),
+    )
+    return next((f"experiments/{file.name}" for file in files if _makes(file, run.config)), None)
+
+
+def _makes(file: Path, settings: dict) -> bool:
+    """Whether the file's config, with these settings put in, is a config of the same hash."""
+    config = _config(file)
+    if config is None or not flat_config(plain_config(config)).keys() <= flatten(settings).keys():
+        return False
+    try:
+        made = overridden(config, flatten(settings))
+    except (RequestError, ValueError, TypeError, KeyError):
+        return False
+    return config_hash(plain_config(made)) == config_hash(settings)
+
+
+@functools.cache
+def _config(file: Path) -> ConfigDict | None:
+    if "def get_config" not in file.read_text(encoding="utf-8"):
+        return None
+    try:
+        make = runpy.run_path(str(file))["get_config"]
+        takes = inspect.signature(make).parameters.values()
+        return make("") if any(one.default is one.empty for one in takes) else make()
+    except Exception:  # a config that cannot be read here is none that made the run
+        return None

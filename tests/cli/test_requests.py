@@ -1,0 +1,67 @@
+"""What the command line makes of paths, names and settings."""
+
+import re
+from pathlib import Path
+
+import pytest
+
+from lora_jax.cli.main import main
+from lora_jax.cli.requests import Parser, printable, read_config
+from lora_jax.core.errors import RequestError
+from lora_jax.core.trees import nearest
+
+CONFIG = "--config=" + str(Path(__file__).parents[2] / "experiments" / "reviews_minilm.py")
+
+
+def parser():
+    made = Parser("train")
+    made.add_argument("--workdir")
+    made.add_argument("--out")
+    return made
+
+
+def test_a_tilde_is_the_home_folder_in_options_and_in_settings(monkeypatch, tmp_path):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    options = parser().parse_args(["--workdir=~/x", "--out=~"])
+    assert (options.workdir, options.out) == (f"{tmp_path}/x", str(tmp_path))
+    config = read_config([CONFIG, "--config.data.path=~/texts.jsonl", "--config.model.name=~/m"])
+    assert config.data.path == f"{tmp_path}/texts.jsonl"
+    assert config.model.name == f"{tmp_path}/m"
+    (tmp_path / "mine.py").write_text(Path(CONFIG.partition("=")[2]).read_text())
+    assert read_config(["--config=~/mine.py"]).to_dict() == read_config([CONFIG]).to_dict()
+
+
+def test_a_windows_path_is_refused_elsewhere_with_its_text():
+    with pytest.raises(RequestError, match=re.escape(repr("C:\\runs\\first"))):
+        parser().parse_args(["--workdir=C:\\runs\\first"])
+
+
+@pytest.mark.parametrize(
+    "word, here",
+    [
+        ("optimizer.learning_rate", "optimizer.lr"),
+        ("method.target_modules", "method.targets"),
+        ("method.modules_to_save", "method.train"),
+        ("method.lora_alpha", "method.alpha"),
+        ("method.r", "method.rank"),
+        ("method.lora_dropout", "method.dropout"),
+        ("train.num_train_epochs", "train.num_epochs"),
+        ("learning_rate", "optimizer.lr"),
+    ],
+)
+def test_a_setting_by_its_name_elsewhere_is_answered_with_its_name_here(word, here):
+    with pytest.raises(RequestError, match=f"nearest: '{here}'"):
+        read_config([CONFIG, f"--config.{word}=1"])
+
+
+def test_nearest_of_other_words_is_by_spelling():
+    assert nearest("rnak", ["alpha", "rank"]) == "nearest: 'rank', 'alpha'"
+
+
+def test_escape_codes_do_not_reach_the_terminal():
+    assert printable("a\x1b[31mb\x9b\x07\n\tc") == "a[31mb\n\tc"
+
+
+def test_a_bad_request_is_one_line(capsys):
+    assert main(["train", CONFIG, "--workdir=C:\\x"]) == 2
+    assert capsys.readouterr().err.count("\n") == 1

@@ -1,0 +1,62 @@
+"""The command that a report prints for a run, read back by the command line's own parser."""
+
+import json
+import shlex
+from pathlib import Path
+
+import pytest
+
+from lora_jax.cli.requests import Parser
+from lora_jax.report.commands import EXPERIMENTS, command
+from lora_jax.report.runs import Run
+from lora_jax.train.workdir import config_hash, plain_config
+
+CARDS = sorted((EXPERIMENTS / "results").rglob("card.json"))
+
+
+def parse(text):
+    """The options and the config that the command line reads in a printed command."""
+    words = shlex.split(text.replace("\\\n", " "))
+    assert words[:2] == ["lora-jax", "train"]
+    parser = Parser("train")
+    parser.add_argument("--name")
+    parser.add_argument("--workdir")
+    return parser.parse_with_config(words[2:])
+
+
+def run_of(path, **changes):
+    card = {**json.loads(path.read_text()), **changes}
+    return Run(path.parent.name, path.parent, card["config"], card, (), None)
+
+
+def test_every_committed_run_has_a_command_that_gives_the_config_of_its_card(monkeypatch):
+    monkeypatch.chdir(EXPERIMENTS.parent)
+    assert len(CARDS) >= 130
+    for path in CARDS:
+        run = run_of(path)
+        options, config = parse(command(run))
+        assert options.name == run.name
+        assert config_hash(plain_config(config)) == run.card["config_hash"], path
+
+
+def test_a_card_that_names_its_config_is_believed_and_its_file_not_executed(tmp_path):
+    trap = tmp_path / "trap.py"
+    trap.write_text("raise SystemExit('executed')")
+    run = run_of(CARDS[0], config_file=f"{trap}:lora")
+    assert f"--config={trap}:lora" in command(run)
+
+
+def test_settings_that_no_config_has_give_no_command():
+    run = Run("x", Path("x"), {"seed": 1, "unheard": {"of": 2}}, {"metrics": {}}, (), None)
+    assert command(run) is None
+
+
+@pytest.mark.parametrize("key", ["a=1; touch x #", "b $(touch x)", "c`x`'"])
+def test_no_part_of_a_setting_is_a_word_of_its_own_to_the_shell(key):
+    card = {"config_file": "m.py; touch x"}
+    run = Run("n; touch x", Path("x"), {key: "v; touch x"}, card, (), None)
+    words = shlex.split(command(run).replace("\\\n", " "))
+    assert words == [
+        "lora-jax", "train", "--config=m.py; touch x", "--name=n; touch x", "--workdir=runs/again",
+        f"--config.{key}=v; touch x",
+    ]  # fmt: skip
