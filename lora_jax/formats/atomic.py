@@ -1,10 +1,13 @@
 """Files that appear whole or not at all: written beside their place, then renamed into it."""
 
 import contextlib
+import fcntl
 import json
 import os
+import re
 import shutil
 import tempfile
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -50,10 +53,15 @@ def atomic_folder(path: str | os.PathLike) -> Iterator[Path]:
     check_new(path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
+        _remove_leftovers(path)
         temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent))
+        handle = os.open(temporary, os.O_RDONLY)
     except OSError as error:
         raise _write_error(path, error) from error
     try:
+        # Held until the end: `_remove_leftovers` of another process leaves a locked folder alone.
+        with contextlib.suppress(OSError):
+            fcntl.flock(handle, fcntl.LOCK_SH | fcntl.LOCK_NB)
         yield temporary
         umask = os.umask(0)
         os.umask(umask)
@@ -62,7 +70,28 @@ def atomic_folder(path: str | os.PathLike) -> Iterator[Path]:
     except OSError as error:
         raise _write_error(path, error) from error
     finally:
+        os.close(handle)
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _remove_leftovers(path: Path) -> None:
+    """Removes the temporary folders that killed writers of `path` left next to it.
+
+    A folder of this name that is locked, or younger than a minute, may be another process's.
+    """
+    ours = re.compile(re.escape(f".{path.name}.") + r"[a-z0-9_]{8}\.tmp")
+    for leftover in path.parent.iterdir():
+        if not ours.fullmatch(leftover.name) or leftover.is_symlink() or not leftover.is_dir():
+            continue
+        if time.time() - leftover.stat().st_mtime < 60:
+            continue
+        with contextlib.suppress(OSError):
+            handle = os.open(leftover, os.O_RDONLY | os.O_NOFOLLOW)
+            try:
+                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                shutil.rmtree(leftover, ignore_errors=True)
+            finally:
+                os.close(handle)
 
 
 def check_new(path: str | os.PathLike) -> None:

@@ -2,23 +2,21 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import re
 import reprlib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from re import _parser  # the only parser of expressions there is
 from typing import Any
 
 from lora_jax.core.errors import RequestError
+from lora_jax.formats import matching
 from lora_jax.models.config_fields import Fields, read_json
 
 CONFIG = "adapter_config.json"
+_LONGEST = 10_000  # of expressions: longer than any
 BIASES = ("none", "lora_only", "all")
-
-# Of expressions: longer than any; and what counts as repeating many times.
-_LONGEST = 10_000
-_MANY = 10
 
 # Fields that change what is computed and are not implemented, with the value that means "off".
 _REFUSED: Mapping[str, str] = {
@@ -126,17 +124,32 @@ class PeftConfig:
     def targets(self, module: str, *, is_linear: bool, is_output: bool) -> bool:
         """Whether PEFT would put an adapter on this module.
 
-        `is_linear` and `is_output` (the model's last layer) matter to "all-linear" alone.
+        `is_linear` and `is_output` (the model's last layer) matter to "all-linear" alone. Raises
+        `RequestError` for an expression that takes too long.
         """
+        with self._naming_place():
+            return self._targets(module, is_linear, is_output)
+
+    @contextlib.contextmanager
+    def _naming_place(self) -> Iterator[None]:
+        try:
+            yield
+        except RequestError as error:
+            raise RequestError(f"{self.place}: {error}") from error
+
+    def _targets(self, module: str, is_linear: bool, is_output: bool) -> bool:
         if _is_among(module, self.exclude_modules):
             return False
-        if any(re.match(rf"(^|.*\.){name}($|\..*)", module) for name in self.modules_to_save):
+        if any(
+            matching.compile(rf"(^|.*\.){name}($|\..*)").match(module)
+            for name in self.modules_to_save
+        ):
             return False
         wanted = self.target_modules
         if isinstance(wanted, str):
             if wanted.lower() == "all-linear":
                 return is_linear and not is_output
-            return re.fullmatch(wanted, module) is not None
+            return matching.compile(wanted).fullmatch(module) is not None
         if module in wanted:
             return True
         return _is_among(module, wanted) and self._is_in_layers(module)
@@ -146,18 +159,20 @@ class PeftConfig:
             return True
         starts = [rf"(?:^|.*?\.){pattern}" for pattern in self.layers_pattern] or [r".*?\.[^.]*"]
         for start in starts:
-            found = re.match(rf"{start}\.(?P<layer>\d+)\.", module)
+            found = matching.compile(rf"{start}\.(?P<layer>\d+)\.").match(module)
             if found is not None:
                 return int(found["layer"]) in self.layers_to_transform
         return False
 
     def rank_of(self, module: str) -> int:
         """The module's rank: the first match in `rank_pattern`, else `r`."""
-        return _first(self.rank_pattern, module, self.r)
+        with self._naming_place():
+            return _first(self.rank_pattern, module, self.r)
 
     def alpha_of(self, module: str) -> float:
         """The module's alpha: the first match in `alpha_pattern`, else `lora_alpha`."""
-        return _first(self.alpha_pattern, module, self.lora_alpha)
+        with self._naming_place():
+            return _first(self.alpha_pattern, module, self.lora_alpha)
 
     def idle_keys(self, field: str, modules: Sequence[str]) -> list[str]:
         """Keys of `rank_pattern` or `alpha_pattern` that match none of these modules."""
@@ -190,13 +205,13 @@ def check_is_peft(raw: Mapping[str, Any], place: str) -> None:
 
 def _is_among(module: str, names: str | Iterable[str]) -> bool:
     if isinstance(names, str):
-        return re.fullmatch(names, module) is not None
+        return matching.compile(names).fullmatch(module) is not None
     return any(module == name or module.endswith(f".{name}") for name in names)
 
 
 def _first(pattern: tuple[tuple[str, Any], ...], module: str, default: Any) -> Any:
     for key, value in pattern:
-        if re.match(rf"(.*\.)?({key})$", module):
+        if matching.compile(rf"(.*\.)?({key})$").match(module):
             return value
     return default
 
@@ -248,27 +263,21 @@ def _pattern(fields: Fields, name: str, place: str, *, integers: bool):
 
 
 def _check_expression(text: str, name: str, place: str) -> None:
+    if len(text) > _LONGEST:
+        raise RequestError(
+            f"{place}: {name} holds {reprlib.repr(text)} of {len(text)} characters, more than "
+            f"{_LONGEST}; write the modules as a list"
+        )
     try:
         # As they will be put together: what stands alone may not stand within another.
-        for whole in (text, rf"(.*\.)?({text})$", rf"(?:^|.*?\.){text}\.(?P<layer>\d+)\."):
-            re.compile(whole)
+        for whole in (
+            text,
+            rf"(^|.*\.){text}($|\..*)",
+            rf"(.*\.)?({text})$",
+            rf"(?:^|.*?\.){text}\.(?P<layer>\d+)\.",
+        ):
+            matching.compile(whole)
     except (re.error, OverflowError, RecursionError) as error:
         raise RequestError(
             f"{place}: {name} holds {reprlib.repr(text)}, which is no regular expression: {error}"
         ) from error
-    if len(text) > _LONGEST or _repeats_repeats(_parser.parse(text)):
-        raise RequestError(
-            f"{place}: {name} holds {reprlib.repr(text)}, whose repetitions of repetitions could "
-            "take for ever to match; write the modules as a list"
-        )
-
-
-def _repeats_repeats(tree: Any, *, inside: bool = False) -> bool:
-    """Whether what repeats many times holds what does, as (a+)+: exponential time to fail."""
-    if isinstance(tree, tuple) and len(tree) == 2 and str(tree[0]).endswith("_REPEAT"):
-        _, most, body = tree[1]
-        is_many = most is _parser.MAXREPEAT or most > _MANY
-        return (inside and is_many) or _repeats_repeats(body, inside=inside or is_many)
-    if isinstance(tree, tuple | list | _parser.SubPattern):
-        return any(_repeats_repeats(part, inside=inside) for part in tree)
-    return False

@@ -13,7 +13,7 @@ from ml_collections import ConfigDict
 from lora_jax.core.errors import RequestError
 from lora_jax.core.optional import OPTIONAL, set_optional
 from lora_jax.core.trees import nearest
-from lora_jax.train.workdir import config_hash, flat_config, plain_config
+from lora_jax.train.workdir import config_hash, flat_config, is_folder_name, plain_config
 
 PREFIX = "sweep_"
 MIN_VALUES = 2
@@ -181,7 +181,7 @@ def _seeds(name: str, more_seeds: Any) -> tuple[int, ...]:
 
 
 def _check_name(name: Any) -> None:
-    if not isinstance(name, str) or not name or name != Path(name).name or name.startswith("."):
+    if not is_folder_name(name):
         raise RequestError(f"cell name {name!r} cannot be a folder's; use letters, digits, -")
 
 

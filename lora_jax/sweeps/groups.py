@@ -21,7 +21,14 @@ from lora_jax.sweeps.plan import Planned, make_plan
 from lora_jax.sweeps.settings import CellSettings
 from lora_jax.train.build import Base, make_method, plan_steps
 from lora_jax.train.optimizer import make_optimizer
-from lora_jax.train.workdir import flat_config, hashed_settings, plain_config, read_json_file
+from lora_jax.train.workdir import (
+    check_inside,
+    flat_config,
+    hashed_settings,
+    is_folder_name,
+    plain_config,
+    read_json_file,
+)
 
 # What each cell of a pack has of its own; all other settings must agree.
 OWN = (
@@ -153,6 +160,7 @@ class PackRecord:
         """Writes `packs/NAME/pack.json`, atomically."""
         cells = [{"name": c.name, "config": plain_config(c.config)} for c in self.cells]
         told = {"cells": cells, "memory_bytes": self.memory_bytes}
+        check_inside(self.folder(workdir))
         write_json(self.folder(workdir) / "pack.json", told)
 
 
@@ -160,6 +168,7 @@ def read_packs(workdir: Path) -> list[PackRecord]:
     """The packs that were begun in `workdir`. Raises `RequestError` for a damaged record."""
     found = []
     for path in sorted((workdir / "packs").glob("*/pack.json")):
+        check_inside(path.parent)
         told: Any = read_json_file(path)
         try:
             cells = [
@@ -167,7 +176,19 @@ def read_packs(workdir: Path) -> list[PackRecord]:
                 for one in told["cells"]
             ]
             record = PackRecord(tuple(cells), told["memory_bytes"])
-        except (KeyError, TypeError) as error:
+            name = record.name
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise RequestError(f"{path} is no pack's record; remove its folder") from error
+        for cell in cells:
+            if not is_folder_name(cell.name):
+                raise RequestError(
+                    f"{path} names a cell {cell.name!r}, which cannot be a folder's name; remove "
+                    "the pack's folder"
+                )
+        if type(record.memory_bytes) is not int or name != path.parent.name:
+            raise RequestError(
+                f"{path} is not the record of {path.parent.name}: its cells or memory_bytes were "
+                "changed; remove its folder"
+            )
         found.append(record)
     return found

@@ -28,7 +28,9 @@ from lora_jax.train.signals import Interrupted, stop_requests
 from lora_jax.train.state import TrainState
 from lora_jax.train.workdir import (
     check_cell,
+    check_inside,
     claim_cell,
+    is_folder_name,
     lock_workdir,
     plain_config,
     read_json_file,
@@ -55,7 +57,7 @@ def train(
     `RequestError` for what the user can set right, in which case nothing is begun, and
     `Interrupted`, after saving, on SIGINT or SIGTERM.
     """
-    if not name or name != Path(name).name or name.startswith("."):
+    if not is_folder_name(name):
         raise RequestError(f"name {name!r} is not the name of a folder; use letters, digits and -")
     with lock_workdir(workdir):
         cell = Path(workdir) / "cells" / name
@@ -81,6 +83,7 @@ def train_cell(
     `base` saves loading model and data again; `show_with` shows the way in place of a bar.
     """
     cell, plain = Path(cell), plain_config(config)
+    check_inside(cell)
     check_cell(cell, plain)
     if (cell / "card.json").exists():
         return read_json_file(cell / "card.json")

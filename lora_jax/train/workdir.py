@@ -7,8 +7,10 @@ import fcntl
 import hashlib
 import json
 import os
+import re
 import shutil
 import socket
+import stat
 import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -16,7 +18,14 @@ from typing import Any
 
 from lora_jax.core.errors import RequestError
 from lora_jax.formats.atomic import write_json
+from lora_jax.formats.untrusted import read_json
 
+# Temporary names of what a cell's folder holds, as formats/atomic.py makes them; a user's own files
+# (".notes.tmp") are not ours to remove.
+_OUR_LEFTOVERS = re.compile(
+    r"\.(config\.json|card\.json|failure\.json|metrics\.jsonl|test_predictions\.npz|adapter"
+    r"|trainable\.safetensors|adapter\.json)\.[a-z0-9_]+\.tmp"
+)
 # What may change between two runs of the same mathematics: where, on what, how chatty.
 NOT_HASHED = ("workdir", "mesh", "logging", "train.log_every_steps")
 
@@ -76,7 +85,7 @@ def lock_workdir(workdir: str | os.PathLike) -> Iterator[None]:
         path.parent.mkdir(parents=True, exist_ok=True)
         file = _lock(path)
     except BlockingIOError:
-        holder = path.read_text(encoding="utf-8").strip() or "another process"
+        holder = _holder(path)
         raise RequestError(
             f"workdir {workdir} is in use by {holder}; wait for it to end, stop it, or choose "
             "another workdir"
@@ -100,9 +109,13 @@ def lock_workdir(workdir: str | os.PathLike) -> Iterator[None]:
 def is_locked(workdir: str | os.PathLike) -> bool:
     """Whether a process is at work in `workdir`; nothing is changed."""
     path = Path(workdir) / ".lock"
-    if not path.exists():
+    if not os.path.lexists(path):
         return False
-    with open(path, encoding="utf-8") as file:
+    try:
+        file = _open_lock(path, os.O_RDONLY)
+    except OSError as error:
+        raise RequestError(f"cannot read {path}: {error.strerror or error}") from error
+    with file:
         try:
             fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -110,15 +123,44 @@ def is_locked(workdir: str | os.PathLike) -> bool:
         return False
 
 
+def _open_lock(path: Path, flags: int):
+    """The file at `path`, opened without following a link or waiting for a FIFO's other end.
+
+    A folder may come from somebody else: a `.lock` that is a link would have its target emptied.
+    Raises `OSError` that says so.
+    """
+    elsewhere = OSError(f"{path} is no regular file; remove it")
+    try:
+        handle = os.open(path, flags | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, 0o666)
+    except OSError as error:
+        if path.is_symlink() or (path.exists() and not path.is_file()):
+            raise elsewhere from error
+        raise
+    if not stat.S_ISREG(os.fstat(handle).st_mode):
+        os.close(handle)
+        raise elsewhere
+    return os.fdopen(handle, "r" if flags == os.O_RDONLY else "a+", encoding="utf-8")
+
+
+def _holder(path: Path) -> str:
+    """What the lock's holder wrote into it; damaged or missing text is no reason to fail."""
+    try:
+        with _open_lock(path, os.O_RDONLY) as file:
+            return "".join(c for c in file.read(200) if c.isprintable()) or "another process"
+    except (OSError, ValueError):
+        return "another process"
+
+
 def _lock(path: Path):
     """The open and locked file at `path`. Raises `BlockingIOError` if another process has it."""
     patience = 5
     while True:
-        file = open(path, "a+", encoding="utf-8")  # noqa: SIM115
+        file = _open_lock(path, os.O_RDWR | os.O_CREAT | os.O_APPEND)
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             # Its last holder may have removed it between our opening and our locking it.
-            if path.exists() and os.path.samestat(os.fstat(file.fileno()), path.stat()):
+            there = path.lstat() if os.path.lexists(path) else None
+            if there is not None and os.path.samestat(os.fstat(file.fileno()), there):
                 return file
         except BlockingIOError:
             # Whoever asks `is_locked` holds it for a moment.
@@ -151,15 +193,54 @@ def check_cell(cell: str | os.PathLike, config: Mapping[str, Any]) -> None:
         )
 
 
+def is_folder_name(name: Any) -> bool:
+    """Whether `name` names one folder in another: no path, not hidden, no NUL, not too long."""
+    return (
+        isinstance(name, str)
+        and bool(name)
+        and name == Path(name).name
+        and not name.startswith(".")
+        and "\0" not in name
+        and len(name.encode("utf-8", "replace")) <= 255
+    )
+
+
+# What a run writes, by its place in the folder of a cell or of a pack.
+_WRITTEN = ("", "config.json", "card.json", "failure.json", "metrics.jsonl", "checkpoints",
+            "adapter", "tensorboard", "test_predictions.npz", "pack.json")  # fmt: skip
+
+
+def check_inside(folder: Path) -> None:
+    """Raises `RequestError` if `folder`, `WORKDIR/KIND/NAME`, or a file in it leads elsewhere.
+
+    A workdir may come from somebody else: what is written or removed in it must lie in it.
+    """
+    workdir = folder.parent.parent.resolve()
+    for path in (folder.parent, *(folder / name if name else folder for name in _WRITTEN)):
+        if not path.is_symlink():
+            continue
+        if not path.resolve().is_relative_to(workdir):
+            raise RequestError(
+                f"{path} is a link to {os.readlink(path)!r}, outside the workdir; remove the link, "
+                "or put what it leads to in its place"
+            )
+    metrics = folder / "metrics.jsonl"
+    if metrics.exists() and not metrics.is_file():
+        raise RequestError(f"{metrics} is no regular file; remove it")
+
+
 def claim_cell(cell: str | os.PathLike, config: Mapping[str, Any]) -> None:
     """Begins or goes on with `cell`: writes `config.json` unless a fitting one is there.
 
     Also removes what a killed process left half written: the caller holds the workdir's lock.
     Raises `RequestError` as `check_cell` does.
     """
+    check_inside(Path(cell))
     check_cell(cell, config)
     for leftover in Path(cell).glob(".*.tmp"):
-        if leftover.is_dir():
+        if not _OUR_LEFTOVERS.fullmatch(leftover.name):
+            continue
+        if leftover.is_dir() and not leftover.is_symlink():
             shutil.rmtree(leftover, ignore_errors=True)
         else:
             leftover.unlink(missing_ok=True)
@@ -180,7 +261,7 @@ def _differences(there: Mapping[str, Any], asked: Mapping[str, Any]) -> list[str
 def read_json_file(path: str | os.PathLike) -> Any:
     """The JSON value in `path`. Raises `RequestError` if the file cannot be read or is damaged."""
     try:
-        return json.loads(Path(path).read_text(encoding="utf-8"))
+        return read_json(path)
     except (OSError, ValueError) as error:
         raise RequestError(
             f"cannot read {path}: {error}; remove its folder or repair it"
