@@ -152,8 +152,8 @@ def _check_owner(name: str, owner: Method) -> None:
     same = ("weight", "_bind_adapter", "_bind_over")
     if kind is None or any(getattr(type(owner), n) is not getattr(kind, n) for n in same):
         raise RequestError(
-            f"what {type(owner).__name__} makes of {name!r} is more than scale · a @ b, "
-            "which PEFT has no form for; merge it and save the model (lora-jax merge)"
+            f"{type(owner).__name__} at {name!r} has no form in PEFT; merge it and save the model "
+            "(lora-jax merge)"
         )
 
 

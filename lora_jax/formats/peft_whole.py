@@ -62,8 +62,9 @@ def check_bases(keys: Keys, names: Names, view: View, model: Model, folder: Path
         own = own.T if module.entry.is_transposed else own
         if own.shape != array.shape:
             raise RequestError(
-                f"{folder / TENSORS} was made for a table {array.shape} at {there!r}, this model "
-                f"has {own.shape}; load the base whose vocabulary was resized in the same way"
+                f"{folder / TENSORS} was made for an embedding or head {array.shape} at "
+                f"{there!r}, this model has {own.shape}; load the base whose vocabulary was "
+                "resized in the same way"
             )
         coarse = min(own.dtype, array.dtype, key=lambda dtype: dtype.itemsize)
         if not np.array_equal(own.astype(coarse), array.astype(coarse)):

@@ -48,6 +48,10 @@ def test_train_evaluate_merge_inspect_report(texts, tmp_path, capsys):
         assert found["loss"] == pytest.approx(card["metrics"]["test"]["loss"], abs=1e-5)
     assert main(["merge", workdir, f"--out={tmp_path / 'merged'}"]) == 0
     assert (tmp_path / "merged" / "model.safetensors").exists()
+    told = json.loads((tmp_path / "run/cells/run/adapter/method.json").read_text())["label_names"]
+    config = json.loads((tmp_path / "merged" / "config.json").read_text())
+    assert list(config["id2label"].values()) == told
+    assert not any(name.startswith("LABEL_") for name in told)
     assert main(["merge", workdir, f"--out={tmp_path / 'merged'}"]) == 2
     capsys.readouterr()
     assert main(["inspect", workdir, "--json"]) == 0

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 import lora_jax as lj
+from lora_jax.methods.arithmetic import difference
 from lora_jax.methods.merging import rounding_of
 
 
@@ -98,3 +99,15 @@ def test_a_float8_kernel_takes_factors_in_float32(method, dtype):
     merged = made.merge(trainable, frozen, dtype=jnp.float32)["w"]
     np.testing.assert_allclose(apply(made.bind(trainable, frozen), x), x @ merged, atol=1e-5)
     assert made.merge(trainable, frozen)["w"].dtype == dtype
+
+
+def test_a_difference_looks_only_at_what_it_is_of():
+    base = {"w": jnp.ones((6, 4)), "mask": jnp.array([0.0, -jnp.inf]), "nan": jnp.array([jnp.nan])}
+    tuned = {**base, "w": base["w"] + 1.0}
+    found = difference(tuned, base, targets="w", rank=1)
+    assert found.left_out == ()
+    np.testing.assert_allclose(found.adapter.merge()["w"], tuned["w"], atol=1e-5)
+    tuned = {**tuned, "mask": jnp.zeros(2)}
+    assert difference(tuned, base, targets="w", rank=1).left_out == ("mask",)
+    with pytest.raises(lj.RequestError, match="'w' of the tuned model holds NaN"):
+        difference({**tuned, "w": tuned["w"].at[0, 0].set(jnp.nan)}, base, targets="w", rank=1)
