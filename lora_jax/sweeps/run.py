@@ -42,8 +42,8 @@ def run_sweep(
     noted in every card, its file and the sweep's name in the workdir; `add` lets another sweep in.
     `memory_bytes` is what a pack may hold of each device (default: what it has, half of the host's
     memory on CPU). On `mesh` the cells of a pack are divided over `cell`, and each trains on what
-    is left. Raises what concerns all: a workdir in use or of another sweep, cells begun with other settings, an
-    interruption.
+    is left. Raises what concerns all: a workdir in use or of another sweep, cells begun with other
+    settings, an interruption.
     """
     workdir, config_file = Path(workdir), source
     source = source.partition(":")[0]

@@ -65,3 +65,20 @@ def test_escape_codes_do_not_reach_the_terminal():
 def test_a_bad_request_is_one_line(capsys):
     assert main(["train", CONFIG, "--workdir=C:\\x"]) == 2
     assert capsys.readouterr().err.count("\n") == 1
+
+
+def test_a_methods_own_setting_is_a_flag_though_the_config_does_not_list_it():
+    name = "--config.method.name="
+    config = read_config([CONFIG, f"{name}lora_plus", "--config.method.ratio=8"])
+    assert config.method.ratio == 8
+    assert read_config([CONFIG, f"{name}vera", "--config.method.projection_seed=3"]).method[
+        "projection_seed"
+    ] == 3  # fmt: skip
+    with pytest.raises(RequestError, match="method 'lora' has no setting 'projection_seed'"):
+        read_config([CONFIG, f"{name}lora", "--config.method.projection_seed=3"])
+
+
+def test_an_import_error_in_a_config_is_one_line_with_its_place(tmp_path):
+    (tmp_path / "broken.py").write_text("\nimport no_such_module_here\n")
+    with pytest.raises(RequestError, match=r"broken\.py:2: No module named 'no_such_module_here'"):
+        read_config([f"--config={tmp_path / 'broken.py'}"])
