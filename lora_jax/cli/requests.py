@@ -28,6 +28,12 @@ PATHS = {
     "workdir",
 }  # fmt: skip
 
+NUMBERS = {
+    "optimizer.lr": 1e-3, "optimizer.weight_decay": 0.01, "seed": 0, "data.seed": 0,
+    "data.batch_size": 32, "train.eval_batch_size": 64, "train.num_steps": 10, "method.rank": 8,
+}  # fmt: skip
+LARGEST_BATCH = 2**20
+
 # What --mesh means, for the ends of --help.
 MESH = """\
 --mesh names axes whose sizes multiply to the number of devices. data: each device has rows of the
@@ -104,6 +110,9 @@ def read_config(args: Sequence[str]) -> ConfigDict:
     if not Path(file).is_file():
         beside = sorted(str(p) for p in Path("experiments").glob("*.py"))
         raise RequestError(f"config file {file!r} does not exist; {nearest(file, beside)}")
+    for folder in (str(Path(file).resolve().parent), os.getcwd()):
+        if folder not in sys.path:  # a config may import its neighbours, and `experiments`
+            sys.path.append(folder)
     values = flags.FlagValues()
     argv = ["lora-jax", *args]
     config_flags.DEFINE_config_file("config", None, flag_values=values, sys_argv=argv)
@@ -135,6 +144,7 @@ def read_config(args: Sequence[str]) -> ConfigDict:
         if path is not value:
             section, _, last = key.rpartition(".")
             (values.config[section] if section else values.config)[last] = path
+    _check_numbers(values.config)
     return values.config
 
 
@@ -164,6 +174,15 @@ def _without_optional(name: str, args: Sequence[str]) -> tuple[list[str], dict[s
         else:
             raise RequestError(f"{arg} needs a value: {arg}={OPTIONAL.get(key, '…')}")
     return rest, found
+
+
+def _check_numbers(config: ConfigDict) -> None:
+    """Raises `RequestError` for a setting that is to be a number and is none, or is too large."""
+    for key, value in flat_items(config):
+        if key in NUMBERS and (isinstance(value, bool) or not isinstance(value, int | float)):
+            raise RequestError(f"{key}={value!r} must be a number, such as {NUMBERS[key]}")
+        if key.endswith("batch_size") and isinstance(value, int) and value > LARGEST_BATCH:
+            raise RequestError(f"{key}={value} must be at most {LARGEST_BATCH}")
 
 
 def _may_lack(key: str) -> bool:
