@@ -3,25 +3,36 @@
 from __future__ import annotations
 
 import argparse
+import ast
 import os
 import re
 import sys
+import traceback
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from absl import flags
 from ml_collections import ConfigDict, config_flags
 
 from lora_jax.core.errors import RequestError
 from lora_jax.core.optional import OPTIONAL, describe_optional, set_optional
 from lora_jax.core.trees import nearest
+from lora_jax.methods.named import all_settings
+from lora_jax.sweeps.cells import plain_value, set_own
 
 # Options that name a file or a folder.
 PATHS = {
     "adapter", "adapters", "base", "beside", "cell", "figures", "keep", "model", "out", "run",
     "workdir",
 }  # fmt: skip
+
+NUMBERS = {
+    "optimizer.lr": 1e-3, "optimizer.weight_decay": 0.01, "seed": 0, "data.seed": 0,
+    "data.batch_size": 32, "train.eval_batch_size": 64, "train.num_steps": 10, "method.rank": 8,
+}  # fmt: skip
+LARGEST_BATCH = 2**20
 
 # What --mesh means, for the ends of --help.
 MESH = """\
@@ -99,6 +110,9 @@ def read_config(args: Sequence[str]) -> ConfigDict:
     if not Path(file).is_file():
         beside = sorted(str(p) for p in Path("experiments").glob("*.py"))
         raise RequestError(f"config file {file!r} does not exist; {nearest(file, beside)}")
+    for folder in (str(Path(file).resolve().parent), os.getcwd()):
+        if folder not in sys.path:  # a config may import its neighbours, and `experiments`
+            sys.path.append(folder)
     values = flags.FlagValues()
     argv = ["lora-jax", *args]
     config_flags.DEFINE_config_file("config", None, flag_values=values, sys_argv=argv)
@@ -106,6 +120,12 @@ def read_config(args: Sequence[str]) -> ConfigDict:
         rest = values(argv)
     except (AttributeError, KeyError) as error:
         raise RequestError(_unknown_key(name, args, error)) from error
+    except ImportError as error:
+        where = next(
+            (f"{f.filename}:{f.lineno}" for f in traceback.extract_tb(error.__traceback__)[::-1]
+             if f.filename.endswith(Path(file).name)), file,
+        )  # fmt: skip
+        raise RequestError(f"{where}: {error}") from error
     except (flags.Error, OSError) as error:
         # A config file that refuses its own argument arrives as the text of a traceback.
         _, ours, message = str(error).rpartition(f"{RequestError.__name__}: ")
@@ -115,11 +135,16 @@ def read_config(args: Sequence[str]) -> ConfigDict:
     if len(rest) > 1:
         raise RequestError(f"unknown argument {rest[1]!r}; settings look like --config.key=value")
     for key, value in optional.items():
-        set_optional(values.config, key, value)
+        if key in OPTIONAL:
+            set_optional(values.config, key, value)
+        else:
+            set_own(values.config, key, _literal(value))
     for key, value in flat_items(values.config):
-        if isinstance(value, str) and (path := read_path(value)) != value:
+        path = plain_value(value) if isinstance(value, np.generic) else read_path(value)
+        if path is not value:
             section, _, last = key.rpartition(".")
             (values.config[section] if section else values.config)[last] = path
+    _check_numbers(values.config)
     return values.config
 
 
@@ -132,14 +157,14 @@ def _at_home(arg: str) -> str:
 def _without_optional(name: str, args: Sequence[str]) -> tuple[list[str], dict[str, str]]:
     """The arguments without settings that this config lacks and may lack, and `{key: value}`."""
     keys = [arg.removeprefix("--config.").partition("=")[0] for arg in args]
-    if not any(key in OPTIONAL for key in keys):
+    if not any(_may_lack(key) for key in keys):
         return list(args), {}
     known = dict(flat_items(read_config([f"--config={name}"])))
     rest, found, place = [], {}, 0
     while place < len(args):
         arg, key = args[place], keys[place]
         place += 1
-        if not arg.startswith("--config.") or key not in OPTIONAL or key in known:
+        if not arg.startswith("--config.") or not _may_lack(key) or key in known:
             rest.append(arg)
         elif "=" in arg:
             found[key] = arg.partition("=")[2]
@@ -147,8 +172,31 @@ def _without_optional(name: str, args: Sequence[str]) -> tuple[list[str], dict[s
             found[key] = args[place]
             place += 1
         else:
-            raise RequestError(f"{arg} needs a value: {arg}={OPTIONAL[key]}")
+            raise RequestError(f"{arg} needs a value: {arg}={OPTIONAL.get(key, '…')}")
     return rest, found
+
+
+def _check_numbers(config: ConfigDict) -> None:
+    """Raises `RequestError` for a setting that is to be a number and is none, or is too large."""
+    for key, value in flat_items(config):
+        if key in NUMBERS and (isinstance(value, bool) or not isinstance(value, int | float)):
+            raise RequestError(f"{key}={value!r} must be a number, such as {NUMBERS[key]}")
+        if key.endswith("batch_size") and isinstance(value, int) and value > LARGEST_BATCH:
+            raise RequestError(f"{key}={value} must be at most {LARGEST_BATCH}")
+
+
+def _may_lack(key: str) -> bool:
+    """Whether a config may lack a setting and take it all the same: a method's own, too."""
+    section, _, name = key.partition(".")
+    return key in OPTIONAL or (section == "method" and name in all_settings())
+
+
+def _literal(text: str) -> Any:
+    """A number, a boolean or a tuple as Python writes it; else the text itself."""
+    try:
+        return ast.literal_eval({"true": "True", "false": "False"}.get(text, text))
+    except (SyntaxError, ValueError):
+        return text
 
 
 def config_file(args: Sequence[str]) -> str:

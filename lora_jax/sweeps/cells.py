@@ -8,15 +8,18 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from ml_collections import ConfigDict
 
 from lora_jax.core.errors import RequestError
 from lora_jax.core.optional import OPTIONAL, set_optional
 from lora_jax.core.trees import nearest
+from lora_jax.methods.named import all_settings, kind_of, settings_of
 from lora_jax.train.workdir import config_hash, flat_config, is_folder_name, plain_config
 
 PREFIX = "sweep_"
 MIN_VALUES = 2
+LONGEST_NAME = 200  # bytes: file systems hold 255, and temporary names add to it
 
 
 @dataclasses.dataclass(frozen=True)
@@ -181,6 +184,11 @@ def _seeds(name: str, more_seeds: Any) -> tuple[int, ...]:
 
 
 def _check_name(name: Any) -> None:
+    if isinstance(name, str) and (len(name.encode()) > LONGEST_NAME or "\0" in name):
+        raise RequestError(
+            f"cell name {name[:40]!r}… has {len(name)} characters; at most {LONGEST_NAME} bytes "
+            "without NUL can be a folder's"
+        )
     if not is_folder_name(name):
         raise RequestError(f"cell name {name!r} cannot be a folder's; use letters, digits, -")
 
@@ -209,9 +217,12 @@ def overridden(config: ConfigDict, overrides: Mapping[str, Any]) -> ConfigDict:
     """A copy of `config` with dotted settings replaced; types must agree."""
     known = flat_config(config.to_dict())
     copy = config.copy_and_resolve_references()
-    changes = dict(overrides)
+    changes = {key: plain_value(value) for key, value in overrides.items()}
     for key in overrides:
         if key in known:
+            continue
+        if key.startswith("method.") and key.partition(".")[2] in all_settings():
+            set_own(copy, key, changes.pop(key), name=changes.get("method.name"))
             continue
         if key not in OPTIONAL:
             near = nearest(key, [*known, *OPTIONAL])
@@ -222,6 +233,26 @@ def overridden(config: ConfigDict, overrides: Mapping[str, Any]) -> ConfigDict:
     except TypeError as error:
         raise RequestError(f"a setting has another type than the config's: {error}") from error
     return copy
+
+
+def plain_value(value: Any) -> Any:
+    """NumPy's scalars as Python's, lists as tuples."""
+    if isinstance(value, np.generic):
+        return value.item()
+    return tuple(map(plain_value, value)) if isinstance(value, list | tuple) else value
+
+
+def set_own(config: ConfigDict, key: str, value: Any, *, name: str | None = None) -> None:
+    """Puts a setting of the method's own, which the config does not list, into it.
+
+    `name` is the method's where it is about to change. Raises `RequestError` where that method has
+    no such setting.
+    """
+    name, own = name or config.method.name, key.partition(".")[2]
+    if own not in (settings := settings_of(kind_of(name))):
+        raise RequestError(f"method {name!r} has no setting {own!r}; {nearest(own, settings)}")
+    with config.unlocked():
+        config.method[own] = value
 
 
 def choose_value(tuning: Tuning, losses: Sequence[float]) -> dict[str, Any]:

@@ -206,6 +206,8 @@ def _optimizer(config: Any, method: Method, trainable: Any, num_steps: int, plac
 @partitionable()
 def keys_of(seed: int) -> jax.Array:
     """The three keys of a run, from its seed: for a new head, the adapters, and the steps."""
+    if isinstance(seed, bool) or not isinstance(seed, int) or not -(2**63) <= seed < 2**63:
+        raise RequestError(f"seed={seed!r} must be a whole number below 2**63")
     return jax.random.split(key_from_seed(seed), 3)
 
 

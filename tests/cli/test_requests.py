@@ -65,3 +65,47 @@ def test_escape_codes_do_not_reach_the_terminal():
 def test_a_bad_request_is_one_line(capsys):
     assert main(["train", CONFIG, "--workdir=C:\\x"]) == 2
     assert capsys.readouterr().err.count("\n") == 1
+
+
+def test_a_methods_own_setting_is_a_flag_though_the_config_does_not_list_it():
+    name = "--config.method.name="
+    config = read_config([CONFIG, f"{name}lora_plus", "--config.method.ratio=8"])
+    assert config.method.ratio == 8
+    assert read_config([CONFIG, f"{name}vera", "--config.method.projection_seed=3"]).method[
+        "projection_seed"
+    ] == 3  # fmt: skip
+    with pytest.raises(RequestError, match="method 'lora' has no setting 'projection_seed'"):
+        read_config([CONFIG, f"{name}lora", "--config.method.projection_seed=3"])
+
+
+def test_an_import_error_in_a_config_is_one_line_with_its_place(tmp_path):
+    (tmp_path / "broken.py").write_text("\nimport no_such_module_here\n")
+    with pytest.raises(RequestError, match=r"broken\.py:2: No module named 'no_such_module_here'"):
+        read_config([f"--config={tmp_path / 'broken.py'}"])
+
+
+def config_with(folder, line, name="mine.py"):
+    """A config file: that of the reviews, and a line that changes it."""
+    text = Path(CONFIG.partition("=")[2]).read_text()
+    text = text.replace("def get_config(", "def _get_config(")
+    last = f"\n\ndef get_config(arg=''):\n  config = _get_config()\n  {line}\n  return config\n"
+    (folder / name).write_text(text + last)
+    return f"--config={folder / name}"
+
+
+@pytest.mark.parametrize("key, text", [("lr", "'1e-3'"), ("weight_decay", "(1,)")])
+def test_a_number_of_another_type_is_named_with_what_is_wanted(tmp_path, key, text):
+    line = f"config.optimizer = dict(config.optimizer) | {{'{key}': {text}}}"
+    with pytest.raises(RequestError, match=re.escape(f"optimizer.{key}={text} must be a number")):
+        read_config([config_with(tmp_path, line)])
+
+
+def test_a_batch_of_a_billion_is_refused():
+    with pytest.raises(RequestError, match="train.eval_batch_size=1000000000 must be at most"):
+        read_config([CONFIG, "--config.train.eval_batch_size=1000000000"])
+
+
+def test_a_config_may_import_a_file_beside_it(tmp_path):
+    (tmp_path / "neighbour_of_mine.py").write_text("SEED = 7\n")
+    line = "import neighbour_of_mine; config.seed = neighbour_of_mine.SEED"
+    assert read_config([config_with(tmp_path, line)]).seed == 7
