@@ -88,6 +88,7 @@ def compare(begun_here, setting, value):
         assert of_method["loss"] == pytest.approx(default[name]["loss"], abs=1e-5), name
 
 
+@pytest.mark.slow
 def test_two_methods_that_draw_again_do_so_in_the_same_way_under_rbg(begun):
     compare(begun(("vera", "uni_lora")), "JAX_DEFAULT_PRNG_IMPL", "rbg")
 
