@@ -100,11 +100,7 @@ def _status(folder: Path, num_steps: int | None, refused: str, at_work: bool) ->
         state=state,
         step=step,
         num_steps=num_steps,
-        loss=None
-        if trained and trained[-1]["loss"] is None
-        else float(trained[-1]["loss"])
-        if trained
-        else None,
+        loss=None if loss is None else float(loss),
         seconds=max((row.get("seconds") or 0.0 for row in rows), default=0.0),
         note=note,
     )
