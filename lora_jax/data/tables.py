@@ -2,7 +2,6 @@
 
 import csv
 import difflib
-import json
 import math
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -12,6 +11,7 @@ import pyarrow
 import pyarrow.parquet
 
 from lora_jax.core.errors import RequestError
+from lora_jax.formats.untrusted import parse_json
 
 EXTENSIONS = {
     "jsonl": (".jsonl", ".ndjson", ".json"),
@@ -71,7 +71,7 @@ def _read_jsonl(path: Path) -> Iterator[tuple[dict, str]]:
             continue
         place = f"{path}:{number}"
         try:
-            record = json.loads(line)
+            record = parse_json(line)
         except (ValueError, RecursionError) as error:
             raise RequestError(
                 f"{place}: not a JSON object ({error}); write one object a line"

@@ -6,7 +6,6 @@ other parts), "<path>:value" (a parameter trained whole), in this project's orie
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -18,6 +17,7 @@ import numpy as np
 from lora_jax.core.errors import RequestError
 from lora_jax.formats.atomic import atomic_folder, write_json
 from lora_jax.formats.safetensors import read_tensors, write_tensors
+from lora_jax.formats.untrusted import read_json
 
 TENSORS, DESCRIPTION = "trainable.safetensors", "method.json"
 
@@ -46,7 +46,7 @@ def load_trainable(folder: str | os.PathLike) -> tuple[dict[str, dict[str, Any]]
     """
     folder = Path(folder)
     try:
-        description = json.loads((folder / DESCRIPTION).read_text(encoding="utf-8"))
+        description = read_json(folder / DESCRIPTION)
     except FileNotFoundError as error:
         raise RequestError(
             f"{folder} holds no {DESCRIPTION}; give the adapter/ folder of a finished run"

@@ -18,6 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from lora_jax.core.errors import RequestError
+from lora_jax.formats.untrusted import parse_json
 from lora_jax.quant import nf4
 from lora_jax.quant.weight import NF4Weight
 
@@ -79,7 +80,7 @@ def _read(tensors: Mapping[str, np.ndarray], name: str, place: str) -> Nf4Matrix
         return RequestError(f"{place}: {name} {what}; download or quantise the model again")
 
     try:
-        state = json.loads(bytes(np.asarray(tensors[name + STATE], np.uint8)))
+        state = parse_json(bytes(np.asarray(tensors[name + STATE], np.uint8)))
         shape, block = tuple(state["shape"]), state["blocksize"]
         dtype, nested = state["dtype"], state.get("nested_blocksize")
     except (ValueError, KeyError, TypeError) as error:

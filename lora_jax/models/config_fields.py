@@ -1,6 +1,5 @@
 """Reading a `config.json` one checked field at a time, so that an error names the field."""
 
-import json
 import os
 import reprlib
 from collections.abc import Iterable
@@ -10,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from lora_jax.core.errors import RequestError
+from lora_jax.formats import untrusted
 
 _REQUIRED = object()
 _LARGEST = float(np.finfo(np.float32).max)
@@ -21,8 +21,8 @@ def read_json(path: str | os.PathLike, *, kind: type) -> Any:
     """Returns the JSON in `path`, which must be a `kind` (dict or list); else `RequestError`."""
     path = Path(path)
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
+        value = untrusted.read_json(path)
+    except ValueError as error:
         raise RequestError(f"{path} is not valid JSON: {error}; restore the file") from error
     except OSError as error:
         raise RequestError(f"cannot read {path}: {error.strerror or error}") from error

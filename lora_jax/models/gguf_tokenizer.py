@@ -92,7 +92,10 @@ def gguf_tokenizer(file: GgufFile) -> Tokenizer:
         _add_steps(tokenizer, recipe, *_ends(file, recipe, tokens))
     except RequestError:
         raise
-    except Exception as error:  # The library raises bare `Exception` for whatever is wrong.
+    except BaseException as error:
+        # The library raises bare `Exception` for whatever is wrong; its panics are not even that.
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+            raise
         raise RequestError(
             f"{file.path} holds no usable tokenizer: {error}; give the model's tokenizer.json"
         ) from error

@@ -21,7 +21,10 @@ def read_tokenizer(
     path = Path(path)
     try:
         tokenizer = Tokenizer.from_file(str(path))
-    except Exception as error:  # The library raises bare `Exception` for whatever is wrong.
+    except BaseException as error:
+        # The library raises bare `Exception` for whatever is wrong; its panics are not even that.
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+            raise
         raise RequestError(f"{path} is not a readable tokenizer: {error}; restore it") from error
     check_tokenizer(tokenizer, vocab_size=vocab_size, pad_token_id=pad_token_id, place=str(path))
     tokenizer.no_truncation()

@@ -33,7 +33,14 @@ def cite(folder: str | Path) -> str:
     runs = [r for r in runs if r.finished and (not one or r.folder.name == folder.name)]
     if not runs:
         raise RequestError(f"no run in {folder} has finished; there is nothing to cite yet")
-    return f"{_entry(runs, folder)}\n\n{LORA_PAPER}\n"
+    try:
+        entry = _entry(runs, folder)
+    except (KeyError, TypeError, AttributeError, ValueError) as error:
+        raise RequestError(
+            f"a card in {folder} is malformed ({type(error).__name__}: {error}); restore it or "
+            "rerun its cell"
+        ) from error
+    return f"{entry}\n\n{LORA_PAPER}\n"
 
 
 def _entry(runs: Sequence[Run], folder: Path) -> str:

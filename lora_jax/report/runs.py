@@ -1,6 +1,5 @@
 """Reads the runs of a working folder: finished ones whole, unfinished ones as far as they got."""
 
-import json
 import math
 import zipfile
 from dataclasses import dataclass
@@ -9,6 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from lora_jax.core.errors import RequestError
+from lora_jax.formats.untrusted import parse_json, read_json, read_regular
 
 
 @dataclass(frozen=True)
@@ -166,7 +166,7 @@ def _read_card(path: Path) -> dict:
 
 def _read_object(path: Path) -> dict:
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
+        value = read_json(path)
     except OSError as error:
         raise RequestError(f"cannot read {path}: {error.strerror or error}") from error
     except ValueError as error:
@@ -176,21 +176,28 @@ def _read_object(path: Path) -> dict:
     return value
 
 
+def _bytes_of(path: Path) -> bytes:
+    try:
+        return read_regular(path)
+    except OSError as error:
+        raise RequestError(f"cannot read {path}: {error.strerror or error}") from error
+
+
 def _read_history(path: Path) -> tuple[dict, ...]:
     """The entries by step; of a step logged twice (before and after a resume) the later one."""
     if not path.exists():
         return ()
-    lines = path.read_bytes().split(b"\n")
+    lines = _bytes_of(path).split(b"\n")
     entries = {}
     for number, line in enumerate(lines, start=1):
         if not line.strip():
             continue
         try:
-            entry = json.loads(line)
+            entry = parse_json(line)
             key = (int(entry["step"]), str(entry["split"]))
             if not all(_is_number_or_null(entry.get(k)) for k in ("loss", "accuracy", "lr")):
                 raise TypeError("not a number")
-        except (ValueError, TypeError, KeyError) as error:
+        except (ValueError, TypeError, KeyError, OverflowError) as error:
             if number == len(lines):
                 break  # no newline yet: the run is writing it, or was killed while it did
             raise RequestError(

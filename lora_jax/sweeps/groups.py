@@ -185,7 +185,7 @@ def read_packs(workdir: Path) -> list[PackRecord]:
                     f"{path} names a cell {cell.name!r}, which cannot be a folder's name; remove "
                     "the pack's folder"
                 )
-        if type(record.memory_bytes) is not int or name != path.parent.name:
+        if not isinstance(record.memory_bytes, int | float) or name != path.parent.name:
             raise RequestError(
                 f"{path} is not the record of {path.parent.name}: its cells or memory_bytes were "
                 "changed; remove its folder"

@@ -9,7 +9,7 @@ from typing import Any
 
 from lora_jax.core.errors import RequestError
 from lora_jax.train.metrics import read_metrics
-from lora_jax.train.workdir import is_locked, read_json_file
+from lora_jax.train.workdir import is_folder_name, is_locked, read_json_file
 
 STATES = ("done", "running", "stopped", "failed", "waiting")
 
@@ -39,9 +39,24 @@ def sweep_status(workdir: str | os.PathLike) -> list[CellStatus]:
     workdir = Path(workdir)
     if not (workdir / "sweep.json").exists():
         raise RequestError(f"{workdir} holds no sweep (no sweep.json); give a sweep's --workdir")
+    try:
+        return _statuses(workdir)
+    except RequestError:
+        raise
+    except (KeyError, TypeError, AttributeError, ValueError) as error:
+        raise RequestError(
+            f"a file of the sweep in {workdir} is malformed ({type(error).__name__}: {error}); "
+            "restore sweep.json, card.json and metrics.jsonl, or remove the cell's folder"
+        ) from error
+
+
+def _statuses(workdir: Path) -> list[CellStatus]:
     told = read_json_file(workdir / "sweep.json")
     folders = sorted(path.name for path in (workdir / "cells").glob("[!.]*"))
     names = list(dict.fromkeys([*told["cells"], *folders]))
+    for name in names:
+        if not is_folder_name(name):
+            raise RequestError(f"{workdir}/sweep.json names a cell {name!r}; restore that file")
     at_work = is_locked(workdir)
     return [
         _status(
@@ -77,12 +92,15 @@ def _status(folder: Path, num_steps: int | None, refused: str, at_work: bool) ->
         state, note = "failed", read_json_file(folder / "failure.json")["error"]
     elif refused and not begun:
         state, note = "failed", refused
+    if num_steps is not None and type(num_steps) is not int:
+        raise TypeError(f"the number of steps of {folder.name} is {num_steps!r}")
+    loss = trained[-1]["loss"] if trained else None
     return CellStatus(
         name=folder.name,
         state=state,
         step=step,
         num_steps=num_steps,
-        loss=trained[-1]["loss"] if trained else None,
+        loss=None if loss is None else float(loss),
         seconds=max((row.get("seconds") or 0.0 for row in rows), default=0.0),
         note=note,
     )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -13,11 +14,13 @@ from jax.sharding import Mesh
 
 from lora_jax.core.draws import partitionable
 from lora_jax.core.errors import RequestError
-from lora_jax.formats.adapter import DESCRIPTION, load_trainable
+from lora_jax.formats.adapter import DESCRIPTION, TENSORS, load_trainable
 from lora_jax.methods import Method
 from lora_jax.models import Model
 from lora_jax.models.save import label_fields
 from lora_jax.train.build import keys_of, make_method, make_model
+from lora_jax.train.finish import hash_trainable
+from lora_jax.train.workdir import read_json_file
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,6 +44,7 @@ def load_adapter(folder: str | os.PathLike, mesh: Mesh | None = None) -> Adapted
     trained on.
     """
     trainable, description = load_trainable(folder)
+    _check_against_card(Path(folder), trainable)
     _check_description(description, f"{folder}/{DESCRIPTION}")
     config = ml_collections.ConfigDict({name: description[name] for name in ("model", "method")})
     head_key, init_key, _ = keys_of(description["seed"])
@@ -84,6 +88,24 @@ def _check_drawn(here: dict[str, list[float]], there: Any, folder: str | os.Path
                 f"the adapter in {folder} was trained with other random numbers {name} than JAX "
                 f"{jax.__version__} draws here; use the JAX version that its card.json names"
             )
+
+
+def _check_against_card(folder: Path, trainable: Any) -> None:
+    """Raises `RequestError` if the run's card, next to the folder, has other weights' hash."""
+    path = folder.resolve().parent / "card.json"
+    if folder.resolve().name != "adapter" or not path.exists():
+        return
+    card = read_json_file(path)
+    metrics = card.get("metrics") if isinstance(card, dict) else None
+    if not isinstance(metrics, dict):
+        raise RequestError(f"{path} is no card of a run; restore it, or remove it")
+    wanted = metrics.get("weights_sha256")
+    if wanted is not None and wanted != (found := hash_trainable(trainable)):
+        raise RequestError(
+            f"the weights in {folder}/{TENSORS} are not those that {path} names "
+            f"(weights_sha256 {str(wanted)[:12]!r}, here {found[:12]!r}): one of the files was "
+            "changed or damaged; copy the run again"
+        )
 
 
 _DESCRIBED = {

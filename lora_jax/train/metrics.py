@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 import os
+import sys
 from pathlib import Path
 from typing import Any
 
 from lora_jax.core.errors import RequestError
 from lora_jax.formats.atomic import write_text
+from lora_jax.formats.untrusted import parse_json, read_regular
 from lora_jax.train.events import EventFile
 
 
@@ -20,17 +22,37 @@ def read_metrics(path: str | os.PathLike) -> list[dict[str, Any]]:
     path = Path(path)
     if not path.exists():
         return []
-    lines = path.read_bytes().split(b"\n")
+    lines = _bytes_of(path).split(b"\n")
     rows = []
     for number, line in enumerate(lines, 1):
         try:
-            row = json.loads(line) if line else None
+            row = parse_json(line) if line else None
         except ValueError as error:
             # A process killed while it wrote leaves a beginning of a line and no line end.
             if number == len(lines):
                 break
             raise RequestError(f"{path}:{number} is damaged ({error}); remove that line") from error
         if row is not None and number < len(lines):
+            rows.append(row)
+    return rows
+
+
+def _bytes_of(path: Path) -> bytes:
+    try:
+        return read_regular(path)
+    except OSError as error:
+        raise RequestError(f"cannot read {path}: {error.strerror or error}") from error
+
+
+def _readable(path: Path, step: int) -> list[dict[str, Any]]:
+    """The metrics up to `step` that can be read."""
+    rows = []
+    for line in _bytes_of(path).split(b"\n")[:-1] if path.exists() else []:
+        try:
+            row = parse_json(line)
+        except ValueError:
+            continue
+        if isinstance(row, dict) and isinstance(row.get("step"), int) and row["step"] <= step:
             rows.append(row)
     return rows
 
@@ -46,20 +68,25 @@ class MetricsWriter:
     """Appends metrics to `folder/metrics.jsonl` and `folder/tensorboard/`; a context manager.
 
     Opening cuts what is there back to `num_lines` lines, those that the checkpoint of `step` knew,
-    so that a resumed run's file is an uninterrupted run's. Raises `RequestError` if lines are
-    missing, or the disk cannot take one. `num_lines` counts the lines in the file.
+    so that a resumed run's file is an uninterrupted run's. Lines that are missing or damaged are
+    left out, with a note on stderr. Raises `RequestError` if the disk cannot take a line.
+    `num_lines` counts the lines in the file.
     """
 
     def __init__(self, folder: str | os.PathLike, *, num_lines: int, step: int):
         self._path = Path(folder) / "metrics.jsonl"
         self.num_lines = num_lines
-        there = len(read_metrics(self._path))
-        if there < num_lines:
-            raise RequestError(
-                f"{self._path} has {there} lines, its checkpoint knows {num_lines}; put it back, "
-                "or remove the checkpoint's folder to begin again"
+        rows = _readable(self._path, step)[:num_lines]
+        if len(rows) < num_lines:
+            # A log is no reason to lose a training: weights and progress are in the checkpoint.
+            print(
+                f"{self._path}: {num_lines - len(rows)} of {num_lines} lines are missing or "
+                f"damaged; the training goes on from step {step} without them",
+                file=sys.stderr,
             )
-        cut_metrics(self._path, num_lines)
+        self.num_lines = len(rows)
+        if self._path.exists():
+            write_text(self._path, "".join(map(_line, rows)))
         try:
             self._path.parent.mkdir(parents=True, exist_ok=True)
             self._file = open(self._path, "a", encoding="utf-8")  # noqa: SIM115

@@ -16,9 +16,7 @@ from lora_jax.train.workdir import claim_cell
 CONFIG = {"seed": 0}
 
 
-@pytest.mark.parametrize(
-    "name", ["../../../../w6", "/tmp/w6", "..", ".hidden", "a\0b", "x" * 300, 3]
-)
+@pytest.mark.parametrize("name", ["../../../../w6", "/tmp/w6", "..", ".hidden", "a\0b", "x" * 300])
 def test_a_packs_record_cannot_name_a_cell_outside_the_workdir(tmp_path, name):
     record = PackRecord((Cell("one", ConfigDict(CONFIG)), Cell("two", ConfigDict(CONFIG))), 1)
     record.write(tmp_path)

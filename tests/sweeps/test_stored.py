@@ -177,14 +177,15 @@ def test_a_signal_between_trainings_stops_the_sweep(make_config, tmp_path):
     assert len(run(sweep, tmp_path)) == 5
 
 
-def test_missing_metrics_are_told_not_made_up(make_config, tmp_path):
+def test_missing_metrics_are_told_not_made_up(make_config, tmp_path, capsys):
     with pytest.MonkeyPatch.context() as patch:
         at_call(patch, PackBatches, "at", 9, crash)
         with pytest.raises(Crash):
             run(sweep_of(make_config, DECAY), tmp_path)
     (tmp_path / "cells" / "qv-r1" / "metrics.jsonl").unlink()
     results = run(sweep_of(make_config, DECAY), tmp_path)
-    assert all("has 0 lines, its checkpoint knows" in str(result) for result in results.values())
+    assert not any(isinstance(result, RequestError) for result in results.values())
+    assert "lines are missing or damaged; the training goes on" in capsys.readouterr().err
 
 
 @pytest.mark.slow
