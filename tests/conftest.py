@@ -30,7 +30,7 @@ from hypothesis import settings  # noqa: E402
 settings.register_profile("no deadline", deadline=None)
 settings.load_profile("no deadline")
 
-# Processor seconds that a folder's fast tests may take on a cold cache; more is told, not failed,
+# Processor seconds for a folder, cold cache; first guesses, not measured. More is told, not failed,
 # since machines differ.
 BUDGETS = {
     "analysis": 40, "cli": 40, "core": 120, "data": 20, "experiments": 30, "formats": 20,
