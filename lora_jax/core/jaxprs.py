@@ -10,8 +10,11 @@ import contextlib
 from typing import Any
 
 import jax
+import numpy as np
 from jax._src import source_info_util
+from jax.custom_derivatives import SymbolicZero
 from jax.extend.core import Literal
+from jax.interpreters import ad
 
 JIT = frozenset({"jit", "pjit"})
 _NOTE = "in the lifted model,"
@@ -144,15 +147,16 @@ def custom_jvp_rule(eqn):
 
 
 def custom_vjp_rules(eqn):
-    """The flat rules of a custom_vjp: `forward(*args) -> (residuals, outs)`, `backward`.
+    """The flat rules of a custom_vjp: `forward(perturbed, *args) -> (residuals, outs)`, `backward`.
 
     `backward(*residuals, *cotangents)` returns one cotangent per argument.
     """
     _, forward, backward = eqn.primitive.get_bind_params(eqn.params)["subfuns"]
 
-    def flat_forward(*args):
-        # Each argument comes with a flag: is it differentiated? All are, here.
-        out = forward.call_wrapped(*(item for arg in args for item in (arg, True)))
+    def flat_forward(perturbed, *args):
+        # Each argument comes with a flag: is it differentiated?
+        pairs = zip(args, perturbed, strict=True)
+        out = forward.call_wrapped(*(item for pair in pairs for item in pair))
         _, residual_tree, forwarded = eqn.params["out_trees"]()
         # A residual that is an argument unchanged is not returned, but named by its position.
         num_returned = residual_tree.num_leaves - sum(f is not None for f in forwarded)
@@ -160,4 +164,28 @@ def custom_vjp_rules(eqn):
         residuals = [next(returned) if f is None else args[f] for f in forwarded]
         return residuals, list(out[num_returned:])
 
-    return flat_forward, backward.call_wrapped
+    def flat_backward(*args):
+        out = backward.call_wrapped(*args)
+        # JAX 0.12 returns what the rule logs as a second result.
+        return out[0] if isinstance(out, tuple) else out
+
+    return flat_forward, flat_backward
+
+
+def is_symbolic_zero(x) -> bool:
+    """Whether a tangent or cotangent is zero without an array, or one of an integer or a key."""
+    return isinstance(x, SymbolicZero | ad.Zero) or getattr(x, "dtype", None) == jax.dtypes.float0
+
+
+def symbolic_zero(x):
+    """The symbolic zero tangent of an array of this shape and dtype."""
+    return SymbolicZero(jax.core.ShapedArray(x.shape, x.dtype).to_tangent_aval())
+
+
+def instantiated(x):
+    """A tangent as an array; those of integers and keys are NumPy's `float0`."""
+    if not isinstance(x, SymbolicZero):
+        return x
+    if x.aval.dtype == jax.dtypes.float0:
+        return np.zeros(x.aval.shape, jax.dtypes.float0)
+    return jax.numpy.zeros(x.aval.shape, x.aval.dtype)
