@@ -7,6 +7,7 @@ groups of `ft_in` (0.11), and `ClosedJaxpr` merged into `Jaxpr` (0.12).
 from __future__ import annotations
 
 import contextlib
+import threading
 from typing import Any
 
 import jax
@@ -17,6 +18,7 @@ from jax.extend.core import Literal
 from jax.interpreters import ad
 
 JIT = frozenset({"jit", "pjit"})
+_within = threading.local()  # .equations: those being evaluated, outermost first
 _NOTE = "in the lifted model,"
 REMAT = frozenset({"remat2", "remat", "checkpoint"})
 
@@ -117,6 +119,8 @@ def equation_context(eqn):
     What raises there, such as the check of `jax_debug_nans`, is told the model's own line.
     """
     stack = source_info_util.current_name_stack() + eqn.source_info.name_stack
+    outer = getattr(_within, "equations", ())
+    _within.equations = (*outer, eqn)
     try:
         with (
             source_info_util.user_context(eqn.source_info.traceback, name_stack=stack),
@@ -127,6 +131,8 @@ def equation_context(eqn):
         if not any(note.startswith(_NOTE) for note in getattr(error, "__notes__", ())):
             error.add_note(f"{_NOTE} `{eqn.primitive.name}` at {source_line(eqn)}")
         raise
+    finally:
+        _within.equations = outer
 
 
 def bind(eqn, values) -> list[Any]:
@@ -136,8 +142,14 @@ def bind(eqn, values) -> list[Any]:
 
 
 def source_line(eqn) -> str:
-    """The user's file, line and function that made the equation."""
-    return source_info_util.summarize(eqn.source_info)
+    """The user's file, line and function that made the equation.
+
+    Inside JAX's own jitted functions (`jnp.sort`) an equation has no line of the user's: then it is
+    that of the nearest equation around it that has one.
+    """
+    around = reversed(getattr(_within, "equations", ()))
+    lines = (source_info_util.summarize(e.source_info) for e in (eqn, *around))
+    return next(filter(None, lines), "an unknown line")
 
 
 def custom_jvp_rule(eqn):
