@@ -13,6 +13,7 @@ from typing import Any
 import jax
 import numpy as np
 from jax._src import source_info_util
+from jax._src.interpreters import partial_eval
 from jax.custom_derivatives import SymbolicZero
 from jax.extend.core import Literal
 from jax.interpreters import ad
@@ -24,9 +25,13 @@ REMAT = frozenset({"remat2", "remat", "checkpoint"})
 
 
 def trace(fun, *args):
-    """Traces `fun` over the shapes of `args`: `(jaxpr, consts, out_tree)`; computes nothing."""
+    """Traces `fun` over the shapes of `args`: `(jaxpr, consts, out_tree)`; computes nothing.
+
+    What no result needs is removed, in sub-jaxprs too; equations with effects stay.
+    """
     closed, out_shape = jax.make_jaxpr(fun, return_shape=True)(*args)
-    return closed.jaxpr, closed.consts, jax.tree_util.tree_structure(out_shape)
+    jaxpr, _ = partial_eval.dce_jaxpr(closed.jaxpr, True, instantiate=True)
+    return jaxpr, closed.consts, jax.tree_util.tree_structure(out_shape)
 
 
 def opened(jaxpr):
