@@ -168,18 +168,14 @@ def _custom_jvp(interpreter, eqn, values):
     def primal(*values):
         return body(*values)
 
-    @primal.defjvp
-    def _(values, tangents):
-        dense = [
-            jax.jvp(materialise, (value,), (tangent,))[1] if is_adapted(value) else tangent
-            for value, tangent in zip(values, tangents, strict=True)
-        ]
-        shapes = [value.base if is_adapted(value) else value for value in values]
-        jaxpr, consts, _ = jaxprs.trace(lambda *flat: list(rule(*flat)), *shapes, *dense)
-        outs = interpreter.evaluate(jaxpr, consts, [*values, *dense])
-        outs = interpreter.plain(outs, eqn, "leaves the body")
+    def jvp(values, tangents):
+        tangents = [_tangent_of(v, t) for v, t in zip(values, tangents, strict=True)]
+        if not eqn.params["symbolic_zeros"]:
+            tangents = [jaxprs.instantiated(t) for t in tangents]
+        outs = _evaluate_rule(interpreter, eqn, rule, values, tangents)
         return outs[: len(outs) // 2], outs[len(outs) // 2 :]
 
+    primal.defjvp(jvp, symbolic_zeros=True)
     return primal(*values)
 
 
@@ -198,8 +194,11 @@ def _custom_vjp(interpreter, eqn, values):
         return body(*values)
 
     def forward(*values):
+        # JAX's own flags, so that constants and integers are not taken for differentiated.
+        perturbed = [any(leaf.perturbed for leaf in jax.tree.leaves(v)) for v in values]
+        values = [jax.tree.map(lambda leaf: leaf.value, v) for v in values]
         shapes = [value.base if is_adapted(value) else value for value in values]
-        jaxpr, consts, tree = jaxprs.trace(lambda *flat: forward_rule(*flat), *shapes)
+        jaxpr, consts, tree = jaxprs.trace(lambda *flat: forward_rule(perturbed, *flat), *shapes)
         residuals, outs = jax.tree_util.tree_unflatten(
             tree, interpreter.evaluate(jaxpr, consts, values)
         )
@@ -207,18 +206,17 @@ def _custom_vjp(interpreter, eqn, values):
 
     def backward(saved, cotangents):
         residuals, values = saved
-        shapes = [value.base if is_adapted(value) else value for value in residuals]
-        jaxpr, consts, _ = jaxprs.trace(
-            lambda *flat: [_dense(ct) for ct in backward_rule(*flat)], *shapes, *cotangents
-        )
-        dense = interpreter.evaluate(jaxpr, consts, [*residuals, *cotangents])
-        dense = interpreter.plain(dense, eqn, "leaves the body")
+        if not eqn.params["symbolic_zeros"]:
+            cotangents = [jaxprs.instantiated(ct) for ct in cotangents]
+        dense = _evaluate_rule(interpreter, eqn, backward_rule, residuals, cotangents)
         return tuple(
-            jax.vjp(materialise, value)[1](cotangent)[0] if is_adapted(value) else cotangent
-            for value, cotangent in zip(values, dense, strict=True)
+            jax.vjp(materialise, value)[1](cotangent)[0]
+            if is_adapted(value) and cotangent is not None
+            else cotangent
+            for value, cotangent in zip(values, map(_none_if_zero, dense), strict=True)
         )
 
-    primal.defvjp(forward, backward)
+    primal.defvjp(forward, backward, symbolic_zeros=True)
     return primal(*values)
 
 
@@ -232,5 +230,40 @@ def _check_not_random(eqn, values) -> None:
             )
 
 
-def _dense(cotangent):
-    return jax.interpreters.ad.instantiate_zeros(cotangent)
+def _evaluate_rule(interpreter, eqn, rule, values, linear) -> list:
+    """The plain results of a derivative rule on `values` and tangents or cotangents.
+
+    Symbolic zeros, and those of integers, have no array to trace: they pass around the jaxpr.
+    """
+    traced = [n for n, x in enumerate(linear) if not jaxprs.is_symbolic_zero(x)]
+    places: list = []
+
+    def flat(*args):
+        values_in, dense = args[: len(values)], args[len(values) :]
+        every = list(linear)
+        for place, x in zip(traced, dense, strict=True):
+            every[place] = x
+        outs = list(rule(*values_in, *every))
+        places[:] = [out if jaxprs.is_symbolic_zero(out) else None for out in outs]
+        return [out for out in outs if not jaxprs.is_symbolic_zero(out)]
+
+    shapes = [value.base if is_adapted(value) else value for value in values]
+    dense = [linear[n] for n in traced]
+    jaxpr, consts, _ = jaxprs.trace(flat, *shapes, *dense)
+    outs = interpreter.evaluate(jaxpr, consts, [*values, *dense])
+    outs = iter(interpreter.plain(outs, eqn, "leaves the body"))
+    return [next(outs) if zero is None else zero for zero in places]
+
+
+def _tangent_of(value, tangent):
+    """The tangent of the plain array that a value stands for; symbolic where all its leaves are."""
+    if not is_adapted(value):
+        return tangent
+    leaves = jax.tree.leaves(tangent)
+    if all(jaxprs.is_symbolic_zero(leaf) for leaf in leaves):
+        return jaxprs.symbolic_zero(value.base)
+    return jax.jvp(materialise, (value,), (jax.tree.map(jaxprs.instantiated, tangent),))[1]
+
+
+def _none_if_zero(cotangent):
+    return None if jaxprs.is_symbolic_zero(cotangent) else cotangent

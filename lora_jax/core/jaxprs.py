@@ -7,21 +7,31 @@ groups of `ft_in` (0.11), and `ClosedJaxpr` merged into `Jaxpr` (0.12).
 from __future__ import annotations
 
 import contextlib
+import threading
 from typing import Any
 
 import jax
+import numpy as np
 from jax._src import source_info_util
+from jax._src.interpreters import partial_eval
+from jax.custom_derivatives import SymbolicZero
 from jax.extend.core import Literal
+from jax.interpreters import ad
 
 JIT = frozenset({"jit", "pjit"})
+_within = threading.local()  # .equations: those being evaluated, outermost first
 _NOTE = "in the lifted model,"
 REMAT = frozenset({"remat2", "remat", "checkpoint"})
 
 
 def trace(fun, *args):
-    """Traces `fun` over the shapes of `args`: `(jaxpr, consts, out_tree)`; computes nothing."""
+    """Traces `fun` over the shapes of `args`: `(jaxpr, consts, out_tree)`; computes nothing.
+
+    What no result needs is removed, in sub-jaxprs too; equations with effects stay.
+    """
     closed, out_shape = jax.make_jaxpr(fun, return_shape=True)(*args)
-    return closed.jaxpr, closed.consts, jax.tree_util.tree_structure(out_shape)
+    jaxpr, _ = partial_eval.dce_jaxpr(closed.jaxpr, True, instantiate=True)
+    return jaxpr, closed.consts, jax.tree_util.tree_structure(out_shape)
 
 
 def opened(jaxpr):
@@ -114,6 +124,8 @@ def equation_context(eqn):
     What raises there, such as the check of `jax_debug_nans`, is told the model's own line.
     """
     stack = source_info_util.current_name_stack() + eqn.source_info.name_stack
+    outer = getattr(_within, "equations", ())
+    _within.equations = (*outer, eqn)
     try:
         with (
             source_info_util.user_context(eqn.source_info.traceback, name_stack=stack),
@@ -124,6 +136,8 @@ def equation_context(eqn):
         if not any(note.startswith(_NOTE) for note in getattr(error, "__notes__", ())):
             error.add_note(f"{_NOTE} `{eqn.primitive.name}` at {source_line(eqn)}")
         raise
+    finally:
+        _within.equations = outer
 
 
 def bind(eqn, values) -> list[Any]:
@@ -133,8 +147,14 @@ def bind(eqn, values) -> list[Any]:
 
 
 def source_line(eqn) -> str:
-    """The user's file, line and function that made the equation."""
-    return source_info_util.summarize(eqn.source_info)
+    """The user's file, line and function that made the equation.
+
+    Inside JAX's own jitted functions (`jnp.sort`) an equation has no line of the user's: then it is
+    that of the nearest equation around it that has one.
+    """
+    around = reversed(getattr(_within, "equations", ()))
+    lines = (source_info_util.summarize(e.source_info) for e in (eqn, *around))
+    return next(filter(None, lines), "an unknown line")
 
 
 def custom_jvp_rule(eqn):
@@ -144,15 +164,16 @@ def custom_jvp_rule(eqn):
 
 
 def custom_vjp_rules(eqn):
-    """The flat rules of a custom_vjp: `forward(*args) -> (residuals, outs)`, `backward`.
+    """The flat rules of a custom_vjp: `forward(perturbed, *args) -> (residuals, outs)`, `backward`.
 
     `backward(*residuals, *cotangents)` returns one cotangent per argument.
     """
     _, forward, backward = eqn.primitive.get_bind_params(eqn.params)["subfuns"]
 
-    def flat_forward(*args):
-        # Each argument comes with a flag: is it differentiated? All are, here.
-        out = forward.call_wrapped(*(item for arg in args for item in (arg, True)))
+    def flat_forward(perturbed, *args):
+        # Each argument comes with a flag: is it differentiated?
+        pairs = zip(args, perturbed, strict=True)
+        out = forward.call_wrapped(*(item for pair in pairs for item in pair))
         _, residual_tree, forwarded = eqn.params["out_trees"]()
         # A residual that is an argument unchanged is not returned, but named by its position.
         num_returned = residual_tree.num_leaves - sum(f is not None for f in forwarded)
@@ -160,4 +181,28 @@ def custom_vjp_rules(eqn):
         residuals = [next(returned) if f is None else args[f] for f in forwarded]
         return residuals, list(out[num_returned:])
 
-    return flat_forward, backward.call_wrapped
+    def flat_backward(*args):
+        out = backward.call_wrapped(*args)
+        # JAX 0.12 returns what the rule logs as a second result.
+        return out[0] if isinstance(out, tuple) else out
+
+    return flat_forward, flat_backward
+
+
+def is_symbolic_zero(x) -> bool:
+    """Whether a tangent or cotangent is zero without an array, or one of an integer or a key."""
+    return isinstance(x, SymbolicZero | ad.Zero) or getattr(x, "dtype", None) == jax.dtypes.float0
+
+
+def symbolic_zero(x):
+    """The symbolic zero tangent of an array of this shape and dtype."""
+    return SymbolicZero(jax.core.ShapedArray(x.shape, x.dtype).to_tangent_aval())
+
+
+def instantiated(x):
+    """A tangent as an array; those of integers and keys are NumPy's `float0`."""
+    if not isinstance(x, SymbolicZero):
+        return x
+    if x.aval.dtype == jax.dtypes.float0:
+        return np.zeros(x.aval.shape, jax.dtypes.float0)
+    return jax.numpy.zeros(x.aval.shape, x.aval.dtype)

@@ -116,3 +116,32 @@ def test_a_nan_found_by_jax_debug_nans_names_the_models_line(around):
         jax.config.update("jax_debug_nans", False)
     (note,) = (note for note in caught.value.__notes__ if "lifted model" in note)
     assert f"test_source.py:{line_of('head')}" in note and "`sqrt`" in note
+
+
+@pytest.mark.filterwarnings("ignore::lora_jax.MaterialisedWarning")
+@pytest.mark.parametrize("function", [jnp.sort, jnp.linalg.inv])
+def test_a_materialisation_inside_a_function_of_jax_names_the_users_line(function):
+    params = {"w": jnp.eye(4)}
+    method = lj.LoRA(targets="w", rank=2, alpha=2)
+    trainable, frozen = method.init(jax.random.key(0), params)
+    with lj.watch_materialised() as events:
+        lj.lift(lambda p: function(p["w"]))(method.bind(trainable, frozen))
+    assert events and all("test_source.py" in event.source for event in events)
+
+
+def test_a_kernel_that_a_scanned_remat_returns_unread_is_not_materialised():
+    """What `nnx.scan` over `nnx.remat` traces to: the state comes out of the body, unread."""
+
+    def apply(params, x):
+        def layer(x, w):
+            return jnp.tanh(x @ w), w
+
+        return jax.lax.scan(jax.checkpoint(layer), x, params["w"])[0]
+
+    params = random_like({"w": jnp.zeros((3, 4, 4))}, 1)
+    x = jnp.ones((2, 4))
+    method = lj.LoRA(targets="w", rank=2, alpha=2, axes=lj.kernel_axes(apply, params, x))
+    trainable, frozen = method.init(jax.random.key(0), params)
+    trainable = random_like(trainable, 2)
+    got = lj.lift(apply, strict=True)(method.bind(trainable, frozen), x)
+    assert jnp.allclose(got, apply(method.merge(trainable, frozen), x), atol=1e-5)

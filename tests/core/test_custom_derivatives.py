@@ -1,0 +1,101 @@
+"""Derivative rules of the user's own get under `lift` what plain JAX gives them."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import lora_jax as lj
+from tests.core.adapted import largest_difference, random_like
+
+SymbolicZero = jax.custom_derivatives.SymbolicZero
+SCALES = np.arange(1.0, 5.0, dtype=np.float32)
+
+
+@jax.custom_vjp
+def vjp_with_a_constant(w, x):
+    return (x @ w) * SCALES
+
+
+vjp_with_a_constant.defvjp(
+    lambda w, x: (vjp_with_a_constant(w, x), (w, x)),
+    lambda r, g: (r[1].T @ (g * SCALES), (g * SCALES) @ r[0].T),
+)
+
+
+@jax.custom_vjp
+def vjp_with_symbolic_zeros(w, x, n):
+    return (x @ w) * n, jnp.sum(x)
+
+
+def _forward(w, x, n):
+    assert w.perturbed and not n.perturbed  # as in plain JAX
+    y = vjp_with_symbolic_zeros(w.value, x.value, n.value)
+    return y, (w.value, x.value, n.value)
+
+
+def _backward(saved, cotangents):
+    (w, x, n), (g, unused) = saved, cotangents
+    assert isinstance(unused, SymbolicZero)
+    return x.T @ g * n, g * n @ w.T, None
+
+
+vjp_with_symbolic_zeros.defvjp(_forward, _backward, symbolic_zeros=True)
+
+
+@jax.custom_jvp
+def jvp_with_symbolic_zeros(w, x, n):
+    return (x @ w) * n, jnp.sum(x)
+
+
+def _jvp(primals, tangents):
+    (w, x, n), (tw, tx, tn) = primals, tangents
+    assert isinstance(tx, SymbolicZero) and isinstance(tn, SymbolicZero)
+    y, total = jvp_with_symbolic_zeros(w, x, n)
+    return (y, total), (x @ tw * n, SymbolicZero(jax.typeof(total).to_tangent_aval()))
+
+
+jvp_with_symbolic_zeros.defjvp(_jvp, symbolic_zeros=True)
+
+
+@jax.custom_vjp
+def vjp_of_a_key(w, x, key):
+    return (x @ w) * jax.random.uniform(key, (4,))
+
+
+vjp_of_a_key.defvjp(
+    lambda w, x, key: (vjp_of_a_key(w, x, key), (w, x, key)),
+    lambda r, g: (
+        r[1].T @ (g * jax.random.uniform(r[2], (4,))),
+        (g * jax.random.uniform(r[2], (4,))) @ r[0].T,
+        None,
+    ),
+)
+
+RULES = {
+    "a custom_vjp with a constant": lambda p, x: vjp_with_a_constant(p["w"], x),
+    "a custom_vjp with symbolic zeros": lambda p, x: vjp_with_symbolic_zeros(p["w"], x, 3)[0],
+    "a custom_jvp with symbolic zeros": lambda p, x: jvp_with_symbolic_zeros(p["w"], x, 3)[0],
+    "a custom_vjp of a key": lambda p, x: vjp_of_a_key(p["w"], x, jax.random.key(7)),
+}
+
+
+@pytest.mark.parametrize("name", RULES)
+def test_gradients_through_a_rule_equal_those_through_merge(name):
+    apply = RULES[name]
+    params = random_like({"w": jnp.zeros((6, 4))}, 1)
+    x = random_like(jnp.zeros((5, 6)), 2)
+    method = lj.LoRA(targets="w", rank=2, alpha=3.0)
+    trainable, frozen = method.init(jax.random.key(0), params)
+    trainable = random_like(trainable, 3)
+
+    def lifted(t):
+        return jnp.sum(jnp.sin(lj.lift(apply, strict=True)(method.bind(t, frozen), x)))
+
+    def merged(t):
+        return jnp.sum(jnp.sin(apply(method.merge(t, frozen), x)))
+
+    got, expected = (jax.jit(jax.value_and_grad(f))(trainable) for f in (lifted, merged))
+    assert largest_difference(got, expected) < 1e-5
