@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from lora_jax.core import trees
 from lora_jax.core.errors import RequestError
 from lora_jax.core.lift import lift
 from lora_jax.sweeps.batches import OwnBatches, SharedBatches, num_elements
@@ -76,7 +77,7 @@ def sweep(
         for all. By default all, and 1 on CPU, which is faster there and needs less memory.
       progress: show a bar and print the plan.
 
-    Returns one result a cell. A cell that fails (an impossible rank, a loss that is not a number)
+    Returns one result a cell. A cell that fails (a wrong setting, a loss that is not a number)
     has its `error`, and the others go on. What has finished is never thrown away: a later pack that
     cannot run, or Ctrl-C, leaves its cells with an `error`. Raises `RequestError` for what is wrong
     with the sweep as a whole.
@@ -126,14 +127,15 @@ def sweep(
     for group in planned:
         try:
             tx = tx_of(group.cells[0])
+            frozen = group.cells[0].method.init(jax.random.key(0), params)[1]
+            frozen, whole_of = _arrays_of(frozen)
             program = Program(
-                *_loss_and_scores(group.pack, loss),
+                *_loss_and_scores(group.pack, loss, whole_of),
                 tx_of,
                 tx,
                 batch_axis=source.axis,
                 at_once=default_at_once() if at_once is None else at_once,
             )
-            frozen = group.cells[0].method.init(jax.random.key(0), params)[1]
             width, needed = fitting_width(
                 program,
                 group,
@@ -182,11 +184,29 @@ def sweep(
     return SweepResults(rows, "\n".join(lines), tune[0] if tune else "")
 
 
-def _loss_and_scores(pack: Pack, loss: Callable[[Any, Any], jax.Array]):
+def _arrays_of(tree: Any) -> tuple[list[Any], Callable[[list[Any]], Any]]:
+    """The array leaves of a tree, and what puts the others (functions, booleans) back among them.
+
+    Programs take arrays alone; as under `lift`, the other leaves stay the Python values they are.
+    """
+    leaves, treedef = jax.tree.flatten(tree)
+    arrays = [leaf if trees.is_array(leaf) else None for leaf in leaves]
+
+    def whole_of(arrays: list[Any]) -> Any:
+        filled = [leaf if x is None else x for x, leaf in zip(arrays, others, strict=True)]
+        return jax.tree.unflatten(treedef, filled)
+
+    others = [None if trees.is_array(leaf) else leaf for leaf in leaves]
+    return arrays, whole_of
+
+
+def _loss_and_scores(pack: Pack, loss: Callable[[Any, Any], jax.Array], whole_of: Callable):
     """The user's loss as `Program` takes it: the batch counts as one example."""
 
     def loss_of(trainable, frozen, batch, key=None):
-        value = loss(pack.bind(trainable, frozen, key=key), batch)
+        data, arrays = frozen
+        bound = pack.bind(trainable, (data, whole_of(arrays)), key=key)
+        value = loss(bound, batch)
         return value, {"correct": jnp.zeros(()), "weight": jnp.ones(())}
 
     def scores_of(trainable, frozen, batch):
