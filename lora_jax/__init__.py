@@ -55,3 +55,7 @@ def __getattr__(name: str):
 
         return sweep
     raise AttributeError(f"module 'lora_jax' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), "analysis", "formats", "load_model", "sweep"})

@@ -42,9 +42,10 @@ class Method:
     model family. A method is immutable and holds no arrays.
     """
 
-    train: str | Sequence[str] = ()
-    rows: Mapping[str, Sequence[int]] = dataclasses.field(default_factory=dict)
-    aliases: Mapping[str, str] | None = dataclasses.field(default=None, repr=False)
+    # Lists and mappings are compared but not hashed, so that every method can be hashed.
+    train: str | Sequence[str] = dataclasses.field(default=(), hash=False)
+    rows: Mapping[str, Sequence[int]] = dataclasses.field(default_factory=dict, hash=False)
+    aliases: Mapping[str, str] | None = dataclasses.field(default=None, repr=False, hash=False)
 
     # Parts of an adapter that stay as `init` made them: they travel with it and never train.
     FIXED: ClassVar[frozenset[str]] = frozenset()

@@ -12,7 +12,7 @@ from lora_jax.methods.base import Method
 class FullFineTuning(Method):
     """Every floating-point parameter trains."""
 
-    train: str | Sequence[str] = r".*"
+    train: str | Sequence[str] = dataclasses.field(default=r".*", hash=False)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -22,11 +22,11 @@ class BitFit(Method):
     A bias is a parameter whose last key is `bias`: those of linear layers and of layer norms.
     """
 
-    train: str | Sequence[str] = (r"(.*/)?bias", r"head/.*")
+    train: str | Sequence[str] = dataclasses.field(default=(r"(.*/)?bias", r"head/.*"), hash=False)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class HeadOnly(Method):
     """Only the head trains, on frozen features: the probe that adapters are measured against."""
 
-    train: str | Sequence[str] = r"head/.*"
+    train: str | Sequence[str] = dataclasses.field(default=r"head/.*", hash=False)

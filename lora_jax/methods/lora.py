@@ -47,7 +47,7 @@ class LoRA(Method):
     """
 
     rules: tuple[Rule, ...] = ()
-    axes: Mapping[str, KernelAxes] | None = dataclasses.field(default=None, repr=False)
+    axes: Mapping[str, KernelAxes] | None = dataclasses.field(default=None, repr=False, hash=False)
 
     # The arrays of an adapter, with the roles of their axes: "sir" is (stack…, in…, r).
     PARTS: ClassVar[Mapping[str, str]] = {"a": "sir", "b": "sro"}

@@ -73,7 +73,7 @@ class UniLoRA(Method):
     dim: int = 256
     projection: str = "grouped"
     start: str = "uniform"
-    axes: Mapping[str, Any] | None = dataclasses.field(default=None, repr=False)
+    axes: Mapping[str, Any] | None = dataclasses.field(default=None, repr=False, hash=False)
 
     FIXED: ClassVar[frozenset[str]] = frozenset({"key", "layout"})
     ALONE: ClassVar[bool] = True

@@ -79,7 +79,7 @@ def sweep(
         for all. By default all, and 1 on CPU, which is faster there and needs less memory.
       progress: show a bar and print the plan.
 
-    Returns one result a cell. A cell that fails (an impossible rank, a loss that is not a number)
+    Returns one result a cell. A cell that fails (a wrong setting, a loss that is not finite)
     has its `error`, and the others go on. What has finished is never thrown away: a later pack that
     cannot run, or Ctrl-C, leaves its cells with an `error`. Raises `RequestError` for what is wrong
     with the sweep as a whole.

@@ -174,4 +174,6 @@ def make_pack(methods: Sequence[Method], params: PyTree) -> Pack:
 
 
 def _pad(x: jax.Array, shape: Sequence[int]) -> jax.Array:
+    if not x.ndim:  # `jnp.pad` takes no empty list of widths
+        return x
     return jnp.pad(x, [(0, wide - own) for own, wide in zip(x.shape, shape, strict=True)])

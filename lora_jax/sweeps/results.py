@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from lora_jax.core.errors import RequestError
 from lora_jax.sweeps.cells import is_at_edge
 
 
@@ -42,6 +43,14 @@ class CellResult:
     pack: int
     width: int
     group: str = ""
+
+    def __repr__(self) -> str:
+        """One line without the arrays."""
+        state = f"error={self.error!r}" if self.error else f"best_loss={self.best_loss}"
+        return (
+            f"CellResult({self.name!r}, {state}, best_step={self.best_step}, "
+            f"steps={len(self.losses)}, num_trainable={self.num_trainable})"
+        )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -98,8 +107,13 @@ class SweepResults(Sequence):
     def tuned(self) -> list[Tuned]:
         """For each contestant, the value that `tune` chose on validation, and from what.
 
-        Empty without `tune`; a contestant whose every cell failed is left out.
+        A contestant whose every cell failed is left out. Raises `RequestError` without `tune`.
         """
+        if not self._tuned_by:
+            raise RequestError(
+                "tuned() compares the values of one setting, and this sweep had none; give "
+                "lora_jax.sweep(..., tune=(setting, values)), or take best()"
+            )
         found = []
         for group in dict.fromkeys(row.group for row in self._rows if row.group):
             rows = [row for row in self._rows if row.group == group]

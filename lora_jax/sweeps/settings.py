@@ -42,16 +42,12 @@ def read_cells(
 ) -> list[CellSettings]:
     """The cells in order; one that no method can be made of says so in `refused`.
 
-    Raises `RequestError` for what is wrong with the sweep as a whole: an unknown setting, a missing
-    learning rate, two cells that were given one name or the same settings.
+    Raises `RequestError` for what is wrong with the sweep as a whole: no cells, or two that were
+    given one name or the same settings.
     """
     found: dict[str, CellSettings] = {}
     seen: dict[str, str] = {}
     for number, given in enumerate(cells):
-        for key in given:
-            if key not in (*OF_ANY, *OF_METHODS):
-                known = trees.nearest(key, (*OF_ANY, *OF_METHODS))
-                raise RequestError(f"cell {number} has an unknown setting {key!r}; {known}")
         name = _name_of(given, number, found)
         same = repr(sorted((k, repr(v)) for k, v in given.items() if k != "name"))
         if same in seen:
@@ -60,20 +56,29 @@ def read_cells(
                 "them different seeds"
             )
         seen[same] = name
+        found[name] = _read_cell(name, given, axes, aliases)
+    if not found:
+        raise RequestError("cells is empty; a sweep needs at least one")
+    return list(found.values())
+
+
+def _read_cell(name: str, given: Mapping[str, Any], axes: Any, aliases: Any) -> CellSettings:
+    """One cell; where a setting is wrong, `refused` says why and what was given stands as it is."""
+    try:
+        for key in given:
+            if key not in (*OF_ANY, *OF_METHODS):
+                near = trees.nearest(str(key), (*OF_ANY, *OF_METHODS))
+                raise RequestError(f"cell {name!r} has an unknown setting {key!r}; {near}")
         rates = {key: _rate(name, key, given) for key in ("lr", "weight_decay")}
         seed = given.get("seed", 0)
         if isinstance(seed, bool) or not isinstance(seed, numbers.Integral):
             raise RequestError(f"cell {name!r}: seed is {seed!r}; it must be a whole number")
-        method, refused = None, ""
-        try:
-            method = _method_of(given, axes, aliases)
-        except RequestError as error:
-            refused = str(error)
-        settings = _in_full(given, rates, int(seed))
-        found[name] = CellSettings(name, settings, method, **rates, seed=int(seed), refused=refused)
-    if not found:
-        raise RequestError("cells is empty; a sweep needs at least one")
-    return list(found.values())
+        method = _method_of(given, axes, aliases)
+    except RequestError as error:
+        as_given = {key: value for key, value in given.items() if key != "name"}
+        return CellSettings(name, as_given, None, math.nan, math.nan, 0, refused=str(error))
+    settings = _in_full(given, rates, int(seed))
+    return CellSettings(name, settings, method, **rates, seed=int(seed))
 
 
 def tuned_cells(

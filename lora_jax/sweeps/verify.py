@@ -23,6 +23,7 @@ from lora_jax.sweeps.ready import make_ready
 from lora_jax.sweeps.stored import FAILURE, train_pack, write_failure
 from lora_jax.sweeps.view import SweepView
 from lora_jax.train import enable_compilation_cache, train_cell
+from lora_jax.train.again import check_completion_format
 from lora_jax.train.bookkeeping import CHANGED_TO
 from lora_jax.train.build import load_base
 from lora_jax.train.card import device_description, versions
@@ -94,6 +95,11 @@ def verify(
                 f"the {what} have changed since {run.name} was trained (hash {there[:12]}, now "
                 f"{here[:12]}); put the old ones back"
             )
+    for folder, cell in zip(folders, cells, strict=True):
+        if not (folder / "adapter").exists():
+            continue
+        description = load_trainable(folder / "adapter")[1]
+        check_completion_format(description, base.model, cell.config.model, folder.name)
     exact = not conditions and (packed or card["program"]["K"] == 1)
     with (
         tempfile.TemporaryDirectory(prefix="lora-jax-verify-") as home,

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
@@ -10,10 +12,12 @@ from ml_collections import ConfigDict
 from lora_jax.core.draws import partitionable
 from lora_jax.core.errors import RequestError
 from lora_jax.data import Splits, bucket_lengths, eval_batches, load_splits
+from lora_jax.models import Model
 from lora_jax.parallel.placement import Placement, place
 from lora_jax.train.adapted import Adapted, load_adapter
 from lora_jax.train.compilation import CompiledByShape
 from lora_jax.train.evaluate import Evaluation, evaluate, make_scores
+from lora_jax.train.finish import completion_format
 from lora_jax.train.task import task_of
 from lora_jax.train.workdir import read_json_file
 
@@ -21,10 +25,11 @@ from lora_jax.train.workdir import read_json_file
 def load_cell(cell: Path, mesh: Mesh | None = None) -> tuple[ConfigDict, Adapted, Splits]:
     """A finished cell's config, its model with what was trained, and the data it was trained on.
 
-    Raises `RequestError` if the data have changed since.
+    Raises `RequestError` if the data have changed since, or completions were encoded otherwise.
     """
     config = ConfigDict(read_json_file(cell / "config.json"))
     adapted = load_adapter(cell / "adapter", mesh)
+    check_completion_format(adapted.description, adapted.model, config.model, cell.name)
     splits = load_splits(config.data, target=task_of(config.model).target)
     trained_on = adapted.description["data_hash"]
     if splits.data_hash != trained_on:
@@ -33,6 +38,19 @@ def load_cell(cell: Path, mesh: Mesh | None = None) -> tuple[ConfigDict, Adapted
             f"{splits.data_hash[:12]}); put the old data back or train again"
         )
     return config, adapted, splits
+
+
+def check_completion_format(
+    description: Mapping[str, Any], model: Model, settings: Any, name: str
+) -> None:
+    """Raises `RequestError` if a run was trained on other ids than its texts have now."""
+    wanted = completion_format(model, settings)
+    if description.get("completions") != wanted.get("completions"):
+        raise RequestError(
+            f"{name} was trained by an earlier version, which gave its completions no BOS or put a "
+            "spare space before them; its scores would be of other tokens: train it again in "
+            "another workdir"
+        )
 
 
 @partitionable()

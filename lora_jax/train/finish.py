@@ -13,6 +13,7 @@ import numpy as np
 
 from lora_jax.core.hashes import hash_params
 from lora_jax.data import Splits
+from lora_jax.data.completions import COMPLETION_FORMAT, differs_from_first_format
 from lora_jax.formats.adapter import TENSORS, save_trainable
 from lora_jax.formats.atomic import atomic_path, write_json
 from lora_jax.methods import Method
@@ -21,6 +22,7 @@ from lora_jax.models import Model
 from lora_jax.train.bookkeeping import Bookkeeping
 from lora_jax.train.card import device_description, make_card
 from lora_jax.train.evaluate import Evaluation
+from lora_jax.train.task import head_of
 from lora_jax.train.task_metrics import TASK_METRICS
 from lora_jax.train.workdir import config_hash
 
@@ -122,7 +124,18 @@ def describe_adapter(config: dict[str, Any], subject: Subject, trainable: Any) -
         "label_names": list(subject.splits.label_names),
         "max_length": config["data"]["max_length"],
         **({"drawn": drawn} if drawn else {}),
+        **completion_format(subject.model, config["model"]),
     }
+
+
+def completion_format(model: Model, settings: Any) -> dict[str, int]:
+    """`{"completions": 2}` where BOS and single spaces changed how completions are encoded.
+
+    Empty for labels, and for tokenizers that always gave these ids (GPT-2, SmolLM2).
+    """
+    if head_of(settings) != "causal-lm" or not differs_from_first_format(model.tokenizer):
+        return {}
+    return {"completions": COMPLETION_FORMAT}
 
 
 def count_trainable(table: MethodTable, head_pattern: str) -> dict[str, int]:

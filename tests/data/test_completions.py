@@ -5,7 +5,9 @@ import json
 
 import numpy as np
 import pytest
+import tokenizers
 from ml_collections import ConfigDict
+from tokenizers import models, normalizers, pre_tokenizers, processors
 
 from lora_jax.core.errors import RequestError
 from lora_jax.data import (
@@ -16,6 +18,7 @@ from lora_jax.data import (
     references_of,
     train_batches,
 )
+from lora_jax.data.completions import differs_from_first_format, special_prefix
 from lora_jax.data.examples import completion_examples, limit_examples
 
 EOS, PAD = 2, 3
@@ -142,3 +145,50 @@ def test_tiny_pairs_are_three_disjoint_splits_of_two_references():
     assert [len(part) for part in prompts] == [60, 10, 10]
     assert len(set.union(*prompts)) == 80
     assert {len(own) for own in references_of(splits.test).values()} == {2}
+
+
+def sentencepiece_like(*, doubling: bool, bos: bool):
+    """Ids: <s> 0, ▁ 1, </s> 2, ▁good 3, ▁film 4. As Llama's tokenizer.json, or as T5's."""
+    vocabulary = [("<s>", 0.0), ("▁", -3.0), ("</s>", 0.0), ("▁good", -1.0), ("▁film", -1.0)]
+    letters = [(letter, -5.0) for letter in "goodfilmax"]
+    tokenizer = tokenizers.Tokenizer(models.Unigram([*vocabulary, *dict(letters).items()], 0))
+    if doubling:
+        tokenizer.normalizer = normalizers.Sequence(
+            [normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")]
+        )
+    else:
+        tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()
+    if bos:
+        tokenizer.post_processor = processors.TemplateProcessing(
+            single="<s> $A", pair="<s> $A $B", special_tokens=[("<s>", 0)]
+        )
+    return tokenizer
+
+
+@pytest.mark.parametrize("doubling", [True, False])
+@pytest.mark.parametrize("bos", [True, False])
+def test_bos_begins_the_prompt_unscored_and_no_spare_space_is_scored(doubling, bos):
+    tokenizer = sentencepiece_like(doubling=doubling, bos=bos)
+    found = encode(tokenizer, [("film", "good")])
+    begin = [0] if bos else []
+    assert found.tokens(0).tolist() == [*begin, 4, EOS, 3, EOS]
+    assert found.prompt_lengths.tolist() == [len(begin) + 2]
+    assert prompt_ids(tokenizer, "film", eos_token_id=EOS) == [*begin, 4, EOS]
+    assert prompt_ids(tokenizer, "film", eos_token_id=EOS)[:-1] == tokenizer.encode("film").ids
+    assert differs_from_first_format(tokenizer) == (bos or doubling)
+
+
+def test_long_prompt_keeps_bos():
+    tokenizer = sentencepiece_like(doubling=True, bos=True)
+    found = encode(tokenizer, [("good good film", "good")], max_length=5)
+    assert found.tokens(0).tolist() == [0, 4, EOS, 3, EOS]
+    with pytest.raises(RequestError, match=r"the completion has 1 token.*raise it to 4"):
+        encode(tokenizer, [("film", "good")], max_length=3)
+
+
+def test_special_tokens_after_a_text_are_no_prefix():
+    tokenizer = sentencepiece_like(doubling=False, bos=False)
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="<s> $A </s>", pair="<s> $A </s> $B", special_tokens=[("<s>", 0), ("</s>", 2)]
+    )
+    assert special_prefix(tokenizer) == [0]

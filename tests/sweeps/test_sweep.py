@@ -13,6 +13,7 @@ from flax import nnx
 
 import lora_jax as lj
 from lora_jax.sweeps.api import sweep
+from lora_jax.sweeps.pack import _pad
 from lora_jax.sweeps.settings import read_cells
 from tests.sweeps.problem import AXES, CELLS, VALIDATION, base, batches_of, loss_fn
 
@@ -123,10 +124,6 @@ def test_an_impossible_cell_says_why_and_the_others_run():
         ([], "cells is empty"),
         ([CELLS[0], CELLS[0]], "same settings"),
         ([{**CELLS[0], "name": "a"}, {**CELLS[1], "name": "a"}], "named 'a'"),
-        ([{**CELLS[0], "rnk": 2}], "'rnk'.*nearest: 'rank'"),
-        ([{"targets": "up"}], "lr is None"),
-        ([{"targets": "up", "lr": -1.0}], "lr is -1.0"),
-        ([{"targets": "up", "lr": 1e-3, "seed": "a"}], "seed is 'a'"),
     ],
 )
 def test_a_sweep_that_makes_no_sense_is_refused(cells, words):
@@ -194,3 +191,47 @@ def test_tuning_chooses_within_each_contestant_and_keeps_the_basin():
     with pytest.raises(lj.RequestError, match="gives lr=0.1"):
         cells = [{**cells[0], "lr": 0.1}]
         sweep(loss_fn, base(), batches_of, cells, tune=("lr", rates), validation=VALIDATION, **arguments)  # fmt: skip  # noqa: E501
+
+
+def test_tree_with_functions_booleans_and_strings_sweeps_as_its_arrays_do():
+    arrays = {"w": jnp.eye(4), "v": jnp.ones((4, 1))}
+    tree = {**arrays, "activation": jnp.tanh, "use_bias": False, "kind": "mlp"}
+
+    def loss(p, batch):
+        activation = p.get("activation", jnp.tanh)
+        assert not p.get("use_bias", False)
+        return jnp.mean((activation(batch @ p["w"]) @ p["v"] - 1.0) ** 2)
+
+    cells = [{"targets": "w", "rank": rank, "lr": 1e-2} for rank in (1, 2)]
+    run = lambda base: lj.sweep(  # noqa: E731
+        loss, base, [jnp.ones((8, 4))], cells, num_steps=2, progress=False
+    )
+    for row, plain in zip(run(tree), run(arrays), strict=True):
+        assert not row.error
+        np.testing.assert_array_equal(row.losses, plain.losses)
+
+
+def test_wrong_setting_of_one_cell_is_its_error_and_the_others_train():
+    base = {"w": jnp.eye(4)}
+    cells = [
+        {"targets": "w", "rank": 1, "lr": 1e-2},
+        {"targets": "w", "lr": -1.0},
+        {"targets": "w"},
+        {"targets": "w", "lr": 1e-2, "seed": "a"},
+        {"targets": "w", "lr": 1e-2, "rnk": 2},
+        {"targets": "w", "lr": 1e-2, "method": "loraa"},
+    ]
+    loss = lambda p, batch: jnp.mean((batch @ p["w"] - 1.0) ** 2)  # noqa: E731
+    found = lj.sweep(loss, base, [jnp.ones((2, 4))], cells, num_steps=1, progress=False)
+    assert not found[0].error
+    reasons = ("lr is -1.0", "lr is None", "seed is 'a'", "'rnk'.*nearest: 'rank'", "'loraa'.*lora")
+    for row, why in zip(found[1:], reasons, strict=True):
+        assert re.search(why, row.error) and row.trainable is None
+    assert "array" not in repr(found.best()).lower()
+    with pytest.raises(lj.RequestError, match="tune="):
+        found.tuned()
+    assert {"sweep", "load_model", "analysis", "formats"} <= set(dir(lj))
+
+
+def test_part_of_no_axes_needs_no_padding():
+    assert _pad(jnp.array(2.0), ()).item() == 2.0

@@ -1,15 +1,19 @@
 """Scores of each kind of target, against NumPy in float64."""
 
 import dataclasses
+import types
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import tokenizers
 
 from lora_jax.core.errors import RequestError
 from lora_jax.methods import FullFineTuning, LoRA
 from lora_jax.models import load_model
+from lora_jax.train.again import check_completion_format
+from lora_jax.train.finish import completion_format
 from lora_jax.train.loss import make_loss
 from lora_jax.train.task import (
     NEAR,
@@ -239,3 +243,17 @@ def test_numbers_are_not_smoothed():
 
 def test_head_is_classification_where_the_config_is_silent():
     assert task_of({}) is task_of({"head": "classification"}) is TASKS["classification"]
+
+
+def test_run_of_the_first_completion_format_is_refused_where_its_ids_differ():
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.WordLevel({"<s>": 0, "a": 1}, "<s>"))
+    model = types.SimpleNamespace(tokenizer=tokenizer)
+    settings = {"head": "causal-lm"}
+    check_completion_format({}, model, settings, "run")  # the ids are what they always were
+    tokenizer.post_processor = tokenizers.processors.TemplateProcessing(
+        single="<s> $A", pair="<s> $A $B", special_tokens=[("<s>", 0)]
+    )
+    with pytest.raises(RequestError, match="run was trained by an earlier version"):
+        check_completion_format({}, model, settings, "run")
+    check_completion_format(completion_format(model, settings), model, settings, "run")
+    check_completion_format({}, model, {"head": "classification"}, "run")
