@@ -13,9 +13,6 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 flags = os.environ.get("XLA_FLAGS", "")
 if "xla_force_host_platform_device_count" not in flags:
     flags += " --xla_force_host_platform_device_count=8"
-# Most of a test's time is LLVM's, and its programs run for milliseconds: compile them plainly.
-if "xla_backend_optimization_level" not in flags:
-    flags += " --xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
 os.environ["XLA_FLAGS"] = flags.strip()
 cache = ROOT / ".cache" / f"jax-{sys.version_info.major}.{sys.version_info.minor}"
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(cache))

@@ -9,17 +9,19 @@ from __future__ import annotations
 import dataclasses
 
 import jax
+import numpy as np
 from jax import lax
 from jax.sharding import PartitionSpec
 
 from lora_jax.core import jaxprs
 from lora_jax.core.errors import RequestError
 from lora_jax.core.lift import rule_for
-from lora_jax.core.trees import Stored
+from lora_jax.core.trees import Static, Stored
 from lora_jax.core.values import RANK, is_adapted, materialise
 
 # Inner jits of a few equations (jnp.take, jax.nn.silu) are cheaper to inline than to trace again.
 INLINE_EQUATIONS = 24
+_NUMBERS = bool | int | float | complex | np.generic
 
 
 def _body(interpreter, eqn, jaxpr, *, plain_outputs: bool):
@@ -198,7 +200,14 @@ def _custom_vjp(interpreter, eqn, values):
         perturbed = [any(leaf.perturbed for leaf in jax.tree.leaves(v)) for v in values]
         values = [jax.tree.map(lambda leaf: leaf.value, v) for v in values]
         shapes = [value.base if is_adapted(value) else value for value in values]
-        jaxpr, consts, tree = jaxprs.trace(lambda *flat: forward_rule(perturbed, *flat), *shapes)
+
+        def flat(*args):
+            residuals, outs = forward_rule(perturbed, *args)
+            # A Python number, such as one of the flags, stays one: the backward rule may branch.
+            fixed = [Static(r) if isinstance(r, _NUMBERS) else r for r in residuals]
+            return fixed, outs
+
+        jaxpr, consts, tree = jaxprs.trace(flat, *shapes)
         residuals, outs = jax.tree_util.tree_unflatten(
             tree, interpreter.evaluate(jaxpr, consts, values)
         )
@@ -235,22 +244,26 @@ def _evaluate_rule(interpreter, eqn, rule, values, linear) -> list:
 
     Symbolic zeros, and those of integers, have no array to trace: they pass around the jaxpr.
     """
-    traced = [n for n, x in enumerate(linear) if not jaxprs.is_symbolic_zero(x)]
+    every = [*(v.value if isinstance(v, Static) else v for v in values), *linear]
+    traced = [
+        n
+        for n, x in enumerate([*values, *linear])
+        if not isinstance(x, Static) and not jaxprs.is_symbolic_zero(x)
+    ]
     places: list = []
 
     def flat(*args):
-        values_in, dense = args[: len(values)], args[len(values) :]
-        every = list(linear)
-        for place, x in zip(traced, dense, strict=True):
-            every[place] = x
-        outs = list(rule(*values_in, *every))
+        filled = list(every)
+        for place, x in zip(traced, args, strict=True):
+            filled[place] = x
+        outs = list(rule(*filled))
         places[:] = [out if jaxprs.is_symbolic_zero(out) else None for out in outs]
         return [out for out in outs if not jaxprs.is_symbolic_zero(out)]
 
-    shapes = [value.base if is_adapted(value) else value for value in values]
-    dense = [linear[n] for n in traced]
-    jaxpr, consts, _ = jaxprs.trace(flat, *shapes, *dense)
-    outs = interpreter.evaluate(jaxpr, consts, [*values, *dense])
+    inputs = [every[n] for n in traced]
+    shapes = [value.base if is_adapted(value) else value for value in inputs]
+    jaxpr, consts, _ = jaxprs.trace(flat, *shapes)
+    outs = interpreter.evaluate(jaxpr, consts, inputs)
     outs = iter(interpreter.plain(outs, eqn, "leaves the body"))
     return [next(outs) if zero is None else zero for zero in places]
 

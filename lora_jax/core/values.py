@@ -20,6 +20,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from lora_jax.core.dtypes import float32_or_wider
 from lora_jax.core.misuse import refuses_use
 from lora_jax.core.reshapes import reshape_roles
 from lora_jax.core.trees import Stored
@@ -28,15 +29,6 @@ if TYPE_CHECKING:
     from lora_jax.core.weights import LoRAWeight
 
 RANK = "r"
-
-
-def float32_or_wider(*dtypes: Any) -> Any:
-    """The widest of float32 and these floating-point types.
-
-    By size, since JAX promotes neither eight-bit floats nor, where promotion is strict, any.
-    """
-    floats = [jnp.dtype(dtype) for dtype in dtypes if jnp.issubdtype(dtype, jnp.inexact)]
-    return max([jnp.dtype(jnp.float32), *floats], key=lambda dtype: dtype.itemsize)
 
 
 class Use(Protocol):

@@ -16,12 +16,12 @@ import jax.numpy as jnp
 from jax import lax
 
 from lora_jax.core.contract import contract
+from lora_jax.core.dtypes import float32_or_wider
 from lora_jax.core.values import (
     RANK,
     AdaptedValue,
     Use,
     cast,
-    float32_or_wider,
     is_adapted,
     materialise,
     times_side,

@@ -19,10 +19,11 @@ import numpy as np
 
 from lora_jax.core import trees
 from lora_jax.core.axes import KernelAxes
+from lora_jax.core.dtypes import float32_or_wider
 from lora_jax.core.errors import RequestError
 from lora_jax.core.hashes import hash_params
 from lora_jax.core.rules import Rule
-from lora_jax.core.values import float32_or_wider, is_adapted, is_bound
+from lora_jax.core.values import is_adapted, is_bound
 from lora_jax.methods.base import Method, PyTree, Trainable
 from lora_jax.methods.changes import Changes, side_by_side
 from lora_jax.methods.lora import LoRA

@@ -14,8 +14,8 @@ from typing import Any
 
 import jax.numpy as jnp
 
+from lora_jax.core.dtypes import float32_or_wider
 from lora_jax.core.errors import RequestError
-from lora_jax.core.values import float32_or_wider
 from lora_jax.core.weights import LoRAWeight
 from lora_jax.methods.base import Method
 from lora_jax.methods.lora import LoRA

@@ -18,9 +18,10 @@ import jax
 import jax.numpy as jnp
 
 from lora_jax.core import trees
+from lora_jax.core.dtypes import float32_or_wider
 from lora_jax.core.errors import RequestError
 from lora_jax.core.rules import check_each_matches, pattern_of
-from lora_jax.core.values import float32_or_wider, is_adapted
+from lora_jax.core.values import is_adapted
 from lora_jax.methods.base import Method, PyTree, Trainable
 from lora_jax.methods.merging import STORED, check_finite, checked_dtype
 from lora_jax.methods.projections import dense, fastfood, grouped

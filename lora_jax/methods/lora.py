@@ -18,9 +18,10 @@ import numpy as np
 from lora_jax.core import trees
 from lora_jax.core.apply import scale_of
 from lora_jax.core.axes import KernelAxes
+from lora_jax.core.dtypes import float32_or_wider
 from lora_jax.core.errors import RequestError
 from lora_jax.core.rules import Rule, match_rules, split_parts
-from lora_jax.core.values import AdaptedValue, float32_or_wider, is_adapted, is_bound
+from lora_jax.core.values import AdaptedValue, is_adapted, is_bound
 from lora_jax.core.weights import LoRAWeight
 from lora_jax.methods.base import Method, Trainable
 from lora_jax.methods.sites import Site, can_hold, name_of, path_of

@@ -13,8 +13,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from lora_jax.core.dtypes import float32_or_wider
 from lora_jax.core.errors import RequestError
-from lora_jax.core.values import AdaptedValue, float32_or_wider, is_adapted
+from lora_jax.core.values import AdaptedValue, is_adapted
 from lora_jax.core.weights import LoRAWeight
 
 

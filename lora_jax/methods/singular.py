@@ -5,7 +5,7 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
-from lora_jax.core.values import float32_or_wider
+from lora_jax.core.dtypes import float32_or_wider
 from lora_jax.methods.sites import Site
 
 

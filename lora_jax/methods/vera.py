@@ -14,9 +14,9 @@ import jax
 import jax.numpy as jnp
 
 from lora_jax.core.draws import key_from_seed, partitionable
+from lora_jax.core.dtypes import float32_or_wider
 from lora_jax.core.errors import RequestError
 from lora_jax.core.rules import Rule
-from lora_jax.core.values import float32_or_wider
 from lora_jax.methods.base import PROBED, Trainable
 from lora_jax.methods.lora import LoRA
 from lora_jax.methods.singular import times_ranks

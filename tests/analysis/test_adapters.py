@@ -113,7 +113,10 @@ def test_adapters_of_this_project_are_read_as_their_merged_change():
         "w": rng.normal(size=(6, 4)).astype(np.float32),
         "stack": rng.normal(size=(3, 5, 8)).astype(np.float32),
     }
-    axes = {"stack": lj.KernelAxes(stack=(-3,), in_=(-2,), out=(-1,))}
+    axes = {
+        "stack": lj.KernelAxes(stack=(-3,), in_=(-2,), out=(-1,)),
+        "w": lj.KernelAxes(stack=(), in_=(-2,), out=(-1,)),
+    }
     rules = [lj.Rule("w", rank=2, alpha=4), lj.Rule("stack", rank=2, alpha=1, slice=(-1, 2, 6))]
     method = lj.LoRA(rules=rules, axes=axes)
     trainable, frozen = method.init(jax.random.key(0), params)

@@ -358,9 +358,10 @@ def _conv(x, w, dims, **options):
 
 @construct(w=(6, 4))
 def lookup_of_one_row_vmapped(p, x):
-    return jax.vmap(lambda n: p["w"][n])(_ids(x)) + jax.vmap(jax.vmap(lambda n: p["w"][n]))(
-        _ids(x)[:, None]
-    ).reshape(5, 4)
+    return (
+        jax.vmap(lambda n: p["w"][n])(_ids(x))
+        + jax.vmap(jax.vmap(lambda n: p["w"][n]))(_ids(x)[:, None])[:, 0]
+    )
 
 
 @construct(w=(4, 6))

@@ -74,7 +74,27 @@ vjp_of_a_key.defvjp(
     ),
 )
 
+
+@jax.custom_vjp
+def vjp_that_branches(w, x, n):
+    return (x @ w) * n
+
+
+def _forward_with_flags(w, x, n):
+    saved = w.value, x.value, n.value, w.perturbed, n.perturbed, 2
+    return vjp_that_branches(w.value, x.value, n.value), saved
+
+
+def _backward_that_branches(saved, g):
+    w, x, n, w_perturbed, n_perturbed, twice = saved
+    assert w_perturbed and not n_perturbed and range(twice)  # Python's, as in plain JAX
+    return x.T @ g * n, g * n @ w.T, None
+
+
+vjp_that_branches.defvjp(_forward_with_flags, _backward_that_branches, symbolic_zeros=True)
+
 RULES = {
+    "a backward rule that branches": lambda p, x: vjp_that_branches(p["w"], x, 3),
     "a custom_vjp with a constant": lambda p, x: vjp_with_a_constant(p["w"], x),
     "a custom_vjp with symbolic zeros": lambda p, x: vjp_with_symbolic_zeros(p["w"], x, 3)[0],
     "a custom_jvp with symbolic zeros": lambda p, x: jvp_with_symbolic_zeros(p["w"], x, 3)[0],

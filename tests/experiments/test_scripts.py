@@ -19,7 +19,10 @@ from lora_jax.models import load_model, save_model
 ROOT = Path(__file__).resolve().parents[2]
 # The other tools' columns run in an environment of their own.
 PEERS = {f"experiments.peers.{name}" for name in ("of_nnx", "of_quax", "of_qwix")}
-NEEDS = {"experiments.bench.torch_worker": ("torch", "transformers", "peft")}
+NEEDS = {
+    "experiments.bench.torch_worker": ("torch", "transformers", "peft"),
+    "experiments.zoo.models": ("diffrax", "optimistix"),
+}
 MODULES = sorted(
     ".".join(path.relative_to(ROOT).with_suffix("").parts)
     for path in (ROOT / "experiments").rglob("*.py")
@@ -45,13 +48,14 @@ for line in sys.stdin:
 def test_a_module_imports(name):
     for needed in NEEDS.get(name, ()):
         if importlib.util.find_spec(needed) is None:
-            pytest.skip(f"no {needed} here: {name} runs in .venv-torch")
+            pytest.skip(f"no {needed} here: {name} runs in an environment of its own")
     importlib.import_module(name)
 
 
 def test_every_script_of_the_makefile_is_run_here():
     called = re.findall(r"-m (experiments\.[\w.]+)", (ROOT / "Makefile").read_text())
     tried = {module.__name__ for module in (*SIZES, torch_pair, plans, attachment)}
+    tried.add("experiments.zoo")  # its judge: test_zoo.py
     assert called and set(called) <= tried
 
 

@@ -58,7 +58,7 @@ def cases():
             yield pytest.param(model, name, marks=marks, id=f"{model}, {name}")
 
 
-@pytest.mark.parametrize(("name", "label"), cases())
+@pytest.mark.parametrize(("name", "label"), list(cases()))
 def test_tokens_equal_those_of_transformers(models, expected, name, label):
     settings = dict(CASES[label])
     is_padded = settings.pop("prompts") == "left"
