@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from lora_jax.sweeps.keeping import Keeper, PackedCell, Schedule
@@ -246,7 +247,12 @@ class PackTraining:
         places = self.going()
         self.lap("evaluate")
         better = np.zeros(len(self.slots), bool)
+        finite = jax.device_get(_finite_cells(trainable))
         for place in places:
+            if not finite[place]:
+                # The loss was from before the update that did this.
+                self._fail(place, "a weight", math.nan, self.step)
+                continue
             cell = self._at(place)
             # Without validation the last step is the best: nothing chooses among them.
             loss, accuracy = (-float(self.step), math.nan) if scores is None else scores[place]
@@ -270,8 +276,8 @@ class PackTraining:
     def _fail(self, place: int, what: str, value: float, step: int) -> None:
         cell = self._at(place)
         cause = (
-            f"learning rate {cell.settings.lr:g}; lower lr"
-            if step > 1
+            f"learning rate {cell.settings.lr:g}; lower it"
+            if step > 1 or what == "a weight"
             else "before any update; look at the data and the model"
         )
         cell.error = f"{what} is {value} at step {step} ({cause})"
@@ -306,3 +312,11 @@ class PackTraining:
         """Of all cells, ended or not, in their order, filled up."""
         count = len(self.cells)
         return [min(place, count - 1) for place in range(self._program.padded(count))]
+
+
+@jax.jit
+def _finite_cells(trainable: Any) -> jax.Array:
+    """(places,) whether all weights of each cell are finite."""
+    leaves = jax.tree.leaves(trainable)
+    each = [jnp.isfinite(x).reshape(x.shape[0], -1).all(axis=1) for x in leaves]
+    return jnp.stack(each).all(axis=0)

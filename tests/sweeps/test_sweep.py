@@ -235,3 +235,15 @@ def test_wrong_setting_of_one_cell_is_its_error_and_the_others_train():
 
 def test_part_of_no_axes_needs_no_padding():
     assert _pad(jnp.array(2.0), ()).item() == 2.0
+
+
+def test_weights_that_overflow_in_the_last_update_are_an_error_and_the_others_train():
+    """The loss of a step is from before its update, so the loss alone would not show it."""
+    params = {"w": jnp.ones((4, 4))}
+    cells = [{"targets": "w", "rank": 1, "lr": lr, "weight_decay": 1e3} for lr in (3e38, 1e-3)]
+    found = sweep(
+        lambda p, x: jnp.mean((x @ p["w"]) ** 2), params, [jnp.ones((2, 4))], cells,
+        num_steps=1, progress=False,
+    )  # fmt: skip
+    assert "a weight is nan at step 1" in found[0].error and "lower it" in found[0].error
+    assert not found[1].error
