@@ -46,3 +46,5 @@ def test_the_guides_variant_is_lora_xs():
     np.testing.assert_array_equal(
         of_guide.merge(moved, frozen)["w"], ours.merge(moved, frozen)["w"]
     )
+    stored = lj.quantize(params, "w")
+    assert set(of_guide.init(jax.random.key(1), stored)[0]["w"]) == {"a", "core", "b"}
