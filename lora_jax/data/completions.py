@@ -1,6 +1,6 @@
 """Prompts and completions to token ids, for a causal language model."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import numpy as np
 import tokenizers
@@ -75,14 +75,18 @@ def special_prefix(tokenizer: tokenizers.Tokenizer) -> list[int]:
     """The special tokens (BOS) that the tokenizer puts before a text, as transformers calls it."""
     # Special tokens before and after a text are told apart by the text between them, so it must
     # have a token: "a" has none in some small vocabularies.
-    words = sorted(tokenizer.get_vocab(with_added_tokens=False))
-    for text in ("a", *words):
+    for text in _words(tokenizer):
         encoded = tokenizer.encode(text)
         if 0 in encoded.special_tokens_mask:
             before = encoded.special_tokens_mask.index(0)
             # An encoder's [CLS], to be read by its head, begins no text that goes on.
             return [encoded.ids[n] for n in range(before) if encoded.tokens[n] != "[CLS]"]
     return []
+
+
+def _words(tokenizer: tokenizers.Tokenizer) -> Iterator[str]:
+    yield "a"  # which nearly always serves: the vocabulary is long
+    yield from sorted(tokenizer.get_vocab(with_added_tokens=False))
 
 
 def doubles_leading_space(tokenizer: tokenizers.Tokenizer) -> bool:

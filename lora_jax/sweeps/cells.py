@@ -15,11 +15,16 @@ from lora_jax.core.errors import RequestError
 from lora_jax.core.optional import OPTIONAL, set_optional
 from lora_jax.core.trees import nearest
 from lora_jax.methods.named import all_settings, kind_of, settings_of
-from lora_jax.train.workdir import config_hash, flat_config, is_folder_name, plain_config
+from lora_jax.train.workdir import (
+    LONGEST_NAME,
+    config_hash,
+    flat_config,
+    is_folder_name,
+    plain_config,
+)
 
 PREFIX = "sweep_"
 MIN_VALUES = 2
-LONGEST_NAME = 200  # bytes: file systems hold 255, and temporary names add to it
 
 
 @dataclasses.dataclass(frozen=True)
@@ -184,7 +189,9 @@ def _seeds(name: str, more_seeds: Any) -> tuple[int, ...]:
 
 
 def _check_name(name: Any) -> None:
-    if isinstance(name, str) and (len(name.encode()) > LONGEST_NAME or "\0" in name):
+    if isinstance(name, str) and (
+        len(name.encode("utf-8", "replace")) > LONGEST_NAME or "\0" in name
+    ):
         raise RequestError(
             f"cell name {name[:40]!r}… has {len(name)} characters; at most {LONGEST_NAME} bytes "
             "without NUL can be a folder's"

@@ -193,6 +193,9 @@ def check_cell(cell: str | os.PathLike, config: Mapping[str, Any]) -> None:
         )
 
 
+LONGEST_NAME = 200  # bytes: file systems hold 255, and temporary names add to it
+
+
 def is_folder_name(name: Any) -> bool:
     """Whether `name` names one folder in another: no path, not hidden, no NUL, not too long."""
     return (
@@ -201,7 +204,7 @@ def is_folder_name(name: Any) -> bool:
         and name == Path(name).name
         and not name.startswith(".")
         and "\0" not in name
-        and len(name.encode("utf-8", "replace")) <= 255
+        and len(name.encode("utf-8", "replace")) <= LONGEST_NAME
     )
 
 
