@@ -15,8 +15,10 @@ from jax.sharding import PartitionSpec
 
 from lora_jax.core import jaxprs
 from lora_jax.core.errors import RequestError
+from lora_jax.core.joins import as_arrays
 from lora_jax.core.lift import rule_for
-from lora_jax.core.trees import Static, Stored
+from lora_jax.core.stacks import along_first_axis
+from lora_jax.core.trees import Static
 from lora_jax.core.values import RANK, is_adapted, materialise
 
 # Inner jits of a few equations (jnp.take, jax.nn.silu) are cheaper to inline than to trace again.
@@ -86,9 +88,7 @@ def _scan(interpreter, eqn, values):
     consts, rest = values[:num_consts], values[num_consts:]
     carry = interpreter.plain(rest[:num_carry], eqn, "a loop's carry must stay one array")
     stacked = [
-        x
-        if not is_adapted(x) or x.scan_axis_is_stack()
-        else interpreter.plain([x], eqn, "scanned along an axis that is not a stack axis")[0]
+        x if not is_adapted(x) or x.scan_axis_is_stack() else _in_chunks(interpreter, eqn, x)
         for x in rest[num_carry:]
     ]
     body = _body(interpreter, eqn, eqn.params["jaxpr"], plain_outputs=True)
@@ -99,6 +99,12 @@ def _scan(interpreter, eqn, values):
 
     carry, ys = lax.scan(step, carry, stacked, **jaxprs.scan_options(eqn))
     return [*carry, *ys]
+
+
+def _in_chunks(interpreter, eqn, value):
+    """A kernel scanned along its inputs or outputs: each step has its chunk of them."""
+    reason = "scanned along an axis that is not a stack axis"
+    return along_first_axis(as_arrays(interpreter, eqn, value, reason))
 
 
 @rule_for("while")
@@ -132,18 +138,10 @@ def _cond(interpreter, eqn, values):
 def _shard_map(interpreter, eqn, values):
     """Each shard sees its part of the kernel, and of the factors the parts that belong to it."""
     body = _body(interpreter, eqn, eqn.params["jaxpr"], plain_outputs=True)
-    values = [_expanded(interpreter, eqn, value) for value in values]
+    reason = "a shard sees a part of the array itself"
+    values = [as_arrays(interpreter, eqn, value, reason) for value in values]
     specs = map(_specs_of, values, jaxprs.shard_map_in_specs(eqn))
     return list(jaxprs.shard_map(eqn, lambda *parts: tuple(body(*parts)), tuple(specs))(*values))
-
-
-def _expanded(interpreter, eqn, value):
-    """The value with its frozen array as it is: what is stored in four bits is not split here."""
-    if isinstance(value, Stored):
-        return interpreter.plain([value], eqn, "a shard sees a part of the array itself")[0]
-    if is_adapted(value):
-        return dataclasses.replace(value, kernel=_expanded(interpreter, eqn, value.kernel))
-    return value
 
 
 def _specs_of(value, spec):

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from lora_jax.core import jaxprs
+from lora_jax.core.joins import joined
 from lora_jax.core.lift import rule_for
 from lora_jax.core.lookups import GatherUse
 from lora_jax.core.products import ConvUse, DotUse, RaggedUse
@@ -130,6 +131,9 @@ def _times(interpreter, eqn, values):
 def _moved(interpreter, eqn, values):
     """A kernel plus or minus a plain array moves the frozen kernel; the factors stay."""
     left, right = values
+    if is_adapted(left) and is_adapted(right):
+        factors = [1, -1 if eqn.primitive.name == "sub" else 1]
+        return joined(interpreter, eqn, values, lambda x: jaxprs.bind(eqn, x)[0], factors)
     weight, other = (left, right) if is_adapted(left) else (right, left)
     if is_adapted(other) or tuple(weight.shape) != eqn.outvars[0].aval.shape:
         return None

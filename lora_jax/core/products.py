@@ -91,7 +91,8 @@ class DotUse(_KeepsOutputs):
         one, two = getattr(weight, first), getattr(weight, second)
         x, out = weight.dropped(self.other, self.uses), self.out_axes
         # Low-precision inputs meet the factors in their own dtype and accumulate in float32.
-        compute = x.dtype if jnp.issubdtype(x.dtype, jnp.inexact) else one.dtype
+        keeps = jnp.issubdtype(x.dtype, jnp.inexact) and not _only_second_is_complex(x, one)
+        compute = x.dtype if keeps else one.dtype
         wide = jnp.promote_types(compute, jnp.float32)
         preferred = self.out.dtype if jnp.issubdtype(self.out.dtype, jnp.inexact) else wide
         theirs = self.dimension_numbers[0][1 if self.on_left else 0]
@@ -127,6 +128,10 @@ class DotUse(_KeepsOutputs):
             x, x_axes, y, y_axes, keep, precision=self.precision, preferred=preferred,
             transpose=False,
         )  # fmt: skip
+
+
+def _only_second_is_complex(x, y) -> bool:
+    return jnp.iscomplexobj(y) and not jnp.iscomplexobj(x)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -255,6 +260,8 @@ class RaggedUse:
     def low_rank(self, weight: LoRAWeight):
         roles = weight.current_roles
         if roles[0] != "s" or set(roles[1:]) != {"i", "o"}:
+            return None
+        if _only_second_is_complex(self.rows, weight.a):
             return None
         compute = self.rows.dtype
         wide = jnp.promote_types(compute, jnp.float32)

@@ -86,7 +86,9 @@ class LoRAWeight(AdaptedValue):
     def times(self, factor, bind) -> LoRAWeight | None:
         scale = jnp.asarray(self.scale)
         times = super().times(factor, bind)
-        return times and dataclasses.replace(times, scale=scale * factor.astype(scale.dtype))
+        if not jnp.iscomplexobj(factor):  # only a kernel that is complex meets such a number
+            factor = factor.astype(scale.dtype)
+        return times and dataclasses.replace(times, scale=scale * factor)
 
     def moved(self, sign: int, bind) -> LoRAWeight | None:
         beneath = self.kernel

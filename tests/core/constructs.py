@@ -406,9 +406,9 @@ def depthwise_conv_of_keras(p, x):
     return _conv(x, p["w"].reshape(3, 1, 12), (1, 5, 6), feature_group_count=6)
 
 
-@construct(low_rank=False, q=(6, 4), k=(6, 4))
+@construct(q=(6, 5), k=(6, 5))
 def kernels_stacked_inside(p, x):
-    return x @ jnp.stack([p["q"], p["k"]], axis=1).reshape(6, 8)
+    return x @ jnp.stack([p["q"], p["k"]], axis=1).reshape(6, 10)
 
 
 @construct(low_rank=False, w=(6, 4))
@@ -416,9 +416,10 @@ def masked_kernel(p, x):
     return x @ jnp.where(jnp.tri(6, 4) > 0, p["w"], 0)
 
 
-@construct(low_rank=False, q=(6, 4), k=(6, 4))
+@construct(q=(6, 5), k=(6, 5))
 def complex_kernel(p, x):
-    return jnp.abs(x @ jax.lax.complex(p["q"], p["k"]))
+    kernel = jax.lax.complex(p["q"], p["k"])
+    return jnp.abs(x @ kernel) + jnp.real((x + 1j) @ (2j * kernel)) + x[:, :5]
 
 
 @construct(w=(2, 3, 4))
@@ -509,7 +510,7 @@ def mapped_rows(p, x):
     return jax.lax.map(lambda row: row @ p["w"], x)
 
 
-@construct(low_rank=False, q=(6, 4), k=(6, 4))
+@construct(q=(6, 4), k=(6, 4))
 def kernels_fused_inside(p, x):
     return x @ jnp.concatenate([p["q"], p["k"]], axis=1)
 
@@ -531,3 +532,48 @@ def pallas_around(p, x):
 @construct(low_rank=False, w=(6, 6))
 def kernel_in_a_carry(p, x):
     return jax.lax.fori_loop(0, 3, lambda n, s: (0.9 * s[0], jnp.tanh(s[1] @ s[0])), (p["w"], x))[1]
+
+
+@construct(q=(3, 5), k=(3, 5))
+def kernels_over_the_inputs(p, x):
+    return x @ jnp.concatenate([p["q"], p["k"]], axis=0)
+
+
+@construct(q=(6, 5), k=(6, 5))
+def kernels_beside_a_plain_one(p, x):
+    plain = jnp.cos(jnp.arange(12, dtype=x.dtype)).reshape(6, 2)
+    return x @ jnp.concatenate([plain, p["q"], p["k"]], axis=1)
+
+
+@construct(q=(6, 6), k=(6, 6))
+def layers_stacked_inside(p, x):
+    kernels = jnp.stack([p["q"], p["k"]])
+    return jax.lax.scan(lambda h, w: (jnp.tanh(h @ w), None), x, kernels)[0]
+
+
+@construct(q=(6, 5), k=(6, 5))
+def kernels_added(p, x):
+    return x @ (p["q"] + p["k"]) - jnp.tanh(x @ (p["q"] - p["k"]))
+
+
+@construct(w=(6, 4))
+def scan_over_chunks_of_inputs(p, x):
+    chunks = (jnp.moveaxis(x.reshape(-1, 2, 3), 1, 0), p["w"].reshape(2, 3, 4))
+    start = jnp.zeros((x.shape[0], 4), x.dtype)
+    return jax.lax.scan(lambda h, chunk: (h + chunk[0] @ chunk[1], None), start, chunks)[0]
+
+
+@construct(w=(6, 4))
+def scan_over_chunks_of_outputs(p, x):
+    chunks = jnp.moveaxis(p["w"].reshape(6, 2, 2), 1, 0)
+    return jnp.moveaxis(jax.lax.map(lambda w: x @ w, chunks), 0, 1).reshape(-1, 4)
+
+
+@construct(w=(3, 6, 6))
+def scan_over_chunks_in_scanned_layers(p, x):
+    def layer(h, w):
+        chunks = (jnp.moveaxis(h.reshape(-1, 2, 3), 1, 0), w.reshape(2, 3, 6))
+        add = lambda s, chunk: (s + chunk[0] @ chunk[1], None)  # noqa: E731
+        return jnp.tanh(jax.lax.scan(add, jnp.zeros_like(h), chunks)[0]), None
+
+    return jax.lax.scan(layer, x, p["w"])[0]

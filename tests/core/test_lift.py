@@ -99,8 +99,9 @@ def test_fresh_adapter_gives_the_base_bit_for_bit(name):
 
 
 # Left out: a user's own dense rule ("around"), activations that have the kernel's shape by
-# construction (tied, inner_jit), a loop without a backward pass, and what takes exactly five rows
-# (convolutions, ragged products), where the counter of materialisations alone speaks.
+# construction (tied, inner_jit), factors joined along the rank that have it (fused), a loop without
+# a backward pass, and what takes exactly five rows (convolutions, ragged products), where the
+# counter of materialisations alone speaks.
 NO_DENSE_PRODUCT = [
     name
     for name in ALL
@@ -108,7 +109,7 @@ NO_DENSE_PRODUCT = [
     and "around" not in name
     and "conv" not in name
     and "ragged" not in name
-    and name not in ("while_loop", "tied_both_ways", "inner_jit")
+    and name not in ("while_loop", "tied_both_ways", "inner_jit", "kernels_fused_inside")
 ]
 
 

@@ -70,8 +70,11 @@ AROUND = {
 }
 # JAX has no vmap of ragged_dot yet: the model alone raises NotImplementedError, with or without us.
 NOT_VMAPPED = ("ragged",)
-# A gain is on the sum, so it does not follow what is added to the kernel or put around it.
-NOT_GAINED = ("moved_kernel", "padded_kernel")
+# A gain is on the sum, so it does not follow what is added to the kernel or put around it, nor a
+# join in which one output has two gains.
+NOT_GAINED = (
+    "moved_kernel", "padded_kernel", "kernels_added", "kernels_over_the_inputs", "complex_kernel",
+)  # fmt: skip
 # Kernels of full rank 2 and 3: an adapter of rank 4 is refused.
 NARROW = ("grouped_conv", "depthwise_conv")
 

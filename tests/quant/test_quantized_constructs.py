@@ -51,10 +51,21 @@ def test_outputs_and_gradients_equal_those_over_the_dequantised_base(name):
     assert largest_difference(found, expected) < 1e-9
 
 
-# Shards see a part of the array itself; a number times four bits is no four bits.
+# Shards and chunks see a part of the array itself; a number times four bits is no four bits, and
+# two kernels in four bits are not one.
 MATERIALISED = (
     "shard_map_around",
     "shard_map_over_inputs",
     "shard_map_around_a_scan",
     "scaled_kernel",
+    "kernels_fused_inside",
+    "kernels_stacked_inside",
+    "kernels_over_the_inputs",
+    "kernels_beside_a_plain_one",
+    "layers_stacked_inside",
+    "kernels_added",
+    "complex_kernel",
+    "scan_over_chunks_of_inputs",
+    "scan_over_chunks_of_outputs",
+    "scan_over_chunks_in_scanned_layers",
 )
