@@ -16,6 +16,7 @@ from jax import lax
 
 from lora_jax.core import jaxprs
 from lora_jax.core.dtypes import float32_or_wider
+from lora_jax.core.grouped import GroupedWeight
 from lora_jax.core.lift import rule_for
 from lora_jax.core.trees import Stored
 from lora_jax.core.values import RANK, AdaptedValue, is_adapted
@@ -117,8 +118,8 @@ def _path(parts: dict[int, AdaptedValue]) -> str:
 
 
 def as_arrays(interpreter, eqn, value, reason: str) -> Any:
-    """The value with its frozen array as it is, where that is stored in another form."""
-    if isinstance(value, Stored):
+    """The value with its frozen array as it is, where that is kept in another form or shape."""
+    if isinstance(value, Stored | GroupedWeight):
         return interpreter.plain([value], eqn, reason)[0]
     if is_adapted(value):
         beneath = as_arrays(interpreter, eqn, value.kernel, reason)

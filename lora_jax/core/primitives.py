@@ -11,7 +11,8 @@ import jax.numpy as jnp
 from jax import lax
 
 from lora_jax.core import jaxprs
-from lora_jax.core.joins import joined
+from lora_jax.core.grouped import GroupedWeight
+from lora_jax.core.joins import as_arrays, joined
 from lora_jax.core.lift import rule_for
 from lora_jax.core.lookups import GatherUse
 from lora_jax.core.products import ConvUse, DotUse, RaggedUse
@@ -137,12 +138,13 @@ def _moved(interpreter, eqn, values):
     weight, other = (left, right) if is_adapted(left) else (right, left)
     if is_adapted(other) or tuple(weight.shape) != eqn.outvars[0].aval.shape:
         return None
+    moved = as_arrays(interpreter, eqn, weight, "moved by an array")
     sign = -1 if eqn.primitive.name == "sub" and weight is right else 1
 
     def bind(kernel):
         return jaxprs.bind(eqn, [kernel, other] if weight is left else [other, kernel])[0]
 
-    return _one(weight.moved(sign, bind))
+    return _one(moved.moved(sign, bind)) if is_adapted(moved) else [bind(moved)]
 
 
 @rule_for("pad")
@@ -150,6 +152,9 @@ def _pad(interpreter, eqn, values):
     weight, value = values
     if not is_adapted(weight) or is_adapted(value):
         return None
+    weight = as_arrays(interpreter, eqn, weight, "padded")
+    if not is_adapted(weight):
+        return jaxprs.bind(eqn, [weight, value])
     return _one(weight.pad(value, eqn.params["padding_config"]))
 
 
@@ -179,7 +184,10 @@ def _reshape(interpreter, eqn, values):
     weight, order = values[0], eqn.params["dimensions"]
     if order is not None:  # vmap of a convolution permutes the axes within its reshape
         weight = weight.transpose(order)
-    return _one(weight and weight.reshape(tuple(eqn.params["new_sizes"])))
+    if weight is None:
+        return None
+    shape = tuple(eqn.params["new_sizes"])
+    return _one(weight.reshape(shape) or GroupedWeight.of(weight, shape))
 
 
 @rule_for("squeeze")
@@ -240,7 +248,7 @@ def _on_kernel(interpreter, eqn, values):
 @rule_for("device_put")
 def _device_put(interpreter, eqn, values):
     """The factors go with their kernel, unless its sharding names its own axes."""
-    if len(values) > 1:
+    if len(values) > 1 or isinstance(values[0], GroupedWeight):
         return None
     (target,) = eqn.params["devices"]
     named = isinstance(target, jax.sharding.Sharding) and len(target.device_set) > 1

@@ -152,10 +152,17 @@ class ConvUse(_KeepsOutputs):
         return self.params["dimension_numbers"]
 
     @property
+    def out_axis(self) -> int:
+        return self._spec.rhs_spec[0]
+
+    @property
+    def out_feature(self) -> int:
+        return self._spec.out_spec[1]
+
+    @property
     def out_axes(self) -> list:
-        out_axis = self._spec.rhs_spec[0]
-        feature = self._spec.out_spec[1]
-        return [out_axis if n == feature else ("x", n) for n in range(self.other.ndim)]
+        feature = self.out_feature
+        return [self.out_axis if n == feature else ("x", n) for n in range(self.other.ndim)]
 
     def bind(self, kernel):
         return self.frozen(self.other, kernel)
@@ -187,7 +194,7 @@ class ConvUse(_KeepsOutputs):
             kernel = lax.transpose(a, order)
             # Every group of inputs meets the same `a`, and has r channels of its own.
             kernel = jnp.concatenate([kernel] * groups, axis=out_axis) if groups > 1 else kernel
-            hidden = (self._conv(x, kernel, wide) * scale).astype(compute)
+            hidden = (self.convolved(x, kernel, wide) * scale).astype(compute)
             rank, width = b.shape
             hidden = jnp.moveaxis(hidden, feature_out, -1)
             hidden = hidden.reshape(*hidden.shape[:-1], groups, rank)
@@ -204,9 +211,10 @@ class ConvUse(_KeepsOutputs):
         )  # fmt: skip
         hidden = jnp.moveaxis((hidden * scale).astype(compute), -1, feature_in)
         order = [a_axes.index(RANK if axis == in_axis else axis) for axis in range(len(roles))]
-        return self._conv(hidden, lax.transpose(a, order), wide)
+        return self.convolved(hidden, lax.transpose(a, order), wide)
 
-    def _conv(self, x, kernel, preferred):
+    def convolved(self, x, kernel, preferred):
+        """The convolution of other inputs by another kernel, as this equation has it."""
         return lax.conv_general_dilated(
             x,
             kernel,

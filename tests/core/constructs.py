@@ -396,12 +396,12 @@ def conv_of_many_kernels(p, x):
     return jax.vmap(lambda w: _conv(x, w, (5, 2, 3)))(p["w"])
 
 
-@construct(low_rank=False, w=(2, 2, 3, 4))
+@construct(w=(2, 2, 3, 4))
 def conv_vmapped_over_kernels(p, x):
     return jax.vmap(lambda x, w: _conv(x, w, (5, 2, 3)))(jnp.stack([x, -x]), p["w"])
 
 
-@construct(low_rank=False, w=(3, 6, 2))
+@construct(w=(3, 6, 2))
 def depthwise_conv_of_keras(p, x):
     return _conv(x, p["w"].reshape(3, 1, 12), (1, 5, 6), feature_group_count=6)
 
@@ -577,3 +577,9 @@ def scan_over_chunks_in_scanned_layers(p, x):
         return jnp.tanh(jax.lax.scan(add, jnp.zeros_like(h), chunks)[0]), None
 
     return jax.lax.scan(layer, x, p["w"])[0]
+
+
+@construct(w=(2, 2, 3, 4))
+def grouped_conv_vmapped_over_kernels(p, x):
+    one = lambda x, w: _conv(x, w, (5, 1, 6), feature_group_count=2)  # noqa: E731
+    return jax.vmap(one)(jnp.stack([x, -x]), p["w"])
