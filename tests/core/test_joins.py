@@ -1,4 +1,4 @@
-"""Kernels that the model makes into one: what the grid of constructs does not ask of them."""
+"""Kernels, or axes, that the model makes into one: what the grid of constructs does not ask."""
 
 from __future__ import annotations
 
@@ -80,5 +80,25 @@ def test_a_complex_kernel_times_a_complex_number_is_low_rank():
     found = value_and_gradients(
         lambda t, x: lj.lift(run, strict=True)(method.bind(t, frozen), x), trainable, x
     )
+    expected = value_and_gradients(lambda t, x: run(method.merge(t, frozen), x), trainable, x)
+    assert largest_difference(found, expected) < 1e-9
+
+
+@pytest.mark.filterwarnings("ignore::lora_jax.MaterialisedWarning")
+def test_a_stack_and_outputs_in_one_axis_are_right_whatever_else_they_meet():
+    """Only a convolution follows them; the rest sees W + ΔW, in the shape that the model sees."""
+    params = {"k": normal(np.random.default_rng(1), (3, 6, 2), jnp.float64)}
+    axes = {"k": lj.KernelAxes(stack=(-2,), in_=(-3,), out=(-1,))}
+    method, trainable, frozen = adapted(params, axes)
+
+    def run(p, x):
+        kernel = jax.lax.optimization_barrier(p["k"].reshape(3, 12) * 2.0)
+        kernel = jax.device_put(kernel)
+        turned = jnp.cos(kernel.T @ x[:3]) + jnp.flip(kernel, 1).T[:, :1] + kernel[1, :, None]
+        scanned = jax.lax.scan(lambda s, row: (s + jnp.sin(row), None), turned[:, 0], kernel)[0]
+        return x @ jax.lax.cond(x[0, 0] > 9, lambda k: k, lambda k: -k, turned).T + scanned
+
+    x = normal(np.random.default_rng(2), (5, 6), jnp.float64)
+    found = value_and_gradients(lambda t, x: lj.lift(run)(method.bind(t, frozen), x), trainable, x)
     expected = value_and_gradients(lambda t, x: run(method.merge(t, frozen), x), trainable, x)
     assert largest_difference(found, expected) < 1e-9
