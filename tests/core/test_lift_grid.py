@@ -76,7 +76,10 @@ NOT_GAINED = (
     "moved_kernel", "padded_kernel", "kernels_added", "kernels_over_the_inputs", "complex_kernel",
 )  # fmt: skip
 # Kernels of full rank 2 and 3: an adapter of rank 4 is refused.
-NARROW = ("grouped_conv", "depthwise_conv")
+NARROW = (
+    "grouped_conv", "depthwise_conv", "depthwise_conv_of_keras", "kernels_over_the_inputs",
+    "padded_kernel",
+)  # fmt: skip
 
 
 @pytest.mark.parametrize("around", AROUND)
@@ -85,6 +88,8 @@ NARROW = ("grouped_conv", "depthwise_conv")
 def test_every_construct_under_every_transformation(name, rank, around):
     if around == "vmap" and name.startswith(NOT_VMAPPED):
         pytest.skip(f"JAX cannot vmap {name}")
+    if around == "remat, dots saved" and name.startswith("complex"):
+        pytest.skip("JAX cannot save complex products: reduce_precision takes real numbers only")
     params, x = inputs_of(name, "float64")
     method = method_of(name, params, x, rank=min(rank, 2) if name in NARROW else rank)
     apply = AROUND[around](ALL[name].apply)
