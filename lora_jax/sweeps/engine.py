@@ -136,7 +136,7 @@ class PackTraining:
         """Cell k's best trainable, at its own rank and targets; None if there never was one."""
         if not self.cells[k].books.best_step:
             return None
-        return self.plan.pack.unpack(jax.tree.map(lambda leaf: leaf[k], self.best), k)
+        return self.plan.pack.unpack(_cell(self.best, k), k)
 
     def best_of_all(self) -> tuple[Any, Any]:
         """`(trainable, frozen)` for the scores of all cells' best; what is beyond them fills up."""
@@ -312,6 +312,11 @@ class PackTraining:
         """Of all cells, ended or not, in their order, filled up."""
         count = len(self.cells)
         return [min(place, count - 1) for place in range(self._program.padded(count))]
+
+
+@jax.jit
+def _cell(tree: Any, k: jax.Array) -> Any:
+    return jax.tree.map(lambda leaf: leaf[k], tree)
 
 
 @jax.jit

@@ -12,6 +12,7 @@ what lies beyond its own d is cut off where it is used, so that it has no gradie
 from __future__ import annotations
 
 import dataclasses
+import functools
 import re
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -49,25 +50,23 @@ class Pack:
         widths = tuple(self.widths[k] for k in places) if self.widths else ()
         return dataclasses.replace(self, members=tuple(members), sites=tuple(sites), widths=widths)
 
-    def init(self, keys: Sequence[jax.Array], params: Sequence[PyTree]) -> Trainable:
-        """The trainable trees of all, leaves with a leading axis K, each as it starts alone.
+    def init(self, keys: Sequence[jax.Array], params: Sequence[PyTree]) -> list[Trainable]:
+        """Each member's trainable tree as it starts alone, padded: all of the same shapes.
 
         `keys[k]` is the init key of member k, `params[k]` its tree; trees may differ in what is
         trained whole.
         """
-        shapes = jax.eval_shape(lambda: self.union.init(keys[0], params[0])[0])
+        union = jax.eval_shape(lambda: self.union.init(keys[0], params[0])[0])
         cells = []
         for k, (member, key, tree) in enumerate(zip(self.members, keys, params, strict=True)):
             own, _ = member.init(key, tree)
-            cells.append(
-                {
-                    name: self._padded(name, own[name], k, entry)
-                    if name in own
-                    else jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), entry)
-                    for name, entry in shapes.items()
-                }
-            )
-        return jax.tree.map(lambda *leaves: jnp.stack(leaves), *cells)
+            wide = {
+                name: self._wide(name, own[name], k, entry) if name in own else entry
+                for name, entry in union.items()
+            }
+            leaves, treedef = jax.tree.flatten(wide)
+            cells.append(_padded(own, treedef, tuple((x.shape, x.dtype) for x in leaves)))
+        return cells
 
     def data(self) -> dict[str, dict[str, jax.Array]]:
         """`{adapter: {"scale": (K,), "dropout": (K,)}}`, 0 where a member does not have it; of
@@ -102,25 +101,27 @@ class Pack:
             elif name not in self.ranks:
                 own[name] = entry
             elif name in self.sites[k]:
-                site = self.sites[k][name]
-                own[name] = {
-                    part: jax.lax.slice(x, [0] * x.ndim, self._part_shape(part, site))
-                    for part, x in entry.items()
-                }
+                shapes = tuple(self._part_shape(part, self.sites[k][name]) for part in entry)
+                own[name] = dict(zip(entry, _cut(tuple(entry.values()), shapes), strict=True))
         return own
 
     def _part_shape(self, part: str, site: Site) -> tuple[int, ...]:
         return site.part_shape(self.union.PARTS[part])
 
-    def _padded(self, name: str, entry, k: int, shapes):
+    def _wide(self, name: str, entry, k: int, union):
+        """The shapes that member k's entry is padded to."""
+        shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), entry)
         if self.widths and name == SUBSPACE:
-            return {**entry, "theta": _pad(entry["theta"], shapes["theta"].shape)}
+            return {**shapes, "theta": union["theta"]}
         if name not in self.ranks:
-            return entry
+            return shapes
         site = self.sites[k][name]
         wide = dataclasses.replace(site.rule, rank=self.ranks[name])
         wide = dataclasses.replace(site, rule=wide)
-        return {part: _pad(x, self._part_shape(part, wide)) for part, x in entry.items()}
+        return {
+            part: jax.ShapeDtypeStruct(self._part_shape(part, wide), x.dtype)
+            for part, x in shapes.items()
+        }
 
 
 def is_padded(method: Method) -> bool:
@@ -171,6 +172,24 @@ def make_pack(methods: Sequence[Method], params: PyTree) -> Pack:
         train=[re.escape(path) for path in methods[0].whole_paths(params)],
     )
     return Pack(tuple(methods), union, sites, {name: own.rank for name, own in widest.items()})
+
+
+# One program for a whole tree: leaf by leaf, each shape would be one to compile.
+@functools.partial(jax.jit, static_argnums=(1, 2))
+def _padded(own: Trainable, treedef: Any, wide: tuple) -> Trainable:
+    """`own` with zeros up to the shapes `wide`, and zeros alone where it has no entry."""
+    shapes = jax.tree.unflatten(treedef, [jax.ShapeDtypeStruct(*both) for both in wide])
+    return {
+        name: jax.tree.map(lambda x, like: _pad(x, like.shape), own[name], entry)
+        if name in own
+        else jax.tree.map(lambda like: jnp.zeros(like.shape, like.dtype), entry)
+        for name, entry in shapes.items()
+    }
+
+
+@functools.partial(jax.jit, static_argnums=1)
+def _cut(leaves: tuple[jax.Array, ...], shapes: tuple[tuple[int, ...], ...]) -> list[jax.Array]:
+    return [jax.lax.slice(x, [0] * x.ndim, s) for x, s in zip(leaves, shapes, strict=True)]
 
 
 def _pad(x: jax.Array, shape: Sequence[int]) -> jax.Array:

@@ -149,15 +149,13 @@ class Program:
         `params` has a tree for each cell, which differ at most in what is trained whole.
         """
         keys = [keys_of(cell.seed) for cell in cells]
-        trainable = pack.init([key[1] for key in keys], params)
-        opt_states = [
-            self._tx_of(cell).init(jax.tree.map(lambda leaf, k=k: leaf[k], trainable))
-            for k, cell in enumerate(cells)
-        ]
+        each = pack.init([key[1] for key in keys], params)
+        opt_states = [self._tx_of(cell).init(own) for cell, own in zip(cells, each, strict=True)]
+        trainable, opt_state = _stack(*zip(each, opt_states, strict=True))
         return TrainState(
             step=jnp.zeros(len(cells), jnp.int32),
             trainable=trainable,
-            opt_state=jax.tree.map(lambda *leaves: jnp.stack(leaves), *opt_states),
+            opt_state=opt_state,
             key=jnp.stack([key[2] for key in keys]),
         )
 
@@ -277,6 +275,12 @@ def with_places(tree: Any, count: int) -> Any:
     return jax.tree.map(lambda x: jax.ShapeDtypeStruct((count, *x.shape[1:]), x.dtype), tree)
 
 
+@jax.jit
+def _stack(*trees: Any) -> Any:
+    return jax.tree.map(lambda *leaves: jnp.stack(leaves), *trees)
+
+
+@functools.partial(jax.jit, static_argnums=1)
 def _zeros(tree: Any, count: int) -> Any:
     return jax.tree.map(lambda x: jnp.zeros((count, *x.shape[1:]), x.dtype), tree)
 

@@ -17,14 +17,6 @@ from lora_jax.models import load_model
 PROMPTS = ["a film", "[bold]b[/bold]"]
 
 
-@pytest.fixture(autouse=True)
-def quick_compilation():
-    """Most optimisations off: what is tested is not how well XLA optimises."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
-
-
 @pytest.fixture(scope="module")
 def adapters(tmp_path_factory):
     """`(model, params with the adapter, run's folder, PEFT's folder)`: the same adapter twice."""

@@ -9,7 +9,8 @@ import pytest
 @pytest.fixture(autouse=True)
 def quick_compilation(request):
     """Most optimisations off, except in slow tests, which compile as users do."""
-    is_slow = request.node.get_closest_marker("slow") is not None
-    jax.config.update("jax_disable_most_optimizations", not is_slow)
+    before = jax.config.values["jax_disable_most_optimizations"]
+    if request.node.get_closest_marker("slow") is None:
+        jax.config.update("jax_disable_most_optimizations", True)
     yield
-    jax.config.update("jax_disable_most_optimizations", False)
+    jax.config.update("jax_disable_most_optimizations", before)

@@ -40,7 +40,7 @@ def test_both_ways_equal_float64(backend, num_key_heads, window, monkeypatch):
     # The library's product runs on any backend; only the choice is the backend's.
     monkeypatch.setattr(attention.jax, "default_backend", lambda: backend)
     bias = causal_bias(mask, 6, window=window)
-    mixed = np.asarray(attend_heads(q, k, v, bias))
+    mixed = np.asarray(jax.jit(lambda *qkv: attend_heads(*qkv, bias))(q, k, v))
     visible = np.asarray(bias[:, 0]) == 0.0
     expected = by_numpy(q, k, v, visible)
     sees = visible.any(-1)
@@ -56,7 +56,7 @@ def test_gradients_of_both_ways_agree(monkeypatch):
     for backend in ("cpu", "tpu"):
         monkeypatch.setattr(attention.jax, "default_backend", lambda backend=backend: backend)
         loss = lambda q, k, v: jnp.sum(real * attend_heads(q, k, v, causal_bias(mask, 6)) ** 2)  # noqa: E731
-        gradients.append(jax.grad(loss, argnums=(0, 1, 2))(q, k, v))
+        gradients.append(jax.jit(jax.grad(loss, argnums=(0, 1, 2)))(q, k, v))
     for one, two in zip(*gradients, strict=True):
         np.testing.assert_allclose(one, two, rtol=0, atol=2e-5)
 

@@ -114,9 +114,9 @@ def test_a_float32_bias_does_not_widen_a_bfloat16_stream(batch):
 
 
 def test_params_may_be_mapped_over(model, apply, batch):
-    stacked = jax.tree.map(lambda x: jnp.stack([x, 1.1 * x]), model.params)
+    second = jax.tree.map(lambda x: np.float32(1.1) * np.asarray(x), model.params)
+    stacked = jax.tree.map(lambda *two: np.stack(two), model.params, second)
     both = jax.jit(jax.vmap(lambda p: model.apply(p, **batch)))(stacked)
-    second = jax.tree.map(lambda x: 1.1 * x, model.params)
     np.testing.assert_allclose(both[0], apply(model.params, **batch), atol=2e-5)
     np.testing.assert_allclose(both[1], apply(second, **batch), atol=2e-5)
 

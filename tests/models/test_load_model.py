@@ -218,6 +218,6 @@ def test_apply_takes_what_bind_gives_and_equals_merged(name):
         entry["b"] = jax.random.normal(key, entry["b"].shape)
     bound = method.bind(trainable, model.params)
     adapted = np.asarray(jax.jit(model.apply)(bound, IDS, MASK))
-    merged = np.asarray(model.apply(method.merge(trainable, model.params), IDS, MASK))
+    merged = np.asarray(jax.jit(model.apply)(method.merge(trainable, model.params), IDS, MASK))
     np.testing.assert_allclose(adapted, merged, atol=2e-5)
     assert np.abs(merged - output(model)).max() > 0.01

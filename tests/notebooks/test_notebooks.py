@@ -1,7 +1,9 @@
 """The notebooks run from top to bottom on tiny models, and stand in the repository with figures."""
 
+import ast
 from pathlib import Path
 
+import matplotlib.pyplot as plt
 import nbclient
 import nbformat
 import pytest
@@ -28,6 +30,32 @@ def test_a_notebook_is_kept_as_it_ran(path):
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
 def test_a_notebook_runs_in_smoke_mode(path, monkeypatch):
+    """In this process: a kernel of its own would import and compile everything once more."""
+    monkeypatch.setenv("LORA_JAX_SMOKE", "1")
+    monkeypatch.chdir(path.parent)
+    with plt.rc_context():
+        plt.switch_backend("Agg")
+        plt.close("all")
+        names = {"__name__": "__main__"}
+        for number, cell in enumerate(nbformat.read(path, 4).cells):
+            if cell.cell_type == "code":
+                run_cell(cell.source, f"{path.name}, cell {number}", names)
+        assert plt.get_fignums()
+        plt.close("all")
+
+
+def run_cell(source, place, names):
+    """Runs a cell as a kernel does: its last expression is shown."""
+    body = ast.parse(source, place)
+    last = body.body.pop() if isinstance(body.body[-1], ast.Expr) else None
+    exec(compile(body, place, "exec"), names)
+    if last is not None:
+        repr(eval(compile(ast.Expression(last.value), place, "eval"), names))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+def test_a_notebook_runs_in_a_kernel(path, monkeypatch):
     monkeypatch.setenv("LORA_JAX_SMOKE", "1")
     notebook = nbformat.read(path, 4)
     client = nbclient.NotebookClient(

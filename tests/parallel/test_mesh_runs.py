@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import re
 
@@ -37,8 +38,14 @@ COLLECTIVES = re.compile(
     r"(-start)?\("
 )
 STEPS = {"train.num_steps": 20, "train.eval_every_steps": 10, "train.log_every_steps": 1}
+RUN = {**STEPS, "optimizer.lr": 1e-3}
 # Five make 8 places of cell=4.
 FIVE = {**CELLS, "q-r2": {"method.targets": "q", "method.rank": 2, "seed": 3}}
+# The same on fewer kernels and without masks, which are most of what there is to compile.
+FIVE_DRY = {
+    name: {**own, "method.dropout": 0.0}
+    for name, own in {**FIVE, "all-r2": {**FIVE["all-r2"], "method.targets": "up"}}.items()
+}
 
 
 def mesh_of(text):
@@ -56,13 +63,27 @@ def slow(*values):
     return [pytest.param(value, marks=pytest.mark.slow) for value in values]
 
 
+@pytest.fixture(scope="module")
+def on_one_device(make_config, tmp_path_factory):
+    """`on_one_device(method)`: the workdir of its run `RUN` there, trained once."""
+
+    @functools.cache
+    def workdir_of(method):
+        workdir = tmp_path_factory.mktemp(method)
+        train(make_config({**RUN, "method.name": method}), workdir, progress=False)
+        return workdir
+
+    return workdir_of
+
+
 @pytest.mark.parametrize("text", ["data=2,fsdp=2,tensor=2", *slow("fsdp=8", "data=8", "tensor=8")])
 @pytest.mark.parametrize("method", ["lora", *slow("full", "dora", "head")])
-def test_a_run_on_a_mesh_has_the_losses_of_one_device(make_config, tmp_path, text, method):
-    config = make_config({**STEPS, "method.name": method, "optimizer.lr": 1e-3})
-    train(config, tmp_path / "one", progress=False)
-    card = train(config, tmp_path / "mesh", progress=False, mesh=mesh_of(text))
-    found, expected = (losses_of(tmp_path / where, "run") for where in ("mesh", "one"))
+def test_a_run_on_a_mesh_has_the_losses_of_one_device(
+    make_config, on_one_device, tmp_path, text, method
+):
+    config = make_config({**RUN, "method.name": method})
+    card = train(config, tmp_path, progress=False, mesh=mesh_of(text))
+    found, expected = (losses_of(where, "run") for where in (tmp_path, on_one_device(method)))
     np.testing.assert_allclose(found, expected, atol=2e-5)
     assert card["program"]["mesh"] == text
     assert max(expected) - min(expected) > 1e-3
@@ -90,24 +111,32 @@ def test_a_run_goes_on_on_its_mesh_bit_for_bit_and_elsewhere_to_rounding(
     assert verdict.exact and verdict.same
 
 
-def test_evaluating_on_a_mesh_is_evaluating(make_config, tmp_path, capsys):
-    train(make_config(), tmp_path, progress=False)
-    found = []
+def test_evaluating_on_a_mesh_is_evaluating(on_one_device, capsys):
+    run, found = str(on_one_device("lora") / "cells" / "run"), []
     for more in ([], ["--mesh=fsdp=4,tensor=2"], ["--mesh=data=8", "--merged"]):
-        assert evaluate_command.run([str(tmp_path / "cells" / "run"), "--json", *more]) == 0
+        assert evaluate_command.run([run, "--json", *more]) == 0
         found.append(json.loads(capsys.readouterr().out))
     for other in found[1:]:
         assert other["loss"] == pytest.approx(found[0]["loss"], abs=1e-5)
         assert other["n"] == found[0]["n"]
 
 
-@pytest.mark.parametrize("text", ["cell=4,fsdp=2", *slow("cell=8", "cell=2,data=2,tensor=2")])
-def test_a_pack_on_a_mesh_has_the_losses_of_one_device(make_config, tmp_path, text):
-    sweep = sweep_of(make_config, {**STEPS, "optimizer.lr": 1e-3}, FIVE)
+@pytest.mark.parametrize(
+    "text, cells",
+    [
+        ("cell=4,fsdp=2", FIVE_DRY),
+        *(
+            pytest.param(text, FIVE, marks=pytest.mark.slow)
+            for text in ("cell=4,fsdp=2", "cell=8", "cell=2,data=2,tensor=2")
+        ),
+    ],
+)
+def test_a_pack_on_a_mesh_has_the_losses_of_one_device(make_config, tmp_path, text, cells):
+    sweep = sweep_of(make_config, RUN, cells)
     assert not _failed(run_sweep(sweep, tmp_path / "one", progress=False))
     cards = run_sweep(sweep, tmp_path / "mesh", progress=False, mesh=mesh_of(text))
     assert not _failed(cards)
-    for name in FIVE:
+    for name in cells:
         found, expected = (losses_of(tmp_path / where, name) for where in ("mesh", "one"))
         np.testing.assert_allclose(found, expected, atol=2e-5)
         assert cards[name]["program"]["mesh"] == text and cards[name]["program"]["K"] == 5
@@ -154,21 +183,21 @@ def _failed(results):
 
 @pytest.mark.parametrize("at_once", [1, *slow(0, 2)])
 def test_cells_over_cell_send_each_other_nothing(make_config, at_once):
-    sweep = sweep_of(
-        make_config, {}, {f"r{n}": {"method.rank": 1 + n % 4, "seed": n} for n in range(16)}
-    )
+    cells = {f"r{n}": {"method.rank": 1 + n % 4, "seed": n} for n in range(16)}
     counts = {}
-    for text in ("cell=8", "cell=4,fsdp=2"):
+    for text, targets, dropout in (("cell=8", "q,v", 0.2), ("cell=4,fsdp=2", "q", 0.0)):
+        changes = {"method.targets": targets, "method.dropout": dropout}
+        sweep = sweep_of(make_config, changes, cells)
         base = load_base(sweep.first[0].config, mesh_of(text))
         (group,), _ = make_groups(sweep.first, base)
         ready = make_ready(group, base, at_once=at_once)
         plan, program = group.plan, ready.program
         state = program.init(plan.pack, plan.cells, [ready.params_of(cell) for cell in plan.cells])
         state, batch = as_shapes(state), as_shapes(ready.batches.at(0, plan.cells))
-        for name, first, own in (
-            ("step", state, batch),
-            ("scores", state.trainable, ready.batches.widest_look()),
-        ):
+        programs = [("step", state, batch)]
+        if text == "cell=8":
+            programs.append(("scores", state.trainable, ready.batches.widest_look()))
+        for name, first, own in programs:
             arguments = program._placed(name, first, (plan.pack.data(), ready.frozen), own)
             compiled = program._get(name, *arguments)
             counts[text, name] = len(COLLECTIVES.findall(compiled.as_text()))
@@ -306,14 +335,13 @@ def test_what_a_mesh_does_not_divide_is_named(make_config, tmp_path, monkeypatch
 
 @pytest.mark.parametrize("text", ["", *slow("fsdp=8")])
 def test_moments_in_the_hosts_memory_are_the_same_training(
-    make_config, tmp_path, monkeypatch, text
+    make_config, on_one_device, tmp_path, monkeypatch, text
 ):
     """On CPU both memories are one, but what moves between them is the same program."""
     if lacks_host_memory(jax.devices()[0]):
         pytest.skip("this JAX has no memory of the host's own on CPU")
     mesh = mesh_of(text) if text else None
-    config = make_config({"train.checkpoint_every_steps": 4, "optimizer.lr": 1e-3})
-    train(config, tmp_path / "plain", progress=False)
+    config = make_config({**RUN, "train.checkpoint_every_steps": 4})
     set_optional(config, "optimizer.offload", True)
     whole = train(config, tmp_path / "whole", progress=False, mesh=mesh)
     with monkeypatch.context() as patch:
@@ -332,7 +360,8 @@ def test_moments_in_the_hosts_memory_are_the_same_training(
     again = train(config, tmp_path / "again", progress=False, mesh=mesh)
     assert kinds.count("pinned_host") == 2 * len(kinds) // 3  # two moments a parameter
     assert again["metrics"]["weights_sha256"] == whole["metrics"]["weights_sha256"]
-    found, expected = (losses_of(tmp_path / where, "run") for where in ("whole", "plain"))
+    plain = on_one_device("lora")
+    found, expected = (losses_of(where, "run") for where in (tmp_path / "whole", plain))
     np.testing.assert_allclose(found, expected, atol=2e-5)
     assert max(expected) - min(expected) > 1e-3
 
@@ -340,7 +369,7 @@ def test_moments_in_the_hosts_memory_are_the_same_training(
 def test_a_backend_without_a_hosts_memory_says_so_and_goes_on(
     make_config, tmp_path, monkeypatch, capsys
 ):
-    config = make_config()
+    config = make_config(RUN)
     set_optional(config, "optimizer.offload", True)
     monkeypatch.setattr("lora_jax.parallel.offload.HOST", "no such kind")
     card = train(config, tmp_path, progress=False)

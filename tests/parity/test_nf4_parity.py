@@ -1,5 +1,6 @@
 """NF4 and its files against bitsandbytes and transformers; `make_nf4_fixtures.py` writes theirs."""
 
+import functools
 import json
 import shutil
 from pathlib import Path
@@ -26,12 +27,18 @@ def test_the_tables_are_theirs():
     np.testing.assert_array_equal(nf4.SCALE_CODES, MATRICES["scale_codes"])
 
 
+@functools.partial(jax.jit, static_argnames="double_quant")
+def encoded(kernel, *, double_quant):
+    """In one program, as loading does: op by op, every shape would be dozens."""
+    return encode_kernel(kernel, "io", "w", double_quant=double_quant)
+
+
 @pytest.mark.parametrize("number", NUMBERS)
 @pytest.mark.parametrize("double_quant", [False, True])
 def test_bytes_scales_and_values_are_theirs(number, double_quant):
     theirs = {n.split(".")[1]: x for n, x in MATRICES.items() if n.startswith(f"{number}.")}
     kernel = jnp.asarray(theirs["weight"].T)  # (in, out); torch's is (out, in)
-    ours = encode_kernel(kernel, "io", "w", double_quant=double_quant)
+    ours = encoded(kernel, double_quant=double_quant)
     codes = np.asarray(ours.kernel).reshape(-1)
     np.testing.assert_array_equal(codes[: theirs["packed"].size], theirs["packed"])
     assert set(codes[theirs["packed"].size :]) <= {0x77}  # zeros, to a whole block
@@ -58,7 +65,8 @@ def test_a_folder_that_transformers_quantised_gives_its_logits(name, scan_layers
     logits = jax.jit(model.apply)(model.params, jnp.asarray(states["ids"]))
     np.testing.assert_allclose(logits, states["logits"], atol=2e-5)
     plain = lj.quant.dequantize(model.params)
-    np.testing.assert_allclose(model.apply(plain, jnp.asarray(states["ids"])), logits, atol=1e-5)
+    of_plain = jax.jit(model.apply)(plain, jnp.asarray(states["ids"]))
+    np.testing.assert_allclose(of_plain, logits, atol=1e-5)
 
 
 @pytest.mark.parametrize("scan_layers", [False, True])

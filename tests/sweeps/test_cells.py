@@ -21,6 +21,8 @@ from lora_jax.train.workdir import lock_workdir
 from tests.sweeps.stored_problem import CELLS, sweep_of
 
 RATES = (1e-4, 3e-3, 1e-2)
+# Where what is trained does not matter: no masks to compile, and one program for all of one width.
+QUICK = {"train.num_steps": 6, "method.dropout": 0.0}
 
 
 def sweep_in(tmp_path, config, body):
@@ -84,7 +86,7 @@ def test_only_takes_a_tuned_contestant_whole_or_its_cells(make_config, tmp_path)
 
 def test_tuning_chooses_on_validation_and_runs_more_seeds_with_it(make_config, tmp_path):
     body = f"add('t', tune=('optimizer.lr', {(*RATES, 1e30)}), more_seeds=(5, 6))"
-    sweep = sweep_in(tmp_path, make_config(), body)
+    sweep = sweep_in(tmp_path, make_config(QUICK), body)
     results = run(sweep, tmp_path / "w")
     losses = [results[f"t-lr{rate:g}-s0"]["metrics"]["validation"]["loss"] for rate in RATES]
     best = RATES[losses.index(min(losses))]
@@ -155,15 +157,16 @@ def test_a_memory_budget_narrows_packs_and_a_cell_too_large_is_told(make_config,
 
 
 def test_a_workdir_is_of_one_sweep_unless_told_otherwise(make_config, tmp_path):
-    one = sweep_of(make_config, {"train.num_steps": 1}, {"a": {}})
-    other = Sweep("other", sweep_of(make_config, {"train.num_steps": 1}, {"b": {"seed": 1}}).cells)
+    one = sweep_of(make_config, QUICK, {"a": {}})
+    # A cell that cannot run: whose the workdir is is decided before.
+    other = Sweep("other", sweep_of(make_config, QUICK, {"b": {"method.rank": 99}}).cells)
     run(one, tmp_path, source="x/mine.py")
     with pytest.raises(RequestError, match=r"of another sweep, 'test' of mine\.py.*--add"):
         run(other, tmp_path, source="x/mine.py")
     assert not (tmp_path / "cells" / "b").exists()
     assert run(other, tmp_path, source="x/mine.py", add=True).keys() == {"b"}
-    changed = sweep_of(make_config, {"train.num_steps": 2}, {"a": {}})
-    with pytest.raises(RequestError, match=r"train\.num_steps is 1 there, 2 here"):
+    changed = sweep_of(make_config, {**QUICK, "train.num_steps": 2}, {"a": {}})
+    with pytest.raises(RequestError, match=r"train\.num_steps is 6 there, 2 here"):
         run(changed, tmp_path, source="x/mine.py")
 
 
@@ -184,7 +187,7 @@ def test_status_is_read_from_files(make_config, tmp_path):
     with pytest.raises(RequestError, match="holds no sweep"):
         sweep_status(tmp_path)
     cells = {"a": {}, "bad": {"method.rank": 99}, "nan": {"optimizer.lr": 1e30, "seed": 1}}
-    sweep = sweep_of(make_config, {"train.num_steps": 6}, cells)
+    sweep = sweep_of(make_config, QUICK, cells)
     run(sweep, tmp_path)
     states = {cell.name: cell for cell in sweep_status(tmp_path)}
     assert {n: c.state for n, c in states.items()} == {

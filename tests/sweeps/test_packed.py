@@ -40,7 +40,10 @@ from tests.sweeps.problem import (
     ids=["side-by-side", "one-by-one"],
 )
 def packed(request):
-    return training_of(CELLS, at_once=request.param)
+    """The training, its results, and the seconds that it took."""
+    start = time.perf_counter()
+    training, results = training_of(CELLS, at_once=request.param)
+    return training, results, time.perf_counter() - start
 
 
 def differences(found, expected):
@@ -48,16 +51,21 @@ def differences(found, expected):
     trainable, losses = expected
     assert jax.tree.structure(trainable) == jax.tree.structure(found.trainable)
     pairs = zip(jax.tree.leaves(trainable), jax.tree.leaves(found.trainable), strict=True)
-    weights = [float(jnp.max(jnp.abs(x - y))) for x, y in pairs]
+    weights = [float(np.max(np.abs(np.asarray(x) - np.asarray(y)))) for x, y in pairs]
     return float(np.max(np.abs(losses - found.losses))), max(weights)
 
 
-def test_packed_cells_end_where_they_end_alone(packed, record_property):
+# Each cell alone is a program to compile: these have two targets, a scanned one, dropout, decay
+# and the other start; the rest differ from them in numbers.
+FEW, REST = (1, 2, 3, 6), (0, 4, 5, 7)
+
+
+@pytest.mark.parametrize("places", [FEW, pytest.param(REST, marks=pytest.mark.slow)])
+def test_packed_cells_end_where_they_end_alone(packed, places, record_property):
     """Seen: losses within 5e-7, weights within 2e-7."""
-    _, results = packed
+    _, results, _ = packed
     of_cells = [
-        differences(found, alone(cell, batches_of(cell["seed"])))
-        for cell, found in zip(CELLS, results, strict=True)
+        differences(results[k], alone(CELLS[k], batches_of(CELLS[k]["seed"]))) for k in places
     ]
     worst_loss, worst_weight = map(max, zip(*of_cells, strict=True))
     record_property("largest_loss_difference", worst_loss)
@@ -77,7 +85,7 @@ def test_chunks_of_cells_that_do_not_divide_them_evenly_change_nothing():
 
 
 def test_shared_batches_schedule_clipping_and_betas_are_those_of_optax_alone():
-    cells = DRY[:3]
+    cells = DRY[1:3]
     _, results = training_of(
         cells,
         batches=batches_of(0),
@@ -113,20 +121,21 @@ def padding(pack, trainable, k):
             rank = site.rank if site else 0
             axis = site.roles.count("s") if site else entry["b"].ndim - 2
             rest.append(entry["a"][..., rank:])
-            rest.append(jnp.moveaxis(entry["b"], axis, 0)[rank:])
+            rest.append(np.moveaxis(entry["b"], axis, 0)[rank:])
     return [part for part in rest if part.size]
 
 
 def test_padding_is_exactly_zero_at_the_end(packed):
-    training, _ = packed
+    training, *_ = packed
+    state = jax.device_get(training.state)
     for place, k in enumerate(training.slots):
-        own = jax.tree.map(lambda leaf, p=place: leaf[p], training.state.trainable)
+        own = jax.tree.map(lambda leaf, p=place: leaf[p], state.trainable)
         parts = padding(training.plan.pack, own, k)
         assert sum(part.size for part in parts) > 0
-        assert not any(np.asarray(part).any() for part in parts)
-        for moments in (training.state.opt_state[1].mu, training.state.opt_state[1].nu):
+        assert not any(part.any() for part in parts)
+        for moments in (state.opt_state[1].mu, state.opt_state[1].nu):
             moments = jax.tree.map(lambda leaf, p=place: leaf[p], moments)
-            assert not any(np.asarray(p).any() for p in padding(training.plan.pack, moments, k))
+            assert not any(p.any() for p in padding(training.plan.pack, moments, k))
 
 
 def test_a_padded_cell_starts_as_its_unpadded_twin():
@@ -135,14 +144,14 @@ def test_a_padded_cell_starts_as_its_unpadded_twin():
     keys = [keys_of(cell.seed)[1] for cell in cells]
     trainable = pack.init(keys, [base()] * len(keys))
     for k, cell in enumerate(cells):
-        own = pack.unpack(jax.tree.map(lambda leaf, k=k: leaf[k], trainable), k)
+        own = pack.unpack(trainable[k], k)
         twin, _ = cell.method.init(keys[k], base())
         assert own.keys() == twin.keys()
         assert jax.tree.all(jax.tree.map(lambda x, y: np.array_equal(x, y), own, twin))
 
 
 def test_a_cell_that_turns_nan_changes_no_neighbours_bits(packed):
-    trained, good = packed
+    trained, good, _ = packed
     cells = [dict(cell) for cell in CELLS]
     cells[2] = {**cells[2], "lr": 1e30}
     _, results = training_of(cells, at_once=trained._program.at_once)
@@ -210,10 +219,8 @@ def test_an_update_that_is_not_a_number_is_not_kept():
     assert found[0].trainable is None
 
 
-def test_each_cell_has_its_share_of_the_seconds_and_no_more_are_shared_than_passed():
-    start = time.perf_counter()
-    _, results = training_of(DRY[:4])
-    took = time.perf_counter() - start
+def test_each_cell_has_its_share_of_the_seconds_and_no_more_are_shared_than_passed(packed):
+    _, results, took = packed
     counted = sum(row.seconds + row.compile_seconds for row in results)
     assert all(row.seconds > 0 and row.compile_seconds > 0 for row in results)
     assert counted <= took  # the rest is planning and the start of the adapters
