@@ -92,6 +92,11 @@ PLAIN = {
         "shard_map_around": ("`shard_map`, kernel split over outputs", "io"),
         "shard_map_over_inputs": ("`shard_map`, kernel split over inputs", "io"),
         "sharding_constraint": ("sharding constraint on the kernel", "io"),
+        "custom_vjp_with_constants": ("`custom_vjp` that takes the kernel and a constant", "io"),
+        "custom_vjp_with_symbolic_zeros": ("`custom_vjp` with symbolic zeros", "io"),
+        "custom_jvp_with_symbolic_zeros": ("`custom_jvp` with symbolic zeros", "io"),
+        "custom_jvp_over_a_traced_array": ("`custom_jvp` that closes over a traced array", "io"),
+        "explicit_sharding": ("explicit sharding, `auto_axes`", "io"),
     },
 }
 
@@ -158,6 +163,10 @@ FRAMEWORKS = (
     ("nnx_linear_stack", "NNX: two `nnx.Linear`", STACK, two_layers, "io", "nnx"),
     ("nnx_scan", "NNX: `nnx.scan` over layers", {"w": (3, 6, 6)}, three_layers, "sio", "nnx"),
     ("nnx_conv", "NNX: `nnx.Conv`", {"w": (3, 3, 4)}, convolution, "iio", "nnx"),
+    (
+        "nnx_scan_remat", "NNX: `nnx.scan` over `nnx.remat` layers", {"w": (3, 6, 6)},
+        three_layers, "sio", "nnx",
+    ),
     (
         "nnx_embed_attend", "NNX: `nnx.Embed` and its `attend`", {"w": (6, 4)},
         embed_and_attend, "io", "nnx",

@@ -264,7 +264,8 @@ def _convolution(shape, **options):
 
 # The cases whose model asks `layer` for its layers.
 LAYERED = frozenset(FUNCTIONS) | {
-    "scanned_layers", "scanned_with_remat", "nnx_scan", "layers_by_index", "mixture_of_experts",
+    "scanned_layers", "scanned_with_remat", "nnx_scan", "nnx_scan_remat", "layers_by_index",
+    "mixture_of_experts",
     "nnx_batch_norm", "nnx_dropout",
 }  # fmt: skip
 
@@ -277,6 +278,7 @@ MODELS: dict[str, tuple[Callable, dict[str, tuple[tuple[str, ...], str]]]] = {
     "scanned_layers": (_with(Scanned), _LAYERS),
     "scanned_with_remat": (_with(Scanned, remat=True), _LAYERS),
     "nnx_scan": (_with(Scanned), _LAYERS),
+    "nnx_scan_remat": (_with(Scanned, remat=True), _LAYERS),
     "layers_by_index": (_with(ByIndex), _LAYERS),
     "mixture_of_experts": (_with(Experts), None),
     "lookup": (_with(Embedding, attend=False), _TABLE),

@@ -6,20 +6,18 @@ leaves. A loop's carry must keep its type, so an adapted value there is material
 
 from __future__ import annotations
 
-import dataclasses
-
 import jax
 import numpy as np
 from jax import lax
-from jax.sharding import PartitionSpec
 
 from lora_jax.core import jaxprs
 from lora_jax.core.errors import RequestError
 from lora_jax.core.joins import as_arrays
 from lora_jax.core.lift import rule_for
+from lora_jax.core.splits import sides_split, specs_of
 from lora_jax.core.stacks import along_first_axis
 from lora_jax.core.trees import Static
-from lora_jax.core.values import RANK, is_adapted, materialise
+from lora_jax.core.values import is_adapted, materialise
 
 # Inner jits of a few equations (jnp.take, jax.nn.silu) are cheaper to inline than to trace again.
 INLINE_EQUATIONS = 24
@@ -140,20 +138,10 @@ def _shard_map(interpreter, eqn, values):
     body = _body(interpreter, eqn, eqn.params["jaxpr"], plain_outputs=True)
     reason = "a shard sees a part of the array itself"
     values = [as_arrays(interpreter, eqn, value, reason) for value in values]
-    specs = map(_specs_of, values, jaxprs.shard_map_in_specs(eqn))
-    return list(jaxprs.shard_map(eqn, lambda *parts: tuple(body(*parts)), tuple(specs))(*values))
-
-
-def _specs_of(value, spec):
-    """The PartitionSpecs of a value's arrays, from that of its kernel: a rank is never split."""
-    if not is_adapted(value):
-        return spec
-    of_axis = {**dict(enumerate(spec)), RANK: None}
-    sides = {
-        name: PartitionSpec(*(of_axis.get(axis) for axis in value.side_axes(name)))
-        for name in value.sides()
-    }
-    return dataclasses.replace(value, kernel=_specs_of(value.kernel, spec), **sides)
+    in_specs = jaxprs.shard_map_in_specs(eqn)
+    values = [sides_split(v, spec) for v, spec in zip(values, in_specs, strict=True)]
+    specs = tuple(map(specs_of, values, in_specs))
+    return list(jaxprs.shard_map(eqn, lambda *parts: tuple(body(*parts)), specs)(*values))
 
 
 @rule_for("custom_jvp_call")
@@ -172,7 +160,7 @@ def _custom_jvp(interpreter, eqn, values):
         tangents = [_tangent_of(v, t) for v, t in zip(values, tangents, strict=True)]
         if not eqn.params["symbolic_zeros"]:
             tangents = [jaxprs.instantiated(t) for t in tangents]
-        outs = _evaluate_rule(interpreter, eqn, rule, values, tangents)
+        outs = _evaluate_rule(interpreter, eqn, rule, values, values, tangents)
         return outs[: len(outs) // 2], outs[len(outs) // 2 :]
 
     primal.defjvp(jvp, symbolic_zeros=True)
@@ -197,7 +185,6 @@ def _custom_vjp(interpreter, eqn, values):
         # JAX's own flags, so that constants and integers are not taken for differentiated.
         perturbed = [any(leaf.perturbed for leaf in jax.tree.leaves(v)) for v in values]
         values = [jax.tree.map(lambda leaf: leaf.value, v) for v in values]
-        shapes = [value.base if is_adapted(value) else value for value in values]
 
         def flat(*args):
             residuals, outs = forward_rule(perturbed, *args)
@@ -205,17 +192,15 @@ def _custom_vjp(interpreter, eqn, values):
             fixed = [Static(r) if isinstance(r, _NUMBERS) else r for r in residuals]
             return fixed, outs
 
-        jaxpr, consts, tree = jaxprs.trace(flat, *shapes)
-        residuals, outs = jax.tree_util.tree_unflatten(
-            tree, interpreter.evaluate(jaxpr, consts, values)
-        )
+        found, tree = _run_rule(interpreter, eqn, flat, values, values)
+        residuals, outs = jax.tree_util.tree_unflatten(tree, found)
         return interpreter.plain(outs, eqn, "leaves the body"), (residuals, values)
 
     def backward(saved, cotangents):
         residuals, values = saved
         if not eqn.params["symbolic_zeros"]:
             cotangents = [jaxprs.instantiated(ct) for ct in cotangents]
-        dense = _evaluate_rule(interpreter, eqn, backward_rule, residuals, cotangents)
+        dense = _evaluate_rule(interpreter, eqn, backward_rule, values, residuals, cotangents)
         return tuple(
             jax.vjp(materialise, value)[1](cotangent)[0]
             if is_adapted(value) and cotangent is not None
@@ -237,7 +222,22 @@ def _check_not_random(eqn, values) -> None:
             )
 
 
-def _evaluate_rule(interpreter, eqn, rule, values, linear) -> list:
+def _run_rule(interpreter, eqn, rule, operands, inputs):
+    """`(results, their tree)` of a derivative rule, by this interpreter."""
+    shapes = [value.base if is_adapted(value) else value for value in inputs]
+    jaxpr, consts, tree = jaxprs.trace(rule, *shapes)
+    consts = jaxprs.closed_over(consts, eqn, operands)
+    try:
+        return interpreter.evaluate(jaxpr, consts, inputs), tree
+    except jax.errors.UnexpectedTracerError:
+        raise RequestError(
+            f"the derivative rule of `{eqn.primitive.name}` at {jaxprs.source_line(eqn)} uses an "
+            "array that the model computes and that its function does not use; make that array an "
+            "argument of the function"
+        ) from None
+
+
+def _evaluate_rule(interpreter, eqn, rule, operands, values, linear) -> list:
     """The plain results of a derivative rule on `values` and tangents or cotangents.
 
     Symbolic zeros, and those of integers, have no array to trace: they pass around the jaxpr.
@@ -259,9 +259,7 @@ def _evaluate_rule(interpreter, eqn, rule, values, linear) -> list:
         return [out for out in outs if not jaxprs.is_symbolic_zero(out)]
 
     inputs = [every[n] for n in traced]
-    shapes = [value.base if is_adapted(value) else value for value in inputs]
-    jaxpr, consts, _ = jaxprs.trace(flat, *shapes)
-    outs = interpreter.evaluate(jaxpr, consts, inputs)
+    outs, _ = _run_rule(interpreter, eqn, flat, operands, inputs)
     outs = iter(interpreter.plain(outs, eqn, "leaves the body"))
     return [next(outs) if zero is None else zero for zero in places]
 

@@ -13,10 +13,13 @@ from typing import Any
 import jax
 import numpy as np
 from jax._src import source_info_util
+from jax._src.core import ShardingTypeError as ShardingTypeError  # explicit sharding
 from jax._src.interpreters import partial_eval
 from jax.custom_derivatives import SymbolicZero
 from jax.extend.core import Literal
 from jax.interpreters import ad
+
+from lora_jax.core.errors import RequestError
 
 JIT = frozenset({"jit", "pjit"})
 _within = threading.local()  # .equations: those being evaluated, outermost first
@@ -29,7 +32,17 @@ def trace(fun, *args):
 
     What no result needs is removed, in sub-jaxprs too; equations with effects stay.
     """
-    closed, out_shape = jax.make_jaxpr(fun, return_shape=True)(*args)
+    try:
+        closed, out_shape = jax.make_jaxpr(fun, return_shape=True)(*args)
+    except Exception as error:
+        if type(error).__name__ != "TraceContextError":  # Flax's; this layer knows no Flax
+            raise
+        what = str(error).split(" (")[0]
+        raise RequestError(
+            f"the model changes an NNX variable that it closes over ({what}); pass "
+            "the state of Dropout and BatchNorm as an argument, apply(params, rest, x), and merge "
+            "the module inside"
+        ) from error
     jaxpr, _ = partial_eval.dce_jaxpr(closed.jaxpr, True, instantiate=True)
     return jaxpr, closed.consts, jax.tree_util.tree_structure(out_shape)
 
@@ -85,6 +98,11 @@ def shard_map(eqn, body, in_specs):
         axis_names=set(params["newly_manual_axes"]),
         check_vma=params["check_vma"],
     )
+
+
+def reshard(eqn, x, sharding):
+    """The reshard equation on another array, whose sharding its type then names."""
+    return eqn.primitive.bind(x, **{**eqn.params, "dst_sharding": sharding})
 
 
 def sub_jaxprs(eqn) -> list[Any]:
@@ -187,6 +205,22 @@ def custom_vjp_rules(eqn):
         return out[0] if isinstance(out, tuple) else out
 
     return flat_forward, flat_backward
+
+
+def closed_over(consts, eqn, values) -> list[Any]:
+    """What a derivative rule closes over, where it is an array that its function closes over too.
+
+    Such a constant is a tracer of the trace that made the equation and is dead by now; JAX made the
+    same array an operand of the equation, so its value is among `values`.
+    """
+    pairs = zip(eqn.invars, values, strict=True)
+    known = {atom: value for atom, value in pairs if not is_literal(atom)}
+
+    def found(const):
+        atom = getattr(const, "val", None) if isinstance(const, jax.core.Tracer) else None
+        return const if atom is None or is_literal(atom) else known.get(atom, const)
+
+    return [found(const) for const in consts]
 
 
 def is_symbolic_zero(x) -> bool:

@@ -21,7 +21,9 @@ import jax
 
 from lora_jax.core import jaxprs
 from lora_jax.core.errors import RequestError
+from lora_jax.core.explicit import in_mesh
 from lora_jax.core.segments import Segments
+from lora_jax.core.splits import typed_as
 from lora_jax.core.values import is_adapted, is_bound, materialise
 
 
@@ -135,10 +137,14 @@ class Interpreter:
 
     def _apply_rule(self, eqn, values) -> list[Any]:
         rule = RULES.get(eqn.primitive.name)
-        outs = rule(self, eqn, values) if rule is not None else None
+        reason = ""
+        try:
+            outs = rule(self, eqn, values) if rule is not None else None
+        except jaxprs.ShardingTypeError:
+            outs, reason = None, "its factors cannot follow the explicit sharding"
         if outs is None:
-            outs = jaxprs.bind(eqn, self.plain(values, eqn))
-        return outs
+            outs = jaxprs.bind(eqn, self.plain(values, eqn, reason))
+        return [typed_as(out, var.aval) for out, var in zip(outs, eqn.outvars, strict=True)]
 
 
 # Primitive name -> rule(interpreter, equation, values) -> list of results, or None for "no
@@ -203,7 +209,7 @@ class Lifted:
             inner_args, inner_kwargs = jax.tree_util.tree_unflatten(treedef, inner)
             return self.fun(*inner_args, **inner_kwargs)
 
-        values = [leaves[place] for place in places]
+        values = [in_mesh(leaves[place]) for place in places]
         jaxpr, consts, out_tree = jaxprs.trace(plain, *(value.base for value in values))
         interpreter = Interpreter(strict=self.strict)
         outs = interpreter.evaluate(jaxpr, consts, values)

@@ -6,6 +6,8 @@ for the table of what is low-rank and what is materialised.
 
 from __future__ import annotations
 
+import functools
+
 import jax
 import jax.numpy as jnp
 from jax import lax
@@ -16,6 +18,7 @@ from lora_jax.core.joins import as_arrays, joined
 from lora_jax.core.lift import rule_for
 from lora_jax.core.lookups import GatherUse
 from lora_jax.core.products import ConvUse, DotUse, RaggedUse
+from lora_jax.core.splits import resharded
 from lora_jax.core.values import is_adapted, placed
 
 
@@ -257,6 +260,13 @@ def _device_put(interpreter, eqn, values):
         return jaxprs.bind(eqn, [x])[0]
 
     return _one(placed(values[0], put, (lambda x: x) if named else put))
+
+
+@rule_for("reshard")
+def _reshard(interpreter, eqn, values):
+    """Explicit sharding: the factors are split as their kernel is, in the type too."""
+    put = functools.partial(jaxprs.reshard, eqn)
+    return [resharded(values[0], eqn.params["dst_sharding"], put)]
 
 
 @rule_for("optimization_barrier")

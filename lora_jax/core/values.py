@@ -21,6 +21,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from lora_jax.core.dtypes import float32_or_wider
+from lora_jax.core.explicit import like_first, within
 from lora_jax.core.misuse import refuses_use
 from lora_jax.core.reshapes import reshape_roles
 from lora_jax.core.trees import Stored
@@ -288,7 +289,7 @@ def is_bound(value: Any) -> bool:
 
 def materialise(value: Any) -> Any:
     """The plain array that `value` stands for; plain values pass."""
-    return value.materialise() if is_adapted(value) else value
+    return within(type(value).materialise, value, like=value.base) if is_adapted(value) else value
 
 
 def placed(value: Any, put: Callable, put_side: Callable) -> Any:
@@ -306,6 +307,7 @@ def use_beneath(kernel: Any, use: Use) -> jax.Array | None:
     return kernel.use(use) if is_adapted(kernel) else use.bind(kernel)
 
 
+@like_first
 def times_side(x, x_axes, side, side_axes):
     """`x` times an array that has some of its labelled axes, in `x`'s dtype."""
     where = [x_axes.index(axis) for axis in side_axes]

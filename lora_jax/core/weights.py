@@ -17,6 +17,7 @@ from jax import lax
 
 from lora_jax.core.contract import contract
 from lora_jax.core.dtypes import float32_or_wider
+from lora_jax.core.explicit import region_of
 from lora_jax.core.values import (
     RANK,
     AdaptedValue,
@@ -76,12 +77,14 @@ class LoRAWeight(AdaptedValue):
         return times_side(x, x_axes, jnp.asarray(self.scale), self.side_axes("scale"))
 
     def use(self, use: Use) -> jax.Array | None:
-        delta = use.low_rank(self)
+        region = region_of(self)
+        arrays = _arrays_of(use) if region.mesh is not None else {}
+        delta = region.run(_low_rank, use, arrays, self)
         if delta is None:
             return None
         # The frozen product comes as it was: only so is a fresh adapter bit-equal to the base.
         base = use_beneath(self.kernel, use)
-        return None if base is None else lax.add(base, cast(delta, base.dtype))
+        return None if base is None else lax.add(base, cast(region.back(delta, base), base.dtype))
 
     def times(self, factor, bind) -> LoRAWeight | None:
         scale = jnp.asarray(self.scale)
@@ -123,6 +126,15 @@ class LoRAWeight(AdaptedValue):
         kept = 1.0 - rate
         keep = jax.random.bernoulli(jax.random.fold_in(key, uses), kept, x.shape)
         return jnp.where(keep, x / kept.astype(x.dtype), jnp.zeros_like(x))
+
+
+def _arrays_of(use: Use) -> dict[str, Any]:
+    """The other operands that a use holds."""
+    return {name: x for name, x in vars(use).items() if isinstance(x, jax.Array)}
+
+
+def _low_rank(use: Use, arrays: dict[str, Any], weight: LoRAWeight) -> jax.Array | None:
+    return (dataclasses.replace(use, **arrays) if arrays else use).low_rank(weight)
 
 
 @jax.tree_util.register_dataclass

@@ -583,3 +583,88 @@ def scan_over_chunks_in_scanned_layers(p, x):
 def grouped_conv_vmapped_over_kernels(p, x):
     one = lambda x, w: _conv(x, w, (5, 1, 6), feature_group_count=2)  # noqa: E731
     return jax.vmap(one)(jnp.stack([x, -x]), p["w"])
+
+
+_SCALES = np.arange(1.0, 5.0)
+
+
+@jax.custom_vjp
+def _scaled_vjp(w, x):
+    return (x @ w) * _SCALES
+
+
+_scaled_vjp.defvjp(
+    lambda w, x: (_scaled_vjp(w, x), (w, x)),
+    lambda saved, g: (saved[1].T @ (g * _SCALES), (g * _SCALES) @ saved[0].T),
+)
+
+
+@construct(w=(6, 4))
+def custom_vjp_with_constants(p, x):
+    return _scaled_vjp(p["w"], x)
+
+
+@jax.custom_vjp
+def _zeros_vjp(w, x, n):
+    return (x @ w) * n, jnp.sum(x)
+
+
+def _zeros_vjp_backward(saved, cotangents):
+    (w, x, n), (g, _) = saved, cotangents
+    return x.T @ g * n, g * n @ w.T, None
+
+
+_zeros_vjp.defvjp(
+    lambda w, x, n: (_zeros_vjp(w.value, x.value, n.value), (w.value, x.value, n.value)),
+    _zeros_vjp_backward,
+    symbolic_zeros=True,
+)
+
+
+@construct(w=(6, 4))
+def custom_vjp_with_symbolic_zeros(p, x):
+    return _zeros_vjp(p["w"], x, 3)[0]
+
+
+@jax.custom_jvp
+def _zeros_jvp(w, x):
+    return x @ w, jnp.zeros(x.shape[0], int)
+
+
+def _zeros_jvp_rule(primals, tangents):
+    (w, x), outs = primals, _zeros_jvp(*primals)
+    parts = [f(t) for f, t in zip((lambda t: x @ t, lambda t: t @ w), tangents, strict=True)
+             if not isinstance(t, jax.custom_derivatives.SymbolicZero)]  # fmt: skip
+    return outs, (sum(parts), jax.custom_derivatives.zero_from_primal(outs[1], symbolic_zeros=True))
+
+
+_zeros_jvp.defjvp(_zeros_jvp_rule, symbolic_zeros=True)
+
+
+@construct(w=(6, 4))
+def custom_jvp_with_symbolic_zeros(p, x):
+    return _zeros_jvp(p["w"], x)[0]
+
+
+@construct(w=(6, 4))
+def custom_jvp_over_a_traced_array(p, x):
+    gates = jnp.cos(jnp.arange(4, dtype=x.dtype))
+
+    @jax.custom_jvp
+    def f(w, x):
+        return jnp.tanh(x @ w) * gates
+
+    @f.defjvp
+    def _(primals, tangents):
+        (w, x), (tw, tx) = primals, tangents
+        y = jnp.tanh(x @ w)
+        return y * gates, (1 - y**2) * gates * (tx @ w + x @ tw)
+
+    return f(p["w"], x)
+
+
+@construct(w=(6, 4))
+def explicit_sharding(p, x):
+    mesh = jax.make_mesh((1,), ("data",), devices=jax.devices()[:1])
+    whole = NamedSharding(mesh, PartitionSpec(None, None))
+    return jax.sharding.auto_axes(lambda w, x: x @ w, out_sharding=whole)(p["w"], x)

@@ -119,3 +119,61 @@ def test_gradients_through_a_rule_equal_those_through_merge(name):
 
     got, expected = (jax.jit(jax.value_and_grad(f))(trainable) for f in (lifted, merged))
     assert largest_difference(got, expected) < 1e-5
+
+
+def jvp_over_a_traced_array(p, x):
+    gates = jnp.cos(x[:, :4])
+
+    @jax.custom_jvp
+    def f(w):
+        return (x @ w) * gates
+
+    f.defjvp(lambda primals, tangents: (f(*primals), 2 * (x @ tangents[0]) * gates))
+    return f(p["w"])
+
+
+def vjp_over_a_traced_array(p, x):
+    gates = jnp.cos(x[:, :4])
+
+    @jax.custom_vjp
+    def f(w):
+        return (x @ w) * gates
+
+    f.defvjp(lambda w: (jnp.tanh(x @ w) * gates, gates), lambda gates, g: (x.T @ (g * gates),))
+    return f(p["w"])
+
+
+def loss_of(apply, run):
+    method = lj.LoRA(targets="w", rank=2, alpha=3.0)
+    trainable, frozen = method.init(jax.random.key(0), random_like({"w": jnp.zeros((6, 4))}, 1))
+    x = random_like(jnp.zeros((5, 6)), 2)
+    return lambda t: jnp.sum(jnp.sin(run(apply, method, t, frozen, x))), random_like(trainable, 3)
+
+
+def _lifted(apply, method, t, frozen, x):
+    return lj.lift(apply, strict=True)(method.bind(t, frozen), x)
+
+
+def _merged(apply, method, t, frozen, x):
+    return apply(method.merge(t, frozen), x)
+
+
+@pytest.mark.parametrize("apply", [jvp_over_a_traced_array, vjp_over_a_traced_array])
+def test_a_rule_may_close_over_an_array_that_the_model_computes(apply):
+    got, expected = (
+        jax.jit(jax.value_and_grad(loss))(trainable)
+        for loss, trainable in (loss_of(apply, _lifted), loss_of(apply, _merged))
+    )
+    assert largest_difference(got, expected) < 1e-5
+
+
+def test_a_rule_that_alone_closes_over_an_array_of_the_model_is_one_line_that_names_the_way():
+    def apply(p, x):
+        gates = jnp.cos(x[:, :4])
+        f = jax.custom_jvp(lambda w: x @ w)
+        f.defjvp(lambda primals, tangents: (f(*primals), (x @ tangents[0]) * gates))
+        return f(p["w"])
+
+    loss, trainable = loss_of(apply, _lifted)
+    with pytest.raises(lj.RequestError, match="make that array an argument"):
+        jax.grad(loss)(trainable)

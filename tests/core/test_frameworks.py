@@ -255,3 +255,57 @@ def test_merged_model_compiles_to_the_bases_instructions():
         return [line.split(", metadata")[0] for line in text.splitlines()]
 
     assert instructions(merged) == instructions(params)
+
+
+class NnxScannedRemat(NnxScanned):
+    def __call__(self, x):
+        @nnx.scan(in_axes=(nnx.Carry, 0), out_axes=nnx.Carry)
+        @nnx.remat
+        def run(h, layer):
+            return jnp.tanh(layer(h))
+
+        return run(x, self.layers)
+
+
+def test_nnx_scan_over_nnx_remat_forms_nothing_and_has_the_gradients_of_merge():
+    graph, state = nnx.split(NnxScannedRemat(jnp.float32, nnx.Rngs(0)))
+    x = random_like(jnp.ones(X), 2)
+
+    def apply(state, x):
+        return nnx.merge(graph, state)(x)
+
+    axes = lj.kernel_axes(apply, state, x)
+    assert axes["layers/kernel"].stack == (-3,)
+    method = lj.LoRA(targets="layers/kernel", rank=2, alpha=3.0, axes=axes)
+    trainable, frozen = method.init(jax.random.key(0), state)
+    trainable = random_like(trainable, 3)
+
+    def gradient(run):
+        return jax.jit(jax.grad(lambda t: jnp.sum(jnp.sin(run(t)))))(trainable)
+
+    found = gradient(lambda t: lj.lift(apply, strict=True)(method.bind(t, frozen), x))
+    expected = gradient(lambda t: apply(method.merge(t, frozen), x))
+    assert largest_difference(found, expected) < 1e-5
+
+
+@pytest.mark.parametrize("copy", [False, True])
+def test_nnx_state_closed_over_is_one_line_that_names_the_way(copy):
+    class Model(nnx.Module):
+        def __init__(self, rngs):
+            self.dense = nnx.Linear(6, 8, rngs=rngs)
+            self.norm = nnx.BatchNorm(8, rngs=rngs)
+            self.drop = nnx.Dropout(0.5, rngs=rngs)
+
+        def __call__(self, x):
+            return self.drop(self.norm(self.dense(x)))
+
+    graph, params, rest = nnx.split(Model(nnx.Rngs(0)), nnx.Param, ...)
+
+    def apply(params, x):
+        return nnx.merge(graph, params, rest, copy=copy)(x)
+
+    if copy:
+        assert "dense/kernel" in lj.kernel_axes(apply, params, jnp.ones(X))
+        return
+    with pytest.raises(lj.RequestError, match=r"apply\(params, rest, x\)"):
+        lj.kernel_axes(apply, params, jnp.ones(X))

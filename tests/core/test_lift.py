@@ -107,6 +107,7 @@ NO_DENSE_PRODUCT = [
     for name in ALL
     if ALL[name].low_rank
     and "around" not in name
+    and not name.startswith(("custom_vjp_with", "custom_jvp_with", "custom_jvp_over"))
     and "conv" not in name
     and "ragged" not in name
     and name not in ("while_loop", "tied_both_ways", "inner_jit", "kernels_fused_inside")
