@@ -18,6 +18,7 @@ from lora_jax.train.build import Base, Setup, build
 from lora_jax.train.card import describe_program
 from lora_jax.train.checkpoint import Checkpoints
 from lora_jax.train.compilation import enable_compilation_cache
+from lora_jax.train.configs import complete
 from lora_jax.train.finish import write_results
 from lora_jax.train.memory import StepMemory, device_limit_bytes
 from lora_jax.train.metrics import MetricsWriter
@@ -49,6 +50,7 @@ def train(
 ) -> dict[str, Any]:
     """Trains what `config` says into `workdir/cells/name` and returns the run's card.
 
+    Settings that `config` omits have their defaults (`train/configs.py`).
     A run that was stopped, in whatever way, goes on from its last checkpoint and ends with the same
     weights, bit for bit, as one that was not; a finished one is not run again. `command` is what to
     tell the user to type after Ctrl-C; `config_file` ("FILE.py[:arg]") is noted in the card.
@@ -59,6 +61,7 @@ def train(
     """
     if not is_folder_name(name):
         raise RequestError(f"name {name!r} is not the name of a folder; use letters, digits and -")
+    config = complete(config)
     with lock_workdir(workdir):
         cell = Path(workdir) / "cells" / name
         return train_cell(
