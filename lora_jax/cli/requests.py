@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import itertools
 import os
 import re
 import sys
@@ -69,9 +70,13 @@ class Parser(argparse.ArgumentParser):
         return self.parse_args(mine), read_config(configs) if configs else None
 
     def parse_args(self, args=None, namespace=None):
+        # Before argparse looks: it would complain of what a misspelt option leaves missing.
+        options = [name for action in self._actions for name in action.option_strings]
+        for arg in itertools.takewhile(lambda arg: arg != "--", args or ()):
+            if arg.startswith("--") and (name := arg.partition("=")[0]) not in options:
+                self.error(f"unknown argument {name!r}; {nearest(name, options)}")
         known, unknown = self.parse_known_args(args, namespace)
         if unknown:
-            options = [name for action in self._actions for name in action.option_strings]
             self.error(f"unknown argument {unknown[0]!r}; {nearest(unknown[0], options)}")
         for name in PATHS & vars(known).keys():
             value = getattr(known, name)

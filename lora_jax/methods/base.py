@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import optax
 
 from lora_jax.core import trees
+from lora_jax.core.arguments import NamedSettings
 from lora_jax.core.errors import RequestError
 from lora_jax.core.rules import check_each_matches, pattern_of
 from lora_jax.core.values import is_adapted, is_bound
@@ -33,7 +34,7 @@ PROBED = 8
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Method:
+class Method(NamedSettings):
     """What all methods share: parameters trained whole, named by `train`, and rows of tables.
 
     `train`: a regular expression over whole paths, aliases joined by commas, or a sequence of
