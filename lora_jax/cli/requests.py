@@ -18,6 +18,7 @@ from ml_collections import ConfigDict, config_flags
 from lora_jax.core.errors import RequestError
 from lora_jax.core.optional import describe_optional
 from lora_jax.core.trees import nearest
+from lora_jax.formats.paths import at_home
 from lora_jax.train.configs import check_not_missing, fill, put_settings
 from lora_jax.train.schema import SECTIONS, SETTINGS, example_of, parse
 
@@ -86,13 +87,8 @@ class Parser(argparse.ArgumentParser):
 
 
 def read_path(text: Any) -> Any:
-    """A path as given, with `~` as the home folder. Raises `RequestError` for a Windows path on
-    another system, where it would make one folder with backslashes in its name."""
-    if not isinstance(text, str):
-        return text
-    if os.name != "nt" and re.match(r"[A-Za-z]:\\", text):
-        raise RequestError(f"{text!r} is a Windows path, and this is {sys.platform}; use slashes")
-    return os.path.expanduser(text) if text == "~" or text.startswith("~/") else text
+    """A path as given, with `~` as the home folder; raises as `at_home`."""
+    return text if not isinstance(text, str) or at_home(text) == Path(text) else str(at_home(text))
 
 
 def read_config(args: Sequence[str]) -> ConfigDict:

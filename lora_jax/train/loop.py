@@ -5,13 +5,13 @@ from __future__ import annotations
 import os
 import sys
 import time
-from pathlib import Path
 from typing import Any
 
 from jax.sharding import Mesh
 
 from lora_jax.core.draws import partitionable
 from lora_jax.core.errors import RequestError
+from lora_jax.formats.paths import at_home
 from lora_jax.parallel.mesh import mesh_text
 from lora_jax.train.bookkeeping import Bookkeeping
 from lora_jax.train.build import Base, Setup, build
@@ -62,8 +62,9 @@ def train(
     if not is_folder_name(name):
         raise RequestError(f"name {name!r} is not the name of a folder; use letters, digits and -")
     config = complete(config)
+    workdir = at_home(workdir)
     with lock_workdir(workdir):
-        cell = Path(workdir) / "cells" / name
+        cell = workdir / "cells" / name
         return train_cell(
             config, cell, progress=progress, command=command, config_file=config_file, mesh=mesh
         )
@@ -85,7 +86,7 @@ def train_cell(
 
     `base` saves loading model and data again; `show_with` shows the way in place of a bar.
     """
-    cell, plain = Path(cell), plain_config(config)
+    cell, plain = at_home(cell), plain_config(config)
     check_inside(cell)
     check_cell(cell, plain)
     if (cell / "card.json").exists():

@@ -122,3 +122,8 @@ def test_a_misspelt_option_is_named_rather_than_what_it_leaves_missing():
         made.add_argument("--workdir", required=True)
         with pytest.raises(RequestError, match=r"unknown argument '--workdr'; nearest: '--workdir"):
             made.parse_args(["--workdr=y"])
+
+
+def test_a_regular_expression_that_looks_like_a_drive_is_no_path():
+    config = read_config([CONFIG, r"--config.method.targets=a:\w+/kernel"])
+    assert config.method.targets == r"a:\w+/kernel"
