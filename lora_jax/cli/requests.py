@@ -149,12 +149,15 @@ def _in_one_line(text: str, file: str) -> str:
     _, ours, message = text.rpartition(f"{RequestError.__name__}: ")
     if ours:
         return message.strip()
-    lines = [line.strip() for line in text.splitlines() if line.strip()]
-    if not any(line.startswith("Traceback ") for line in lines):
-        return " ".join(lines)
+    if "Traceback (most recent call last)" not in text:
+        return " ".join(text.split())
+    # The exception begins at the last line that is not indented and names one; it may have more.
+    named = [*re.finditer(r"^[A-Za-z_.]*(?:Error|Exception|Exit)\b.*", text, re.MULTILINE)]
+    last = text[named[-1].start() :] if named else text.strip().splitlines()[-1]
+    message = " ".join(last.removeprefix("ValueError: ").split())
     places = re.findall(r'File "(.*)", line (\d+)', text)
     mine = [place for place in places if place[0].endswith(Path(file).name)] or places
-    return ":".join(mine[-1]) + f": {lines[-1]}" if mine else lines[-1]
+    return ":".join(mine[-1]) + f": {message}" if mine else message
 
 
 def _at_home(arg: str) -> str:

@@ -130,6 +130,7 @@ def test_a_small_config_trains(tmp_path, capsys):
         ("config.optimizer.lr = '1e-3'", "small.py:11: TypeError: Could not override field 'lr'"),
         ("config.method.rank = [8]", "method.rank=[8] must be a whole number, such as 8"),
         ("raise TypeError('no such thing')", "small.py:11: TypeError: no such thing"),
+        ("raise ValueError('no size:\\nsmoke')", "small.py:11: no size: smoke"),
         ("return None", "returns None; return an ml_collections.ConfigDict"),
     ],
 )
