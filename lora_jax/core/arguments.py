@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from typing import Any
+
 from lora_jax.core import trees
 from lora_jax.core.errors import RequestError
 
@@ -37,3 +40,13 @@ class NamedSettings:
                 f"{written[0].__name__}'s"
             )
         return f"{cls.__name__} has no setting {name!r}; {trees.nearest(name, known)}"
+
+
+def checked_names(setting: str, value: Any) -> str | tuple[str, ...]:
+    """A text, or several as a tuple. Raises `RequestError` for anything else."""
+    if isinstance(value, str):
+        return value
+    names = tuple(value) if isinstance(value, Iterable) and not isinstance(value, bytes) else (0,)
+    if not all(isinstance(name, str) for name in names):
+        raise RequestError(f"{setting} is {value!r}; it must be a text or a sequence of texts")
+    return names

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from lora_jax.core import trees
-from lora_jax.core.arguments import NamedSettings
+from lora_jax.core.arguments import NamedSettings, checked_names
 from lora_jax.core.errors import RequestError
 from lora_jax.core.unmatched import near_paths
 
@@ -65,8 +65,7 @@ class Rule(NamedSettings):
 
     def __post_init__(self):
         for name in ("targets", "exclude"):
-            if not isinstance(getattr(self, name), str):
-                object.__setattr__(self, name, tuple(getattr(self, name)))
+            object.__setattr__(self, name, checked_names(name, getattr(self, name)))
         rank = _whole(self.rank)
         if rank is None or rank < 1:
             raise RequestError(f"rank is {self.rank!r}; it must be a whole number of 1 or more")
@@ -194,6 +193,7 @@ def patterns_of(
     """The compiled expression of each member of a target; together they are `pattern_of`."""
     aliases = aliases or {}
     parts: list[str] = []
+    targets = checked_names("a target", targets)
     for target in (targets,) if isinstance(targets, str) else targets:
         names = [name.strip() for name in target.split(",")]
         known = [name for name in names if name in aliases]

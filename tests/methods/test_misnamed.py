@@ -126,3 +126,12 @@ def test_a_variant_with_a_generated_init_is_told_what_to_write():
     said = refusal(lambda: Generated(targets="head/kernel", rank=2))
     assert "Generated takes no 'targets'" in said
     assert "@dataclasses.dataclass(frozen=True, init=False)" in said
+
+
+@pytest.mark.parametrize("targets", [5, None, [1], b"w", [None, "w"], 1.5])
+def test_targets_that_are_no_texts_are_refused(targets):
+    said = refusal(lambda: lj.Rule(targets, rank=1))
+    assert said == f"targets is {targets!r}; it must be a text or a sequence of texts"
+    if targets is not None:
+        whole = lambda: lj.LoRA(targets="head/kernel", rank=1, train=targets)  # noqa: E731
+        assert "must be a text" in refusal(lambda: whole().init(jax.random.key(0), PARAMS))
