@@ -93,7 +93,10 @@ def get_config(arg: str = "lora") -> ConfigDict:
     """The config for `arg`: a method, and perhaps a size: "lora-all,smoke"."""
     name, _, size = (arg or "lora").partition(",")
     if name not in METHODS:
-        raise RequestError(f"reviews_minilm.py:{arg}: no method {name!r}; {nearest(name, METHODS)}")
+        meant = f"; did you mean '{next(iter(METHODS))},{name}'?" if name in SIZES else ""
+        raise RequestError(
+            f"reviews_minilm.py:{arg}: no method {name!r}; {nearest(name, METHODS)}{meant}"
+        )
     if size not in SIZES:
         raise RequestError(f"reviews_minilm.py:{arg}: no size {size!r}; {nearest(size, SIZES)}")
 

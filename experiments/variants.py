@@ -85,7 +85,10 @@ def get_config(arg: str = "lora") -> ConfigDict:
     """The config for `arg`: a variant, and perhaps a size: "dora,smoke"."""
     name, _, size = (arg or "lora").partition(",")
     if name not in VARIANTS:
-        raise RequestError(f"variants.py:{arg}: no variant {name!r}; {nearest(name, VARIANTS)}")
+        meant = f"; did you mean '{next(iter(VARIANTS))},{name}'?" if name in SIZES else ""
+        raise RequestError(
+            f"variants.py:{arg}: no variant {name!r}; {nearest(name, VARIANTS)}{meant}"
+        )
     if size not in SIZES:
         raise RequestError(f"variants.py:{arg}: no size {size!r}; {nearest(size, SIZES)}")
 

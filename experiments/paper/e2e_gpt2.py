@@ -76,7 +76,8 @@ def get_config(arg: str = "gpt2-medium") -> ConfigDict:
     """The config for `arg`: a model, and perhaps a size: "gpt2-large,smoke"."""
     name, _, size = (arg or "gpt2-medium").partition(",")
     if name not in MODELS:
-        raise RequestError(f"e2e_gpt2.py:{arg}: no model {name!r}; {nearest(name, MODELS)}")
+        meant = f"; did you mean '{next(iter(MODELS))},{name}'?" if name in SIZES else ""
+        raise RequestError(f"e2e_gpt2.py:{arg}: no model {name!r}; {nearest(name, MODELS)}{meant}")
     if size not in SIZES:
         raise RequestError(f"e2e_gpt2.py:{arg}: no size {size!r}; {nearest(size, SIZES)}")
 

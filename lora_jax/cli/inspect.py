@@ -55,7 +55,7 @@ def run(argv: Sequence[str]) -> int:
         adapted = load_adapter(cell_of(options.cell) / "adapter")
         model, method = adapted.model, adapted.method
     else:
-        config = needs_config(config, "inspect")
+        config = needs_config(config, "inspect", sections=("model", "method"))
         model = make_model(config.model, jax.random.key(0))
         method = make_method(config.method, model)
     table = method.table(model.params)

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import importlib
 import os
+import re
 import sys
+import warnings
 from collections.abc import Sequence
 
 from lora_jax.core.errors import RequestError
@@ -64,6 +66,7 @@ def usage() -> str:
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command; returns the exit code. A bad request is one line on stderr and code 2."""
     argv = list(sys.argv[1:] if argv is None else argv)
+    usual, warnings.formatwarning = warnings.formatwarning, _one_line
     try:
         if not argv or argv[0] in ("-h", "--help", "help"):
             print(usage(), flush=True)
@@ -95,6 +98,14 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise
         print(f"lora-jax: {error}", file=sys.stderr)
         return code
+    finally:
+        warnings.formatwarning = usual
+
+
+def _one_line(message, category, filename, lineno, line=None) -> str:
+    """A warning in one line, without the place in our files and a stranger's escape codes."""
+    text = re.sub(r"[\x00-\x1f\x7f-\x9f]+", " ", str(message))
+    return f"lora-jax: warning: {' '.join(text.split())}\n"
 
 
 if __name__ == "__main__":

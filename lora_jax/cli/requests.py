@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import argparse
-import ast
+import itertools
 import os
 import re
 import sys
@@ -12,27 +12,21 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from absl import flags
 from ml_collections import ConfigDict, config_flags
 
 from lora_jax.core.errors import RequestError
-from lora_jax.core.optional import OPTIONAL, describe_optional, set_optional
+from lora_jax.core.optional import describe_optional
 from lora_jax.core.trees import nearest
-from lora_jax.methods.named import all_settings
-from lora_jax.sweeps.cells import plain_value, set_own
+from lora_jax.formats.paths import at_home
+from lora_jax.train.configs import check_not_missing, fill, put_settings
+from lora_jax.train.schema import SECTIONS, SETTINGS, example_of, parse
 
 # Options that name a file or a folder.
 PATHS = {
     "adapter", "adapters", "base", "beside", "cell", "figures", "keep", "model", "out", "run",
     "workdir",
 }  # fmt: skip
-
-NUMBERS = {
-    "optimizer.lr": 1e-3, "optimizer.weight_decay": 0.01, "seed": 0, "data.seed": 0,
-    "data.batch_size": 32, "train.eval_batch_size": 64, "train.num_steps": 10, "method.rank": 8,
-}  # fmt: skip
-LARGEST_BATCH = 2**20
 
 # What --mesh means, for the ends of --help.
 MESH = """\
@@ -77,9 +71,13 @@ class Parser(argparse.ArgumentParser):
         return self.parse_args(mine), read_config(configs) if configs else None
 
     def parse_args(self, args=None, namespace=None):
+        # Before argparse looks: it would complain of what a misspelt option leaves missing.
+        options = [name for action in self._actions for name in action.option_strings]
+        for arg in itertools.takewhile(lambda arg: arg != "--", args or ()):
+            if arg.startswith("--") and (name := arg.partition("=")[0]) not in options:
+                self.error(f"unknown argument {name!r}; {nearest(name, options)}")
         known, unknown = self.parse_known_args(args, namespace)
         if unknown:
-            options = [name for action in self._actions for name in action.option_strings]
             self.error(f"unknown argument {unknown[0]!r}; {nearest(unknown[0], options)}")
         for name in PATHS & vars(known).keys():
             value = getattr(known, name)
@@ -89,24 +87,37 @@ class Parser(argparse.ArgumentParser):
 
 
 def read_path(text: Any) -> Any:
-    """A path as given, with `~` as the home folder. Raises `RequestError` for a Windows path on
-    another system, where it would make one folder with backslashes in its name."""
-    if not isinstance(text, str):
-        return text
-    if os.name != "nt" and re.match(r"[A-Za-z]:\\", text):
-        raise RequestError(f"{text!r} is a Windows path, and this is {sys.platform}; use slashes")
-    return os.path.expanduser(text) if text == "~" or text.startswith("~/") else text
+    """A path as given, with `~` as the home folder; raises as `at_home`."""
+    return text if not isinstance(text, str) or at_home(text) == Path(text) else str(at_home(text))
 
 
 def read_config(args: Sequence[str]) -> ConfigDict:
     """The config of `--config=FILE.py:arg` with `--config.key=value` overrides, locked.
 
-    Raises `RequestError` for a missing file, an unknown key (nearest named) or a value of another
-    type.
+    Settings that the file omits have their defaults (`train/schema.py`). Raises `RequestError` for
+    a missing file, an unknown key (nearest named) or a value of another type.
     """
     args = [_at_home(arg) for arg in args]
-    name, file = config_name(args), config_file(args)
-    args, optional = _without_optional(name, args)
+    name = config_name(args)
+    rest, settings = _split_settings(args)
+    config = _load(name, rest)
+    if not isinstance(config, ConfigDict):
+        raise RequestError(
+            f"get_config of {name} returns {config!r}; return an ml_collections.ConfigDict"
+        )
+    put_settings(config, settings)
+    config = fill(config)
+    with config.unlocked():
+        for key in (key for key, setting in SETTINGS.items() if setting.kind == "path"):
+            section, _, last = key.partition(".")
+            if last in config[section]:
+                config[section][last] = read_path(config[section][last])
+    return config
+
+
+def _load(name: str, args: Sequence[str]) -> ConfigDict:
+    """What the file returns, with overrides of settings that are its own."""
+    file = config_file(args)
     if not Path(file).is_file():
         beside = sorted(str(p) for p in Path("experiments").glob("*.py"))
         raise RequestError(f"config file {file!r} does not exist; {nearest(file, beside)}")
@@ -127,25 +138,26 @@ def read_config(args: Sequence[str]) -> ConfigDict:
         )  # fmt: skip
         raise RequestError(f"{where}: {error}") from error
     except (flags.Error, OSError) as error:
-        # A config file that refuses its own argument arrives as the text of a traceback.
-        _, ours, message = str(error).rpartition(f"{RequestError.__name__}: ")
-        raise RequestError(
-            message.strip() if ours else " ".join(str(error).split())[-400:]
-        ) from error
+        raise RequestError(_in_one_line(str(error), file)) from error
     if len(rest) > 1:
         raise RequestError(f"unknown argument {rest[1]!r}; settings look like --config.key=value")
-    for key, value in optional.items():
-        if key in OPTIONAL:
-            set_optional(values.config, key, value)
-        else:
-            set_own(values.config, key, _literal(value))
-    for key, value in flat_items(values.config):
-        path = plain_value(value) if isinstance(value, np.generic) else read_path(value)
-        if path is not value:
-            section, _, last = key.rpartition(".")
-            (values.config[section] if section else values.config)[last] = path
-    _check_numbers(values.config)
     return values.config
+
+
+def _in_one_line(text: str, file: str) -> str:
+    """The message of what a config file raised, which absl passes on as a traceback's text."""
+    _, ours, message = text.rpartition(f"{RequestError.__name__}: ")
+    if ours:
+        return message.strip()
+    if "Traceback (most recent call last)" not in text:
+        return " ".join(text.split())
+    # The exception begins at the last line that is not indented and names one; it may have more.
+    named = [*re.finditer(r"^[A-Za-z_.]*(?:Error|Exception|Exit)\b.*", text, re.MULTILINE)]
+    last = text[named[-1].start() :] if named else text.strip().splitlines()[-1]
+    message = " ".join(last.removeprefix("ValueError: ").split())
+    places = re.findall(r'File "(.*)", line (\d+)', text)
+    mine = [place for place in places if place[0].endswith(Path(file).name)] or places
+    return ":".join(mine[-1]) + f": {message}" if mine else message
 
 
 def _at_home(arg: str) -> str:
@@ -154,49 +166,25 @@ def _at_home(arg: str) -> str:
     return f"{name}={read_path(path)}" if name == "--config" and path else read_path(arg)
 
 
-def _without_optional(name: str, args: Sequence[str]) -> tuple[list[str], dict[str, str]]:
-    """The arguments without settings that this config lacks and may lack, and `{key: value}`."""
-    keys = [arg.removeprefix("--config.").partition("=")[0] for arg in args]
-    if not any(_may_lack(key) for key in keys):
-        return list(args), {}
-    known = dict(flat_items(read_config([f"--config={name}"])))
+def _split_settings(args: Sequence[str]) -> tuple[list[str], dict[str, Any]]:
+    """The arguments without those that set what `train/schema.py` knows, and `{key: value}`."""
     rest, found, place = [], {}, 0
     while place < len(args):
-        arg, key = args[place], keys[place]
+        arg = args[place]
+        key, equals, text = arg.removeprefix("--config.").partition("=")
         place += 1
-        if not arg.startswith("--config.") or not _may_lack(key) or key in known:
+        if not arg.startswith("--config.") or key not in SETTINGS:
             rest.append(arg)
-        elif "=" in arg:
-            found[key] = arg.partition("=")[2]
-        elif place < len(args) and not args[place].startswith("--"):
-            found[key] = args[place]
-            place += 1
-        else:
-            raise RequestError(f"{arg} needs a value: {arg}={OPTIONAL.get(key, '…')}")
+            continue
+        if not equals:
+            if place < len(args) and not args[place].startswith("--"):
+                text, place = args[place], place + 1
+            elif SETTINGS[key].kind == "flag":
+                text = "true"
+            else:
+                raise RequestError(f"{arg} needs a value: {arg}={example_of(key)}")
+        found[key] = parse(key, text)
     return rest, found
-
-
-def _check_numbers(config: ConfigDict) -> None:
-    """Raises `RequestError` for a setting that is to be a number and is none, or is too large."""
-    for key, value in flat_items(config):
-        if key in NUMBERS and (isinstance(value, bool) or not isinstance(value, int | float)):
-            raise RequestError(f"{key}={value!r} must be a number, such as {NUMBERS[key]}")
-        if key.endswith("batch_size") and isinstance(value, int) and value > LARGEST_BATCH:
-            raise RequestError(f"{key}={value} must be at most {LARGEST_BATCH}")
-
-
-def _may_lack(key: str) -> bool:
-    """Whether a config may lack a setting and take it all the same: a method's own, too."""
-    section, _, name = key.partition(".")
-    return key in OPTIONAL or (section == "method" and name in all_settings())
-
-
-def _literal(text: str) -> Any:
-    """A number, a boolean or a tuple as Python writes it; else the text itself."""
-    try:
-        return ast.literal_eval({"true": "True", "false": "False"}.get(text, text))
-    except (SyntaxError, ValueError):
-        return text
 
 
 def config_file(args: Sequence[str]) -> str:
@@ -217,7 +205,7 @@ def config_name(args: Sequence[str]) -> str:
 def _unknown_key(name: str, args: Sequence[str], error: Exception) -> str:
     """The override that the config does not know, and those it does."""
     config = read_config([f"--config={name}"])
-    known = [*(key for key, _ in flat_items(config)), *OPTIONAL]
+    known = list(dict.fromkeys([*(key for key, _ in flat_items(config)), *SETTINGS]))
     for arg in args:
         if not arg.startswith("--config."):
             continue
@@ -273,12 +261,16 @@ def mesh_of(options: argparse.Namespace, *, has_cells: bool = False) -> Any:
     return make_mesh(sizes)
 
 
-def needs_config(config: ConfigDict | None, command: str) -> ConfigDict:
+def needs_config(
+    config: ConfigDict | None, command: str, *, sections: tuple[str, ...] = SECTIONS
+) -> ConfigDict:
+    """The config. Raises `RequestError` if there is none, or its `sections` lack settings."""
     if config is None:
         raise RequestError(
             f"{command} needs a config: --config=experiments/reviews_minilm.py:lora "
             "(experiments/ holds them, or write your own)"
         )
+    check_not_missing(config, sections)
     return config
 
 

@@ -12,7 +12,9 @@ from typing import Any
 import numpy as np
 
 from lora_jax.core import trees
+from lora_jax.core.arguments import NamedSettings, checked_names
 from lora_jax.core.errors import RequestError
+from lora_jax.core.unmatched import near_paths
 
 _engine: Callable[[str], re.Pattern[str]] = re.compile
 INITS = ("kaiming_uniform", "gaussian", "orthogonal")
@@ -33,7 +35,7 @@ Aliases = Mapping[str, "str | Part"]
 
 
 @dataclasses.dataclass(frozen=True)
-class Rule:
+class Rule(NamedSettings):
     """One line of a method: every parameter that `targets` matches gets this adapter.
 
     `targets`: a regular expression matched against the whole path; or aliases of a model family
@@ -63,8 +65,7 @@ class Rule:
 
     def __post_init__(self):
         for name in ("targets", "exclude"):
-            if not isinstance(getattr(self, name), str):
-                object.__setattr__(self, name, tuple(getattr(self, name)))
+            object.__setattr__(self, name, checked_names(name, getattr(self, name)))
         rank = _whole(self.rank)
         if rank is None or rank < 1:
             raise RequestError(f"rank is {self.rank!r}; it must be a whole number of 1 or more")
@@ -192,6 +193,7 @@ def patterns_of(
     """The compiled expression of each member of a target; together they are `pattern_of`."""
     aliases = aliases or {}
     parts: list[str] = []
+    targets = checked_names("a target", targets)
     for target in (targets,) if isinstance(targets, str) else targets:
         names = [name.strip() for name in target.split(",")]
         known = [name for name in names if name in aliases]
@@ -238,7 +240,7 @@ def check_each_matches(
         if not any(pattern.fullmatch(path) for path in paths):
             raise RequestError(
                 f"{what}={pattern.pattern!r} matches no parameter; "
-                f"{trees.nearest(pattern.pattern, paths)}"
+                f"{near_paths(pattern.pattern, paths, aliases, pattern_of)}"
             )
 
 
@@ -299,11 +301,10 @@ def _layers_of(paths: Sequence[str]) -> list[int]:
 def _why_unused(rule: Rule, candidates, everything, aliases) -> str:
     pattern = pattern_of(rule.targets, aliases)
     matched = [path for path in everything if pattern.fullmatch(path)]
-    near = trees.nearest(pattern.pattern, candidates)
     if not matched:
-        if any(path.split("/")[-1].isdecimal() for path in candidates):
-            near += " (a number in a path is a place in a list or tuple)"
+        near = near_paths(pattern.pattern, candidates, aliases, pattern_of)
         return f"rule {pattern.pattern!r} matches no parameter; {near}"
+    near = trees.nearest(pattern.pattern, candidates)
     able = [path for path in candidates if pattern.fullmatch(path)]
     if not able:
         return (

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import jax.numpy as jnp
@@ -16,6 +15,7 @@ import numpy as np
 
 from lora_jax.core.errors import RequestError
 from lora_jax.formats.atomic import atomic_folder, write_json
+from lora_jax.formats.paths import at_home
 from lora_jax.formats.safetensors import read_tensors, write_tensors
 from lora_jax.formats.untrusted import read_json
 
@@ -44,7 +44,7 @@ def load_trainable(folder: str | os.PathLike) -> tuple[dict[str, dict[str, Any]]
 
     Raises `RequestError` if a file is missing, damaged, or holds tensors of another naming.
     """
-    folder = Path(folder)
+    folder = at_home(folder)
     try:
         description = read_json(folder / DESCRIPTION)
     except FileNotFoundError as error:

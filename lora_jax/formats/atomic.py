@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from lora_jax.core.errors import RequestError
+from lora_jax.formats.paths import at_home
 
 
 @contextlib.contextmanager
@@ -21,7 +22,7 @@ def atomic_path(path: str | os.PathLike) -> Iterator[Path]:
     On any error the temporary file is removed and `path` is as it was. A full or read-only disk is
     a `RequestError` that names the path.
     """
-    path = Path(path)
+    path = at_home(path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent)
@@ -49,7 +50,7 @@ def atomic_folder(path: str | os.PathLike) -> Iterator[Path]:
 
     Raises `RequestError` if `path` exists already or the disk cannot take it.
     """
-    path = Path(path)
+    path = at_home(path)
     check_new(path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -96,7 +97,7 @@ def _remove_leftovers(path: Path) -> None:
 
 def check_new(path: str | os.PathLike) -> None:
     """Raises `RequestError` if there is something at `path` already: before the long work."""
-    if os.path.lexists(path):
+    if os.path.lexists(at_home(path)):
         raise RequestError(f"{path} exists already; choose another folder or remove it first")
 
 

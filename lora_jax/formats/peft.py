@@ -9,7 +9,6 @@ from __future__ import annotations
 import dataclasses
 import os
 import re
-import warnings
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -106,15 +105,7 @@ def _check_patterns(config: PeftConfig, names: Names, view: View) -> None:
             view.there(name), is_linear=module.kind != EMBEDDING, is_output=module.is_output
         )
     ]
-    for field in ("rank_pattern", "alpha_pattern"):
-        for key in config.idle_keys(field, targeted):
-            warnings.warn(
-                f"{config.place}: {field} names {key!r}, which matches no adapted module, so those "
-                f"have r={config.r} and lora_alpha={config.lora_alpha:g} unless another key "
-                f"matches; {nearest(key, targeted)}",
-                UserWarning,
-                stacklevel=3,
-            )
+    config.warn_of_idle_keys(targeted, stacklevel=4)
 
 
 def _adapted_modules(

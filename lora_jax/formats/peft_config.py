@@ -6,11 +6,13 @@ import contextlib
 import dataclasses
 import re
 import reprlib
+import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from lora_jax.core.errors import RequestError
+from lora_jax.core.trees import nearest
 from lora_jax.formats import matching
 from lora_jax.models.config_fields import Fields, read_json
 
@@ -173,6 +175,18 @@ class PeftConfig:
         """The module's alpha: the first match in `alpha_pattern`, else `lora_alpha`."""
         with self._naming_place():
             return _first(self.alpha_pattern, module, self.lora_alpha)
+
+    def warn_of_idle_keys(self, modules: Sequence[str], *, stacklevel: int = 3) -> None:
+        """Warns of keys that match none of the adapted modules: PEFT ignores them silently."""
+        for field in ("rank_pattern", "alpha_pattern"):
+            for key in self.idle_keys(field, modules):
+                warnings.warn(
+                    f"{self.place}: {field} names {key!r}, which matches no adapted module, so "
+                    f"those have r={self.r} and lora_alpha={self.lora_alpha:g} unless another key "
+                    f"matches; {nearest(key, modules)}",
+                    UserWarning,
+                    stacklevel=stacklevel,
+                )
 
     def idle_keys(self, field: str, modules: Sequence[str]) -> list[str]:
         """Keys of `rank_pattern` or `alpha_pattern` that match none of these modules."""

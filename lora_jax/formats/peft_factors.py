@@ -70,6 +70,7 @@ def read_factors(path: str | os.PathLike, *, adapter_name: str | None = None) ->
     """
     folder = find_adapter(path, adapter_name)
     config, keys = PeftConfig.read(folder / CONFIG), read_keys(folder)
+    config.warn_of_idle_keys(list(keys.parts))
     raw = read_json(folder / CONFIG, kind=dict)
     tables = _tables(folder)
     found, skipped = {}, []

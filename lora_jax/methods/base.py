@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import optax
 
 from lora_jax.core import trees
+from lora_jax.core.arguments import NamedSettings
 from lora_jax.core.errors import RequestError
 from lora_jax.core.rules import check_each_matches, pattern_of
 from lora_jax.core.values import is_adapted, is_bound
@@ -22,7 +23,7 @@ from lora_jax.methods.merging import merged
 from lora_jax.methods.parts import by_part
 from lora_jax.methods.rows import bind_rows, init_rows, row_indices, rows_name
 from lora_jax.methods.sites import path_of
-from lora_jax.methods.table import MethodTable, Row
+from lora_jax.methods.table import MethodTable, Row, in_natural_order
 
 PyTree = Any
 Trainable = dict[str, dict[str, jax.Array]]
@@ -33,7 +34,7 @@ PROBED = 8
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Method:
+class Method(NamedSettings):
     """What all methods share: parameters trained whole, named by `train`, and rows of tables.
 
     `train`: a regular expression over whole paths, aliases joined by commas, or a sequence of
@@ -206,7 +207,7 @@ class Method:
             size = leaf.size // leaf.shape[0] * len(indices)
             rows.append(Row(rows_name(path), shape, None, None, size))
         total = sum(leaf.size for leaf in flat.values() if trees.is_array(leaf))
-        order = {path: place for place, path in enumerate(flat)}
+        order = {path: place for place, path in enumerate(in_natural_order(flat))}
         in_order = sorted(rows, key=lambda row: (order[path_of(row.path)], row.path))
         return MethodTable(tuple(in_order), total, tuple(self._skipped(params, frozenset(whole))))
 

@@ -74,13 +74,14 @@ class LoRA(Method):
         **settings,
     ):
         name = type(self).__name__
-        known = {field.name for field in dataclasses.fields(Rule)} - {"targets"}
+        known = [field.name for field in dataclasses.fields(Rule) if field.name != "any_rank"]
         for setting in settings:
             if setting in self.WITHOUT:
                 raise RequestError(f"{name} has no {setting}: {self.WITHOUT[setting]}")
-            if setting not in known:
-                near = trees.nearest(setting, known)
-                raise RequestError(f"{name} has no setting {setting!r}; {near}")
+            if setting not in (*known, "any_rank"):
+                raise RequestError(
+                    self._unknown_setting(setting, [*known, "rules", "train", "rows"])
+                )
         if (targets is None) == (rules is None):
             raise RequestError(f"{name} takes either targets=… (one rule) or rules=[Rule(…), …]")
         if rules is None:
@@ -199,7 +200,7 @@ class LoRA(Method):
         # No gradient of what is fixed is computed.
         fixed = {part: jax.lax.stop_gradient(parts[part]) for part in self.FIXED}
         parts = {**parts, **fixed}
-        a, b = self.factors(parts, site)
+        a, b = site.checked_factors(type(self).__name__, *self.factors(parts, site))
         stack, dtype = site.sizes("s"), jnp.result_type(a)
         key = self._dropout_key(key, name, site)
         own = data.get(name, {"scale": self.scale(site.rule), "dropout": site.rule.dropout})

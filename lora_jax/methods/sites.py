@@ -99,6 +99,21 @@ class Site:
         """The shape of a part whose axes have these roles: "sir" is (stack…, in…, r)."""
         return tuple(n for role in spec for n in self.sizes(role))
 
+    def checked_factors(self, method: str, a, b):
+        """`(a, b)` as a method's `factors` gave them. Raises `RequestError` for other shapes than
+        (stack…, in…, k) and (stack…, k, out…)."""
+        stack, ins, outs = (self.sizes(role) for role in "sio")
+        shapes = tuple(jnp.shape(a)), tuple(jnp.shape(b))
+        k = shapes[0][-1] if shapes[0] else 0
+        if shapes != ((*stack, *ins, k), (*stack, k, *outs)):
+            wanted = [f"({', '.join(map(str, sizes))})" for sizes in
+                      ((*stack, *ins, "k"), (*stack, "k", *outs))]  # fmt: skip
+            raise RequestError(
+                f"{method}.factors of {self.name!r} {self.shape} gives a {shapes[0]} and b "
+                f"{shapes[1]}; it must give a {wanted[0]} and b {wanted[1]}, with any k"
+            )
+        return a, b
+
     def check(self, *, any_rank: bool) -> None:
         """Raises `RequestError` for a slice outside the kernel, or a rank above the matrix."""
         if self.rule.slice:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import re
+from collections.abc import Iterable
 
 
 @dataclasses.dataclass(frozen=True)
@@ -14,6 +16,34 @@ class Row:
     rank: int | None
     scale: float | None
     num_trainable: int
+
+
+def in_natural_order(paths: Iterable[str]) -> list[str]:
+    """Paths in their tree's order, but where that sorts keys as text, layer 2 is before layer 10.
+
+    >>> in_natural_order(["layers/0/w", "layers/10/w", "layers/2/w"])
+    ['layers/0/w', 'layers/2/w', 'layers/10/w']
+    """
+    children: dict[str, dict[str, None]] = {}
+    paths = list(paths)
+    for path in paths:
+        keys = path.split("/")
+        for depth, key in enumerate(keys):
+            children.setdefault("/".join(keys[:depth]), {})[key] = None
+    places = {}
+    for parent, keys in children.items():
+        ordered = sorted(keys, key=_by_number) if list(keys) == sorted(keys) else list(keys)
+        places[parent] = {key: place for place, key in enumerate(ordered)}
+
+    def place_of(path: str) -> list[int]:
+        keys = path.split("/")
+        return [places["/".join(keys[:depth])][key] for depth, key in enumerate(keys)]
+
+    return sorted(paths, key=place_of)
+
+
+def _by_number(key: str) -> list[str | int]:
+    return [int(part) if n % 2 else part for n, part in enumerate(re.split(r"(\d+)", key))]
 
 
 @dataclasses.dataclass(frozen=True)

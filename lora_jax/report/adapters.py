@@ -23,6 +23,7 @@ from lora_jax.analysis.adapters import (
 )
 from lora_jax.core.errors import RequestError
 from lora_jax.formats.atomic import write_text
+from lora_jax.formats.paths import at_home
 from lora_jax.report.adapter_figures import (
     draw_against_kernel,
     draw_amplification,
@@ -52,7 +53,7 @@ def page_path(out) -> Path:
 
     Raises `RequestError` for a place that cannot be written, before any work is done for it.
     """
-    out = Path(out)
+    out = at_home(out)
     if out.suffix.lower() not in (".html", ".htm"):
         if out.exists() and not out.is_dir():
             raise RequestError(f"{out} is a file; give a folder, or a path that ends in .html")

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from lora_jax.core.errors import RequestError
+from lora_jax.formats.paths import at_home
 from lora_jax.report.groups import METHOD_NAMES
 from lora_jax.report.runs import Run, read_runs
 
@@ -27,7 +28,7 @@ def cite(folder: str | Path) -> str:
     The key and the note carry the hash: the cell's config hash, or that of all of them together.
     Raises `RequestError` where nothing has finished.
     """
-    folder = Path(folder).resolve()
+    folder = at_home(folder).resolve()
     one = (folder / "card.json").exists()
     runs = read_runs(folder.parent.parent if one else folder)
     runs = [r for r in runs if r.finished and (not one or r.folder.name == folder.name)]

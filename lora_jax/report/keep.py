@@ -6,6 +6,7 @@ from pathlib import Path
 
 from lora_jax.core.errors import RequestError
 from lora_jax.formats.atomic import atomic_folder
+from lora_jax.formats.paths import at_home
 from lora_jax.report.runs import read_runs
 
 KEPT = ("card.json", "metrics.jsonl", "test_predictions.npz")
@@ -22,6 +23,7 @@ def keep_runs(workdir: str | os.PathLike, folder: str | os.PathLike) -> int:
       RequestError: no finished run in `workdir`, or `folder` holds another run of that name; then
         nothing is copied.
     """
+    folder = at_home(folder)
     runs = read_runs(workdir)
     finished = {run.name: run.folder for run in runs if run.finished}
     # A cell that failed has no result, but its pack cannot be trained again without it.

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from lora_jax.core.errors import RequestError
 from lora_jax.formats.atomic import write_text
+from lora_jax.formats.paths import at_home
 from lora_jax.report.details import reproduction, run_details, setting_line, what_was_run
 from lora_jax.report.figures import draw_figures
 from lora_jax.report.groups import BASIN_MARGIN
@@ -30,7 +31,7 @@ def write_report(
     Raises:
       RequestError: no runs there, a malformed file of a run, or a place that cannot be written.
     """
-    folder = Path(folder)
+    folder = at_home(folder)
     out = folder if out is None else Path(out)
     if out.suffix.lower() not in (".html", ".htm"):
         if out.exists() and not out.is_dir():
@@ -49,7 +50,7 @@ def write_figures(summary: Summary, folder) -> list[Path]:
     """Writes each figure of the page as a file of its own, `folder`/NAME.svg; returns the paths."""
     paths = []
     for drawing in draw_figures(summary):
-        paths.append(Path(folder) / f"{drawing.name}.svg")
+        paths.append(at_home(folder) / f"{drawing.name}.svg")
         write_text(paths[-1], drawing.svg)
     return paths
 

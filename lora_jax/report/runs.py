@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from lora_jax.core.errors import RequestError
+from lora_jax.formats.paths import at_home
 from lora_jax.formats.untrusted import parse_json, read_json, read_regular
 
 
@@ -85,7 +86,7 @@ def read_runs(folder) -> list[Run]:
         (the message names it). A torn last line of metrics.jsonl is what a running or killed run
         leaves, and is passed over.
     """
-    folder = Path(folder)
+    folder = at_home(folder)
     if not folder.is_dir():
         raise RequestError(f"no folder {folder}; give the --workdir of a training run")
     cells = folder / "cells"

@@ -8,13 +8,12 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from ml_collections import ConfigDict
 
 from lora_jax.core.errors import RequestError
-from lora_jax.core.optional import OPTIONAL, set_optional
 from lora_jax.core.trees import nearest
-from lora_jax.methods.named import all_settings, kind_of, settings_of
+from lora_jax.train.configs import complete, put_settings
+from lora_jax.train.schema import SETTINGS, plain_value, typed
 from lora_jax.train.workdir import (
     LONGEST_NAME,
     config_hash,
@@ -110,6 +109,7 @@ def read_sweep(path: str, sweep: str, config: ConfigDict) -> Sweep:
     `RequestError` for a sweep the file does not have, a name given twice, two cells with the same
     settings, or a setting the config does not know.
     """
+    config = complete(config)
     functions = runpy.run_path(str(Path(path)))
     known = [name.removeprefix(PREFIX) for name in functions if name.startswith(PREFIX)]
     if sweep not in known:
@@ -221,45 +221,25 @@ def _refuse_twins(sweep: Sweep) -> None:
 
 
 def overridden(config: ConfigDict, overrides: Mapping[str, Any]) -> ConfigDict:
-    """A copy of `config` with dotted settings replaced; types must agree."""
+    """A copy of `config` with dotted settings replaced.
+
+    Raises `RequestError` for an unknown setting, a value of another type, or a setting that the
+    config does not list and its method does not have.
+    """
     known = flat_config(config.to_dict())
     copy = config.copy_and_resolve_references()
-    changes = {key: plain_value(value) for key, value in overrides.items()}
-    for key in overrides:
-        if key in known:
-            continue
-        if key.startswith("method.") and key.partition(".")[2] in all_settings():
-            set_own(copy, key, changes.pop(key), name=changes.get("method.name"))
-            continue
-        if key not in OPTIONAL:
-            near = nearest(key, [*known, *OPTIONAL])
-            raise RequestError(f"the config has no setting {key!r}; {near}")
-        set_optional(copy, key, changes.pop(key))
+    put_settings(copy, {key: typed(key, v) for key, v in overrides.items() if key in SETTINGS})
+    of_user = {key: value for key, value in overrides.items() if key not in SETTINGS}
+    for key in of_user:
+        if key not in known:
+            raise RequestError(
+                f"the config has no setting {key!r}; {nearest(key, {**known, **SETTINGS})}"
+            )
     try:
-        copy.update_from_flattened_dict(changes)
+        copy.update_from_flattened_dict({k: plain_value(value) for k, value in of_user.items()})
     except TypeError as error:
         raise RequestError(f"a setting has another type than the config's: {error}") from error
     return copy
-
-
-def plain_value(value: Any) -> Any:
-    """NumPy's scalars as Python's, lists as tuples."""
-    if isinstance(value, np.generic):
-        return value.item()
-    return tuple(map(plain_value, value)) if isinstance(value, list | tuple) else value
-
-
-def set_own(config: ConfigDict, key: str, value: Any, *, name: str | None = None) -> None:
-    """Puts a setting of the method's own, which the config does not list, into it.
-
-    `name` is the method's where it is about to change. Raises `RequestError` where that method has
-    no such setting.
-    """
-    name, own = name or config.method.name, key.partition(".")[2]
-    if own not in (settings := settings_of(kind_of(name))):
-        raise RequestError(f"method {name!r} has no setting {own!r}; {nearest(own, settings)}")
-    with config.unlocked():
-        config.method[own] = value
 
 
 def choose_value(tuning: Tuning, losses: Sequence[float]) -> dict[str, Any]:

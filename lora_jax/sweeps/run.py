@@ -11,6 +11,7 @@ from jax.sharding import Mesh
 
 from lora_jax.core.errors import RequestError
 from lora_jax.formats.atomic import write_json
+from lora_jax.formats.paths import at_home
 from lora_jax.sweeps.cells import Cell, Sweep, Tuning, choose_value
 from lora_jax.sweeps.memory import device_memory_bytes
 from lora_jax.sweeps.runner import Result, Runner, by_base
@@ -45,7 +46,7 @@ def run_sweep(
     is left. Raises what concerns all: a workdir in use or of another sweep, cells begun with other
     settings, an interruption.
     """
-    workdir, config_file = Path(workdir), source
+    workdir, config_file = at_home(workdir), source
     source = source.partition(":")[0]
     with lock_workdir(workdir), SweepView(enabled=progress) as view:
         check_sweep(sweep, workdir, source=source, add=add)

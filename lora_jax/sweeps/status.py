@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from lora_jax.core.errors import RequestError
+from lora_jax.formats.paths import at_home
 from lora_jax.train.metrics import read_metrics
 from lora_jax.train.workdir import is_folder_name, is_locked, read_json_file
 
@@ -36,7 +37,7 @@ def sweep_status(workdir: str | os.PathLike) -> list[CellStatus]:
 
     Raises `RequestError` if it holds no sweep.
     """
-    workdir = Path(workdir)
+    workdir = at_home(workdir)
     if not (workdir / "sweep.json").exists():
         raise RequestError(f"{workdir} holds no sweep (no sweep.json); give a sweep's --workdir")
     try:

@@ -16,6 +16,7 @@ from ml_collections import ConfigDict
 
 from lora_jax.core.errors import RequestError
 from lora_jax.formats.adapter import load_trainable
+from lora_jax.formats.paths import at_home
 from lora_jax.parallel.mesh import make_mesh, read_mesh
 from lora_jax.sweeps.cells import Cell
 from lora_jax.sweeps.groups import make_groups
@@ -77,7 +78,7 @@ def verify(
     is untouched. Raises `RequestError` for a cell that is not finished or whose card, model or data
     are not what they were.
     """
-    run = Path(run).resolve()
+    run = at_home(run).resolve()
     card = _read_card(run)
     packed = card["program"]["K"] > 1 and not alone
     names = card["program"]["cells"] if packed else [run.name]

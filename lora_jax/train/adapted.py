@@ -15,6 +15,7 @@ from jax.sharding import Mesh
 from lora_jax.core.draws import partitionable
 from lora_jax.core.errors import RequestError
 from lora_jax.formats.adapter import DESCRIPTION, TENSORS, load_trainable
+from lora_jax.formats.paths import at_home
 from lora_jax.methods import Method
 from lora_jax.models import Model
 from lora_jax.models.save import label_fields
@@ -43,8 +44,9 @@ def load_adapter(folder: str | os.PathLike, mesh: Mesh | None = None) -> Adapted
     Raises `RequestError` if the folder is damaged or the base model's weights are not those it was
     trained on.
     """
+    folder = at_home(folder)
     trainable, description = load_trainable(folder)
-    _check_against_card(Path(folder), trainable)
+    _check_against_card(folder, trainable)
     _check_description(description, f"{folder}/{DESCRIPTION}")
     config = ml_collections.ConfigDict({name: description[name] for name in ("model", "method")})
     head_key, init_key, _ = keys_of(description["seed"])

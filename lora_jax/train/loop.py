@@ -5,19 +5,20 @@ from __future__ import annotations
 import os
 import sys
 import time
-from pathlib import Path
 from typing import Any
 
 from jax.sharding import Mesh
 
 from lora_jax.core.draws import partitionable
 from lora_jax.core.errors import RequestError
+from lora_jax.formats.paths import at_home
 from lora_jax.parallel.mesh import mesh_text
 from lora_jax.train.bookkeeping import Bookkeeping
 from lora_jax.train.build import Base, Setup, build
 from lora_jax.train.card import describe_program
 from lora_jax.train.checkpoint import Checkpoints
 from lora_jax.train.compilation import enable_compilation_cache
+from lora_jax.train.configs import complete
 from lora_jax.train.finish import write_results
 from lora_jax.train.memory import StepMemory, device_limit_bytes
 from lora_jax.train.metrics import MetricsWriter
@@ -49,6 +50,7 @@ def train(
 ) -> dict[str, Any]:
     """Trains what `config` says into `workdir/cells/name` and returns the run's card.
 
+    Settings that `config` omits have their defaults (`train/configs.py`).
     A run that was stopped, in whatever way, goes on from its last checkpoint and ends with the same
     weights, bit for bit, as one that was not; a finished one is not run again. `command` is what to
     tell the user to type after Ctrl-C; `config_file` ("FILE.py[:arg]") is noted in the card.
@@ -59,8 +61,10 @@ def train(
     """
     if not is_folder_name(name):
         raise RequestError(f"name {name!r} is not the name of a folder; use letters, digits and -")
+    config = complete(config)
+    workdir = at_home(workdir)
     with lock_workdir(workdir):
-        cell = Path(workdir) / "cells" / name
+        cell = workdir / "cells" / name
         return train_cell(
             config, cell, progress=progress, command=command, config_file=config_file, mesh=mesh
         )
@@ -82,7 +86,7 @@ def train_cell(
 
     `base` saves loading model and data again; `show_with` shows the way in place of a bar.
     """
-    cell, plain = Path(cell), plain_config(config)
+    cell, plain = at_home(cell), plain_config(config)
     check_inside(cell)
     check_cell(cell, plain)
     if (cell / "card.json").exists():

@@ -2,6 +2,8 @@
 
 import json
 import shutil
+import sys
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -149,3 +151,20 @@ def test_runs_of_this_project_know_their_base(tmp_path, capsys):
 def test_names_are_as_short_as_tells_them_apart():
     assert distinct_names(["a/x/adapter", "b/x/adapter"]) == ["a/x/adapter", "b/x/adapter"]
     assert distinct_names(["one/", "two"]) == ["one", "two"]
+
+
+@pytest.mark.parametrize("field", ["rank_pattern", "alpha_pattern"])
+def test_a_pattern_key_that_matches_no_module_is_warned_of_in_one_line(
+    field, tmp_path, capsys, monkeypatch
+):
+    shutil.copytree(ADAPTERS / "llama-list", tmp_path / "adapter")
+    config = tmp_path / "adapter" / "adapter_config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {field: {"q_porj": 4}}))
+    # As a process of its own shows warnings: pytest records them instead.
+    show = lambda m: sys.stderr.write(warnings.formatwarning(m, UserWarning, __file__, 1))  # noqa: E731
+    monkeypatch.setattr(warnings, "warn", lambda message, *_, **__: show(message))
+    assert main(["analyze", str(tmp_path / "adapter"), f"--out={tmp_path}"]) == 0
+    said = [line for line in capsys.readouterr().err.splitlines() if "warning" in line]
+    assert len(said) == 1 and said[0].startswith("lora-jax: warning: ")
+    assert f"{field} names 'q_porj" in said[0] and "q_proj" in said[0]
+    assert "lora-jax" not in warnings.formatwarning("x", UserWarning, "f", 1)

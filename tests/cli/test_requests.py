@@ -109,3 +109,21 @@ def test_a_config_may_import_a_file_beside_it(tmp_path):
     (tmp_path / "neighbour_of_mine.py").write_text("SEED = 7\n")
     line = "import neighbour_of_mine; config.seed = neighbour_of_mine.SEED"
     assert read_config([config_with(tmp_path, line)]).seed == 7
+
+
+def test_a_size_alone_is_answered_with_the_argument_that_has_it():
+    with pytest.raises(RequestError, match="did you mean 'lora,smoke'?"):
+        read_config([CONFIG + ":smoke"])
+
+
+def test_a_misspelt_option_is_named_rather_than_what_it_leaves_missing():
+    for command in ("train", "sweep", "merge"):
+        made = Parser(command)
+        made.add_argument("--workdir", required=True)
+        with pytest.raises(RequestError, match=r"unknown argument '--workdr'; nearest: '--workdir"):
+            made.parse_args(["--workdr=y"])
+
+
+def test_a_regular_expression_that_looks_like_a_drive_is_no_path():
+    config = read_config([CONFIG, r"--config.method.targets=a:\w+/kernel"])
+    assert config.method.targets == r"a:\w+/kernel"

@@ -237,3 +237,13 @@ def test_binding_another_methods_adapter_is_refused():
         METHODS["lora"].bind(trainable, {"head": params["head"]})
     with pytest.raises(lj.RequestError, match="is a hole"):
         METHODS["lora"].bind({}, frozen)
+
+
+def test_a_table_has_layers_in_the_order_of_their_numbers():
+    params = {"layers": {str(n): {"w": jnp.ones((4, 4))} for n in range(12)}}
+    params |= {f"block_{n}": {"w": jnp.ones((4, 4))} for n in range(11)}
+    rows = [row.path for row in lj.LoRA(targets=".*", rank=1).table(params)]
+    blocks = [f"block_{n}/w" for n in range(11)]
+    assert rows == [*blocks, *(f"layers/{n}/w" for n in range(12))]
+    shown = str(lj.LoRA(targets=".*", rank=1).table(params))
+    assert shown.index("layers/2/w") < shown.index("layers/10/w")

@@ -41,7 +41,7 @@ def run(sweep, workdir, **options):
         ("add('a'); add('a', seed=1)", "'a' twice"),
         ("add('a'); add('b')", "'a' and 'b' have the same settings"),
         ("add('a', **{'method.rnak': 2})", "no setting 'method.rnak'.*'method.rank'"),
-        ("add('a', **{'method.rank': 'two'})", "another type"),
+        ("add('a', **{'method.rank': 'two'})", "method.rank='two' must be a whole number"),
         ("add('a/b')", "'a/b' cannot be a folder's"),
         ("pass", "adds no cell"),
         ("add('a', tune='optimizer.lr')", "tune is 'optimizer.lr'"),
