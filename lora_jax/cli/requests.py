@@ -303,4 +303,5 @@ def printable(text: str) -> str:
 
 
 def say(text: str) -> None:
+    text = printable(text).encode("utf-8", "backslashreplace").decode()
     print(text, file=sys.stdout, flush=True)

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from lora_jax.core.errors import RequestError
+from lora_jax.sweeps.record import SWEEP, read_record
 from lora_jax.train.metrics import read_metrics
 from lora_jax.train.workdir import is_folder_name, is_locked, read_json_file
 
@@ -37,7 +38,7 @@ def sweep_status(workdir: str | os.PathLike) -> list[CellStatus]:
     Raises `RequestError` if it holds no sweep.
     """
     workdir = Path(workdir)
-    if not (workdir / "sweep.json").exists():
+    if not (workdir / SWEEP).exists():
         raise RequestError(f"{workdir} holds no sweep (no sweep.json); give a sweep's --workdir")
     try:
         return _statuses(workdir)
@@ -51,7 +52,7 @@ def sweep_status(workdir: str | os.PathLike) -> list[CellStatus]:
 
 
 def _statuses(workdir: Path) -> list[CellStatus]:
-    told = read_json_file(workdir / "sweep.json")
+    told = read_record(workdir)
     folders = sorted(path.name for path in (workdir / "cells").glob("[!.]*"))
     names = list(dict.fromkeys([*told["cells"], *folders]))
     for name in names:
