@@ -164,13 +164,11 @@ def _read_card(path: Path) -> dict:
         # A diverged run's loss may have been written as null; a missing key is an error.
         if not is_number_or_null(_lookup(card, key, missing="")):
             raise _malformed(path, f"'{key}' is not a number")
-    for key in (
-        "metrics.adapter_bytes",
-        "program.memory_bytes",
-        "program.K",
-        "metrics.test.tokens",
-    ):
-        if not is_number_or_null(_lookup(card, key)):
+    if not is_number_or_null(_lookup(card, "metrics.adapter_bytes")):
+        raise _malformed(path, "'metrics.adapter_bytes' is not a number")
+    for key in ("program.memory_bytes", "program.K", "metrics.test.tokens"):
+        value = _lookup(card, key, missing=1)
+        if value is None or not is_number_or_null(value):
             raise _malformed(path, f"'{key}' is not a number")
     for key in ("program", "device", "versions", "metrics.test", "seconds", "config.model"):
         if not isinstance(_lookup(card, key, missing={}), dict | type(None)):

@@ -15,7 +15,8 @@ SCALARS: tuple[Any, ...] = (
     float("nan"), float("inf"), float("-inf"), 1e308, 1e-320, "", "x", "4", "nan", "\0", "a\0b",
     "../../outside", "../../../outside/precious", "/etc/passwd", "/dev/zero", "~", "~root",
     "a" * 300, "a" * 10_000, "\x1b[31mred\x1b[0m", "\x9b2J", "\u202egnp", "\ud800", "é",
-    "two\nlines", "$(x)", "`x`", "{0}", "%s", "[red]", "(.|[a-z._0-9])*X", "(", "*", ".*", "all-linear",
+    "two\nlines", "$(x)", "`x`", "{0}", "%s", "[red]", "(.|[a-z._0-9])*X", "(", "*",
+    ".*", "all-linear",
 )  # fmt: skip
 TREES: tuple[Any, ...] = (
     [], {}, [[]], [None], {"a": 1}, {"": {}}, {"name": "../../outside"}, [1, 2, 3], ["x"], [{}],

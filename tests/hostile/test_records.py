@@ -1,4 +1,4 @@
-"""What the fuzzer found, one of each kind: a stranger's records are one line, whatever they hold."""
+"""What the fuzzer found, one of each kind: records of strangers are one line or read."""
 
 from __future__ import annotations
 
