@@ -20,7 +20,7 @@ from ml_collections import ConfigDict
 
 from lora_jax.core.errors import RequestError
 from lora_jax.formats.atomic import write_json
-from lora_jax.formats.untrusted import read_json
+from lora_jax.formats.untrusted import check_fields, read_json
 
 # Temporary names of what a cell's folder holds, as formats/atomic.py makes them; a user's own files
 # (".notes.tmp") are not ours to remove.
@@ -195,6 +195,7 @@ def check_cell(cell: str | os.PathLike, config: Mapping[str, Any]) -> None:
     if not path.exists():
         return
     there = read_json_file(path)
+    check_fields(there, {}, path, "restore it, or remove the cell's folder")
     if config_hash(there) != config_hash(config):
         differences = "; ".join(_differences(hashed_settings(there), hashed_settings(config)))
         raise RequestError(

@@ -25,7 +25,7 @@ from lora_jax.train.adapted import _check_against_card
 from lora_jax.train.card import read_card
 from lora_jax.train.checkpoint import Checkpoints
 from lora_jax.train.finish import hash_trainable
-from lora_jax.train.workdir import check_inside, config_from, config_hash
+from lora_jax.train.workdir import check_cell, check_inside, config_from, config_hash
 
 CARD = {
     "config": {"model": {"name": "tiny-bert"}, "method": {"name": "lora"}, "seed": 0},
@@ -207,6 +207,12 @@ def test_names_of_any_kind_are_one_printable_line(argv, tmp_path, monkeypatch, c
     assert main(argv) == 2
     said = capsys.readouterr().err
     assert said.count("\n") == 1 and said.rstrip("\n").isprintable()
+
+
+def test_a_cells_config_that_is_no_object_is_one_line(tmp_path):
+    (tmp_path / "config.json").write_text("-1")
+    with pytest.raises(RequestError, match=r"config\.json holds no JSON object"):
+        check_cell(tmp_path, {"seed": 0})
 
 
 def test_a_setting_of_another_kind_has_its_nearest_names():
