@@ -55,6 +55,11 @@ def make_folders(home: Path) -> None:
     unfinished(home / "sweep", home / "begun_sweep")
     talk = [f"--config={ROOT}/experiments/e2e_smollm2.py:smoke", "--config.train.num_steps=2"]
     run("train", *talk, f"--workdir={home}/pairs", "--no-progress")
+    copy_models(home)
+
+
+def copy_models(home: Path) -> None:
+    """The folders that nothing is trained for."""
     shutil.copytree(FIXTURES / "bert_tiny", home / "encoder")
     shutil.copytree(FIXTURES / "families" / "llama", home / "model")
     shutil.copytree(FIXTURES / "peft" / "adapters" / "llama-patterns", home / "peft")
