@@ -16,7 +16,7 @@ from tests.hostile.fuzz import CASES, Fuzzer
 FIRST = int(os.environ.get("LORA_JAX_FUZZ_SEED", "0"))
 COUNT = int(os.environ.get("LORA_JAX_FUZZ_COUNT", "2000"))
 SHARES = {**{name: case.weight for name, case in CASES.items()}, "flags": 4}
-# In the fast suite: folders that nothing is trained for. test_records.py has what fell of the others.
+# In the fast suite: folders that nothing is trained for; test_records.py has what fell of others.
 SMOKE = {"peft": 20, "model": 30}
 
 
