@@ -69,7 +69,7 @@ def run(argv: Sequence[str]) -> int:
     from lora_jax.data.completions import prompt_ids
     from lora_jax.generate import Decoding, chat_prompt, encode_prompts, pad_left
     from lora_jax.models import load_model
-    from lora_jax.train import enable_compilation_cache, load_adapter
+    from lora_jax.train import enable_compilation_cache
 
     settings = Decoding(
         options.max_new_tokens,
@@ -81,7 +81,7 @@ def run(argv: Sequence[str]) -> int:
     )
     enable_compilation_cache()
     runs = [folder for path in options.adapter if (folder := _run_folder(path)) is not None]
-    known = {runs[0]: load_adapter(runs[0])} if runs else {}
+    known = {runs[0]: _load_run(runs[0])} if runs else {}
     if options.model is None and not runs:
         options.model = _base_of_first(options.adapter)
     stacked = bool(runs) and getattr(known[runs[0]].model.config, "scan_layers", False)
@@ -198,14 +198,7 @@ def _bound(model: Model, path: str, known: dict[Path, Adapted]) -> Any:
         method, trainable = load_adapter(path, model)
         return method.bind(trainable, model.params)
 
-    from lora_jax.train import load_adapter as load_run
-
-    adapted = known[folder] if folder in known else load_run(folder)
-    if adapted.model.head is not None:
-        raise RequestError(
-            f"the adapter in {path} was trained for {adapted.model.head}, not for language; "
-            "`lora-jax evaluate` scores it"
-        )
+    adapted = known[folder] if folder in known else _load_run(folder)
     if adapted.model.base_hash != model.base_hash:
         raise RequestError(
             f"the adapter in {path} was trained on {adapted.model.name!r}, whose weights are not "
@@ -218,6 +211,26 @@ def _bound(model: Model, path: str, known: dict[Path, Adapted]) -> Any:
         )
     # On the weights that are there already: the copy that came with the run can go.
     return adapted.method.bind(adapted.trainable, model.params)
+
+
+def _load_run(folder: Path) -> Adapted:
+    """A run's adapter with its language model.
+
+    Raises `RequestError` for a run of another task, and for one whose texts were encoded otherwise.
+    """
+    from lora_jax.train import load_adapter
+    from lora_jax.train.again import check_completion_format
+
+    adapted = load_adapter(folder)
+    if adapted.model.head is not None or adapted.model.kind != "causal-lm":
+        task = adapted.model.head or f"an {adapted.model.kind}"
+        raise RequestError(
+            f"the adapter in {folder} was trained for {task}, not for language; "
+            "`lora-jax evaluate` scores it"
+        )
+    settings = adapted.description["model"]
+    check_completion_format(adapted.description, adapted.model, settings, str(folder))
+    return adapted
 
 
 def _names(paths: Sequence[str]) -> list[str]:

@@ -63,6 +63,12 @@ def usage() -> str:
     )
 
 
+def _in_one_line(error: Exception) -> str:
+    """What an error says. A name or value in it may be a stranger's: escape codes and line ends."""
+    text = " ".join(str(error).splitlines())
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command; returns the exit code. A bad request is one line on stderr and code 2."""
     argv = list(sys.argv[1:] if argv is None else argv)
@@ -84,7 +90,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         # Each command imports what it needs: a typo should not wait for models and checkpoints.
         return importlib.import_module(f"lora_jax.cli.{argv[0]}").run(argv[1:])
     except RequestError as error:
-        print(f"lora-jax: {error}", file=sys.stderr)
+        print(f"lora-jax: {_in_one_line(error)}", file=sys.stderr)
         return 2
     except BrokenPipeError:  # `| head` has read enough; Python would complain once more at exit
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -32,6 +32,7 @@ The folder holds config.json, model.safetensors and tokenizer.json, with kernels
 shapes and dtypes, and transformers opens it: at inference nothing is left of the adapter but its
 effect. --dtype is of all weights but a task's head. Each sum W + ΔW is made in float32 and rounded
 once; where it is rounded to 16 bits, a line says how much of ΔW that loses.
+Merging needs no tokens: a run whose completions were encoded by an earlier version merges, too.
 """
 
 

@@ -6,6 +6,7 @@ import argparse
 import itertools
 import os
 import re
+import reprlib
 import sys
 import traceback
 from collections.abc import Sequence
@@ -81,9 +82,21 @@ class Parser(argparse.ArgumentParser):
             self.error(f"unknown argument {unknown[0]!r}; {nearest(unknown[0], options)}")
         for name in PATHS & vars(known).keys():
             value = getattr(known, name)
+            for text in value if isinstance(value, list) else [value]:
+                _check_names(name, text)
             value = [*map(read_path, value)] if isinstance(value, list) else read_path(value)
             setattr(known, name, value)
         return known
+
+
+def _check_names(option: str, text: Any) -> None:
+    """Raises `RequestError` for a path that no file system takes."""
+    parts = text.split("/") if isinstance(text, str) else []
+    if any("\0" in part or len(part.encode("utf-8", "replace")) > 255 for part in parts):
+        raise RequestError(
+            f"{option} {reprlib.repr(text)} is no path: a name in it is longer than 255 bytes or "
+            "holds NUL"
+        )
 
 
 def read_path(text: Any) -> Any:
@@ -295,4 +308,5 @@ def printable(text: str) -> str:
 
 
 def say(text: str) -> None:
+    text = printable(text).encode("utf-8", "backslashreplace").decode()
     print(text, file=sys.stdout, flush=True)

@@ -233,7 +233,7 @@ PEFT_WORDS = {
 
 def nearest(name: str, known, *, count: int = 4) -> str:
     """The tail of an error message: the known names nearest to `name`, or all if there are few."""
-    known = list(known)
+    name, known = str(name), list(known)
     meant = PEFT_WORDS.get(name.rpartition(".")[2])
     scored = sorted(
         known,

@@ -23,9 +23,10 @@ def bucket_lengths(buckets: Sequence[int], max_length: int) -> tuple[int, ...]:
     >>> bucket_lengths((16, 24, 32), 20)
     (16, 20)
     """
-    if max_length < 1 or any(bucket < 1 for bucket in buckets):
+    listed = buckets if isinstance(buckets, tuple | list) else (None,)
+    if not all(isinstance(n, int | float | np.number) and n >= 1 for n in (max_length, *listed)):
         raise RequestError(
-            f"data.buckets={tuple(buckets)} and data.max_length={max_length} are lengths in "
+            f"data.buckets={buckets!r} and data.max_length={max_length} are lengths in "
             "tokens; give whole numbers above 0"
         )
     return (*sorted({int(b) for b in buckets if b < max_length}), int(max_length))

@@ -16,6 +16,12 @@ from safetensors.numpy import save
 from lora_jax.core.errors import RequestError
 from lora_jax.formats.atomic import atomic_path
 
+# What the library and NumPy raise for tensors that a header makes up: dtypes that NumPy lacks, more
+# than 64 axes, sizes beyond any memory.
+_DAMAGE = (
+    SafetensorError, TypeError, KeyError, AttributeError, ValueError, OverflowError, MemoryError,
+)  # fmt: skip
+
 
 def read_tensors(path: str | os.PathLike) -> dict[str, np.ndarray]:
     """Returns every tensor of the file by name, in the dtypes it was stored in.
@@ -25,7 +31,7 @@ def read_tensors(path: str | os.PathLike) -> dict[str, np.ndarray]:
     with _opened(path) as file:
         try:
             return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        except (SafetensorError, TypeError, KeyError, AttributeError) as error:
+        except _DAMAGE as error:
             raise _unreadable(path, error) from error
 
 
@@ -45,7 +51,7 @@ class LazyTensors(Mapping[str, np.ndarray]):
             raise KeyError(name)
         try:
             return self._file.get_tensor(name)
-        except (SafetensorError, TypeError, KeyError, AttributeError) as error:
+        except _DAMAGE as error:
             raise _unreadable(self._path, error) from error
 
     def __contains__(self, name: object) -> bool:

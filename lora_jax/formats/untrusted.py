@@ -1,12 +1,26 @@
-"""Reading files that somebody else may have made: regular files only, JSON of any shape."""
+"""Reading files that somebody else may have made: regular files only, JSON of any shape.
+
+`check_fields` is for what code is about to rely on: a file that lacks it is named in one line.
+"""
 
 from __future__ import annotations
 
+import io
 import json
 import os
+import reprlib
 import stat
+import zipfile
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
+
+import numpy as np
+
+from lora_jax.core.errors import RequestError
+
+DEEPEST = 100  # levels of JSON: what walks through it by recursion has some frames beneath already
+LARGEST_ARRAYS = 2**31  # bytes that a .npz may unpack to
 
 
 def read_regular(path: str | os.PathLike) -> bytes:
@@ -28,15 +42,100 @@ def parse_json(text: str | bytes) -> Any:
     """The JSON value that `text` holds.
 
     Raises:
-      ValueError: no JSON, no UTF-8, or nested deeper than Python's parser goes.
+      ValueError: no JSON, no UTF-8, nested deeper than DEEPEST, or with half a surrogate pair,
+        which can be neither printed nor written.
     """
     try:
-        return json.loads(text)
+        value = json.loads(text)
     except RecursionError as error:
         # Not a ValueError, so that callers which expect a damaged file would let it pass.
         raise ValueError("nested too deep") from error
+    level, depth = [value], 0
+    while level := [x for one in level if isinstance(one, dict | list) for x in _inside(one)]:
+        depth += 1
+        if depth > DEEPEST:
+            raise ValueError("nested too deep")
+    # A half can come from an escape alone: UTF-8 has none.
+    if (b"\\u" if isinstance(text, bytes) else "\\u") in text:
+        json.dumps(value, ensure_ascii=False).encode()
+    return value
+
+
+def _inside(value: dict | list) -> Any:
+    return value.values() if isinstance(value, dict) else value
 
 
 def read_json(path: str | os.PathLike) -> Any:
     """The JSON value in the regular file at `path`. Raises as the two functions above do."""
     return parse_json(read_regular(path).decode("utf-8"))
+
+
+def read_arrays(path: str | os.PathLike) -> dict[str, np.ndarray]:
+    """The arrays of the `.npz` at `path`, none of them pickled.
+
+    Raises:
+      OSError, ValueError: no regular file, no such archive, or one that unpacks to more than
+        LARGEST_ARRAYS.
+    """
+    data = read_regular(path)
+    try:
+        with zipfile.ZipFile(io.BytesIO(data)) as archive:
+            if (size := sum(one.file_size for one in archive.infolist())) > LARGEST_ARRAYS:
+                raise ValueError(f"unpacks to {size} bytes")
+        with np.load(io.BytesIO(data), allow_pickle=False) as arrays:
+            return {name: arrays[name] for name in arrays.files}
+    # zipfile, zlib, tokenize and NumPy raise a dozen types for damaged bytes.
+    except Exception as error:
+        raise ValueError(str(error) or type(error).__name__) from error
+
+
+COUNT = "a count"
+NUMBER = "a number"
+_KINDS = {dict: "an object", list: "a list", str: "a text", int: "a whole number"}
+
+
+def check_fields(value: Any, fields: Mapping[str, Any], place: Any, way_out: str) -> None:
+    """Checks the fields of a JSON object that the caller relies on.
+
+    Args:
+      value: what was read.
+      fields: by dotted name ("metrics.test.loss") the kind: dict, list, str, int, COUNT (a whole
+        number from 0 to 2**63), NUMBER (a float can hold it). "?metrics.x" may be missing.
+      place: the file.
+      way_out: what to do about it, for the end of the message.
+
+    Raises:
+      RequestError: a field is missing or of another kind.
+    """
+    if not isinstance(value, dict):
+        raise RequestError(f"{place} holds no JSON object; {way_out}")
+    for name, kind in fields.items():
+        found, is_there, optional = value, True, name.startswith("?")
+        for key in name.removeprefix("?").split("."):
+            is_there = isinstance(found, dict) and key in found
+            found = found[key] if is_there else None
+        if optional and not is_there:
+            continue
+        if not is_there or not _is_of_kind(found, kind):
+            shown = f"is {reprlib.repr(found)}" if is_there else "is missing"
+            wanted = kind if isinstance(kind, str) else _KINDS[kind]
+            raise RequestError(
+                f"{place}: {name.removeprefix('?')} {shown}, but must be {wanted}; {way_out}"
+            )
+
+
+def _is_of_kind(value: Any, kind: Any) -> bool:
+    if kind is NUMBER:
+        return value is not None and is_number_or_null(value)
+    if kind is COUNT:
+        return type(value) is int and 0 <= value < 2**63
+    return isinstance(value, kind) and not isinstance(value, bool)
+
+
+def is_number_or_null(value: Any) -> bool:
+    """Whether it is null, or a number that a float can hold (NaN and infinities included)."""
+    if value is None:
+        return True
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return False
+    return isinstance(value, float) or abs(value) < 2**63

@@ -1,12 +1,12 @@
 """Finished runs without their weights: small enough to commit, all that a report needs."""
 
 import os
-import shutil
 from pathlib import Path
 
 from lora_jax.core.errors import RequestError
 from lora_jax.formats.atomic import atomic_folder
 from lora_jax.formats.paths import at_home
+from lora_jax.formats.untrusted import read_regular
 from lora_jax.report.runs import read_runs
 
 KEPT = ("card.json", "metrics.jsonl", "test_predictions.npz")
@@ -40,10 +40,20 @@ def keep_runs(workdir: str | os.PathLike, folder: str | os.PathLike) -> int:
         if not (cells / name).exists():
             with atomic_folder(cells / name) as temporary:
                 for file in ("config.json", "failure.json"):
-                    shutil.copyfile(folder_of / file, temporary / file)
+                    _copy(folder_of / file, temporary / file)
     for name in finished.keys() - there:
         with atomic_folder(cells / name) as temporary:
             for file in KEPT:
                 if (finished[name] / file).exists():
-                    shutil.copyfile(finished[name] / file, temporary / file)
+                    _copy(finished[name] / file, temporary / file)
     return len(finished)
+
+
+def _copy(path: Path, to: Path) -> None:
+    """Copies a file of a run. Raises `RequestError` for a link: it may lead to what nobody gave."""
+    if path.is_symlink():
+        raise RequestError(f"{path} is a link to {os.readlink(path)!r}; put the file in its place")
+    try:
+        to.write_bytes(read_regular(path))
+    except OSError as error:
+        raise RequestError(f"cannot copy {path}: {error.strerror or error}") from error

@@ -1,7 +1,6 @@
 """Reads the runs of a working folder: finished ones whole, unfinished ones as far as they got."""
 
 import math
-import zipfile
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -9,7 +8,13 @@ import numpy as np
 
 from lora_jax.core.errors import RequestError
 from lora_jax.formats.paths import at_home
-from lora_jax.formats.untrusted import parse_json, read_json, read_regular
+from lora_jax.formats.untrusted import (
+    is_number_or_null,
+    parse_json,
+    read_arrays,
+    read_json,
+    read_regular,
+)
 
 
 @dataclass(frozen=True)
@@ -145,23 +150,30 @@ def _read_card(path: Path) -> dict:
         raise _malformed(path, "'config.method.name' is not a text")
     for key in ("config.seed", "config.data.seed"):
         value = _lookup(card, key, missing=0)
-        if isinstance(value, bool) or not isinstance(value, int):
-            raise _malformed(path, f"'{key}' is not a whole number")
-    if not _is_number_or_null(_lookup(card, "config.optimizer.lr")):
+        if isinstance(value, bool) or not isinstance(value, int) or not -(2**63) <= value < 2**63:
+            raise _malformed(path, f"'{key}' is not a whole number of 64 bits")
+    if not is_number_or_null(_lookup(card, "config.optimizer.lr")):
         raise _malformed(path, "'config.optimizer.lr' is not a number")
     for key in _CARD_TEXTS:
         if not isinstance(_lookup(card, key), str):
             raise _malformed(path, f"'{key}' is not a text")
     for key in _CARD_COUNTS:
         value = _lookup(card, key)
-        if isinstance(value, bool) or not isinstance(value, int) or value < 0:
+        if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value < 2**63:
             raise _malformed(path, f"'{key}' is not a count")
     for key in _CARD_NUMBERS:
         # A diverged run's loss may have been written as null; a missing key is an error.
-        if not _is_number_or_null(_lookup(card, key, missing="")):
+        if not is_number_or_null(_lookup(card, key, missing="")):
             raise _malformed(path, f"'{key}' is not a number")
-    if not _is_number_or_null(_lookup(card, "metrics.adapter_bytes")):
+    if not is_number_or_null(_lookup(card, "metrics.adapter_bytes")):
         raise _malformed(path, "'metrics.adapter_bytes' is not a number")
+    for key in ("program.memory_bytes", "program.K", "metrics.test.tokens"):
+        value = _lookup(card, key, missing=1)
+        if value is None or not is_number_or_null(value):
+            raise _malformed(path, f"'{key}' is not a number")
+    for key in ("program", "device", "versions", "metrics.test", "seconds", "config.model"):
+        if not isinstance(_lookup(card, key, missing={}), dict | type(None)):
+            raise _malformed(path, f"'{key}' is not an object")
     return card
 
 
@@ -196,8 +208,10 @@ def _read_history(path: Path) -> tuple[dict, ...]:
         try:
             entry = parse_json(line)
             key = (int(entry["step"]), str(entry["split"]))
-            if not all(_is_number_or_null(entry.get(k)) for k in ("loss", "accuracy", "lr")):
+            if not all(is_number_or_null(entry.get(k)) for k in ("loss", "accuracy", "lr")):
                 raise TypeError("not a number")
+            if not 0 <= key[0] < 2**53:
+                raise ValueError("no step")
         except (ValueError, TypeError, KeyError, OverflowError) as error:
             if number == len(lines):
                 break  # no newline yet: the run is writing it, or was killed while it did
@@ -210,16 +224,16 @@ def _read_history(path: Path) -> tuple[dict, ...]:
 
 def _read_predictions(path: Path) -> Predictions:
     try:
-        with np.load(path, allow_pickle=False) as arrays:
-            loss, correct, label, index = (
-                np.asarray(arrays[name]) for name in ("loss", "correct", "label", "index")
-            )
-            weight = np.asarray(arrays["weight"]) if "weight" in arrays else np.ones(index.shape)
-    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
+        arrays = read_arrays(path)
+        loss, correct, label, index = (arrays[n] for n in ("loss", "correct", "label", "index"))
+        weight = arrays["weight"] if "weight" in arrays else np.ones(index.shape)
+    except (OSError, ValueError, KeyError) as error:
         raise _malformed(path, f"not the predictions of a run ({error})") from error
     lists = (loss, correct, label, index, weight)
     if index.ndim != 1 or any(one.shape != index.shape for one in lists):
         raise _malformed(path, "its arrays are not lists of one length")
+    if any(one.dtype.kind not in "biuf" for one in lists) or index.dtype.kind not in "iu":
+        raise _malformed(path, "its arrays are not of numbers")
     order = np.argsort(index, kind="stable")
     if not len(index) or np.any(np.diff(index[order]) == 0):
         raise _malformed(path, "no example, or one example twice")
@@ -249,7 +263,3 @@ def _lookup(tree, path: str, *, missing=None):
             return missing
         tree = tree[part]
     return tree
-
-
-def _is_number_or_null(value) -> bool:
-    return value is None or (isinstance(value, int | float) and not isinstance(value, bool))

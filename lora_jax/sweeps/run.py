@@ -12,8 +12,10 @@ from jax.sharding import Mesh
 from lora_jax.core.errors import RequestError
 from lora_jax.formats.atomic import write_json
 from lora_jax.formats.paths import at_home
+from lora_jax.formats.untrusted import check_fields
 from lora_jax.sweeps.cells import Cell, Sweep, Tuning, choose_value
 from lora_jax.sweeps.memory import device_memory_bytes
+from lora_jax.sweeps.record import SWEEP, read_record
 from lora_jax.sweeps.runner import Result, Runner, by_base
 from lora_jax.sweeps.view import SweepView
 from lora_jax.train import enable_compilation_cache
@@ -101,9 +103,9 @@ def check_sweep(sweep: Sweep, workdir: Path, *, source: str, add: bool) -> None:
     """Raises `RequestError` if `workdir` belongs to another sweep or config."""
     for cell in sweep.first:
         check_cell(workdir / "cells" / cell.name, plain_config(cell.config))
-    if add or not (workdir / "sweep.json").exists():
+    there = read_record(workdir)["sweeps"]
+    if add or not (workdir / SWEEP).exists():
         return
-    there = read_json_file(workdir / "sweep.json")["sweeps"]
     if {"name": sweep.name, "source": Path(source).name} not in there:
         names = ", ".join(f"{one['name']!r} of {one['source']}" for one in there)
         raise RequestError(
@@ -116,9 +118,8 @@ def note_sweep(
     sweep: Sweep, workdir: Path, source: str, results: Mapping[str, Result] | None = None
 ) -> None:
     """Notes in `sweep.json` which sweeps the workdir holds, their cells, and who was refused."""
-    path = workdir / "sweep.json"
-    empty = {"sweeps": [], "cells": [], "refused": {}, "num_steps": {}}
-    there = read_json_file(path) if path.exists() else empty
+    path = workdir / SWEEP
+    there = read_record(workdir)
     one = {"name": sweep.name, "source": Path(source).name}
     there["sweeps"] += [] if one in there["sweeps"] else [one]
     names = [cell.name for cell in sweep.first] + list(results or ())
@@ -153,6 +154,7 @@ def _more_cells(
     choice = choose_value(tuning, losses)
     path = workdir / "tuned.json"
     tuned = read_json_file(path) if path.exists() else {}
+    check_fields(tuned, {}, path, "restore it, or remove it")
     write_json(path, {**tuned, tuning.name: choice})
     edge = "; at the edge of those tried: a better one may lie beyond" if choice["at_edge"] else ""
     view.say(f"{tuning.name}: {tuning.key} {choice['chosen']} is best on validation{edge}")

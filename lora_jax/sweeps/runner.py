@@ -18,13 +18,15 @@ from lora_jax.sweeps.groups import OWN, Group, PackRecord, base_key, make_groups
 from lora_jax.sweeps.memory import fitting_width
 from lora_jax.sweeps.program import default_at_once
 from lora_jax.sweeps.ready import Ready, make_ready
+from lora_jax.sweeps.record import SWEEP, read_record
 from lora_jax.sweeps.stored import read_failure, train_pack, write_failure
 from lora_jax.sweeps.view import SweepView
 from lora_jax.train import train_cell
 from lora_jax.train.build import Base, load_base
+from lora_jax.train.card import read_card
 from lora_jax.train.run import Diverged
 from lora_jax.train.signals import Interrupted, stop_requests
-from lora_jax.train.workdir import flat_config, plain_config, read_json_file
+from lora_jax.train.workdir import flat_config, plain_config
 
 Result = dict[str, Any] | RequestError
 
@@ -87,7 +89,7 @@ class Runner:
         for cell in cells:
             folder = self.workdir / "cells" / cell.name
             if (folder / "card.json").exists():
-                self.results[cell.name] = read_json_file(folder / "card.json")
+                self.results[cell.name] = read_card(folder / "card.json")
             elif (failure := read_failure(folder)) is not None:
                 self.results[cell.name] = failure
             else:
@@ -290,8 +292,8 @@ def _one_line(card: Mapping[str, Any]) -> str:
 
 def note_steps(workdir: Path, groups: Sequence[Group]) -> None:
     """Notes in `sweep.json` how many steps each cell will take, for whoever asks for the status."""
-    path = workdir / "sweep.json"
-    told = read_json_file(path)
+    path = workdir / SWEEP
+    told = read_record(workdir)
     steps = {cell.name: group.num_steps for group in groups for cell in group.cells}
     write_json(path, {**told, "num_steps": {**told["num_steps"], **steps}})
 

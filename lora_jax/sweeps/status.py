@@ -9,6 +9,7 @@ from typing import Any
 
 from lora_jax.core.errors import RequestError
 from lora_jax.formats.paths import at_home
+from lora_jax.sweeps.record import SWEEP, read_record
 from lora_jax.train.metrics import read_metrics
 from lora_jax.train.workdir import is_folder_name, is_locked, read_json_file
 
@@ -38,7 +39,7 @@ def sweep_status(workdir: str | os.PathLike) -> list[CellStatus]:
     Raises `RequestError` if it holds no sweep.
     """
     workdir = at_home(workdir)
-    if not (workdir / "sweep.json").exists():
+    if not (workdir / SWEEP).exists():
         raise RequestError(f"{workdir} holds no sweep (no sweep.json); give a sweep's --workdir")
     try:
         return _statuses(workdir)
@@ -52,7 +53,7 @@ def sweep_status(workdir: str | os.PathLike) -> list[CellStatus]:
 
 
 def _statuses(workdir: Path) -> list[CellStatus]:
-    told = read_json_file(workdir / "sweep.json")
+    told = read_record(workdir)
     folders = sorted(path.name for path in (workdir / "cells").glob("[!.]*"))
     names = list(dict.fromkeys([*told["cells"], *folders]))
     for name in names:

@@ -14,6 +14,7 @@ from lora_jax.core.draws import partitionable
 from lora_jax.core.errors import RequestError
 from lora_jax.data import Splits
 from lora_jax.formats.atomic import write_json
+from lora_jax.formats.untrusted import check_fields
 from lora_jax.methods import Method
 from lora_jax.models import Model
 from lora_jax.sweeps.cells import Cell
@@ -23,7 +24,7 @@ from lora_jax.sweeps.keeping import Keeper, PackedCell, Schedule
 from lora_jax.sweeps.program import Use
 from lora_jax.sweeps.ready import Ready
 from lora_jax.train.build import plan_steps
-from lora_jax.train.card import describe_program
+from lora_jax.train.card import describe_program, read_card
 from lora_jax.train.checkpoint import Checkpoints
 from lora_jax.train.evaluate import Evaluation, evaluate_stacked
 from lora_jax.train.finish import write_results
@@ -264,7 +265,7 @@ def _write_results(
     results: dict[str, dict[str, Any] | RequestError] = {}
     for k, (cell, folder) in enumerate(zip(cells, folders, strict=True)):
         if (folder / "card.json").exists():
-            results[cell.name] = read_json_file(folder / "card.json")
+            results[cell.name] = read_card(folder / "card.json")
         elif k not in tests:
             results[cell.name] = write_failure(folder, training.cells[k].error, [folder, home])
         else:
@@ -315,5 +316,6 @@ def read_failure(folder: Path) -> Diverged | None:
     if not path.exists():
         return None
     told = read_json_file(path)
+    check_fields(told, {"error": str, "homes": list}, path, "remove the cell's folder")
     homes = " and ".join(str(folder.parent.parent / home) for home in told["homes"])
     return Diverged(f"{told['error']}; it will not run again before {homes} are removed")

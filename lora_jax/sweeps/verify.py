@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import tempfile
-import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -17,22 +16,29 @@ from ml_collections import ConfigDict
 from lora_jax.core.errors import RequestError
 from lora_jax.formats.adapter import load_trainable
 from lora_jax.formats.paths import at_home
+from lora_jax.formats.untrusted import COUNT, check_fields, read_arrays
 from lora_jax.parallel.mesh import make_mesh, read_mesh
 from lora_jax.sweeps.cells import Cell
 from lora_jax.sweeps.groups import make_groups
 from lora_jax.sweeps.ready import make_ready
-from lora_jax.sweeps.stored import FAILURE, train_pack, write_failure
+from lora_jax.sweeps.stored import FAILURE, read_failure, train_pack, write_failure
 from lora_jax.sweeps.view import SweepView
 from lora_jax.train import enable_compilation_cache, train_cell
 from lora_jax.train.again import check_completion_format
 from lora_jax.train.bookkeeping import CHANGED_TO
 from lora_jax.train.build import load_base
-from lora_jax.train.card import device_description, versions
+from lora_jax.train.card import RESTORE, device_description, read_card, versions
 from lora_jax.train.finish import hash_trainable
 from lora_jax.train.numerics import differences
 from lora_jax.train.run import Diverged
 from lora_jax.train.signals import Interrupted
-from lora_jax.train.workdir import config_hash, lock_workdir, read_json_file
+from lora_jax.train.workdir import (
+    config_from,
+    config_hash,
+    is_folder_name,
+    lock_workdir,
+    read_json_file,
+)
 
 # Largest difference of validation and of test loss, in nats, that rounding may make between a cell
 # in its pack and the same cell alone, or on another kind of device.
@@ -47,6 +53,12 @@ _SHOWN_AS = {
     "xla_flags": "XLA_FLAGS",
     "matmul_precision": "matmul precision",
 }
+
+# What is compared or says how to train again, of a card.
+_COMPARED = {
+    "program.K": COUNT, "device": dict, "versions": dict, "?program.mesh": str,
+    "?program.numerics": dict, "?program.numerics_changes": list,
+}  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True)
@@ -141,7 +153,14 @@ def _train_pack(cells, base, at_once: int, workdir: Path, view: SweepView) -> No
 def _read_card(cell: Path) -> dict[str, Any]:
     if not (cell / "card.json").exists():
         raise RequestError(f"{cell} has no card.json; give a finished run's WORKDIR/cells/NAME")
-    card = read_json_file(cell / "card.json")
+    card = read_card(cell / "card.json")
+    check_fields(card, _COMPARED, cell / "card.json", RESTORE)
+    if card["program"]["K"] > 1:
+        of_pack = {"program.cells": list, "program.at_once": COUNT}
+        check_fields(card, of_pack, cell / "card.json", RESTORE)
+        for name in card["program"]["cells"]:
+            if not is_folder_name(name):
+                raise RequestError(f"{cell / 'card.json'} names a cell {name!r}; {RESTORE}")
     if config_hash(card["config"]) != card["config_hash"]:
         raise RequestError(
             f"the config in {cell / 'card.json'} does not have the hash {card['config_hash'][:12]} "
@@ -153,13 +172,13 @@ def _read_card(cell: Path) -> dict[str, Any]:
 def _config_of(cell: Path) -> ConfigDict:
     """The config of a cell of the pack, finished or failed."""
     if (cell / "card.json").exists():
-        return ConfigDict(_read_card(cell)["config"], convert_dict=True)
+        return config_from(_read_card(cell)["config"], cell / "card.json")
     if not (cell / "config.json").exists():
         raise RequestError(
             f"{cell} is missing, and its pack cannot be trained without it; put it back, or use "
             "--alone"
         )
-    return ConfigDict(read_json_file(cell / "config.json"), convert_dict=True)
+    return config_from(read_json_file(cell / "config.json"), cell / "config.json")
 
 
 def _conditions(card: Mapping[str, Any]) -> list[str]:
@@ -178,7 +197,7 @@ def _conditions(card: Mapping[str, Any]) -> list[str]:
     ]
     program = card["program"]
     # Cards from before the whole record have these two of it.
-    old = {name: program[name] for name in ("xla_flags", "matmul_precision")}
+    old = {n: program[n] for n in ("xla_flags", "matmul_precision") if n in program}
     record = program.get("numerics", old)
     found += [
         (_SHOWN_AS.get(name, name), repr(was), repr(now))
@@ -211,7 +230,7 @@ def _compare(
         differences = () if ends[0] == ends[1] else (f"failure was: {told[0]}; is: {told[1]}",)
         allowed = 0.0 if exact else tolerance
         return Verdict(first.name, same, exact, allowed, differences, conditions, {})
-    cards = [read_json_file(path / "card.json") for path in (first, second)]
+    cards = [read_card(path / "card.json") for path in (first, second)]
     metrics = [card["metrics"] for card in cards]
     differences = [
         f"metrics.{name} was {metrics[0].get(name)}, is {metrics[1].get(name)}"
@@ -246,15 +265,14 @@ def _compare(
 
 def _failure(cell: Path) -> str:
     """How the cell failed, "" if it did not."""
-    return read_json_file(cell / FAILURE)["error"] if (cell / FAILURE).exists() else ""
+    return read_json_file(cell / FAILURE)["error"] if read_failure(cell) is not None else ""
 
 
 def _predictions(path: Path) -> dict[str, np.ndarray]:
     """The arrays of a predictions file. Raises `RequestError` if it is missing or damaged."""
     try:
-        with np.load(path, allow_pickle=False) as arrays:
-            return {name: arrays[name] for name in arrays.files}
-    except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
+        return read_arrays(path)
+    except (OSError, ValueError) as error:
         raise RequestError(
             f"cannot read {path}: {error}; put it back: without it there is little to compare"
         ) from error

@@ -55,6 +55,7 @@ class SweepView(contextlib.AbstractContextManager):
 
     def say(self, text: str) -> None:
         """One line, above the bars."""
+        text = "".join(c if c.isprintable() or c == "\n" else ascii(c)[1:-1] for c in text)
         if self._bars is not None:
             self._bars.console.print(text, markup=False, highlight=False)
         else:

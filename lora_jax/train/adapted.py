@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import jax
-import ml_collections
 import numpy as np
 from jax.sharding import Mesh
 
@@ -16,12 +16,13 @@ from lora_jax.core.draws import partitionable
 from lora_jax.core.errors import RequestError
 from lora_jax.formats.adapter import DESCRIPTION, TENSORS, load_trainable
 from lora_jax.formats.paths import at_home
+from lora_jax.formats.untrusted import check_fields
 from lora_jax.methods import Method
 from lora_jax.models import Model
 from lora_jax.models.save import label_fields
 from lora_jax.train.build import keys_of, make_method, make_model
 from lora_jax.train.finish import hash_trainable
-from lora_jax.train.workdir import read_json_file
+from lora_jax.train.workdir import config_from, read_json_file
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,9 +47,12 @@ def load_adapter(folder: str | os.PathLike, mesh: Mesh | None = None) -> Adapted
     """
     folder = at_home(folder)
     trainable, description = load_trainable(folder)
-    _check_against_card(folder, trainable)
-    _check_description(description, f"{folder}/{DESCRIPTION}")
-    config = ml_collections.ConfigDict({name: description[name] for name in ("model", "method")})
+    check_fields(description, _DESCRIBED, f"{folder}/{DESCRIPTION}", _COPY)
+    if not 0 <= description["seed"] < 2**63:
+        raise RequestError(f"{folder}/{DESCRIPTION}: seed is {description['seed']}; {_COPY}")
+    _check_against_card(folder, trainable, description)
+    sections = {name: description[name] for name in ("model", "method")}
+    config = config_from(sections, f"{folder}/{DESCRIPTION}")
     head_key, init_key, _ = keys_of(description["seed"])
     base_hash = description["base_hash"]
     model = make_model(config.model, head_key, mesh)
@@ -92,8 +96,11 @@ def _check_drawn(here: dict[str, list[float]], there: Any, folder: str | os.Path
             )
 
 
-def _check_against_card(folder: Path, trainable: Any) -> None:
-    """Raises `RequestError` if the run's card, next to the folder, has other weights' hash."""
+def _check_against_card(
+    folder: Path, trainable: Any, description: Mapping[str, Any] | None = None
+) -> None:
+    """Raises `RequestError` if the run's card, next to the folder, is of other weights, or of
+    another model, method, seed or data than the folder's description."""
     path = folder.resolve().parent / "card.json"
     if folder.resolve().name != "adapter" or not path.exists():
         return
@@ -108,27 +115,21 @@ def _check_against_card(folder: Path, trainable: Any) -> None:
             f"(weights_sha256 {str(wanted)[:12]!r}, here {found[:12]!r}): one of the files was "
             "changed or damaged; copy the run again"
         )
+    config = card.get("config")
+    said = {**(config if isinstance(config, dict) else {}), **card}
+    for name in ("model", "method", "seed", "base_hash", "data_hash") if description else ():
+        if name in said and said[name] != description.get(name):
+            raise RequestError(
+                f"{folder}/{DESCRIPTION} and {path} have different {name}: one of the files was "
+                "changed; copy the run again"
+            )
 
 
 _DESCRIBED = {
     "model": dict, "model.name": str, "method": dict, "method.name": str, "seed": int,
-    "base_hash": str,
+    "base_hash": str, "?drawn": dict,
 }  # fmt: skip
-
-
-def _check_description(description: Any, place: str) -> None:
-    """Raises `RequestError` for what `load_adapter` needs and the description has not."""
-    for name, kind in _DESCRIBED.items():
-        value = description
-        for key in name.split("."):
-            value = value.get(key) if isinstance(value, dict) else None
-        if not isinstance(value, kind) or isinstance(value, bool):
-            raise RequestError(
-                f"{place}: {name} is {value!r}, not {kind.__name__}; copy the folder again, or "
-                "train this cell again"
-            )
-    if not 0 <= description["seed"] < 2**63:
-        raise RequestError(f"{place}: seed is {description['seed']}; copy the folder again")
+_COPY = "copy the folder again, or train this cell again"
 
 
 def _signature(leaf: Any) -> str:

@@ -12,14 +12,16 @@ from ml_collections import ConfigDict
 from lora_jax.core.draws import partitionable
 from lora_jax.core.errors import RequestError
 from lora_jax.data import Splits, bucket_lengths, eval_batches, load_splits
+from lora_jax.formats.untrusted import COUNT, check_fields
 from lora_jax.models import Model
 from lora_jax.parallel.placement import Placement, place
 from lora_jax.train.adapted import Adapted, load_adapter
+from lora_jax.train.card import RESTORE, read_card
 from lora_jax.train.compilation import CompiledByShape
 from lora_jax.train.evaluate import Evaluation, evaluate, make_scores
 from lora_jax.train.finish import completion_format
 from lora_jax.train.task import task_of
-from lora_jax.train.workdir import read_json_file
+from lora_jax.train.workdir import config_from, config_hash, read_json_file
 
 
 def load_cell(cell: Path, mesh: Mesh | None = None) -> tuple[ConfigDict, Adapted, Splits]:
@@ -27,10 +29,11 @@ def load_cell(cell: Path, mesh: Mesh | None = None) -> tuple[ConfigDict, Adapted
 
     Raises `RequestError` if the data have changed since, or completions were encoded otherwise.
     """
-    config = ConfigDict(read_json_file(cell / "config.json"))
+    config = config_from(_config_of(cell), cell / "config.json")
     adapted = load_adapter(cell / "adapter", mesh)
     check_completion_format(adapted.description, adapted.model, config.model, cell.name)
     splits = load_splits(config.data, target=task_of(config.model).target)
+    check_fields(adapted.description, {"data_hash": str}, f"{cell}/adapter", RESTORE)
     trained_on = adapted.description["data_hash"]
     if splits.data_hash != trained_on:
         raise RequestError(
@@ -38,6 +41,19 @@ def load_cell(cell: Path, mesh: Mesh | None = None) -> tuple[ConfigDict, Adapted
             f"{splits.data_hash[:12]}); put the old data back or train again"
         )
     return config, adapted, splits
+
+
+def _config_of(cell: Path) -> dict[str, Any]:
+    """The cell's config. Raises `RequestError` if it is not the one that its card names."""
+    path, card = cell / "config.json", cell / "card.json"
+    config = read_json_file(path)
+    sections = {"model": dict, "data": dict, "train.eval_batch_size": COUNT}
+    check_fields(config, sections, path, RESTORE)
+    if card.exists() and config_hash(config) != read_card(card)["config_hash"]:
+        raise RequestError(
+            f"{path} does not have the hash that {card} names: one of them was changed; {RESTORE}"
+        )
+    return config
 
 
 def check_completion_format(
@@ -48,8 +64,8 @@ def check_completion_format(
     if description.get("completions") != wanted.get("completions"):
         raise RequestError(
             f"{name} was trained by an earlier version, which gave its completions no BOS or put a "
-            "spare space before them; its scores would be of other tokens: train it again in "
-            "another workdir"
+            "spare space before them; here it would meet other tokens: train it again in another "
+            "workdir"
         )
 
 

@@ -13,9 +13,27 @@ from typing import Any
 
 import jax
 
+from lora_jax.formats.untrusted import COUNT, NUMBER, check_fields
 from lora_jax.train.numerics import numerics
+from lora_jax.train.workdir import read_json_file
 
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "numpy", "lora_jax")
+
+RESTORE = "restore it, or remove the cell's folder to train it again"
+# What this project's own code reads off a card; the rest is for people.
+_READ: Mapping[str, Any] = {
+    "config": dict, "config_hash": str, "base_hash": str, "data_hash": str, "counts.adapter": COUNT,
+    "counts.head": COUNT, "metrics.steps": COUNT, "metrics.stopped": str,
+    "metrics.adapter_bytes": COUNT, "metrics.validation.loss": NUMBER, "metrics.test.loss": NUMBER,
+    "metrics.test.accuracy": NUMBER, "?metrics.weights_sha256": str, "config.model": dict,
+}  # fmt: skip
+
+
+def read_card(path: str | os.PathLike) -> dict[str, Any]:
+    """The card in the file at `path`. Raises `RequestError` for what is no card."""
+    card = read_json_file(path)
+    check_fields(card, _READ, path, RESTORE)
+    return card
 
 
 def versions() -> dict[str, str]:

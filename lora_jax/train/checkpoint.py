@@ -44,6 +44,12 @@ class Checkpoints:
             self._orbax = ocp.CheckpointManager(self.folder, options=options)
         except OSError as error:
             raise self._write_error("open", error) from error
+        # What Orbax finds there it parses, and damaged metadata raise as many types as parsers do.
+        except Exception as error:
+            raise RequestError(
+                f"{self.folder} holds no checkpoints that can be read ({_one_line(error)}); remove "
+                "it to begin again"
+            ) from error
 
     @property
     def latest_step(self) -> int | None:

@@ -15,7 +15,7 @@ from lora_jax.formats.paths import at_home
 from lora_jax.parallel.mesh import mesh_text
 from lora_jax.train.bookkeeping import Bookkeeping
 from lora_jax.train.build import Base, Setup, build
-from lora_jax.train.card import describe_program
+from lora_jax.train.card import describe_program, read_card
 from lora_jax.train.checkpoint import Checkpoints
 from lora_jax.train.compilation import enable_compilation_cache
 from lora_jax.train.configs import complete
@@ -34,7 +34,6 @@ from lora_jax.train.workdir import (
     is_folder_name,
     lock_workdir,
     plain_config,
-    read_json_file,
 )
 
 
@@ -90,7 +89,7 @@ def train_cell(
     check_inside(cell)
     check_cell(cell, plain)
     if (cell / "card.json").exists():
-        return read_json_file(cell / "card.json")
+        return read_card(cell / "card.json")
     started = time.perf_counter()
     enable_compilation_cache()
     # All that a request can have wrong shows itself here, before anything is written.

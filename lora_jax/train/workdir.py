@@ -16,9 +16,11 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from ml_collections import ConfigDict
+
 from lora_jax.core.errors import RequestError
 from lora_jax.formats.atomic import write_json
-from lora_jax.formats.untrusted import read_json
+from lora_jax.formats.untrusted import check_fields, read_json
 
 # Temporary names of what a cell's folder holds, as formats/atomic.py makes them; a user's own files
 # (".notes.tmp") are not ours to remove.
@@ -43,6 +45,14 @@ def flat_config(config: Mapping[str, Any]) -> dict[str, Any]:
         else:
             flat[key] = value
     return flat
+
+
+def config_from(plain: Any, place: Any) -> ConfigDict:
+    """The config of plain values that the file at `place` holds. Raises `RequestError`."""
+    try:
+        return ConfigDict(plain, convert_dict=True)
+    except (TypeError, ValueError, AttributeError) as error:
+        raise RequestError(f"{place} holds no config: {error}; restore it") from error
 
 
 def plain_config(config: Any) -> dict[str, Any]:
@@ -185,6 +195,7 @@ def check_cell(cell: str | os.PathLike, config: Mapping[str, Any]) -> None:
     if not path.exists():
         return
     there = read_json_file(path)
+    check_fields(there, {}, path, "restore it, or remove the cell's folder")
     if config_hash(there) != config_hash(config):
         differences = "; ".join(_differences(hashed_settings(there), hashed_settings(config)))
         raise RequestError(
@@ -222,7 +233,11 @@ def check_inside(folder: Path) -> None:
     for path in (folder.parent, *(folder / name if name else folder for name in _WRITTEN)):
         if not path.is_symlink():
             continue
-        if not path.resolve().is_relative_to(workdir):
+        try:
+            real = path.resolve()
+        except (OSError, RuntimeError):  # a link to itself
+            real = None
+        if real is None or not real.is_relative_to(workdir):
             raise RequestError(
                 f"{path} is a link to {os.readlink(path)!r}, outside the workdir; remove the link, "
                 "or put what it leads to in its place"
