@@ -7,6 +7,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from lora_jax.core.dtypes import float32_or_wider
 from lora_jax.core.errors import RequestError
 
 SPACES = ("input", "output")
@@ -48,7 +49,7 @@ def wide(array: jax.Array) -> jax.Array:
         raise RequestError(
             f"got {array.dtype} of shape {array.shape}; give floating point (…, rows, columns)"
         )
-    return array.astype(jnp.promote_types(array.dtype, jnp.float32))
+    return array.astype(float32_or_wider(array.dtype))
 
 
 @jax.jit

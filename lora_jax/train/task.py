@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from lora_jax.core.dtypes import float32_or_wider
 from lora_jax.core.errors import RequestError
 from lora_jax.core.trees import nearest
 from lora_jax.data import EncodedExamples, Examples, Splits, encode_completions, encode_examples
@@ -39,7 +40,7 @@ def cross_entropy(logits: jax.Array, labels: jax.Array, *, smoothing: float = 0.
     >>> cross_entropy(jnp.zeros((1, 4)), jnp.array([2]), smoothing=0.1)[0].item()  # log 4
     1.386294...
     """
-    wide = logits.astype(jnp.promote_types(logits.dtype, jnp.float32))
+    wide = logits.astype(float32_or_wider(logits.dtype))
     log_p = jax.nn.log_softmax(wide, axis=-1)
     nll = -jnp.take_along_axis(log_p, labels[..., None], axis=-1)[..., 0]
     if smoothing == 0.0:
@@ -56,7 +57,7 @@ def score_classes(logits: jax.Array, batch: Any, *, smoothing: float = 0.0) -> E
 
 def score_numbers(outputs: jax.Array, batch: Any, *, smoothing: float = 0.0) -> ExampleScores:
     """Squared error of `outputs (B, 1)` from `labels (B,)`, and whether it is within `NEAR`."""
-    predictions = outputs[..., 0].astype(jnp.promote_types(outputs.dtype, jnp.float32))
+    predictions = outputs[..., 0].astype(float32_or_wider(outputs.dtype))
     errors = predictions - batch["labels"]
     return ExampleScores(errors**2, jnp.abs(errors) <= NEAR, predictions)
 
@@ -112,7 +113,7 @@ def readout_tokens(
         kept = (jnp.where(wanted > 0, x, 0) for x in (losses, right))
         return tuple(x.sum(-1, dtype=like.dtype) for x, like in zip(kept, start, strict=True))
 
-    zero = jnp.zeros(batch_size, jnp.promote_types(h_BTD.dtype, jnp.float32))
+    zero = jnp.zeros(batch_size, float32_or_wider(h_BTD.dtype))
     start = (zero, jnp.zeros(batch_size, jnp.int32))
 
     def add(sums, part):
