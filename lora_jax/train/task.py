@@ -52,7 +52,8 @@ def score_classes(logits: jax.Array, batch: Any, *, smoothing: float = 0.0) -> E
     """Cross-entropy of `logits (B, classes)` at `labels (B,)`, and whether the largest is there."""
     losses = cross_entropy(logits, batch["labels"], smoothing=smoothing)
     predictions = jnp.argmax(logits, -1)
-    return ExampleScores(losses, predictions == batch["labels"], predictions)
+    right = predictions == batch["labels"].astype(predictions.dtype)
+    return ExampleScores(losses, right, predictions)
 
 
 def score_numbers(outputs: jax.Array, batch: Any, *, smoothing: float = 0.0) -> ExampleScores:
@@ -71,9 +72,13 @@ def score_tokens(logits: jax.Array, batch: Any, *, smoothing: float = 0.0) -> Ex
     """
     following, asked = _following(batch)
     losses = cross_entropy(logits, following, smoothing=smoothing)
-    right = jnp.argmax(logits, -1) == following
-    count = jnp.maximum(asked.sum(-1), 1)
-    mean = lambda values: jnp.where(asked > 0, values, 0).sum(-1) / count  # noqa: E731
+    right = _is_right(logits, following)
+    count = jnp.maximum(asked.sum(-1), 1).astype(losses.dtype)
+
+    def mean(values):
+        kept = jnp.where(asked > 0, values, jnp.zeros_like(values))
+        return kept.sum(-1).astype(losses.dtype) / count
+
     return ExampleScores(mean(losses), mean(right).astype(jnp.float32), None)
 
 
@@ -109,8 +114,8 @@ def readout_tokens(
         h, tokens, wanted = part
         logits = logits_of(h)
         losses = cross_entropy(logits, tokens, smoothing=smoothing)
-        right = jnp.argmax(logits, -1) == tokens
-        kept = (jnp.where(wanted > 0, x, 0) for x in (losses, right))
+        right = _is_right(logits, tokens)
+        kept = (jnp.where(wanted > 0, x, jnp.zeros_like(x)) for x in (losses, right))
         return tuple(x.sum(-1, dtype=like.dtype) for x, like in zip(kept, start, strict=True))
 
     zero = jnp.zeros(batch_size, float32_or_wider(h_BTD.dtype))
@@ -120,8 +125,14 @@ def readout_tokens(
         return tuple(total + own for total, own in zip(sums, one(part), strict=True)), None
 
     (losses, right), _ = lax.scan(add, start, tuple(map(in_parts, (h_BTD, following, asked))))
-    count = jnp.maximum(asked.sum(-1), 1)
-    return ExampleScores(losses / count, (right / count).astype(jnp.float32), None)
+    count = jnp.maximum(asked.sum(-1), 1).astype(losses.dtype)
+    share = right.astype(losses.dtype) / count
+    return ExampleScores(losses / count, share.astype(jnp.float32), None)
+
+
+def _is_right(logits: jax.Array, tokens: jax.Array) -> jax.Array:
+    largest = jnp.argmax(logits, -1)
+    return largest == tokens.astype(largest.dtype)
 
 
 def _following(batch):
