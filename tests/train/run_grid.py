@@ -1,6 +1,7 @@
 """Works with every method in a process of its own, under the settings of JAX it is started with.
 
-`run_grid WORKDIR CONFIGS begin` trains each config twice, the second time stopped on the way;
+`run_grid WORKDIR CONFIGS begin` trains each config twice, the second time stopped on the way, and
+writes what the finished cells merge to in WORKDIR/default.json and WORKDIR/NAME.npz.
 `run_grid WORKDIR CONFIGS FOLDER` goes on from copies of these and writes FOLDER/found.json.
 """
 
@@ -28,12 +29,16 @@ from tests.train.test_resume import at_call, interrupt
 
 
 def begin(workdir: Path, configs) -> None:
+    found = {}
     for name, config in configs.items():
         train(config, workdir / "whole", name, progress=False)
         with pytest.MonkeyPatch.context() as patch:
             at_call(patch, TrainIterator, "__next__", 4, interrupt)
             with pytest.raises(Interrupted):
                 train(config, workdir / "stopped", name, progress=False)
+        found[name], merged = used(workdir / "whole" / "cells" / name)
+        np.savez(workdir / f"{name}.npz", **merged)
+    (workdir / "default.json").write_text(json.dumps(found))
 
 
 def go_on(workdir: Path, configs, folder: Path) -> None:
@@ -47,7 +52,10 @@ def go_on(workdir: Path, configs, folder: Path) -> None:
             found[name]["resumed"] = weights_of(resumed)
         except RequestError as error:
             found[name]["refused"] = str(error)
-        found[name] |= used(whole)
+        of_whole, merged = used(whole)
+        with np.load(workdir / f"{name}.npz") as default:
+            apart = max(float(np.max(np.abs(merged[path] - default[path]))) for path in default)
+        found[name] |= of_whole | {"apart": apart}
         (verdict,) = verify(whole, progress=False)
         found[name]["verified"] = [verdict.same, list(verdict.conditions)]
     (folder / "found.json").write_text(json.dumps(found))
@@ -57,8 +65,8 @@ def weights_of(cell: Path) -> str:
     return digest(cell / "adapter" / "trainable.safetensors")
 
 
-def used(cell: Path) -> dict:
-    """The finished cell merged and evaluated, bound and merged."""
+def used(cell: Path) -> tuple[dict, dict]:
+    """The finished cell bound, merged and evaluated; and its merged parameters, in float64."""
     adapted = load_adapter(cell / "adapter")
     merged = adapted.method.merge(adapted.trainable, adapted.frozen)
     ids = np.arange(2, 14, dtype=np.int32).reshape(2, 6)
@@ -68,11 +76,13 @@ def used(cell: Path) -> dict:
         for apply, params in ((lj.lift(adapted.model.apply), bound), (adapted.model.apply, merged))
     ]
     evaluation, _ = evaluate_cell(cell)
-    return {
-        "merged": hash_params(dict(flatten(merged).items())),
+    flat = dict(flatten(merged).items())
+    found = {
+        "merged": hash_params(flat),
         "loss": evaluation.loss,
         "lifted": float(np.max(np.abs(outputs[0] - outputs[1]))),
     }
+    return found, {path: np.asarray(array, np.float64) for path, array in flat.items()}
 
 
 def fresh(config, folder: Path, name: str) -> str:

@@ -69,8 +69,7 @@ def begun(make_config, tmp_path_factory):
         workdir = tmp_path_factory.mktemp("grid")
         configs = write_configs(make_config, workdir / "configs.json", names)
         run(workdir, configs, "begin")
-        run(workdir, configs, workdir / "default")
-        default = json.loads((workdir / "default" / "found.json").read_text())
+        default = json.loads((workdir / "default.json").read_text())
         return workdir, configs, default
 
     return begin
@@ -83,8 +82,12 @@ def compare(begun_here, setting, value):
     found = json.loads((folder / "found.json").read_text())
     check(found, setting)
     for name, of_method in found.items():
-        # LoRA-XS and PiSSA decompose the base, which rounds in the same way too.
-        assert of_method["merged"] == default[name]["merged"], name
+        if setting in SAME_BITS:
+            # LoRA-XS and PiSSA decompose the base, which rounds in the same way too.
+            assert of_method["merged"] == default[name]["merged"], name
+        # With x64, Python's scalars and what is read from files round elsewhere on the way to
+        # float32: the weights, of up to 1, may differ in their last bits.
+        assert of_method["apart"] <= 1e-6, name
         assert of_method["loss"] == pytest.approx(default[name]["loss"], abs=1e-5), name
 
 
