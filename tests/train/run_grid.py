@@ -1,7 +1,7 @@
 """Works with every method in a process of its own, under the settings of JAX it is started with.
 
 `run_grid WORKDIR CONFIGS begin` trains each config twice, the second time stopped on the way, and
-writes what the finished cells merge to in WORKDIR/default.json and WORKDIR/NAME.npz.
+writes what the finished cells merge to in WORKDIR/default.json.
 `run_grid WORKDIR CONFIGS FOLDER` goes on from copies of these and writes FOLDER/found.json.
 """
 
@@ -36,8 +36,7 @@ def begin(workdir: Path, configs) -> None:
             at_call(patch, TrainIterator, "__next__", 4, interrupt)
             with pytest.raises(Interrupted):
                 train(config, workdir / "stopped", name, progress=False)
-        found[name], merged = used(workdir / "whole" / "cells" / name)
-        np.savez(workdir / f"{name}.npz", **merged)
+        found[name] = used(workdir / "whole" / "cells" / name)
     (workdir / "default.json").write_text(json.dumps(found))
 
 
@@ -52,10 +51,7 @@ def go_on(workdir: Path, configs, folder: Path) -> None:
             found[name]["resumed"] = weights_of(resumed)
         except RequestError as error:
             found[name]["refused"] = str(error)
-        of_whole, merged = used(whole)
-        with np.load(workdir / f"{name}.npz") as default:
-            apart = max(float(np.max(np.abs(merged[path] - default[path]))) for path in default)
-        found[name] |= of_whole | {"apart": apart}
+        found[name] |= used(whole)
         (verdict,) = verify(whole, progress=False)
         found[name]["verified"] = [verdict.same, list(verdict.conditions)]
     (folder / "found.json").write_text(json.dumps(found))
@@ -65,8 +61,8 @@ def weights_of(cell: Path) -> str:
     return digest(cell / "adapter" / "trainable.safetensors")
 
 
-def used(cell: Path) -> tuple[dict, dict]:
-    """The finished cell bound, merged and evaluated; and its merged parameters, in float64."""
+def used(cell: Path) -> dict:
+    """The finished cell bound, merged and evaluated."""
     adapted = load_adapter(cell / "adapter")
     merged = adapted.method.merge(adapted.trainable, adapted.frozen)
     ids = np.arange(2, 14, dtype=np.int32).reshape(2, 6)
@@ -76,13 +72,11 @@ def used(cell: Path) -> tuple[dict, dict]:
         for apply, params in ((lj.lift(adapted.model.apply), bound), (adapted.model.apply, merged))
     ]
     evaluation, _ = evaluate_cell(cell)
-    flat = dict(flatten(merged).items())
-    found = {
-        "merged": hash_params(flat),
+    return {
+        "merged": hash_params(dict(flatten(merged).items())),
         "loss": evaluation.loss,
         "lifted": float(np.max(np.abs(outputs[0] - outputs[1]))),
     }
-    return found, {path: np.asarray(array, np.float64) for path, array in flat.items()}
 
 
 def fresh(config, folder: Path, name: str) -> str:

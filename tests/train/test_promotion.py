@@ -99,7 +99,7 @@ def test_scores_need_no_promotion_and_labels_may_be_of_any_integer_type(told):
         each = [log_p[row, t - 1, batch["input_ids"][row, t]] for t in asked]
         assert float(found.losses[row]) == pytest.approx(-np.mean(each), abs=1e-5)
     right = score_classes(logits[:, 0], batch).correct
-    assert right.tolist() == (np.argmax(logits[:, 0], -1) == batch["labels"]).tolist()
+    assert right.tolist() == (np.asarray(logits[:, 0]).argmax(-1) == batch["labels"]).tolist()
 
 
 def test_similarities_of_stacks_need_no_promotion(told):

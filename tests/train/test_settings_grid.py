@@ -52,11 +52,12 @@ def check(found, setting):
     for name, of_method in found.items():
         assert of_method["lifted"] < 1e-4, name
         same, conditions = of_method["verified"]
-        assert same, (name, conditions)
         if setting in SAME_BITS:
+            assert same, (name, conditions)
             assert of_method["resumed"] == of_method["whole"] == of_method["fresh"], name
             assert conditions == [], name
         else:
+            # Trained again under it, the weights are others: the verdict names the setting.
             assert setting in of_method["refused"], name
             assert any(setting in condition for condition in conditions), name
 
@@ -82,12 +83,8 @@ def compare(begun_here, setting, value):
     found = json.loads((folder / "found.json").read_text())
     check(found, setting)
     for name, of_method in found.items():
-        if setting in SAME_BITS:
-            # LoRA-XS and PiSSA decompose the base, which rounds in the same way too.
-            assert of_method["merged"] == default[name]["merged"], name
-        # With x64, Python's scalars and what is read from files round elsewhere on the way to
-        # float32: the weights, of up to 1, may differ in their last bits.
-        assert of_method["apart"] <= 1e-6, name
+        # LoRA-XS and PiSSA decompose the base, which rounds in the same way too.
+        assert of_method["merged"] == default[name]["merged"], name
         assert of_method["loss"] == pytest.approx(default[name]["loss"], abs=1e-5), name
 
 
