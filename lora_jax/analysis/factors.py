@@ -7,6 +7,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from lora_jax.core.dtypes import float32_or_wider
 from lora_jax.core.errors import RequestError
 
 SPACES = ("input", "output")
@@ -48,7 +49,7 @@ def wide(array: jax.Array) -> jax.Array:
         raise RequestError(
             f"got {array.dtype} of shape {array.shape}; give floating point (…, rows, columns)"
         )
-    return array.astype(jnp.promote_types(array.dtype, jnp.float32))
+    return array.astype(float32_or_wider(array.dtype))
 
 
 @jax.jit
@@ -81,6 +82,6 @@ def delta_svd(a: jax.Array, b: jax.Array, scale: jax.Array | float = 1.0) -> SVD
     u, s, vh = jnp.linalg.svd(r_a @ jnp.swapaxes(r_b, -1, -2), full_matrices=False)
     norms = jnp.linalg.norm(r_a, axis=(-2, -1)) * jnp.linalg.norm(r_b, axis=(-2, -1))
     s = jnp.where(s > jnp.finfo(s.dtype).eps * a.shape[-1] * norms[..., None], s, 0)
-    scale = jnp.asarray(scale, s.dtype)[..., None]
+    scale = jax.lax.broadcast_to_rank(jnp.asarray(scale, s.dtype)[..., None], s.ndim)
     v = q_b @ jnp.swapaxes(vh, -1, -2)
     return SVD(q_a @ u, s * jnp.abs(scale), v * jnp.where(scale < 0, -1, 1)[..., None, :])

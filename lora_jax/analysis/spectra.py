@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from lora_jax.analysis.factors import SVD, kernel_svd
+from lora_jax.core.dtypes import float32_or_wider
 from lora_jax.core.errors import RequestError
 
 
@@ -118,7 +119,7 @@ def _checked(s: jax.Array) -> jax.Array:
     s = jnp.asarray(s)
     if not s.ndim or not jnp.issubdtype(s.dtype, jnp.floating):
         raise RequestError(f"got {s.dtype} of shape {s.shape}; give singular values (…, k)")
-    return s.astype(jnp.promote_types(s.dtype, jnp.float32))
+    return s.astype(float32_or_wider(s.dtype))
 
 
 def _share(part: jax.Array, whole: jax.Array) -> jax.Array:

@@ -87,7 +87,8 @@ def basis_similarity(u1: jax.Array, u2: jax.Array) -> jax.Array:
         )
     squares = jnp.square(jnp.einsum("...di,...dj->...ij", u1, u2))
     total = jnp.cumsum(jnp.cumsum(squares, axis=-2), axis=-1)
-    return total / _smaller(u1.shape[-1], u2.shape[-1])
+    smaller = _smaller(u1.shape[-1], u2.shape[-1]).astype(total.dtype)
+    return total / jax.lax.broadcast_to_rank(smaller, total.ndim)
 
 
 def expected_similarity(num1: int, num2: int, dimension: int) -> jax.Array:
@@ -100,7 +101,7 @@ def expected_similarity(num1: int, num2: int, dimension: int) -> jax.Array:
     Array([[0.125, 0.25 ]], dtype=float32)
     """
     _check_numbers(num1, num2, dimension)
-    i, j = jnp.arange(1.0, num1 + 1)[:, None], jnp.arange(1.0, num2 + 1)
+    i, j = jnp.arange(1.0, num1 + 1)[:, None], jnp.arange(1.0, num2 + 1)[None]
     return jnp.maximum(i, j) / dimension
 
 
@@ -132,7 +133,7 @@ def sample_similarity(
         r = jnp.linalg.cholesky(rows.T @ rows + rest).T
         q = jax.scipy.linalg.solve_triangular(r.T, rows.T, lower=True).T
         total = jnp.cumsum(jnp.cumsum(jnp.square(q), axis=0), axis=1)
-        return total / _smaller(num1, num2)
+        return total / _smaller(num1, num2).astype(total.dtype)
 
     return jax.lax.map(one, jax.random.split(key, num_samples))
 
@@ -146,7 +147,7 @@ def column_basis(a: jax.Array) -> jax.Array:
 
 
 def _smaller(num1: int, num2: int) -> jax.Array:
-    return jnp.minimum(jnp.arange(1, num1 + 1)[:, None], jnp.arange(1, num2 + 1))
+    return jnp.minimum(jnp.arange(1, num1 + 1)[:, None], jnp.arange(1, num2 + 1)[None])
 
 
 def _check_numbers(num1: int, num2: int, dimension: int) -> None:

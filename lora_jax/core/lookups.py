@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from lora_jax.core.contract import contract
+from lora_jax.core.dtypes import float32_or_wider
 from lora_jax.core.errors import RequestError
 from lora_jax.core.values import Use, times_side, use_beneath
 from lora_jax.core.weights import LoRAWeight
@@ -73,7 +74,7 @@ class GatherUse:
         return None
 
     def low_rank(self, weight: LoRAWeight):
-        wide = jnp.promote_types(weight.a.dtype, jnp.float32)
+        wide = float32_or_wider(weight.a.dtype)
         out = [label for label in self.out_axes if not _is_one(label)]
         a, a_axes = self._looked_up(weight.a.astype(wide), weight.side_axes("a"))
         b, b_axes = self._looked_up(weight.b.astype(wide), weight.side_axes("b"))

@@ -18,6 +18,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from lora_jax.core.contract import contract
+from lora_jax.core.dtypes import float32_or_wider
 from lora_jax.core.thin import is_thin_case, thin_products
 from lora_jax.core.values import RANK, cast, permute, times_side
 from lora_jax.core.weights import LoRAWeight
@@ -93,7 +94,7 @@ class DotUse(_KeepsOutputs):
         # Low-precision inputs meet the factors in their own dtype and accumulate in float32.
         keeps = jnp.issubdtype(x.dtype, jnp.inexact) and not _only_second_is_complex(x, one)
         compute = x.dtype if keeps else one.dtype
-        wide = jnp.promote_types(compute, jnp.float32)
+        wide = float32_or_wider(compute)
         preferred = self.out.dtype if jnp.issubdtype(self.out.dtype, jnp.inexact) else wide
         theirs = self.dimension_numbers[0][1 if self.on_left else 0]
         if not self.on_left and is_thin_case(roles, self.contracted, self.batch, theirs, x.ndim):
@@ -183,7 +184,7 @@ class ConvUse(_KeepsOutputs):
             return None
         x = weight.dropped(self.other, self.uses)
         compute = x.dtype
-        wide = jnp.promote_types(compute, jnp.float32)
+        wide = float32_or_wider(compute)
         scale = jnp.asarray(weight.scale, wide)
         a, b = weight.a.astype(compute), weight.b.astype(compute)
         a_axes = weight.side_axes("a")
@@ -272,7 +273,7 @@ class RaggedUse:
         if _only_second_is_complex(self.rows, weight.a):
             return None
         compute = self.rows.dtype
-        wide = jnp.promote_types(compute, jnp.float32)
+        wide = float32_or_wider(compute)
         scaled = weight.scaled(weight.a.astype(wide), weight.side_axes("a"))
         a, b = scaled.astype(compute), weight.b.astype(compute)
         if roles[self.contracted] == "o":  # the transposed use

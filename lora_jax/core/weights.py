@@ -162,7 +162,7 @@ class GainWeight(AdaptedValue):
             inner = use_beneath(self.kernel, use)
             if inner is None:
                 return None
-            wide = jnp.promote_types(jnp.promote_types(inner.dtype, jnp.float32), self.gain.dtype)
+            wide = float32_or_wider(inner.dtype, self.gain.dtype)
             return times_side(inner.astype(wide), use.out_axes, *side).astype(inner.dtype)
         # Contracted over the outputs, as a tied head does: the gain goes onto the other operand.
         scaled = use.with_gain(self.gain, axes)

@@ -94,7 +94,7 @@ def extend(
 
     is_full_B = rules.is_early & jnp.all(beams.is_ended_BK, axis=1)
     counts_BC = ends_BC & (beams.may_improve_B & ~is_full_B)[:, None]
-    counts_BC &= jnp.arange(num_candidates) < num_beams
+    counts_BC &= (jnp.arange(num_candidates) < num_beams)[None]
     divided_BC = jnp.where(counts_BC, scores_BC / rules.divisor_N[step], FAR)
     # Those that ended before come first: of two that are equal, the earlier one is kept.
     both = lambda old, new: jnp.concatenate([old, new.astype(old.dtype)], axis=1)  # noqa: E731

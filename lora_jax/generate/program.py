@@ -134,7 +134,7 @@ def _follow(plan, memories, params, data, memory, prompt_RP):
             ),
             token_R=token_R,
             is_done_R=rows.is_done_R | jnp.isin(token_R, data.rules.eos_E),
-            lengths_R=rows.lengths_R + ~rows.is_done_R,
+            lengths_R=rows.lengths_R + (~rows.is_done_R).astype(rows.lengths_R.dtype),
             log_probs_R=rows.log_probs_R + jnp.where(rows.is_done_R, 0, log_prob_R),
         )
 

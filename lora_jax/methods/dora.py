@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 
 from lora_jax.core.contract import contract
+from lora_jax.core.dtypes import float32_or_wider
 from lora_jax.core.errors import RequestError
 from lora_jax.core.values import RANK, AdaptedValue
 from lora_jax.core.weights import GainWeight, LoRAWeight
@@ -78,7 +79,7 @@ def norm_of(weight: LoRAWeight) -> jax.Array:
     As √(‖W‖² + 2s⟨W, ab⟩ + s²‖ab‖²): the middle term is ⟨Wᵀa, bᵀ⟩, the last (aᵀa b) · b, so that
     nothing of the kernel's size is formed.
     """
-    wide = jnp.promote_types(weight.a.dtype, jnp.float32)
+    wide = float32_or_wider(weight.a.dtype)
     kernel, a, b = (x.astype(wide) for x in (weight.kernel, weight.a, weight.b))
     kernel_axes = list(range(kernel.ndim))
     a_axes, b_axes = weight.side_axes("a"), weight.side_axes("b")

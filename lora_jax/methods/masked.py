@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import optax
 
 from lora_jax.core import trees
+from lora_jax.core.dtypes import implicit_promotion
 
 
 def masked_optimizer(
@@ -44,7 +45,8 @@ def masked_optimizer(
             raise ValueError(
                 "masked_optimizer needs the parameters: tx.update(grads, state, params)"
             )
-        new, state = inner.update(updates, state, params, **extra)
+        with implicit_promotion():
+            new, state = inner.update(updates, state, params, **extra)
         chosen = labels(params)
         # Adding -0.0 is the only addition that changes no bit pattern: +0.0 would turn -0.0 to 0.0.
         new = jax.tree.map(

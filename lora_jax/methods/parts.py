@@ -8,6 +8,8 @@ from typing import Any
 import jax.numpy as jnp
 import optax
 
+from lora_jax.core.dtypes import implicit_promotion
+
 
 def by_part(
     tx: optax.GradientTransformation, rate_of: Callable[[str, str], float]
@@ -33,7 +35,8 @@ def by_part(
 
     def update(updates, state, params=None, **extra):
         own = None if params is None else trained(params)
-        new, state = inner.update(trained(updates), state, own, **extra)
+        with implicit_promotion():
+            new, state = inner.update(trained(updates), state, own, **extra)
 
         def whole(name: str, part: str, old: Any) -> Any:
             rate = rate_of(name, part)

@@ -21,6 +21,7 @@ import jax
 import jax.numpy as jnp
 
 from lora_jax.core.draws import partitionable
+from lora_jax.core.dtypes import float32_or_wider
 from lora_jax.core.errors import RequestError
 
 # The transform works on axes of at most this size: a product with a small matrix for every seven
@@ -219,7 +220,7 @@ def _inverse_of_odd(odd: jax.Array) -> jax.Array:
 
 def _hadamard(size: int, dtype) -> jax.Array:
     i = jnp.arange(size)
-    ones = jax.lax.population_count(i[:, None] & i)
+    ones = jax.lax.population_count(i[:, None] & i[None])
     return (1 - 2 * (ones & 1)).astype(dtype)
 
 
@@ -227,7 +228,7 @@ def _wide(theta: jax.Array) -> jax.Array:
     theta = jnp.asarray(theta)
     if theta.ndim != 1 or not jnp.issubdtype(theta.dtype, jnp.floating):
         raise RequestError(f"theta is {theta.dtype} {theta.shape}; give floating point (d,)")
-    return theta.astype(jnp.promote_types(theta.dtype, jnp.float32))
+    return theta.astype(float32_or_wider(theta.dtype))
 
 
 def _width(size: int) -> int:

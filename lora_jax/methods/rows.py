@@ -59,7 +59,7 @@ def bind_rows(path: str, kernel: Any, rows: jax.Array, indices: Sequence[int]) -
     chosen = jnp.asarray(indices)
     return LoRAWeight(
         kernel=kernel,
-        a=(jnp.arange(base.shape[0])[:, None] == chosen).astype(rows.dtype),
+        a=(jnp.arange(base.shape[0])[:, None] == chosen[None]).astype(rows.dtype),
         b=rows - base[chosen].astype(rows.dtype),
         scale=np.ones((), rows.dtype),
         roles="i" + "o" * (base.ndim - 1),

@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from lora_jax.core.dtypes import float32_or_wider
 from lora_jax.models.layers import dropout
 
 # Large enough that exp(score + bias) is 0.0 exactly; finite, so that a row with nothing to attend
@@ -86,7 +87,7 @@ def attend_heads(
     if jax.default_backend() != "cpu" and (dropout_key is None or dropout_rate == 0.0):
         return jax.nn.dot_product_attention(q_BTNH, k_BSKH, v_BSKH, bias=bias)
     num_groups = k_BSKH.shape[2]
-    wide = jnp.promote_types(q_BTNH.dtype, jnp.float32)
+    wide = float32_or_wider(q_BTNH.dtype)
     q = q_BTNH * (q_BTNH.shape[-1] ** -0.5)
     if num_groups == q.shape[2]:
         scores = jnp.einsum("btnh,bsnh->bnts", q, k_BSKH, preferred_element_type=wide) + bias
@@ -138,8 +139,9 @@ def rotate(x_BTNH: jax.Array, positions_BT: jax.Array, frequencies: list[float])
     The order of the halves is that of Hugging Face files (GPT-NeoX's); GGUF files interleave the
     pairs, and `gguf_llama` puts them right when it reads. Computed in float32 or wider.
     """
-    wide = jnp.promote_types(x_BTNH.dtype, jnp.float32)
-    angle_BT1h = positions_BT[..., None, None].astype(wide) * jnp.asarray(frequencies, wide)
+    wide = float32_or_wider(x_BTNH.dtype)
+    turns_h = jnp.asarray(frequencies, wide)[None, None, None]
+    angle_BT1h = positions_BT[..., None, None].astype(wide) * turns_h
     cos, sin = jnp.cos(angle_BT1h), jnp.sin(angle_BT1h)
     first, second = jnp.split(x_BTNH.astype(wide), 2, axis=-1)
     turned = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)

@@ -12,6 +12,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax import lax
 
 from lora_jax.core.errors import RequestError
 from lora_jax.models.attention import attend, mask_bias
@@ -187,7 +188,11 @@ class Embeddings(nnx.Module):
             token_type = self.token_type.embedding[...][0]
         else:
             token_type = self.token_type(token_type_ids)
-        h_BTD = self.norm(self.word(input_ids) + token_type + position)
+        word_BTD = self.word(input_ids)
+        token_type, position = (
+            lax.broadcast_to_rank(x, word_BTD.ndim) for x in (token_type, position)
+        )
+        h_BTD = self.norm(word_BTD + token_type + position)
         return dropout(h_BTD, self.dropout_rate, key)
 
 

@@ -13,6 +13,8 @@ import jax.numpy as jnp
 from flax import nnx
 from jax import lax
 
+from lora_jax.core.dtypes import float32_or_wider, promoted
+
 
 class Linear(nnx.Module):
     """y = x @ kernel + bias; kernel (in, out) drawn from N(0, std^2), bias zero or left out."""
@@ -34,7 +36,7 @@ class Linear(nnx.Module):
         if self.bias is None:
             return y
         # A bias trained in float32 must not widen a bfloat16 stream.
-        return y + self.bias[...].astype(y.dtype)
+        return y + lax.broadcast_to_rank(self.bias[...].astype(y.dtype), y.ndim)
 
 
 def matmul(x: jax.Array, kernel: jax.Array) -> jax.Array:
@@ -43,6 +45,8 @@ def matmul(x: jax.Array, kernel: jax.Array) -> jax.Array:
     On CPU the rows are one axis: XLA's gradient of the kernel is up to 1.5 times faster so. Other
     backends choose layouts themselves, and a flattened batch could cost them a reshard.
     """
+    dtype = promoted(x.dtype, kernel.dtype)
+    x, kernel = x.astype(dtype), kernel.astype(dtype)
     if x.ndim == 2 or jax.default_backend() != "cpu":
         return x @ kernel
     rows = x.reshape(-1, x.shape[-1])
@@ -77,7 +81,10 @@ class LayerNorm(nnx.Module):
         # Two passes: E[x^2] - E[x]^2 loses the digits the parity with transformers needs.
         variance = (centred * centred).mean(-1, keepdims=True)
         y = centred * lax.rsqrt(variance + self.eps)
-        return (y * self.scale[...] + self.bias[...]).astype(x.dtype)
+        scale, bias = (
+            lax.broadcast_to_rank(p[...].astype(y.dtype), y.ndim) for p in (self.scale, self.bias)
+        )
+        return (y * scale + bias).astype(x.dtype)
 
 
 class RMSNorm(nnx.Module):
@@ -94,7 +101,9 @@ class RMSNorm(nnx.Module):
         wide = at_least_float32(x)
         y = wide * lax.rsqrt((wide * wide).mean(-1, keepdims=True) + self.eps)
         # Rounded before the scale, as the released models were trained.
-        return (y.astype(x.dtype) * self.scale[...]).astype(x.dtype)
+        scale = lax.broadcast_to_rank(self.scale[...], y.ndim)
+        dtype = promoted(x.dtype, scale.dtype)
+        return (y.astype(x.dtype).astype(dtype) * scale.astype(dtype)).astype(x.dtype)
 
 
 def fold_key(key: jax.Array | None, number) -> jax.Array | None:
@@ -104,7 +113,7 @@ def fold_key(key: jax.Array | None, number) -> jax.Array | None:
 
 def at_least_float32(x: jax.Array) -> jax.Array:
     """`x` in float32, or as it is where that is wider."""
-    return x.astype(jnp.promote_types(x.dtype, jnp.float32))
+    return x.astype(float32_or_wider(x.dtype))
 
 
 def dropout(x: jax.Array, rate: float, key: jax.Array | None) -> jax.Array:

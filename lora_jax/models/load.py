@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from lora_jax.core.dtypes import float32_or_wider
 from lora_jax.core.errors import RequestError
 from lora_jax.models.checkpoint import HEAD_FILE, Checkpoint, Request, read_checkpoint
 from lora_jax.models.families import CAUSAL_LM, functional_model
@@ -103,9 +104,7 @@ def make_model(
         shapes, apply = functional_model(checkpoint.config, num_labels, checkpoint.pooling)
         of_head = {path: x.shape for path, x in shapes.items() if path.startswith("head/")}
         new = checkpoint.head or draw_head(of_head, head_key)
-        flat |= {
-            path: jnp.array(x, dtype=jnp.promote_types(base, "float32")) for path, x in new.items()
-        }
+        flat |= {path: jnp.array(x, dtype=float32_or_wider(base)) for path, x in new.items()}
     else:
         _, apply = functional_model(checkpoint.config, None, checkpoint.pooling)
     return Model(

@@ -12,6 +12,8 @@ from typing import Any
 import jax
 import optax
 
+from lora_jax.core.dtypes import implicit_promotion
+
 HOST = "pinned_host"
 
 
@@ -61,7 +63,8 @@ def leaf_by_leaf(
                         # Not before the one before has gone: else all would be fetched at once.
                         own, _ = jax.lax.optimization_barrier((own, before))
                     own = jax.device_put(own, moves[0][name][part])
-                found, new = tx.update({name: {part: gradient}}, own, {name: {part: held}})
+                with implicit_promotion():
+                    found, new = tx.update({name: {part: gradient}}, own, {name: {part: held}})
                 if moves is not None:
                     new = jax.device_put(new, moves[1][name][part])
                 before = updates[name][part], states[name][part] = found[name][part], new

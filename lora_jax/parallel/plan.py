@@ -30,6 +30,7 @@ from lora_jax.parallel.offload import offload
 from lora_jax.parallel.placement import Placement, place
 from lora_jax.parallel.topology import CHIPS, SLICES, describe_topology, needed_bytes
 from lora_jax.quant import quantize
+from lora_jax.train.compilation import compile_ahead
 from lora_jax.train.loss import make_loss
 from lora_jax.train.memory import num_bytes
 from lora_jax.train.optimizer import make_optimizer, optimizer_parts
@@ -142,7 +143,7 @@ def make_plan(request: Request, show: Callable[[str], None] = lambda text: None)
     start = time.perf_counter()
     needed = memory = None
     try:
-        memory = step.lower(*arguments).compile().memory_analysis()
+        memory = compile_ahead(step, *arguments).memory_analysis()
     except jax.errors.JaxRuntimeError as error:
         needed = needed_bytes(str(error))
     return _described(request, model, method, mesh, arguments, memory, needed, start)

@@ -18,7 +18,7 @@ from lora_jax.parallel.placement import place
 from lora_jax.sweeps.pack import Pack
 from lora_jax.sweeps.settings import CellSettings
 from lora_jax.train.build import keys_of
-from lora_jax.train.compilation import memory_of
+from lora_jax.train.compilation import compile_ahead, memory_of
 from lora_jax.train.loss import LossFunction
 from lora_jax.train.memory import num_bytes
 from lora_jax.train.state import TrainState
@@ -202,7 +202,7 @@ class Program:
         key = (name, treedef, *((np.shape(leaf), str(leaf.dtype)) for leaf in leaves))
         if key not in self._compiled:
             start = time.perf_counter()
-            self._compiled[key] = self._jitted(name, first).lower(first, frozen, batch).compile()
+            self._compiled[key] = compile_ahead(self._jitted(name, first), first, frozen, batch)
             self._compile_seconds += time.perf_counter() - start
         return self._compiled[key]
 

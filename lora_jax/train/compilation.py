@@ -11,6 +11,8 @@ from typing import Any
 import jax
 from jax.experimental.compilation_cache import compilation_cache
 
+from lora_jax.core.errors import RequestError
+
 
 def enable_compilation_cache() -> None:
     """Lets JAX keep compiled programs on disk, unless the user has chosen a place already.
@@ -23,6 +25,19 @@ def enable_compilation_cache() -> None:
     jax.config.update("jax_compilation_cache_dir", str(Path(caches) / "lora_jax" / "jax"))
     # JAX decides at its first compilation whether there is a cache; let it decide again.
     compilation_cache.reset_cache()
+
+
+def compile_ahead(function: Any, *arguments: Any) -> Any:
+    """The program of a jitted `function` for these arguments, or for their shapes.
+
+    Raises `RequestError` where `jax_disable_jit` forbids to compile.
+    """
+    if jax.config.jax_disable_jit:
+        raise RequestError(
+            "JAX_DISABLE_JIT is on, and training compiles its step ahead of time; unset "
+            "it, or take `jax.grad` of `lj.lift(apply)` yourself to debug a step"
+        )
+    return function.lower(*arguments).compile()
 
 
 def memory_of(compiled: Any) -> int:
@@ -59,7 +74,7 @@ class CompiledByShape:
         if shape not in self._compiled:
             start = time.perf_counter()
             placed = self._placed(batch)
-            self._compiled[shape] = self._function.lower(state, frozen, placed).compile()
+            self._compiled[shape] = compile_ahead(self._function, state, frozen, placed)
             self.seconds += time.perf_counter() - start
         return self._compiled[shape]
 

@@ -75,7 +75,7 @@ def make_loss(
     def loss(trainable, frozen, batch, key):
         losses, right, _ = score(trainable, frozen, batch, key)
         weights = batch["weights"]
-        correct = jnp.sum(weights * right)
+        correct = jnp.sum(weights * right.astype(weights.dtype))
         return weighted_mean(losses, weights), {"correct": correct, "weight": jnp.sum(weights)}
 
     return loss

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from lora_jax.core.dtypes import float32_or_wider, implicit_promotion
 from lora_jax.core.errors import RequestError
 from lora_jax.train.loss import LossFunction
 from lora_jax.train.state import TrainState
@@ -47,8 +48,9 @@ def step_function(
     def step(state: TrainState, frozen: Any, batch: Any):
         key = jax.random.fold_in(state.key, state.step)
         (loss, sums), gradients = grad_of(state.trainable, frozen, batch, key)
-        updates, opt_state = tx.update(gradients, state.opt_state, state.trainable)
-        trainable = optax.apply_updates(state.trainable, updates)
+        with implicit_promotion():
+            updates, opt_state = tx.update(gradients, state.opt_state, state.trainable)
+            trainable = optax.apply_updates(state.trainable, updates)
         metrics = {"loss": loss, "grad_norm": optax.tree.norm(gradients), **sums}
         return TrainState(state.step + 1, trainable, opt_state, state.key), metrics
 
@@ -78,7 +80,7 @@ def _accumulated(grad_of: Callable, parts: int) -> Callable:
                 trainable, frozen, part, jax.random.fold_in(key, number)
             )
             # In float32 or wider: sums of many parts, and of many tokens, outgrow 16 bits.
-            wide = lambda x: x.astype(jnp.promote_types(x.dtype, jnp.float32))  # noqa: E731
+            wide = lambda x: x.astype(float32_or_wider(x.dtype))  # noqa: E731
             weighted = jax.tree.map(lambda x: wide(x) * sums["weight"], gradients)
             return loss * sums["weight"], sums, weighted
 

@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from lora_jax.core.dtypes import float32_or_wider
 from lora_jax.core.errors import RequestError
 from lora_jax.core.trees import nearest
 from lora_jax.data import EncodedExamples, Examples, Splits, encode_completions, encode_examples
@@ -39,7 +40,7 @@ def cross_entropy(logits: jax.Array, labels: jax.Array, *, smoothing: float = 0.
     >>> cross_entropy(jnp.zeros((1, 4)), jnp.array([2]), smoothing=0.1)[0].item()  # log 4
     1.386294...
     """
-    wide = logits.astype(jnp.promote_types(logits.dtype, jnp.float32))
+    wide = logits.astype(float32_or_wider(logits.dtype))
     log_p = jax.nn.log_softmax(wide, axis=-1)
     nll = -jnp.take_along_axis(log_p, labels[..., None], axis=-1)[..., 0]
     if smoothing == 0.0:
@@ -51,12 +52,13 @@ def score_classes(logits: jax.Array, batch: Any, *, smoothing: float = 0.0) -> E
     """Cross-entropy of `logits (B, classes)` at `labels (B,)`, and whether the largest is there."""
     losses = cross_entropy(logits, batch["labels"], smoothing=smoothing)
     predictions = jnp.argmax(logits, -1)
-    return ExampleScores(losses, predictions == batch["labels"], predictions)
+    right = predictions == batch["labels"].astype(predictions.dtype)
+    return ExampleScores(losses, right, predictions)
 
 
 def score_numbers(outputs: jax.Array, batch: Any, *, smoothing: float = 0.0) -> ExampleScores:
     """Squared error of `outputs (B, 1)` from `labels (B,)`, and whether it is within `NEAR`."""
-    predictions = outputs[..., 0].astype(jnp.promote_types(outputs.dtype, jnp.float32))
+    predictions = outputs[..., 0].astype(float32_or_wider(outputs.dtype))
     errors = predictions - batch["labels"]
     return ExampleScores(errors**2, jnp.abs(errors) <= NEAR, predictions)
 
@@ -70,9 +72,13 @@ def score_tokens(logits: jax.Array, batch: Any, *, smoothing: float = 0.0) -> Ex
     """
     following, asked = _following(batch)
     losses = cross_entropy(logits, following, smoothing=smoothing)
-    right = jnp.argmax(logits, -1) == following
-    count = jnp.maximum(asked.sum(-1), 1)
-    mean = lambda values: jnp.where(asked > 0, values, 0).sum(-1) / count  # noqa: E731
+    right = _is_right(logits, following)
+    count = jnp.maximum(asked.sum(-1), 1).astype(losses.dtype)
+
+    def mean(values):
+        kept = jnp.where(asked > 0, values, jnp.zeros_like(values))
+        return kept.sum(-1).astype(losses.dtype) / count
+
     return ExampleScores(mean(losses), mean(right).astype(jnp.float32), None)
 
 
@@ -108,19 +114,25 @@ def readout_tokens(
         h, tokens, wanted = part
         logits = logits_of(h)
         losses = cross_entropy(logits, tokens, smoothing=smoothing)
-        right = jnp.argmax(logits, -1) == tokens
-        kept = (jnp.where(wanted > 0, x, 0) for x in (losses, right))
+        right = _is_right(logits, tokens)
+        kept = (jnp.where(wanted > 0, x, jnp.zeros_like(x)) for x in (losses, right))
         return tuple(x.sum(-1, dtype=like.dtype) for x, like in zip(kept, start, strict=True))
 
-    zero = jnp.zeros(batch_size, jnp.promote_types(h_BTD.dtype, jnp.float32))
+    zero = jnp.zeros(batch_size, float32_or_wider(h_BTD.dtype))
     start = (zero, jnp.zeros(batch_size, jnp.int32))
 
     def add(sums, part):
         return tuple(total + own for total, own in zip(sums, one(part), strict=True)), None
 
     (losses, right), _ = lax.scan(add, start, tuple(map(in_parts, (h_BTD, following, asked))))
-    count = jnp.maximum(asked.sum(-1), 1)
-    return ExampleScores(losses / count, (right / count).astype(jnp.float32), None)
+    count = jnp.maximum(asked.sum(-1), 1).astype(losses.dtype)
+    share = right.astype(losses.dtype) / count
+    return ExampleScores(losses / count, share.astype(jnp.float32), None)
+
+
+def _is_right(logits: jax.Array, tokens: jax.Array) -> jax.Array:
+    largest = jnp.argmax(logits, -1)
+    return largest == tokens.astype(largest.dtype)
 
 
 def _following(batch):

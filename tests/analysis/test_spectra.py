@@ -36,7 +36,7 @@ def test_a_negative_scale_turns_the_directions_of_one_side():
     a, b = normal(0, 6, 2), normal(1, 2, 5)
     u, s, v = analysis.delta_svd(a, b, -2.0)
     assert np.all(s > 0)
-    np.testing.assert_allclose((u * s) @ v.T, -2.0 * a @ b, atol=1e-5)
+    np.testing.assert_allclose((u * s[None]) @ v.T, -2.0 * a @ b, atol=1e-5)
 
 
 def test_ranks_are_those_of_float64_numpy():

@@ -19,7 +19,7 @@ def float_params():
     params = model_params()
     del params["steps"]
     # Negative zeros: x + 0.0 would turn them into positive ones.
-    params["layers"]["0"]["query"]["kernel"] *= jnp.where(jnp.arange(8) % 2, 1.0, -0.0)
+    params["layers"]["0"]["query"]["kernel"] *= jnp.where(jnp.arange(8) % 2, 1.0, -0.0)[None]
     return params
 
 

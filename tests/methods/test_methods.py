@@ -30,9 +30,9 @@ def model_params(dtype=jnp.float32):
 
 def apply(params, x):
     for layer in params["layers"].values():
-        h = jnp.tanh(x @ layer["query"]["kernel"] + layer["query"]["bias"])
-        x = x + h @ layer["value"]["kernel"] + layer["value"]["bias"]
-    return x @ params["head"]["kernel"] + params["head"]["bias"]
+        h = jnp.tanh(x @ layer["query"]["kernel"] + layer["query"]["bias"][None])
+        x = x + h @ layer["value"]["kernel"] + layer["value"]["bias"][None]
+    return x @ params["head"]["kernel"] + params["head"]["bias"][None]
 
 
 METHODS = {

@@ -21,8 +21,8 @@ PARAMS = {
 
 
 def apply(params, x):
-    x = jnp.concatenate([jnp.broadcast_to(params["cls"], (2, 1, 8)), x * params["norm"][0, 0]], 1)
-    return ((x * params["scale"]) @ params["w"])[:, :, None] + params["bias"]
+    x = jnp.concatenate([jnp.broadcast_to(params["cls"], (2, 1, 8)), x * params["norm"][0]], 1)
+    return ((x * params["scale"][None]) @ params["w"])[:, :, None] + params["bias"][None]
 
 
 X = jnp.ones((2, 3, 8))

@@ -13,7 +13,7 @@ X = jax.random.normal(jax.random.key(9), (5, 64))
 
 
 def apply(params, x):
-    h = jnp.tanh(x @ params["up"]["kernel"] + params["up"]["bias"])
+    h = jnp.tanh(x @ params["up"]["kernel"] + params["up"]["bias"][None])
     return h @ params["down"]["kernel"]
 
 

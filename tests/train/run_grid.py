@@ -1,6 +1,7 @@
 """Works with every method in a process of its own, under the settings of JAX it is started with.
 
-`run_grid WORKDIR CONFIGS begin` trains each config twice, the second time stopped on the way;
+`run_grid WORKDIR CONFIGS begin` trains each config twice, the second time stopped on the way, and
+writes what the finished cells merge to in WORKDIR/default.json.
 `run_grid WORKDIR CONFIGS FOLDER` goes on from copies of these and writes FOLDER/found.json.
 """
 
@@ -28,12 +29,15 @@ from tests.train.test_resume import at_call, interrupt
 
 
 def begin(workdir: Path, configs) -> None:
+    found = {}
     for name, config in configs.items():
         train(config, workdir / "whole", name, progress=False)
         with pytest.MonkeyPatch.context() as patch:
             at_call(patch, TrainIterator, "__next__", 4, interrupt)
             with pytest.raises(Interrupted):
                 train(config, workdir / "stopped", name, progress=False)
+        found[name] = used(workdir / "whole" / "cells" / name)
+    (workdir / "default.json").write_text(json.dumps(found))
 
 
 def go_on(workdir: Path, configs, folder: Path) -> None:
@@ -58,7 +62,7 @@ def weights_of(cell: Path) -> str:
 
 
 def used(cell: Path) -> dict:
-    """The finished cell merged and evaluated, bound and merged."""
+    """The finished cell bound, merged and evaluated."""
     adapted = load_adapter(cell / "adapter")
     merged = adapted.method.merge(adapted.trainable, adapted.frozen)
     ids = np.arange(2, 14, dtype=np.int32).reshape(2, 6)

@@ -52,11 +52,12 @@ def check(found, setting):
     for name, of_method in found.items():
         assert of_method["lifted"] < 1e-4, name
         same, conditions = of_method["verified"]
-        assert same, (name, conditions)
         if setting in SAME_BITS:
+            assert same, (name, conditions)
             assert of_method["resumed"] == of_method["whole"] == of_method["fresh"], name
             assert conditions == [], name
         else:
+            # Trained again under it, the weights are others: the verdict names the setting.
             assert setting in of_method["refused"], name
             assert any(setting in condition for condition in conditions), name
 
@@ -69,8 +70,7 @@ def begun(make_config, tmp_path_factory):
         workdir = tmp_path_factory.mktemp("grid")
         configs = write_configs(make_config, workdir / "configs.json", names)
         run(workdir, configs, "begin")
-        run(workdir, configs, workdir / "default")
-        default = json.loads((workdir / "default" / "found.json").read_text())
+        default = json.loads((workdir / "default.json").read_text())
         return workdir, configs, default
 
     return begin

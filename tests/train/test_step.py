@@ -35,8 +35,8 @@ VOCABULARY, WIDTH, HIDDEN, CLASSES = 11, 5, 7, 3
 
 def apply(params, ids, mask):
     h = params["table"][ids].mean(1)
-    h = jnp.tanh(h @ params["body"]["kernel"] + params["body"]["bias"])
-    return h @ params["head"]["kernel"] + params["head"]["bias"]
+    h = jnp.tanh(h @ params["body"]["kernel"] + params["body"]["bias"][None])
+    return h @ params["head"]["kernel"] + params["head"]["bias"][None]
 
 
 @pytest.fixture(scope="module")
