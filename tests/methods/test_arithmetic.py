@@ -62,7 +62,7 @@ def test_a_pissa_exports_to_lora_of_twice_the_rank():
     plain = to_lora(adapter)
     assert {row.rank for row in plain.method.table(plain.params)} == {4, None}
     found, expected = (
-        lj.lift(apply)(x.method.bind(x.trainable, x.params), X) for x in (plain, adapter)
+        jax.jit(lj.lift(apply))(x.method.bind(x.trainable, x.params), X) for x in (plain, adapter)
     )
     np.testing.assert_allclose(found, expected, atol=1e-5)
 
@@ -207,5 +207,5 @@ def test_adapters_of_different_bases_and_other_impossible_sums_are_refused():
 def test_the_sum_trains_on_like_any_adapter():
     found = combine([adapter_of(), adapter_of(seed=4)], [0.5, 0.5])
     loss = lambda t: jnp.mean(lj.lift(apply)(found.method.bind(t, found.params), X) ** 2)  # noqa: E731
-    grads = jax.grad(loss)(found.trainable)
+    grads = jax.jit(jax.grad(loss))(found.trainable)
     assert all(np.any(np.asarray(leaf)) for leaf in jax.tree.leaves(grads))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -30,6 +32,12 @@ METHODS = {
 }
 
 
+@functools.partial(jax.jit, static_argnums=(0, 1, 2))
+def columns_of(project, size, num, key):
+    """P (num, size), transposed: a column at a time, compiled once for all tests."""
+    return jax.vmap(lambda e: project(e, size, key))(jnp.eye(num))
+
+
 def flat(tree):
     return {path: np.asarray(x, np.float64) for path, x in lj.core.trees.flatten(tree).items()}
 
@@ -56,7 +64,7 @@ def test_what_is_bound_is_the_start_and_a_step_in_the_subspace(name):
     num = entry["theta"].size
     assert num == (5 if "said" in name else 7)  # two layers' λ are two of the seven
     key = key_of(entry["key"])
-    columns = jax.vmap(lambda e: project(e, SIZE, key))(jnp.eye(num))
+    columns = columns_of(project, SIZE, num, key)
     step = np.asarray(columns, np.float64).T @ np.asarray(entry["theta"], np.float64)
     bound, before, start = flat(method.bind(trainable, frozen)), flat(params), 0
     assert list(method.moved(params)) == MOVED and sum(method.moved(params).values()) == SIZE
@@ -89,12 +97,11 @@ def test_the_gradient_is_the_full_one_projected(name):
     loss = lambda tree: jnp.mean(apply(tree, X) ** 2)  # noqa: E731
     found = jax.jit(jax.grad(lambda t: loss(method.bind(t, frozen))))(trainable)["intrinsic"]
     bound = method.bind(trainable, frozen)
-    dense_gradient = flat(jax.grad(lambda t: loss({**t, "steps": params["steps"]}))(
-        {k: v for k, v in bound.items() if k != "steps"}
-    ))  # fmt: skip
+    of_arrays = jax.jit(jax.grad(lambda t: loss({**t, "steps": params["steps"]})))
+    dense_gradient = flat(of_arrays({k: v for k, v in bound.items() if k != "steps"}))
     project = dense if "dense" in name else fastfood
     num, key = trainable["intrinsic"]["theta"].size, key_of(trainable["intrinsic"]["key"])
-    columns = np.asarray(jax.vmap(lambda e: project(e, SIZE, key))(jnp.eye(num)), np.float64).T
+    columns = np.asarray(columns_of(project, SIZE, num, key), np.float64).T
     scales = trainable["intrinsic"].get("scales", jnp.ones(2))
     parts = [float(scales[int(p.split("/")[1])]) * dense_gradient[p].ravel() for p in MOVED]
     np.testing.assert_allclose(found["theta"], columns.T @ np.concatenate(parts), atol=2e-6)
@@ -166,7 +173,7 @@ def test_all_dimensions_move_everywhere_and_a_dense_square_p_spans_all():
     method = IntrinsicDimension(dim=12, projection="dense")
     trainable, frozen = method.init(jax.random.key(0), params)
     wanted, key = np.random.default_rng(0).normal(size=12), key_of(trainable["intrinsic"]["key"])
-    columns = np.asarray(jax.vmap(lambda e: dense(e, 12, key))(jnp.eye(12))).T
+    columns = np.asarray(columns_of(dense, 12, 12, key)).T
     theta = np.linalg.solve(columns.astype(np.float64), wanted)
     trainable["intrinsic"]["theta"] = jnp.asarray(theta, jnp.float32)
     found = method.merge(trainable, frozen)["kernel"]

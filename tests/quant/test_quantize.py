@@ -8,8 +8,9 @@ import pytest
 
 import lora_jax as lj
 from lora_jax.core import trees
+from tests.core.adapted import normal
 
-X = jax.random.normal(jax.random.key(9), (5, 64))
+X = normal(np.random.default_rng(9), (5, 64))
 
 
 def apply(params, x):
@@ -18,10 +19,10 @@ def apply(params, x):
 
 
 def make_params(dtype=jnp.float32):
-    up, down = jax.random.split(jax.random.key(1))
+    rng = np.random.default_rng(1)
     return {
-        "up": {"kernel": jax.random.normal(up, (64, 96), dtype) / 8, "bias": jnp.ones(96, dtype)},
-        "down": {"kernel": jax.random.normal(down, (96, 32), dtype) / 8},
+        "up": {"kernel": normal(rng, (64, 96), dtype, 1 / 8), "bias": jnp.ones(96, dtype)},
+        "down": {"kernel": normal(rng, (96, 32), dtype, 1 / 8)},
     }
 
 
@@ -32,10 +33,10 @@ def quantized_and_plain(dtype=jnp.float32):
 
 def randomised(trainable, fixed=()):
     """The same with every part moved, so that no path is multiplied by zero."""
-    keys = iter(jax.random.split(jax.random.key(5), 100))
+    rng = np.random.default_rng(5)
     return {
         name: {
-            part: x if part in fixed else x + 0.1 * jax.random.normal(next(keys), x.shape, x.dtype)
+            part: x if part in fixed else x + normal(rng, x.shape, x.dtype, 0.1)
             for part, x in entry.items()
         }
         for name, entry in trainable.items()
@@ -64,7 +65,8 @@ def test_every_variant_trains_on_it_as_on_the_dequantised_base(kind):
         y = lj.lift(apply, strict=True)(method.bind(trainable, params), X)
         return jnp.sum(jnp.sin(y)), y
 
-    both = [jax.value_and_grad(loss, has_aux=True)(trainable, p) for p in (quantized, plain)]
+    gradient = jax.jit(jax.value_and_grad(loss, has_aux=True))
+    both = [gradient(trainable, p) for p in (quantized, plain)]
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5, rtol=1e-5), *both)
     merged = method.merge(trainable, quantized, dtype=jnp.float32)
     assert all(isinstance(leaf, jax.Array) for leaf in jax.tree.leaves(merged))
@@ -171,7 +173,8 @@ def test_two_adapters_on_one_quantised_kernel():
     quantized, plain = quantized_and_plain()
     methods = [lj.LoRA(targets="up/kernel", rank=r, alpha=4) for r in (1, 3)]
     pairs = [(m, randomised(m.init(jax.random.key(n), plain)[0])) for n, m in enumerate(methods)]
-    both = [lj.lift(apply)(lj.bind_all(pairs, params), X) for params in (quantized, plain)]
+    lifted = jax.jit(lambda params: lj.lift(apply)(lj.bind_all(pairs, params), X))
+    both = [lifted(params) for params in (quantized, plain)]
     np.testing.assert_allclose(*both, atol=1e-5)
 
 
@@ -251,22 +254,21 @@ def test_no_dequantised_stack_is_ever_alive():
 
 
 def test_a_quantised_layer_is_found_by_its_index():
-    kernels = jax.random.normal(jax.random.key(3), (3, 64, 64)) / 8
-    axes = {"kernel": lj.KernelAxes((-3,), (-2,), (-1,))}
-    quantized = lj.quantize({"kernel": kernels}, "kernel", axes=axes)
-    one_by_one = [lj.quantize({"kernel": k}, "kernel")["kernel"].dequantize() for k in kernels]
+    quantized = lj.quantize({"kernel": STACK}, "kernel", axes=STACK_AXES)
+    one_by_one = [lj.quantize({"kernel": k}, "kernel")["kernel"].dequantize() for k in STACK]
     plain = quantized["kernel"].dequantize()
     np.testing.assert_array_equal(plain, jnp.stack(one_by_one))
 
     def by_index(params, x, n):
         return x @ params["kernel"][n]
 
+    lifted = jax.jit(lj.lift(by_index, strict=True))
     for n in range(3):
-        y = jax.jit(lj.lift(by_index, strict=True))(quantized, X, n)
+        y = lifted(quantized, X, n)
         np.testing.assert_allclose(y, X @ plain[n], atol=1e-5)
 
 
-STACK = jax.random.normal(jax.random.key(3), (3, 64, 64)) / 8
+STACK = normal(np.random.default_rng(3), (3, 64, 64), scale=1 / 8)
 STACK_AXES = {"kernel": lj.KernelAxes((-3,), (-2,), (-1,))}
 
 
@@ -311,15 +313,17 @@ def test_what_a_model_makes_of_a_stack_before_its_scan(change, in_four_bits):
         return jnp.sum(jnp.sin(y)), y
 
     with lj.watch_materialised() as events:
-        found = jax.value_and_grad(loss, has_aux=True)(trainable, quantized)
+        gradient = jax.jit(jax.value_and_grad(loss, has_aux=True))
+        found = gradient(trainable, quantized)
     assert not events if in_four_bits else events
-    merged = apply(method.merge(trainable, plain), X)
+    apply_plain = jax.jit(apply)
+    merged = apply_plain(method.merge(trainable, plain), X)
     np.testing.assert_allclose(found[0][1], merged, atol=3e-2 if "bfloat16" in str(
         jax.make_jaxpr(change)(STACK)) else 1e-5)  # fmt: skip
-    expected = jax.value_and_grad(loss, has_aux=True)(trainable, plain)
+    expected = gradient(trainable, plain)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), found, expected)
-    alone = lj.lift(apply)(quantized, X)
-    np.testing.assert_allclose(alone, apply(plain, X), atol=1e-5)
+    alone = jax.jit(lj.lift(apply))(quantized, X)
+    np.testing.assert_allclose(alone, apply_plain(plain, X), atol=1e-5)
 
 
 def test_a_mark_of_where_a_stack_lies_is_none_of_its_four_bits():
@@ -337,7 +341,8 @@ def test_dora_over_a_stack_has_its_norms_layer_by_layer():
     method = lj.DoRA(targets="kernel", rank=2, alpha=4, axes=STACK_AXES)
     trainable = randomised(method.init(jax.random.key(0), quantized)[0])
     apply = over_layers(lambda w: w)
-    both = [lj.lift(apply)(method.bind(trainable, p), X) for p in (quantized, plain)]
+    lifted = jax.jit(lambda params: lj.lift(apply)(method.bind(trainable, params), X))
+    both = [lifted(params) for params in (quantized, plain)]
     np.testing.assert_allclose(*both, atol=1e-5)
     np.testing.assert_allclose(apply(method.merge(trainable, plain), X), both[0], atol=1e-5)
 
