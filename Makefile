@@ -51,7 +51,7 @@ test: $(VENV)/ready lint ## the fast tests, on 8 simulated devices (PYTHON=pytho
 	$(PY) -m pytest -n 2 --dist loadfile -m 'not slow'
 
 test-slow: $(VENV)/ready ## full grids, fuzzing, fault trials
-	$(PY) -m pytest -n 2 --dist loadfile -m slow
+	JAX_DISABLE_MOST_OPTIMIZATIONS=0 $(PY) -m pytest -n 2 --dist loadfile -m slow
 
 lint: $(VENV)/ready
 	$(VENV)/bin/ruff check --quiet .

@@ -4,6 +4,7 @@ import os
 import sys
 import time
 from collections import Counter
+from importlib.metadata import version
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -13,6 +14,12 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 flags = os.environ.get("XLA_FLAGS", "")
 if "xla_force_host_platform_device_count" not in flags:
     flags += " --xla_force_host_platform_device_count=8"
+# Most of the time is XLA's: what is tested is the program, not how well it is optimised. Slow tests
+# compile as users do: `make test-slow` sets it to 0. Children inherit all of this.
+quick = os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1") == "1"
+if quick and tuple(map(int, version("jaxlib").split(".")[:2])) < (0, 11):
+    # These emitters build MLIR passes for each fusion; later versions have no others, nor this flag.
+    flags += " --xla_cpu_use_fusion_emitters=false"
 os.environ["XLA_FLAGS"] = flags.strip()
 cache = ROOT / ".cache" / f"jax-{sys.version_info.major}.{sys.version_info.minor}"
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(cache))
@@ -39,6 +46,15 @@ _spent: Counter = Counter()
 # Folders whose tests run with `jax_numpy_rank_promotion=raise`: what they compute promotes no rank
 # unsaid. The others hold models of other people, or their own have not been looked through yet.
 RANKS_ARE_SAID = {"analysis", "methods"}
+
+
+@pytest.fixture
+def optimised():
+    """XLA's passes as users have them, for a test of what they do: memory, bits."""
+    before = jax.config.values["jax_disable_most_optimizations"]
+    jax.config.update("jax_disable_most_optimizations", False)
+    yield
+    jax.config.update("jax_disable_most_optimizations", before)
 
 
 @pytest.hookimpl(wrapper=True)

@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from lora_jax.core.dtypes import float32_or_wider
 from lora_jax.core.products import ConvUse
 from lora_jax.core.values import RANK, AdaptedValue, Use
 from lora_jax.core.weights import LoRAWeight
@@ -120,7 +121,7 @@ class GroupedUse:
         if left or params["batch_group_count"] != 1 or others != {"i"} or width_of_all != width:
             return None
         x = weight.dropped(conv.other, conv.uses)
-        wide = jnp.promote_types(x.dtype, jnp.float32)
+        wide = float32_or_wider(x.dtype)
         a_axes: list[Any] = weight.side_axes("a")
         scaled = weight.scaled(weight.a.astype(wide), a_axes).astype(x.dtype)
         # (…, stack, groups, r, …): within its part of the stack every group meets the same `a`.

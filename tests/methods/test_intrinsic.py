@@ -271,7 +271,8 @@ def test_what_lies_beyond_a_cells_own_dimension_stays_zero():
     methods = [IntrinsicDimension(dim=dim, train="head/.*") for dim in (9, 4)]
     params = model_params()
     pack = make_pack(methods, params)
-    trainable = pack.init([jax.random.key(0)] * 2, [params] * 2)
+    cells = pack.init([jax.random.key(0)] * 2, [params] * 2)
+    trainable = jax.tree.map(lambda *leaves: jnp.stack(leaves), *cells)
     _, frozen = methods[0].init(jax.random.key(0), params)
     tx = pack.union.optimizer(optax.adamw(1e-2, weight_decay=0.1))
 

@@ -59,9 +59,8 @@ def test_every_policy_gives_the_same_gradients_dropout_included(name, scan):
     assert largest > 0.01
 
 
-def test_what_is_kept_shrinks_with_the_policy():
+def test_what_is_kept_shrinks_with_the_policy(optimised):
     """Temporaries of the compiled gradient of twelve scanned layers of 64 tokens."""
-    jax.config.update("jax_disable_most_optimizations", False)  # memory is the compiler's work
     config = dataclasses.replace(TINY_MODELS["tiny-llama"], num_hidden_layers=12, scan_layers=True)
     model = abstract_model(config)
     method = lj.LoRA(targets="all-linear", rank=2, alpha=4, axes=model.axes, aliases=model.aliases)

@@ -42,15 +42,6 @@ def models():
     return {name: load_model(FOLDER / name, tokenizer=False) for name in MODELS}
 
 
-@pytest.fixture(autouse=True)
-def quick_compilation(request):
-    """Most optimisations off, except in slow tests, which compile as users do."""
-    is_slow = request.node.get_closest_marker("slow") is not None
-    jax.config.update("jax_disable_most_optimizations", not is_slow)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
-
-
 def cases():
     for model in MODELS:
         for name in CASES:
