@@ -18,7 +18,7 @@ if "xla_force_host_platform_device_count" not in flags:
 # compile as users do: `make test-slow` sets it to 0. Children inherit all of this.
 quick = os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1") == "1"
 if quick and tuple(map(int, version("jaxlib").split(".")[:2])) < (0, 11):
-    # These emitters build MLIR passes for each fusion; later versions have no others, nor this flag.
+    # These emitters build MLIR passes per fusion; later versions have no others, nor this flag.
     flags += " --xla_cpu_use_fusion_emitters=false"
 os.environ["XLA_FLAGS"] = flags.strip()
 cache = ROOT / ".cache" / f"jax-{sys.version_info.major}.{sys.version_info.minor}"

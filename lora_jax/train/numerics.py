@@ -19,7 +19,7 @@ from lora_jax.core.errors import RequestError
 # Settings that make another computation: a training does not go on under another value.
 REFUSED = {"x64": "JAX_ENABLE_X64", "matmul_precision": "JAX_DEFAULT_MATMUL_PRECISION"}
 # Those that change how it rounds: a training goes on, and its card says so.
-NOTED = ("disable_jit", "xla_flags", "backend", "jax", "jaxlib")
+NOTED = ("disable_jit", "disable_most_optimizations", "xla_flags", "backend", "jax", "jaxlib")
 
 
 def numerics() -> dict[str, Any]:
@@ -28,6 +28,7 @@ def numerics() -> dict[str, Any]:
         "x64": bool(jax.config.jax_enable_x64),
         "matmul_precision": str(jax.config.jax_default_matmul_precision),
         "disable_jit": bool(jax.config.jax_disable_jit),
+        "disable_most_optimizations": bool(jax.config.jax_disable_most_optimizations),
         "xla_flags": os.environ.get("XLA_FLAGS", ""),
         "backend": jax.default_backend(),
         "jax": jax.__version__,

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import jax
 import numpy as np
 import pytest
 from generate_cases import CASES, EOS, MODELS, NUM_NEW, PAD
