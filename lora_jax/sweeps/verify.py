@@ -50,6 +50,7 @@ COMPARED_METRICS = ("train", "validation", "test", "stopped", "steps", "weights_
 _SHOWN_AS = {
     "x64": "JAX_ENABLE_X64",
     "disable_jit": "JAX_DISABLE_JIT",
+    "disable_most_optimizations": "JAX_DISABLE_MOST_OPTIMIZATIONS",
     "xla_flags": "XLA_FLAGS",
     "matmul_precision": "matmul precision",
 }
