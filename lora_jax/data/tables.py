@@ -71,7 +71,7 @@ def _read_jsonl(path: Path) -> Iterator[tuple[dict, str]]:
             continue
         place = f"{path}:{number}"
         try:
-            record = parse_json(line)
+            record = parse_json(line, halves=True)
         except (ValueError, RecursionError) as error:
             raise RequestError(
                 f"{place}: not a JSON object ({error}); write one object a line"

@@ -28,7 +28,7 @@ def numerics() -> dict[str, Any]:
         "x64": bool(jax.config.jax_enable_x64),
         "matmul_precision": str(jax.config.jax_default_matmul_precision),
         "disable_jit": bool(jax.config.jax_disable_jit),
-        "disable_most_optimizations": bool(jax.config.jax_disable_most_optimizations),
+        "disable_most_optimizations": bool(jax.config.values["jax_disable_most_optimizations"]),
         "xla_flags": os.environ.get("XLA_FLAGS", ""),
         "backend": jax.default_backend(),
         "jax": jax.__version__,
