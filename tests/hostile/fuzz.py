@@ -20,6 +20,8 @@ from tests.hostile.folders import settings
 from tests.hostile.mutations import SCALARS, TREES, mutate
 
 SECONDS = 5
+WARNING = "lora-jax: warning: "
+TOO_LONG = f"more than {SECONDS} s"
 # Escape codes and other controls that a terminal acts on.
 CONTROL = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f]")
 
@@ -191,6 +193,7 @@ class Fuzzer:
         for command in dict.fromkeys(c for some in case.files.values() for c in some):
             with self.copy(self.home / case.folder):
                 self.command(COMMANDS[command], f"undamaged {case.folder}", capture)
+        self.fallen = [one for one in self.fallen if TOO_LONG not in one]
 
     def flags(self, seed: int, capture) -> None:
         """One value of the config replaced, by a flag or in its file."""
@@ -245,7 +248,7 @@ class Fuzzer:
             try:
                 code = main(argv)
             except TooLong:
-                fault = f"more than {SECONDS} s"
+                fault = TOO_LONG
                 fault += "".join(traceback.format_exc().splitlines(True)[-12:])
             except SystemExit as ended:
                 code = ended.code
@@ -262,7 +265,7 @@ class Fuzzer:
 
     @staticmethod
     def faults_of(code, seen) -> str:
-        said = seen.err.splitlines()
+        said = [line for line in seen.err.splitlines() if not line.startswith(WARNING)]
         if CONTROL.search(seen.err) or CONTROL.search(seen.out):
             return f"control characters: {CONTROL.findall(seen.err + seen.out)[:5]}"
         if "Traceback" in seen.err or "panicked" in seen.err:
