@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 
-from lora_jax.cli.requests import Parser, add_json, printable, say
+from lora_jax.cli.requests import Parser, add_json, say
+from lora_jax.formats.untrusted import printable
 
 EXAMPLES = """\
 Examples:

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from lora_jax.cli.adapters import base_of
 from lora_jax.cli.requests import Parser, add_json, cell_of, say
 from lora_jax.core.errors import RequestError
+from lora_jax.formats.untrusted import printable
 
 if TYPE_CHECKING:
     from lora_jax.generate import Decoding
@@ -271,7 +272,7 @@ def _answer(
 
 
 def _tell(text: str) -> None:
-    print(text, file=sys.stderr, flush=True)
+    print(printable(text), file=sys.stderr, flush=True)
 
 
 def _as_json(model: Model, prompts: list[str], found: list[Answers]) -> dict[str, Any]:
@@ -298,7 +299,7 @@ def _print_table(prompts: list[str], found: list[Answers]) -> None:
         table.add_column(rich.text.Text(title), overflow="fold", ratio=1)
     for row in zip(prompts, *(one.texts for one in found), strict=True):
         # As text: a prompt may hold what rich takes for markup.
-        table.add_row(*(rich.text.Text(cell.strip()) for cell in row))
+        table.add_row(*(rich.text.Text(printable(cell.strip())) for cell in row))
     rich.console.Console().print(table)
 
 

@@ -20,6 +20,7 @@ from lora_jax.core.errors import RequestError
 from lora_jax.core.optional import describe_optional
 from lora_jax.core.trees import nearest
 from lora_jax.formats.paths import at_home
+from lora_jax.formats.untrusted import printable
 from lora_jax.train.configs import check_not_missing, fill, put_settings
 from lora_jax.train.schema import SECTIONS, SETTINGS, example_of, parse
 
@@ -300,11 +301,6 @@ def cell_of(path: str | os.PathLike, *, having: str = "config.json") -> Path:
     if cells:
         raise RequestError(f"{folder} holds {len(cells)} cells; name one, such as {cells[0]}")
     raise RequestError(f"{folder} holds no run; give a run's WORKDIR/cells/NAME")
-
-
-def printable(text: str) -> str:
-    """Text without the control characters (escape codes) that a stranger's file may hold."""
-    return re.sub(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]", "", text)
 
 
 def say(text: str) -> None:

@@ -19,10 +19,10 @@ from lora_jax.cli.requests import (
     config_name,
     mesh_of,
     needs_config,
-    printable,
     say,
 )
 from lora_jax.core.errors import RequestError
+from lora_jax.formats.untrusted import printable
 
 EXAMPLES = f"""\
 {OVERRIDES}; it then holds for every cell that the sweep does not set.

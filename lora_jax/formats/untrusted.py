@@ -8,6 +8,7 @@ from __future__ import annotations
 import io
 import json
 import os
+import re
 import reprlib
 import stat
 import zipfile
@@ -63,6 +64,12 @@ def parse_json(text: str | bytes, *, halves: bool = False) -> Any:
     if not halves and (b"\\u" if isinstance(text, bytes) else "\\u") in text:
         json.dumps(value, ensure_ascii=False).encode()
     return value
+
+
+def printable(text: str) -> str:
+    """Text without the control characters (escape codes) that a stranger's file may hold; tabs and
+    ends of lines stay."""
+    return re.sub(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]", "", text)
 
 
 def _inside(value: dict | list) -> Any:

@@ -12,6 +12,7 @@ from rich import box
 from rich.table import Table
 from rich.text import Text
 
+from lora_jax.formats.untrusted import printable
 from lora_jax.report.quantities import (
     ABSENT,
     MINUS,
@@ -80,7 +81,8 @@ def to_terminal(summary: Summary) -> Table:
         # Text, not markup: a setting such as "[red]" is printed, not obeyed.
         table.add_row(
             *(
-                Text(value) + Text(f"\n{detail}" if detail else "", style="dim")
+                Text(printable(value))
+                + Text(printable(f"\n{detail}" if detail else ""), style="dim")
                 for value, detail in cells
             )
         )
