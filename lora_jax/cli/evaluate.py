@@ -103,7 +103,9 @@ def _texts(cell: Path, options: Any, given: dict[str, Any]) -> int:
     from lora_jax.generate.score import Questions, answer, score
     from lora_jax.train import enable_compilation_cache
     from lora_jax.train.again import load_cell
+    from lora_jax.train.workdir import check_inside
 
+    check_inside(cell)  # the texts are written there
     given = {"max_new_tokens": 64, **given}
     settings = Decoding(**{_DECODING[name]: value for name, value in given.items()})
     enable_compilation_cache()

@@ -7,6 +7,7 @@ import time
 import pytest
 from ml_collections import ConfigDict
 
+from lora_jax.cli.main import main
 from lora_jax.core.errors import RequestError
 from lora_jax.formats.atomic import atomic_folder
 from lora_jax.sweeps.cells import Cell
@@ -41,6 +42,17 @@ def test_links_out_of_the_workdir_are_refused_before_anything_is_written(tmp_pat
         claim_cell(cell, CONFIG)
     assert [path.name for path in outside.iterdir()] == ["precious"]
     assert (outside / "precious").read_text() == "precious"
+
+
+def test_texts_are_not_written_through_a_link_to_a_cell(tmp_path, capsys):
+    outside, cell = tmp_path / "outside", tmp_path / "workdir" / "cells" / "one"
+    outside.mkdir()
+    (outside / "config.json").write_text("{}")
+    cell.parent.mkdir(parents=True)
+    cell.symlink_to(outside)
+    assert main(["evaluate", str(tmp_path / "workdir"), "--texts=1"]) == 2
+    assert "outside the workdir" in capsys.readouterr().err
+    assert [path.name for path in outside.iterdir()] == ["config.json"]
 
 
 def test_a_workdir_may_itself_be_a_link_and_hold_links_to_itself(tmp_path):
