@@ -8,6 +8,7 @@ import tokenizers
 from lora_jax.core.errors import RequestError
 from lora_jax.data.examples import Examples
 from lora_jax.data.tokenize import CHUNK_SIZE, EncodedExamples, end_to_end
+from lora_jax.models.tokenizer import encoding_errors
 
 # What runs record of how their completions were encoded. The first format (no record) had neither
 # BOS nor the rule on leading spaces.
@@ -67,7 +68,8 @@ def encode_completions(
 
 def prompt_ids(tokenizer: tokenizers.Tokenizer, prompt: str, *, eos_token_id: int) -> list[int]:
     """The token ids after which a model trained on `encode_completions` begins a completion."""
-    ids = tokenizer.encode(prompt, add_special_tokens=False).ids
+    with encoding_errors():
+        ids = tokenizer.encode(prompt, add_special_tokens=False).ids
     return [*special_prefix(tokenizer), *ids, eos_token_id]
 
 
@@ -76,7 +78,8 @@ def special_prefix(tokenizer: tokenizers.Tokenizer) -> list[int]:
     # Special tokens before and after a text are told apart by the text between them, so it must
     # have a token: "a" has none in some small vocabularies.
     for text in _words(tokenizer):
-        encoded = tokenizer.encode(text)
+        with encoding_errors():
+            encoded = tokenizer.encode(text)
         if 0 in encoded.special_tokens_mask:
             before = encoded.special_tokens_mask.index(0)
             # An encoder's [CLS], to be read by its head, begins no text that goes on.
@@ -110,7 +113,8 @@ def _before_the_model(tokenizer: tokenizers.Tokenizer, text: str) -> str:
 
 
 def _encoded(tokenizer: tokenizers.Tokenizer, texts: list[str]) -> list[np.ndarray]:
-    found = tokenizer.encode_batch_fast(texts, add_special_tokens=False)
+    with encoding_errors():
+        found = tokenizer.encode_batch_fast(texts, add_special_tokens=False)
     return [np.array(encoding.ids, np.int32) for encoding in found]
 
 

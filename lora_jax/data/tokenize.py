@@ -8,6 +8,7 @@ import tokenizers
 
 from lora_jax.core.errors import RequestError
 from lora_jax.data.examples import Examples
+from lora_jax.models.tokenizer import encoding_errors
 
 # Encodings are far larger than the ids taken from them, so only this many live at a time.
 CHUNK_SIZE = 4096
@@ -72,7 +73,8 @@ def encode_examples(
     rows: list[np.ndarray] = []
     types: list[np.ndarray] = []
     for start in range(0, len(examples), CHUNK_SIZE):
-        encoded = cutting.encode_batch_fast(list(texts[start : start + CHUNK_SIZE]))
+        with encoding_errors():
+            encoded = cutting.encode_batch_fast(list(texts[start : start + CHUNK_SIZE]))
         rows += [np.array(e.ids, np.int32) for e in encoded]
         if paired:
             types += [np.array(e.type_ids, np.int32) for e in encoded]

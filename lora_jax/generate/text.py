@@ -12,6 +12,7 @@ from lora_jax.core.errors import RequestError
 from lora_jax.generate.run import Generated, generate
 from lora_jax.generate.settings import Decoding
 from lora_jax.models.model import Model
+from lora_jax.models.tokenizer import encoding_errors
 
 
 def generate_text(
@@ -105,7 +106,8 @@ def encode_prompts(model: Model, prompts: Sequence[str]) -> tuple[np.ndarray, np
             prompt.encode()
         except UnicodeEncodeError as error:
             raise RequestError(f"prompt {place} is {prompt!r}, which is not UTF-8") from error
-    encoded = [e.ids for e in model.tokenizer.encode_batch(list(prompts))]
+    with encoding_errors():
+        encoded = [e.ids for e in model.tokenizer.encode_batch(list(prompts))]
     for place, ids in enumerate(encoded):
         if not ids:
             raise RequestError(f"prompt {place} is {prompts[place]!r}: nothing to continue")

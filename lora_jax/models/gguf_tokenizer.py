@@ -8,8 +8,8 @@ from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalize
 from tokenizers import pre_tokenizers as pre
 from tokenizers.processors import TemplateProcessing
 
-from lora_jax.core.errors import RequestError
 from lora_jax.formats.gguf import GgufFile
+from lora_jax.models.tokenizer import tokenizer_errors
 
 _CONTROL, _USER_DEFINED, _UNUSED = 3, 4, 5
 
@@ -85,20 +85,13 @@ def gguf_tokenizer(file: GgufFile) -> Tokenizer:
         for i, kind in enumerate(types)
         if kind in (_CONTROL, _USER_DEFINED)
     ]
-    try:
+    with tokenizer_errors(
+        f"{file.path} holds no usable tokenizer", "give the model's tokenizer.json"
+    ):
         bpe = models.BPE(vocabulary, merges, ignore_merges=recipe.ignores_merges)
         tokenizer = Tokenizer(bpe)
         tokenizer.add_tokens(added)
         _add_steps(tokenizer, recipe, *_ends(file, recipe, tokens))
-    except RequestError:
-        raise
-    except BaseException as error:
-        # The library raises bare `Exception` for whatever is wrong; its panics are not even that.
-        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
-            raise
-        raise RequestError(
-            f"{file.path} holds no usable tokenizer: {error}; give the model's tokenizer.json"
-        ) from error
     return tokenizer
 
 

@@ -24,6 +24,7 @@ from lora_jax.models.tiny import TINY_MODELS, make_tiny
 from lora_jax.quant.quantize import check_format
 
 HEADS = ("classification", "regression")
+LARGEST_HEAD = 2**20  # outputs: more than any vocabulary
 _DTYPES = ("float32", "bfloat16", "float16", "float64")
 _HEAD_PATTERN = r"head/.*"
 
@@ -159,6 +160,8 @@ def _checked_num_labels(head: str | None, num_labels: Any) -> int | None:
         raise RequestError(f"num_labels={num_labels!r} needs a head: pass head='classification'")
     if isinstance(num_labels, bool) or not isinstance(num_labels, int) or num_labels < 1:
         raise RequestError(f"num_labels is {num_labels!r}; it must be an integer of at least 1")
+    if num_labels > LARGEST_HEAD:
+        raise RequestError(f"num_labels is {num_labels}; it must be at most {LARGEST_HEAD}")
     if head == "regression" and num_labels != 1:
         raise RequestError(f"num_labels is {num_labels}, but a regression has one output")
     return num_labels

@@ -1,6 +1,8 @@
 """A folder's `tokenizer.json`, checked against the model that is to read its ids."""
 
+import contextlib
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 from tokenizers import Tokenizer
@@ -8,6 +10,29 @@ from tokenizers import Tokenizer
 from lora_jax.core.errors import RequestError
 
 _PAD_NAMES = ("[PAD]", "<pad>")
+
+
+@contextlib.contextmanager
+def tokenizer_errors(what: str, way_out: str) -> Iterator[None]:
+    """Raises `RequestError` for what the tokenizers library raises: `{what}: …; {way_out}`.
+
+    That is a bare `Exception` for whatever is wrong, and panics of Rust, which are not even that.
+    """
+    try:
+        yield
+    except RequestError:
+        raise
+    except BaseException as error:
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+            raise
+        raise RequestError(f"{what}: {error}; {way_out}") from error
+
+
+def encoding_errors() -> contextlib.AbstractContextManager[None]:
+    """`tokenizer_errors` of a text that cannot be encoded, since the file contradicts itself."""
+    return tokenizer_errors(
+        "the tokenizer cannot encode the texts", "restore the model's tokenizer.json"
+    )
 
 
 def read_tokenizer(
@@ -19,13 +44,8 @@ def read_tokenizer(
     a model with `vocab_size` embedding rows and this padding id (None: not looked at).
     """
     path = Path(path)
-    try:
+    with tokenizer_errors(f"{path} is not a readable tokenizer", "restore it"):
         tokenizer = Tokenizer.from_file(str(path))
-    except BaseException as error:
-        # The library raises bare `Exception` for whatever is wrong; its panics are not even that.
-        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
-            raise
-        raise RequestError(f"{path} is not a readable tokenizer: {error}; restore it") from error
     check_tokenizer(tokenizer, vocab_size=vocab_size, pad_token_id=pad_token_id, place=str(path))
     tokenizer.no_truncation()
     tokenizer.no_padding()

@@ -17,6 +17,8 @@ from lora_jax.core.errors import RequestError
 from lora_jax.core.rules import Rule
 from lora_jax.formats.safetensors import read_tensors, write_tensors
 from lora_jax.formats.untrusted import DEEPEST, check_fields, parse_json, read_arrays
+from lora_jax.generate.text import encode_prompts
+from lora_jax.models import load_model
 from lora_jax.report.keep import keep_runs
 from lora_jax.sweeps.record import read_record
 from lora_jax.sweeps.verify import _read_card
@@ -250,3 +252,20 @@ def test_an_optional_field_may_be_missing_and_is_checked_where_it_is():
     check_fields({"a": 1}, {"?b": str}, "f", "")
     with pytest.raises(RequestError, match="f: b is 1"):
         check_fields({"b": 1}, {"?b": str}, "f", "")
+
+
+def test_a_tokenizer_that_contradicts_itself_is_named_when_it_encodes():
+    """The library panics then, which is no `Exception`: seed 215 of the fuzzer's "model"."""
+
+    def encode_batch(prompts):
+        panic = type("PanicException", (BaseException,), {})
+        raise panic("no entry found for key")
+
+    model = SimpleNamespace(tokenizer=SimpleNamespace(encode_batch=encode_batch), pad_token_id=0)
+    with pytest.raises(RequestError, match=r"no entry found for key; restore .*tokenizer\.json"):
+        encode_prompts(model, ["a"])
+
+
+def test_more_labels_than_any_head_has_are_refused():
+    with pytest.raises(RequestError, match="must be at most"):
+        load_model("tiny-bert", head="classification", num_labels=10**300)
