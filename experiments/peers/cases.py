@@ -52,11 +52,16 @@ PLAIN = {
         "sliced_and_split": ("kernel split, and strided, before its products", "io"),
         "fused_slice": ("adapters on the q and v slices of a fused qkv kernel", "io"),
         "kernels_fused_inside": ("two kernels concatenated inside the model", "io"),
+        "kernels_stacked_inside": ("two kernels stacked inside the model", "io"),
+        "padded_kernel": ("kernel padded, rows spread too", "io"),
+        "put_kernel": ("`device_put` of the kernel", "io"),
+        "complex_kernel": ("two kernels as one complex kernel", "io"),
         "weight_norm": ("kernel normalised before the product", "io"),
         "tied_both_ways": ("one kernel as W and as Wᵀ", "io"),
     },
     "embeddings": {
         "lookup": ("lookup of rows", "io"),
+        "lookup_of_one_row_vmapped": ("lookup of one row, under `vmap`", "io"),
         "tied_embedding": ("lookup, and the logits from the same table", "io"),
     },
     "convolutions": {
@@ -66,6 +71,8 @@ PLAIN = {
         "grouped_conv": ("grouped", "iio"),
         "depthwise_conv": ("depthwise", "iio"),
         "transposed_conv": ("transposed", "iio"),
+        "conv_vmapped_over_kernels": ("`vmap` over kernels and inputs", "siio"),
+        "depthwise_conv_of_keras": ("depthwise as Keras has it", "iso"),
     },
     "experts": {
         "mixture_of_experts": ("mixture of experts, batched einsum", "sio"),

@@ -40,7 +40,7 @@ REASONS = {
 } | dict.fromkeys(
     (
         "conv_1d", "conv_2d_strided_and_dilated", "conv_3d", "grouped_conv", "depthwise_conv",
-        "transposed_conv", "nnx_conv",
+        "transposed_conv", "nnx_conv", "conv_vmapped_over_kernels", "depthwise_conv_of_keras",
     ),
     _WINDOW,
 )  # fmt: skip
@@ -127,6 +127,14 @@ class Lookup(nnx.Module):
         return self.frozen(x) + self.w(ids)
 
 
+class LookupTwice(Lookup):
+    """Two lookups of the same rows, each with its adapter's share."""
+
+    def __call__(self, x):
+        ids = jax.nn.one_hot(jnp.argmax(x, axis=1), 6, dtype=x.dtype)
+        return self.frozen(x) + self.w(ids) + self.w(ids)
+
+
 class Fused(nnx.Module):
     """Adapters on two of the three parts of a fused projection's result."""
 
@@ -170,6 +178,40 @@ class Split(nnx.Module):
         return one + jnp.tanh(two) + three
 
 
+class Padded(nnx.Module):
+    """The kernel with rows before it, and with rows of ones between its own."""
+
+    def __init__(self, case, params):
+        w = params["w"]
+        self.frozen, self.w = nnx.Dict({"w": nnx.Param(w)}), _lora(*w.shape, w.dtype)
+
+    def __call__(self, x):
+        w = self.frozen["w"][...]
+        below = jnp.pad(w, ((2, 0), (0, 1)))
+        spread = jax.lax.pad(w, jnp.ones((), x.dtype), ((-1, 0, 1), (0, 1, 0)))
+        zero = jnp.zeros_like(x[:, :1])
+        one, two = self.w(x[:, 2:]), self.w(jnp.concatenate([zero, x[:, 1::2]], axis=1))
+        one, two = (jnp.pad(y, ((0, 0), (0, 1))) for y in (one, two))
+        return x @ below + one + jnp.tanh(x @ spread + two)
+
+
+class Complex(nnx.Module):
+    """A real kernel and an imaginary one, each with its adapter."""
+
+    def __init__(self, case, params):
+        self.frozen = nnx.Dict({name: nnx.Param(value) for name, value in params.items()})
+        for name, value in params.items():
+            setattr(self, name, _lora(*value.shape, value.dtype))
+
+    def __call__(self, x):
+        kernel = jax.lax.complex(self.frozen["q"][...], self.frozen["k"][...])
+        one = jnp.ones_like(x[:1])  # the imaginary part of each input
+        low = jax.lax.complex(self.q(x), self.k(x))
+        low_turned = 2j * (low + 1j * jax.lax.complex(self.q(one), self.k(one)))
+        turned = (x + 1j) @ (2j * kernel) + low_turned
+        return jnp.abs(x @ kernel + low) + jnp.real(turned) + x[:, :5]
+
+
 BESIDE = {
     "kernel_on_the_left": Based,
     "dense_general": Based,
@@ -179,9 +221,14 @@ BESIDE = {
     "shard_map_over_inputs": Based,
     "sharding_constraint": Based,
     "explicit_sharding": Based,
+    "put_kernel": Based,
     "lookup": Lookup,
+    "lookup_of_one_row_vmapped": LookupTwice,
     "fused_slice": Fused,
     "kernels_fused_inside": Joined,
+    "kernels_stacked_inside": Joined,
+    "padded_kernel": Padded,
+    "complex_kernel": Complex,
     "sliced_and_split": Split,
 }
 
