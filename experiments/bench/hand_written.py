@@ -36,7 +36,7 @@ class HandWrittenLoRA(nnx.Module):
 
     def __call__(self, x):
         low_rank = ((x @ self.a[...]) * (ALPHA / RANK)) @ self.b[...]
-        return x @ self.kernel[...] + low_rank + self.bias[...]
+        return x @ self.kernel[...] + low_rank + jax.lax.broadcast_to_rank(self.bias[...], x.ndim)
 
 
 def hand_written(config: BertConfig, *, rngs: nnx.Rngs) -> Bert:

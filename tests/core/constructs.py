@@ -276,7 +276,7 @@ def sliced_and_split(p, x):
 
 @construct(low_rank=False, w=(6, 4))
 def weight_norm(p, x):
-    return x @ (p["w"] / jnp.linalg.norm(p["w"], axis=0))
+    return x @ (p["w"] / jnp.linalg.norm(p["w"], axis=0, keepdims=True))
 
 
 @construct(w=(6, 4))
@@ -585,7 +585,7 @@ def grouped_conv_vmapped_over_kernels(p, x):
     return jax.vmap(one)(jnp.stack([x, -x]), p["w"])
 
 
-_SCALES = np.arange(1.0, 5.0)
+_SCALES = np.arange(1.0, 5.0)[None]
 
 
 @jax.custom_vjp
@@ -648,7 +648,7 @@ def custom_jvp_with_symbolic_zeros(p, x):
 
 @construct(w=(6, 4))
 def custom_jvp_over_a_traced_array(p, x):
-    gates = jnp.cos(jnp.arange(4, dtype=x.dtype))
+    gates = jnp.cos(jnp.arange(4, dtype=x.dtype))[None]
 
     @jax.custom_jvp
     def f(w, x):

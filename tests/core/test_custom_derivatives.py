@@ -11,7 +11,7 @@ import lora_jax as lj
 from tests.core.adapted import largest_difference, random_like
 
 SymbolicZero = jax.custom_derivatives.SymbolicZero
-SCALES = np.arange(1.0, 5.0, dtype=np.float32)
+SCALES = np.arange(1.0, 5.0, dtype=np.float32)[None]
 
 
 @jax.custom_vjp
@@ -62,14 +62,14 @@ jvp_with_symbolic_zeros.defjvp(_jvp, symbolic_zeros=True)
 
 @jax.custom_vjp
 def vjp_of_a_key(w, x, key):
-    return (x @ w) * jax.random.uniform(key, (4,))
+    return (x @ w) * jax.random.uniform(key, (1, 4))
 
 
 vjp_of_a_key.defvjp(
     lambda w, x, key: (vjp_of_a_key(w, x, key), (w, x, key)),
     lambda r, g: (
-        r[1].T @ (g * jax.random.uniform(r[2], (4,))),
-        (g * jax.random.uniform(r[2], (4,))) @ r[0].T,
+        r[1].T @ (g * jax.random.uniform(r[2], (1, 4))),
+        (g * jax.random.uniform(r[2], (1, 4))) @ r[0].T,
         None,
     ),
 )

@@ -55,7 +55,7 @@ def sharded_map(p, x):
 
 def materialised(p, x):
     return jax.sharding.auto_axes(
-        lambda w, x: x @ (w / jnp.linalg.norm(w, axis=0)), out_sharding=WHOLE
+        lambda w, x: x @ (w / jnp.linalg.norm(w, axis=0, keepdims=True)), out_sharding=WHOLE
     )(p["w"], x)
 
 

@@ -96,7 +96,7 @@ def test_a_stack_and_outputs_in_one_axis_are_right_whatever_else_they_meet():
         kernel = jax.device_put(kernel)
         turned = jnp.cos(kernel.T @ x[:3]) + jnp.flip(kernel, 1).T[:, :1] + kernel[1, :, None]
         scanned = jax.lax.scan(lambda s, row: (s + jnp.sin(row), None), turned[:, 0], kernel)[0]
-        return x @ jax.lax.cond(x[0, 0] > 9, lambda k: k, lambda k: -k, turned).T + scanned
+        return x @ jax.lax.cond(x[0, 0] > 9, lambda k: k, lambda k: -k, turned).T + scanned[None]
 
     x = normal(np.random.default_rng(2), (5, 6), jnp.float64)
     found = value_and_gradients(lambda t, x: lj.lift(run)(method.bind(t, frozen), x), trainable, x)

@@ -52,7 +52,7 @@ def loss_of(method, frozen):
 
 
 @pytest.mark.parametrize("name", few_fast("dora", "pissa", "lora_xs"))
-def test_a_fresh_adapter_is_the_base(name):
+def test_a_fresh_adapter_is_the_base(name, optimised):
     method = VARIANTS[name]
     params, trainable, frozen = started(method)
     found = jax.jit(lj.lift(apply))(method.bind(trainable, frozen), X)
