@@ -17,6 +17,9 @@ if "xla_force_host_platform_device_count" not in flags:
 # Most of the time is XLA's: what is tested is the program, not how well it is optimised. Slow tests
 # compile as users do: `make test-slow` sets it to 0. Children inherit all of this.
 quick = os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1") == "1"
+if quick:
+    flags += " --xla_cpu_parallel_codegen_split_count=1 --xla_cpu_multi_thread_eigen=false"
+    flags += " --xla_cpu_enable_concurrency_optimized_scheduler=false"
 if quick and tuple(map(int, version("jaxlib").split(".")[:2])) < (0, 11):
     # These emitters build MLIR passes per fusion; later versions have no others, nor this flag.
     flags += " --xla_cpu_use_fusion_emitters=false"
