@@ -147,7 +147,7 @@ def batch_norm(p, x):
     h = x @ p["w"]
     mean = h.mean(axis=0)
     variance = (h**2).mean(axis=0) - mean**2
-    y = (h - mean) / jnp.sqrt(variance + 1e-5)
+    y = (h - mean[None]) / jnp.sqrt(variance[None] + 1e-5)
     mean, variance = jax.lax.stop_gradient((mean, variance))
     return y, 0.01 * mean, 0.99 + 0.01 * variance
 
