@@ -39,7 +39,7 @@ settings.register_profile("no deadline", deadline=None)
 settings.load_profile("no deadline")
 
 # Processor seconds for a folder, cold cache: a quarter above what JAX 0.10.2 took on two cores of
-# an AMD EPYC. More is told, not failed, since machines differ.
+# an AMD EPYC. More is reported, not failed, since machines differ.
 BUDGETS = {
     "analysis": 20, "cli": 30, "core": 90, "data": 5, "experiments": 20, "formats": 15,
     "generate": 15, "hostile": 10, "lora_jax": 10, "methods": 130, "models": 40, "notebooks": 35,
@@ -49,6 +49,15 @@ BUDGETS = {
 _spent: Counter = Counter()
 # Whose tests may promote ranks unsaid: they run what other people wrote. All else is refused it.
 RANKS_PROMOTE = {"notebooks", "tests", "lora_jax"}
+
+
+@pytest.fixture
+def float64():
+    """Arrays are of 64 bits by default."""
+    before = jax.config.jax_enable_x64
+    jax.config.update("jax_enable_x64", True)
+    yield
+    jax.config.update("jax_enable_x64", before)
 
 
 @pytest.fixture

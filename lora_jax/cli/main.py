@@ -11,6 +11,7 @@ from collections.abc import Sequence
 
 from lora_jax.core.errors import RequestError
 from lora_jax.core.trees import nearest
+from lora_jax.formats.untrusted import escaped
 
 COMMANDS = {
     "train": "train one cell: a method on a model and data; resumes where it stopped",
@@ -65,8 +66,7 @@ def usage() -> str:
 
 def _in_one_line(error: Exception) -> str:
     """What an error says. A name or value in it may be a stranger's: escape codes and line ends."""
-    text = " ".join(str(error).splitlines())
-    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
+    return escaped(" ".join(str(error).splitlines()))
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -102,7 +102,10 @@ def _check_names(option: str, text: Any) -> None:
 
 def read_path(text: Any) -> Any:
     """A path as given, with `~` as the home folder; raises as `at_home`."""
-    return text if not isinstance(text, str) or at_home(text) == Path(text) else str(at_home(text))
+    if not isinstance(text, str):
+        return text
+    path = at_home(text)
+    return text if path == Path(text) else str(path)
 
 
 def read_config(args: Sequence[str]) -> ConfigDict:

@@ -1,4 +1,4 @@
-"""Floating-point types that sums are made in, and whether JAX may promote without being told."""
+"""Floating-point types that sums are made in, and what lets JAX promote implicitly."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Settings that a config may lack: what they are then, and how one is put in from outside.
+"""Settings that a config may lack, and what they are then.
 
 A config that does not say them is the same config, with the same hash, as before they existed.
 """
@@ -6,8 +6,6 @@ A config that does not say them is the same config, with the same hash, as befor
 from __future__ import annotations
 
 from typing import Any
-
-from lora_jax.core.errors import RequestError
 
 # Setting: what it is where a config lacks it, and what `--help` says of it.
 _SETTINGS: dict[str, tuple[Any, str]] = {
@@ -31,21 +29,3 @@ def describe_optional() -> str:
     said = {key: f"{key}={str(default).lower()}" for key, default in OPTIONAL.items()}
     width = max(map(len, said.values()))
     return "\n".join(f"  {said[key]:{width}}  {about}" for key, (_, about) in _SETTINGS.items())
-
-
-def set_optional(config: Any, key: str, value: Any) -> None:
-    """Puts an optional setting into a locked `ConfigDict` that lacks it; "true" as text, too.
-
-    Raises `RequestError` for a value of another type.
-    """
-    default = OPTIONAL[key]
-    if isinstance(default, bool) and isinstance(value, str):
-        value = {"true": True, "false": False}.get(value.lower(), value)
-    elif isinstance(default, int) and isinstance(value, str) and value.lstrip("-").isdecimal():
-        value = int(value)
-    if type(value) is not type(default):
-        kind = type(default).__name__
-        raise RequestError(f"{key}={value!r} is no {kind}; without it, it is {default!r}")
-    section, _, name = key.partition(".")
-    with config.unlocked():
-        config[section][name] = value

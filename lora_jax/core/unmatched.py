@@ -9,7 +9,9 @@ from typing import Any
 from lora_jax.core import trees
 
 # The aliases of the model families that `load_model` knows.
-FAMILY_ALIASES = frozenset({"q", "k", "v", "o", "up", "down", "embed", "head", "all-linear"})
+FAMILY_ALIASES = frozenset(
+    {"q", "k", "v", "o", "c_attn", "up", "down", "gate", "embed", "head", "all-linear"}
+)
 
 
 def near_paths(

@@ -75,8 +75,8 @@ def prompt_ids(tokenizer: tokenizers.Tokenizer, prompt: str, *, eos_token_id: in
 
 def special_prefix(tokenizer: tokenizers.Tokenizer) -> list[int]:
     """The special tokens (BOS) that the tokenizer puts before a text, as transformers calls it."""
-    # Special tokens before and after a text are told apart by the text between them, so it must
-    # have a token: "a" has none in some small vocabularies.
+    # The text separates the special tokens before it from those after it, so it must have a
+    # token: "a" has none in some small vocabularies.
     for text in _words(tokenizer):
         with encoding_errors():
             encoded = tokenizer.encode(text)

@@ -72,6 +72,11 @@ def printable(text: str) -> str:
     return re.sub(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]", "", text)
 
 
+def escaped(text: str) -> str:
+    """Text with what cannot be printed written out, such as \\x1b; ends of lines stay."""
+    return "".join(c if c.isprintable() or c == "\n" else ascii(c)[1:-1] for c in text)
+
+
 def _inside(value: dict | list) -> Any:
     return value.values() if isinstance(value, dict) else value
 

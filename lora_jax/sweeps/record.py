@@ -21,14 +21,14 @@ def read_record(workdir: Path) -> dict[str, Any]:
     path = workdir / SWEEP
     if not path.exists():
         return {"sweeps": [], "cells": [], "refused": {}, "num_steps": {}}
-    told = read_json_file(path)
-    check_fields(told, _FIELDS, path, "restore that file")
-    for name in told["cells"]:
+    found = read_json_file(path)
+    check_fields(found, _FIELDS, path, "restore that file")
+    for name in found["cells"]:
         if not is_folder_name(name):
             raise RequestError(f"{path} names a cell {name!r}; restore that file")
-    for one in told["sweeps"]:
+    for one in found["sweeps"]:
         check_fields(one, {"name": str, "source": str}, f"{path}, sweeps", "restore that file")
-    for name, steps in told["num_steps"].items():
+    for name, steps in found["num_steps"].items():
         if type(steps) is not int:
             raise RequestError(f"{path}: num_steps of {name!r} is {steps!r}; restore that file")
-    return told
+    return found

@@ -11,6 +11,7 @@ from typing import TextIO
 import rich.console
 import rich.progress
 
+from lora_jax.formats.untrusted import escaped
 from lora_jax.train.progress import EVALUATING, clock_time
 
 
@@ -55,7 +56,7 @@ class SweepView(contextlib.AbstractContextManager):
 
     def say(self, text: str) -> None:
         """One line, above the bars."""
-        text = "".join(c if c.isprintable() or c == "\n" else ascii(c)[1:-1] for c in text)
+        text = escaped(text)
         if self._bars is not None:
             self._bars.console.print(text, markup=False, highlight=False)
         else:

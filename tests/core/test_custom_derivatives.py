@@ -4,25 +4,13 @@ from __future__ import annotations
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import pytest
 
 import lora_jax as lj
 from tests.core.adapted import largest_difference, random_like
+from tests.core.constructs import ALL
 
 SymbolicZero = jax.custom_derivatives.SymbolicZero
-SCALES = np.arange(1.0, 5.0, dtype=np.float32)[None]
-
-
-@jax.custom_vjp
-def vjp_with_a_constant(w, x):
-    return (x @ w) * SCALES
-
-
-vjp_with_a_constant.defvjp(
-    lambda w, x: (vjp_with_a_constant(w, x), (w, x)),
-    lambda r, g: (r[1].T @ (g * SCALES), (g * SCALES) @ r[0].T),
-)
 
 
 @jax.custom_vjp
@@ -95,7 +83,7 @@ vjp_that_branches.defvjp(_forward_with_flags, _backward_that_branches, symbolic_
 
 RULES = {
     "a backward rule that branches": lambda p, x: vjp_that_branches(p["w"], x, 3),
-    "a custom_vjp with a constant": lambda p, x: vjp_with_a_constant(p["w"], x),
+    "a custom_vjp with a constant": ALL["custom_vjp_with_constants"].apply,
     "a custom_vjp with symbolic zeros": lambda p, x: vjp_with_symbolic_zeros(p["w"], x, 3)[0],
     "a custom_jvp with symbolic zeros": lambda p, x: jvp_with_symbolic_zeros(p["w"], x, 3)[0],
     "a custom_vjp of a key": lambda p, x: vjp_of_a_key(p["w"], x, jax.random.key(7)),

@@ -220,17 +220,18 @@ def test_linen_mutable_collections_and_rngs_pass_through():
     assert not np.array_equal(state["batch_stats"]["BatchNorm_0"]["mean"], np.zeros(8))
 
 
+class NormAndDropout(nnx.Module):
+    def __init__(self, rngs):
+        self.dense = nnx.Linear(6, 8, rngs=rngs)
+        self.norm = nnx.BatchNorm(8, rngs=rngs)
+        self.drop = nnx.Dropout(0.5, rngs=rngs)
+
+    def __call__(self, x):
+        return self.drop(self.norm(self.dense(x)))
+
+
 def test_nnx_dropout_and_running_statistics_inside_the_trace():
-    class Model(nnx.Module):
-        def __init__(self, rngs):
-            self.dense = nnx.Linear(6, 8, rngs=rngs)
-            self.norm = nnx.BatchNorm(8, rngs=rngs)
-            self.drop = nnx.Dropout(0.5, rngs=rngs)
-
-        def __call__(self, x):
-            return self.drop(self.norm(self.dense(x)))
-
-    graph, params, rest = nnx.split(Model(nnx.Rngs(0)), nnx.Param, ...)
+    graph, params, rest = nnx.split(NormAndDropout(nnx.Rngs(0)), nnx.Param, ...)
     x = jax.random.normal(jax.random.key(1), X)
 
     def apply(params, rest, x):
@@ -290,16 +291,7 @@ def test_nnx_scan_over_nnx_remat_forms_nothing_and_has_the_gradients_of_merge():
 
 @pytest.mark.parametrize("copy", [False, True])
 def test_nnx_state_closed_over_is_one_line_that_names_the_way(copy):
-    class Model(nnx.Module):
-        def __init__(self, rngs):
-            self.dense = nnx.Linear(6, 8, rngs=rngs)
-            self.norm = nnx.BatchNorm(8, rngs=rngs)
-            self.drop = nnx.Dropout(0.5, rngs=rngs)
-
-        def __call__(self, x):
-            return self.drop(self.norm(self.dense(x)))
-
-    graph, params, rest = nnx.split(Model(nnx.Rngs(0)), nnx.Param, ...)
+    graph, params, rest = nnx.split(NormAndDropout(nnx.Rngs(0)), nnx.Param, ...)
 
     def apply(params, x):
         return nnx.merge(graph, params, rest, copy=copy)(x)

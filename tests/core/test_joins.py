@@ -11,13 +11,7 @@ from flax import linen as nn
 import lora_jax as lj
 from tests.core.adapted import largest_difference, normal, random_like, value_and_gradients
 
-
-@pytest.fixture(autouse=True)
-def float64():
-    before = jax.config.jax_enable_x64
-    jax.config.update("jax_enable_x64", True)
-    yield
-    jax.config.update("jax_enable_x64", before)
+pytestmark = pytest.mark.usefixtures("float64")
 
 
 def adapted(params, axes=None, **settings):

@@ -30,16 +30,9 @@ from tests.core.constructs import ALL
 
 pytestmark = [
     pytest.mark.slow,
+    pytest.mark.usefixtures("float64"),
     pytest.mark.filterwarnings("ignore::lora_jax.MaterialisedWarning"),
 ]
-
-
-@pytest.fixture(autouse=True)
-def float64():
-    before = jax.config.jax_enable_x64
-    jax.config.update("jax_enable_x64", True)
-    yield
-    jax.config.update("jax_enable_x64", before)
 
 
 def scanned(f):

@@ -7,7 +7,6 @@ import re
 from collections import Counter
 from pathlib import Path
 
-import jax
 import pytest
 
 from experiments.peers import ours
@@ -21,14 +20,6 @@ RESULTS = ROOT / "experiments" / "results" / "attachment"
 RECORD = json.loads((RESULTS / "attachment.json").read_text(encoding="utf-8"))
 # One of each group; the others are made again among the slow tests.
 FEW = ("fused_slice", "tied_embedding", "ragged_experts")
-
-
-@pytest.fixture
-def float64():
-    before = jax.config.jax_enable_x64
-    jax.config.update("jax_enable_x64", True)
-    yield
-    jax.config.update("jax_enable_x64", before)
 
 
 @pytest.mark.filterwarnings("ignore::lora_jax.MaterialisedWarning")

@@ -10,14 +10,6 @@ import pytest
 from lora_jax.generate.sampling import draw, kept_logits, without_repeats
 
 
-@pytest.fixture
-def float64():
-    before = jax.config.jax_enable_x64
-    jax.config.update("jax_enable_x64", True)
-    yield
-    jax.config.update("jax_enable_x64", before)
-
-
 def kept_by_definition(logits, temperature, top_k, top_p):
     """The probabilities of one row: top-k of the tokens, then the fewest that reach top_p."""
     scaled = logits / temperature

@@ -161,7 +161,7 @@ class Fuzzer:
         self.before = self.listing()
 
     def listing(self) -> dict[str, tuple]:
-        """Everything beside the damaged folder and the place for results, as it is."""
+        """Everything outside the damaged folder and the place for results, as it is."""
         found = {}
         for folder, folders, files in os.walk(self.home):
             if folder == str(self.home):

@@ -10,6 +10,8 @@ import jax.numpy as jnp
 import pytest
 
 import lora_jax as lj
+from lora_jax.core.unmatched import FAMILY_ALIASES
+from lora_jax.models.tiny import TINY_MODELS
 
 PARAMS = {
     "layers": [{"query": {"kernel": jnp.ones((6, 4))}}, {"query": {"kernel": jnp.ones((6, 4))}}],
@@ -135,3 +137,9 @@ def test_targets_that_are_no_texts_are_refused(targets):
     if targets is not None:
         whole = lambda: lj.LoRA(targets="head/kernel", rank=1, train=targets)  # noqa: E731
         assert "must be a text" in refusal(lambda: whole().init(jax.random.key(0), PARAMS))
+
+
+def test_the_aliases_that_core_knows_are_those_of_the_families():
+    assert {
+        alias for name in TINY_MODELS for alias in lj.load_model(name).aliases
+    } == FAMILY_ALIASES

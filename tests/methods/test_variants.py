@@ -39,14 +39,6 @@ def few_fast(*few, without=()):
     ]
 
 
-@pytest.fixture
-def float64():
-    before = jax.config.jax_enable_x64
-    jax.config.update("jax_enable_x64", True)
-    yield
-    jax.config.update("jax_enable_x64", before)
-
-
 def loss_of(method, frozen):
     return lambda trainable: jnp.mean(lj.lift(apply)(method.bind(trainable, frozen), X) ** 2)
 

@@ -14,7 +14,6 @@ from lora_jax.cli import evaluate as evaluate_command
 from lora_jax.cli import sweep as sweep_command
 from lora_jax.cli import train as train_command
 from lora_jax.core.errors import RequestError
-from lora_jax.core.optional import set_optional
 from lora_jax.models import load_model, save_model
 from lora_jax.parallel import Placement, make_mesh, read_mesh
 from lora_jax.parallel.offload import lacks_host_memory
@@ -27,6 +26,7 @@ from lora_jax.sweeps.ready import make_ready
 from lora_jax.sweeps.verify import verify
 from lora_jax.train import Interrupted, train
 from lora_jax.train.build import load_base
+from lora_jax.train.configs import put_settings
 from lora_jax.train.run import Run
 from tests.sweeps.stored_problem import CELLS, sweep_of
 from tests.train.conftest import make_config, reviews_file
@@ -342,7 +342,7 @@ def test_moments_in_the_hosts_memory_are_the_same_training(
         pytest.skip("this JAX has no memory of the host's own on CPU")
     mesh = mesh_of(text) if text else None
     config = make_config({**RUN, "train.checkpoint_every_steps": 4})
-    set_optional(config, "optimizer.offload", True)
+    put_settings(config, {"optimizer.offload": True})
     whole = train(config, tmp_path / "whole", progress=False, mesh=mesh)
     with monkeypatch.context() as patch:
         at_call(patch, Run, "_step", 7, interrupt)
@@ -370,7 +370,7 @@ def test_a_backend_without_a_hosts_memory_says_so_and_goes_on(
     make_config, tmp_path, monkeypatch, capsys
 ):
     config = make_config(RUN)
-    set_optional(config, "optimizer.offload", True)
+    put_settings(config, {"optimizer.offload": True})
     monkeypatch.setattr("lora_jax.parallel.offload.HOST", "no such kind")
     card = train(config, tmp_path, progress=False)
     assert "has no memory kind 'no such kind'" in capsys.readouterr().err

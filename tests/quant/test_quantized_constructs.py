@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import jax
 import jax.numpy as jnp
 import pytest
 
@@ -11,15 +10,10 @@ from tests.core.adapted import largest_difference, setting, value_and_gradients
 from tests.core.constructs import ALL
 
 # A mesh splits kernels, and the four bits of one stay together: materialised, which others test.
-pytestmark = pytest.mark.filterwarnings("ignore::lora_jax.MaterialisedWarning")
-
-
-@pytest.fixture(autouse=True)
-def float64():
-    before = jax.config.jax_enable_x64
-    jax.config.update("jax_enable_x64", True)
-    yield
-    jax.config.update("jax_enable_x64", before)
+pytestmark = [
+    pytest.mark.usefixtures("float64"),
+    pytest.mark.filterwarnings("ignore::lora_jax.MaterialisedWarning"),
+]
 
 
 FEW = ("dense_general", "tied_embedding", "scanned_with_remat", "layers_by_index", "grouped_conv")

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 import lora_jax as lj
-from lora_jax.core.optional import set_optional
 from lora_jax.train import loop
+from lora_jax.train.configs import put_settings
 from lora_jax.train.loop import train
 from lora_jax.train.memory import StepMemory, num_bytes
 
@@ -72,7 +72,7 @@ def test_settings_that_a_config_may_lack_train_the_same_cells(change, make_confi
     """Parts, remat: the same losses; four bits: a run that is verified, merged and evaluated."""
     plain, changed = (make_config({"method.dropout": 0.0}) for _ in range(2))
     for key, value in change.items():
-        set_optional(changed, key, value)
+        put_settings(changed, {key: value})
     cards = [train(c, tmp_path / n, progress=False) for n, c in (("a", plain), ("b", changed))]
     losses = [card["metrics"]["test"]["loss"] for card in cards]
     if "model.quantize" not in change:

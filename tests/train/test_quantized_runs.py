@@ -8,17 +8,18 @@ from safetensors.numpy import load_file
 import lora_jax as lj
 from lora_jax.cli import evaluate, merge
 from lora_jax.core import trees
-from lora_jax.core.optional import OPTIONAL, set_optional
+from lora_jax.core.optional import OPTIONAL
 from lora_jax.models import load_model
 from lora_jax.sweeps.cells import overridden
 from lora_jax.train import train
+from lora_jax.train.configs import put_settings
 
 
 @pytest.mark.parametrize("dtype", ["float32", pytest.param("bfloat16", marks=pytest.mark.slow)])
 def test_a_quantised_run_is_evaluated_and_merged(dtype, make_config, tmp_path, capsys):
     config = make_config({"method.dropout": 0.0})
     config.model.dtype = dtype
-    set_optional(config, "model.quantize", "nf4")
+    put_settings(config, {"model.quantize": "nf4"})
     train(config, tmp_path / "work", progress=False)
     cell = str(tmp_path / "work" / "cells" / "run")
     losses = []
@@ -52,10 +53,10 @@ def test_settings_that_a_config_may_lack_are_put_in_by_sweeps_and_flags(make_con
     ):
         overridden(config, {"model.quantise": "nf4"})
     for key, value, says in [
-        ("model.double_quant", "maybe", "is no bool"),
-        ("train.accumulate_steps", "two", "is no int"),
-        ("model.quantize", 4, "is no str"),
+        ("model.double_quant", "maybe", "must be True or False"),
+        ("train.accumulate_steps", "two", "must be a whole number"),
+        ("model.quantize", 4, "must be a text"),
     ]:
         with pytest.raises(lj.RequestError, match=says):
-            set_optional(make_config({}), key, value)
+            overridden(make_config({}), {key: value})
     assert set(OPTIONAL) >= {"train.remat", "train.loss_chunk", "optimizer.moment_dtype"}
