@@ -15,7 +15,7 @@ from lora_jax.formats.untrusted import escaped
 
 COMMANDS = {
     "train": "train one cell: a method on a model and data; resumes where it stopped",
-    "sweep": "train every cell of a sweep, those whose shapes agree as one program",
+    "sweep": "train every cell of a sweep; cells whose shapes agree train as one program",
     "evaluate": "loss and accuracy of a trained cell",
     "generate": "continue prompts with a model and with adapters on it, side by side",
     "merge": "fold a trained adapter into its base and write the model's folder",

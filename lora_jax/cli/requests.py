@@ -41,7 +41,7 @@ OVERRIDES = (
     "Any setting of the config is a flag: --config.method.rank=4 --config.data.path=my.jsonl"
 )
 OPTIONAL_SETTINGS = f"""\
-Settings that these configs need not have, and what they are without; flags like all others:
+Optional settings with their defaults; each is a flag like the others:
 {describe_optional()}"""
 
 

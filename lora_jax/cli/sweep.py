@@ -58,7 +58,7 @@ them. What trains alone has those devices as data, where they divide its batch.
 def run(argv: Sequence[str]) -> int:
     parser = Parser(
         "sweep",
-        description="Train every cell of a sweep, those whose shapes agree as one program.",
+        description="Train every cell of a sweep; cells whose shapes agree train as one program.",
         epilog=EXAMPLES,
     )
     parser.add_argument("--config", metavar="FILE.py[:arg]", help="the experiment (required)")
