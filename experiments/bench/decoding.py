@@ -3,10 +3,10 @@
     python -m experiments.bench.decoding --out=experiments/results/bench
 
 Random prompts of `--prompt` tokens, `--new` new ones, no token ends a text. Both ways are compiled
-before, then taken in turn, `--times` times; ratios are of medians, the cache's seconds over the
-other's. Without a cache each step runs the model over all prompt + new - 1 columns, those to come
-included, since one compiled shape does for all steps: with equal numbers of both that is a third
-more columns than the text has on average.
+before, then taken in turn, `--times` times; ratios are medians of the pairs', the cache's seconds
+over the other's. Without a cache each step runs the model over all prompt + new - 1 columns, those
+to come included, since one compiled shape does for all steps: with equal numbers of both that is a
+third more columns than the text has on average.
 """
 
 from __future__ import annotations

@@ -4,7 +4,7 @@
 
 Both are the same 24-layer encoder in Flax NNX: one with plain linear layers and `lift`, one whose
 query and value layers hold `a` and `b` themselves. Same weights, same batch, same loss. Step times
-are taken in turn in one process; the ratio of the medians and its spread are what counts.
+are taken in turn in one process; the median of the pairs' ratios and its quartiles are what counts.
 """
 
 from __future__ import annotations

@@ -4,10 +4,11 @@
 
 MiniLM's shapes with random weights, float32, `lj.sweep` each way: all cells as one pack, computed
 side by side or one by one (`at_once`), and each cell by itself. Ranks 1, 2, 4, 8 on q,v, four
-learning rates. The three are taken in turn, `--times` times; ratios are of medians, packed over the
-sum of the runs alone. Then one run alone at ever larger batches: the most tokens a second it
-reaches is what the device is worth, and the pack's tokens a second are given over it. A CPU is
-busy with one run already, so expect about 1 there and the saving in compilation.
+learning rates. The three are taken in turn, `--times` times; ratios are medians and quartiles of
+the rounds' ratios, packed over the sum of the runs alone. Then one run alone at ever larger
+batches: the most tokens a second it reaches is what the device is worth, and the pack's tokens a
+second are given over it. A CPU is busy with one run already, so expect about 1 there and the saving
+in compilation.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ import optax
 
 import lora_jax as lj
 from experiments.bench.encoder import encoder_config, random_encoder
-from experiments.bench.record import write_record
+from experiments.bench.record import ratio_of, write_record
 from lora_jax.models.bert import ALIASES
 
 VOCABULARY = 30522
@@ -109,7 +110,8 @@ def main(arguments: list[str] | None = None) -> None:
     of_pack = options.cells * options.steps * options.batch * options.tokens
 
     def ratios(part):
-        return {name: part(medians[name]) / part(medians["alone"]) for name in list(taken)[:2]}
+        each = {name: [part(one) for one in values] for name, values in taken.items()}
+        return {name: ratio_of(each[name], each["alone"]) for name in list(taken)[:2]}
 
     record = {
         "what": f"{options.cells} cells, {options.layers} layers of width {options.width}, batch "

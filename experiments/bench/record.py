@@ -1,4 +1,4 @@
-"""How a benchmark is taken and kept: in turn, as a ratio of medians, with its machine."""
+"""How a benchmark is taken and kept: in turn, as ratios of the same round, with its machine."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import gc
 import json
 import statistics
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from lora_jax.formats.atomic import write_json
@@ -16,8 +16,8 @@ from lora_jax.train.card import device_description, git_commit, versions
 def in_turn(functions: Mapping[str, Callable[[], object]], *, times: int) -> dict:
     """Times two functions alternately: seconds each, and the first's ratio to the second.
 
-    `ratio` is that of the medians; `ratio_quartiles` are those of the pairs' ratios. One call of
-    each goes before, untimed.
+    `ratio` is the median of the pairs' ratios, `ratio_quartiles` their quartiles. One call of each
+    goes before, untimed.
     """
     (first, run_first), (second, run_second) = functions.items()
     seconds: dict[str, list[float]] = {first: [], second: []}
@@ -29,15 +29,21 @@ def in_turn(functions: Mapping[str, Callable[[], object]], *, times: int) -> dic
             start = time.perf_counter()
             run()
             seconds[name].append(time.perf_counter() - start)
-    ratios = [x / y for x, y in zip(seconds[first], seconds[second], strict=True)]
-    low, _, high = statistics.quantiles(ratios, n=4)
-    medians = {name: statistics.median(values) for name, values in seconds.items()}
     return {
-        "median_seconds": medians,
-        "ratio": medians[first] / medians[second],
-        "ratio_quartiles": [low, high],
+        "median_seconds": {name: statistics.median(values) for name, values in seconds.items()},
+        **ratio_of(seconds[first], seconds[second]),
         "times": times,
     }
+
+
+def ratio_of(first: Sequence[float], second: Sequence[float]) -> dict:
+    """The median and the quartiles of `first[n] / second[n]`, where n is a round of the benchmark.
+
+    Both of a round are taken right after each other, so what else the machine does is in both.
+    """
+    ratios = [x / y for x, y in zip(first, second, strict=True)]
+    low, median, high = statistics.quantiles(ratios, n=4) if len(ratios) > 1 else ratios * 3
+    return {"ratio": median, "ratio_quartiles": [low, high]}
 
 
 def write_record(name: str, record: dict, folder: str | None) -> None:

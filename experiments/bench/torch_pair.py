@@ -7,9 +7,10 @@ fine-tuning. In a round each of the six takes STEPS steps in a row, of which the
 in a training a step follows one of its own, not one of another program that left the caches and the
 large pages cold (seen: 0.75 s became 1.19 s). That was decided after two runs with single steps in
 turn, in which here / torch was 0.86 on q,v, 1.17 on all linears and 1.15 for full fine-tuning (the
-second; the first had 0.82 for full), so both protocols should be known. The ratios are those of the
-medians, with the quartiles of the rounds' ratios. torch runs the attention that was faster there in
-one short run each ("eager": 0.73, 1.06, 1.14 s; "sdpa": 0.82, 1.12, 1.19 s).
+second; the first had 0.82 for full), so both protocols should be known. The ratios are the
+medians and quartiles of the rounds' ratios; records before December 2026 give the ratio of the
+medians. torch runs the attention that was faster there in one short run each ("eager": 0.73, 1.06,
+1.14 s; "sdpa": 0.82, 1.12, 1.19 s).
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ import numpy as np
 import optax
 
 import lora_jax as lj
-from experiments.bench.record import write_record
+from experiments.bench.record import ratio_of, write_record
 from lora_jax.models.model import Model
 from lora_jax.models.sources import find_source
 from lora_jax.train import init_state, make_train_step
@@ -119,10 +120,7 @@ def main(arguments: list[str] | None = None) -> None:
         there.process.wait()
 
     def ratio(top: str, bottom: str) -> dict:
-        rounds = [x / y for x, y in zip(seconds[top], seconds[bottom], strict=True)]
-        low, _, high = statistics.quantiles(rounds, n=4)
-        medians = statistics.median(seconds[top]) / statistics.median(seconds[bottom])
-        return {"ratio": medians, "quartiles": [low, high]}
+        return ratio_of(seconds[top], seconds[bottom])
 
     record = {
         "what": f"{options.model}, {options.batch} × {options.tokens} tokens, "

@@ -226,15 +226,8 @@ def _run_rule(interpreter, eqn, rule, operands, inputs):
     """`(results, their tree)` of a derivative rule, by this interpreter."""
     shapes = [value.base if is_adapted(value) else value for value in inputs]
     jaxpr, consts, tree = jaxprs.trace(rule, *shapes)
-    consts = jaxprs.closed_over(consts, eqn, operands)
-    try:
-        return interpreter.evaluate(jaxpr, consts, inputs), tree
-    except jax.errors.UnexpectedTracerError:
-        raise RequestError(
-            f"the derivative rule of `{eqn.primitive.name}` at {jaxprs.source_line(eqn)} uses an "
-            "array that the model computes and that its function does not use; make that array an "
-            "argument of the function"
-        ) from None
+    consts = interpreter.closed_over(consts, eqn, operands)
+    return interpreter.evaluate(jaxpr, consts, inputs), tree
 
 
 def _evaluate_rule(interpreter, eqn, rule, operands, values, linear) -> list:

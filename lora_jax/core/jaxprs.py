@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import threading
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -32,6 +32,11 @@ def trace(fun, *args):
 
     What no result needs is removed, in sub-jaxprs too; equations with effects stay.
     """
+    return trace_whole(fun, *args)[:3]
+
+
+def trace_whole(fun, *args):
+    """`trace`, with the jaxpr before anything was removed as a fourth result."""
     try:
         closed, out_shape = jax.make_jaxpr(fun, return_shape=True)(*args)
     except Exception as error:
@@ -44,7 +49,32 @@ def trace(fun, *args):
             "the module inside"
         ) from error
     jaxpr, _ = partial_eval.dce_jaxpr(closed.jaxpr, True, instantiate=True)
-    return jaxpr, closed.consts, jax.tree_util.tree_structure(out_shape)
+    return jaxpr, closed.consts, jax.tree_util.tree_structure(out_shape), closed.jaxpr
+
+
+class Slice(NamedTuple):
+    """The equations of a jaxpr that some of its variables need; read as a jaxpr is."""
+
+    constvars: Any
+    invars: Any
+    eqns: list[Any]
+    outvars: list[Any]
+
+
+def slice_for(jaxpr, variables) -> Slice:
+    """The part of `jaxpr` that computes `variables`, in the order of its equations."""
+    needed, eqns = set(variables), []
+    for eqn in reversed(jaxpr.eqns):
+        if needed.intersection(eqn.outvars):
+            eqns.append(eqn)
+            needed.update(atom for atom in eqn.invars if not is_literal(atom))
+    return Slice(jaxpr.constvars, jaxpr.invars, eqns[::-1], list(variables))
+
+
+def variables_of(jaxpr) -> set[Any]:
+    """Every variable that the jaxpr binds itself."""
+    computed = (var for eqn in jaxpr.eqns for var in eqn.outvars)
+    return {*jaxpr.constvars, *jaxpr.invars, *computed}
 
 
 def opened(jaxpr):
@@ -207,20 +237,10 @@ def custom_vjp_rules(eqn):
     return flat_forward, flat_backward
 
 
-def closed_over(consts, eqn, values) -> list[Any]:
-    """What a derivative rule closes over, where it is an array that its function closes over too.
-
-    Such a constant is a tracer of the trace that made the equation and is dead by now; JAX made the
-    same array an operand of the equation, so its value is among `values`.
-    """
-    pairs = zip(eqn.invars, values, strict=True)
-    known = {atom: value for atom, value in pairs if not is_literal(atom)}
-
-    def found(const):
-        atom = getattr(const, "val", None) if isinstance(const, jax.core.Tracer) else None
-        return const if atom is None or is_literal(atom) else known.get(atom, const)
-
-    return [found(const) for const in consts]
+def variable_of(const):
+    """The variable of the trace that made a tracer; None for another value."""
+    atom = getattr(const, "val", None) if isinstance(const, jax.core.Tracer) else None
+    return None if atom is None or is_literal(atom) else atom
 
 
 def is_symbolic_zero(x) -> bool:

@@ -70,10 +70,12 @@ def watch_materialised() -> Iterator[list[Materialised]]:
 
 
 class Interpreter:
-    """What one evaluation carries along: strictness, and how often each weight was used."""
+    """What one evaluation carries along: strictness, how often each weight was used, and `whole`,
+    the jaxpr as it was traced, its constants and its arguments."""
 
-    def __init__(self, *, strict: bool):
+    def __init__(self, *, strict: bool, whole: tuple[Any, Any, Any] | None = None):
         self.strict = strict
+        self._whole = whole
         self._uses: collections.Counter[str] = collections.Counter()
         self._segments = Segments()
 
@@ -98,6 +100,39 @@ class Interpreter:
             _watching.events.append(event)
         warnings.warn(str(event), MaterialisedWarning, stacklevel=2)
         return materialise(value)
+
+    def closed_over(self, consts, eqn, operands) -> list[Any]:
+        """The values of what a derivative rule closes over.
+
+        An array that the model computed is by now a tracer of a trace that is over. Where the
+        rule's function uses it too, JAX made it an operand of the equation; otherwise it is
+        computed again from the function's arguments, and XLA merges the two computations.
+        """
+        atoms = [jaxprs.variable_of(const) for const in consts]
+        pairs = zip(eqn.invars, operands, strict=True)
+        known = {atom: value for atom, value in pairs if not jaxprs.is_literal(atom)}
+        if self._whole is not None:
+            jaxpr, constants, args = self._whole
+            mine = jaxprs.variables_of(jaxpr)
+            lost = list(dict.fromkeys(a for a in atoms if a in mine and a not in known))
+            if lost:
+                known |= zip(lost, self._computed_again(lost, eqn), strict=True)
+        return [known.get(atom, const) for atom, const in zip(atoms, consts, strict=True)]
+
+    def _computed_again(self, variables, eqn) -> list[Any]:
+        jaxpr, constants, args = self._whole
+        cause = "adapter dropout would draw another mask for it"
+        try:
+            if not any(is_adapted(arg) and arg.is_random for arg in args):
+                outs = self.evaluate(jaxprs.slice_for(jaxpr, variables), constants, args)
+                return self.plain(outs, eqn, "a derivative rule closes over it")
+        except jax.errors.UnexpectedTracerError:
+            cause = "it depends on what is differentiated"
+        raise RequestError(
+            f"the derivative rule of `{eqn.primitive.name}` at {jaxprs.source_line(eqn)} uses an "
+            f"array that the model computes and that its function does not use, and {cause}; make "
+            "that array an argument of the function"
+        ) from None
 
     def plain(self, values, eqn, reason: str = "") -> list[Any]:
         name, source = eqn.primitive.name, jaxprs.source_line(eqn)
@@ -210,8 +245,9 @@ class Lifted:
             return self.fun(*inner_args, **inner_kwargs)
 
         values = [in_mesh(leaves[place]) for place in places]
-        jaxpr, consts, out_tree = jaxprs.trace(plain, *(value.base for value in values))
-        interpreter = Interpreter(strict=self.strict)
+        traced = jaxprs.trace_whole(plain, *(value.base for value in values))
+        jaxpr, consts, out_tree, whole = traced
+        interpreter = Interpreter(strict=self.strict, whole=(whole, consts, values))
         outs = interpreter.evaluate(jaxpr, consts, values)
         name = getattr(self.fun, "__name__", "the function")
         outs = [interpreter.materialise(out, "output", f"the result of {name}") for out in outs]

@@ -146,22 +146,59 @@ def _merged(apply, method, t, frozen, x):
     return apply(method.merge(t, frozen), x)
 
 
-@pytest.mark.parametrize("apply", [jvp_over_a_traced_array, vjp_over_a_traced_array])
-def test_a_rule_may_close_over_an_array_that_the_model_computes(apply):
+def jvp_that_alone_uses_a_traced_array(p, x):
+    gates = jnp.cos(x[:, :4])
+    f = jax.custom_jvp(lambda w: x @ w)
+    f.defjvp(lambda primals, tangents: (f(*primals), (x @ tangents[0]) * gates))
+    return f(p["w"])
+
+
+def vjp_that_alone_uses_a_traced_array(p, x):
+    gates = jnp.sin(x[:, 2:])
+    f = jax.custom_vjp(lambda w: x @ w)
+    f.defvjp(lambda w: (x @ w, None), lambda _, g: (x.T @ (g * gates),))
+    return f(p["w"])
+
+
+OVER_AN_ARRAY = [
+    jvp_over_a_traced_array,
+    vjp_over_a_traced_array,
+    jvp_that_alone_uses_a_traced_array,
+    vjp_that_alone_uses_a_traced_array,
+]
+
+
+@pytest.mark.parametrize("wrap", [jax.jit, lambda fun: fun], ids=["jit", "eager"])
+@pytest.mark.parametrize("apply", OVER_AN_ARRAY)
+def test_a_rule_may_close_over_an_array_that_the_model_computes(apply, wrap):
     got, expected = (
-        jax.jit(jax.value_and_grad(loss))(trainable)
+        wrap(jax.value_and_grad(loss))(trainable)
         for loss, trainable in (loss_of(apply, _lifted), loss_of(apply, _merged))
     )
     assert largest_difference(got, expected) < 1e-5
 
 
-def test_a_rule_that_alone_closes_over_an_array_of_the_model_is_one_line_that_names_the_way():
+def depends_on(path):
     def apply(p, x):
-        gates = jnp.cos(x[:, :4])
-        f = jax.custom_jvp(lambda w: x @ w)
-        f.defjvp(lambda primals, tangents: (f(*primals), (x @ tangents[0]) * gates))
+        gates = jnp.cos(jax.lax.stop_gradient(x @ p[path]))
+        f = jax.custom_vjp(lambda w: x @ w)
+        f.defvjp(lambda w: (x @ w, None), lambda _, g: (x.T @ (g * gates),))
         return f(p["w"])
 
-    loss, trainable = loss_of(apply, _lifted)
+    return apply
+
+
+@pytest.mark.parametrize("path, dropout", [("w", 0.0), ("v", 0.5)])
+def test_an_array_that_a_rule_cannot_have_is_one_line_that_names_the_way(path, dropout):
+    params = random_like({"w": jnp.zeros((6, 4)), "v": jnp.zeros((6, 4))}, 1)
+    rules = [lj.Rule("w", rank=2, alpha=1), lj.Rule("v", rank=2, alpha=1, dropout=dropout)]
+    method = lj.LoRA(rules=rules)
+    trainable, frozen = method.init(jax.random.key(0), params)
+    x = random_like(jnp.zeros((5, 6)), 2)
+
+    def loss(t):
+        bound = method.bind(t, frozen, key=jax.random.key(1) if dropout else None)
+        return jnp.sum(lj.lift(depends_on(path))(bound, x))
+
     with pytest.raises(lj.RequestError, match="make that array an argument"):
         jax.grad(loss)(trainable)

@@ -39,6 +39,14 @@ def resharded(p, x):
     return x @ jax.sharding.reshard(p["w"], P(None, "tp"))
 
 
+def put_elsewhere(p, x):
+    return x @ jax.device_put(p["w"], P(None, "tp"))
+
+
+def gathered_by_device_put(p, x):
+    return x @ jax.device_put(p["w"], WHOLE)
+
+
 def product_into(p, x):
     x = jax.sharding.reshard(x, P(None, "tp"))
     return jnp.einsum("bi,io->bo", x, p["w"], out_sharding=P(None, "tp"))
@@ -62,8 +70,8 @@ def materialised(p, x):
 MODELS = {
     f.__name__: f
     for f in (
-        looked_up, auto_inside, explicit_inside_auto, resharded, product_into, sharded_map,
-        materialised,
+        looked_up, auto_inside, explicit_inside_auto, resharded, put_elsewhere,
+        gathered_by_device_put, product_into, sharded_map, materialised,
     )
 }  # fmt: skip
 

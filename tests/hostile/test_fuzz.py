@@ -49,7 +49,9 @@ def test_a_few_damaged_folders_are_one_line_or_read(tmp_path, monkeypatch, name,
     copy_models(tmp_path)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("tests.hostile.fuzz.FEW", 1)
-    mutate(Fuzzer(tmp_path), name, range(SMOKE[name]), capfd)
+    fuzzer = Fuzzer(tmp_path)
+    fuzzer.warm_up(capfd, name)
+    mutate(fuzzer, name, range(SMOKE[name]), capfd)
 
 
 @pytest.mark.slow
