@@ -37,6 +37,26 @@ Merging needs no tokens: a run whose completions were encoded by an earlier vers
 
 
 def run(argv: Sequence[str]) -> int:
+    options = _parser().parse_args(argv)
+    check_new(options.out)
+
+    adapted = load_adapted(options.cell, options.model, untie=options.untie)
+    model, _, trainable, _ = adapted
+
+    from lora_jax.models import save_model
+
+    params, numbers, lines = (_in_four_bits if options.requantize else _merged)(options, *adapted)
+    save_model(options.out, model, params)
+    if options.json:
+        said = {"folder": str(options.out), "merged": len(trainable), **numbers}
+        say(json.dumps(said))
+        return 0
+    first = f"{len(trainable)} trained parameters merged; the model is in {options.out}"
+    say("\n".join([first, *lines]))
+    return 0
+
+
+def _parser() -> Parser:
     parser = Parser(
         "merge",
         description="Fold a trained adapter into its base and write the model's folder.",
@@ -60,63 +80,63 @@ def run(argv: Sequence[str]) -> int:
         "--requantize", action="store_true", help="quantise what was: says what is lost"
     )
     add_json(parser)
-    options = parser.parse_args(argv)
-    check_new(options.out)
+    return parser
 
-    model, method, trainable, frozen = load_adapted(
-        options.cell, options.model, untie=options.untie
+
+# What follows a merge: the params, what `--json` adds, and the lines that say it.
+Merged = tuple[Any, dict[str, Any], list[str]]
+
+
+def _in_four_bits(options, model, method, trainable, frozen) -> Merged:
+    from lora_jax.quant import merge_and_requantize
+
+    # Any tokens will do: it is the same function that is compared.
+    ids = np.arange(3, 35, dtype=np.int32)[None] % model.config.vocab_size
+    found = merge_and_requantize(
+        method, trainable, frozen, apply=model.apply, inputs=(ids, np.ones_like(ids))
     )
+    changed = [path for path, change in found.changes.items() if change]
+    numbers = {"drift": found.drift, "mean_drift": found.mean_drift, "errors": found.errors}
+    if not changed:
+        return found.params, numbers, []
+    worst = max(changed, key=found.errors.__getitem__)
+    lines = [
+        f"{len(changed)} kernels in four bits again: relative error up to "
+        f"{found.errors[worst]:.3f} ({worst}, where the adapter's share is "
+        f"{found.changes[worst]:.3f})",
+        f"outputs for 32 tokens moved by {found.mean_drift:.2g} on average, "
+        f"{found.drift:.2g} at most",
+    ]
+    return found.params, numbers, lines
 
+
+def _merged(options, model, method, trainable, frozen) -> Merged:
     from lora_jax.methods.merging import rounding_of, say_rounding
-    from lora_jax.models import save_model
 
-    numbers: dict[str, Any] = {"folder": str(options.out), "merged": len(trainable)}
-    lines = [f"{len(trainable)} trained parameters merged; the model is in {options.out}"]
-    if options.requantize:
-        from lora_jax.quant import merge_and_requantize
-
-        # Any tokens will do: it is the same function that is compared.
-        ids = np.arange(3, 35, dtype=np.int32)[None] % model.config.vocab_size
-        found = merge_and_requantize(
-            method, trainable, frozen, apply=model.apply, inputs=(ids, np.ones_like(ids))
+    numbers: dict[str, Any] = {}
+    lines = []
+    in_four_bits = any(isinstance(x, Stored) for x in flatten(frozen).leaves)
+    if options.dtype is None and in_four_bits:
+        raise RequestError(
+            f"the base of {options.cell} is in four bits; say what the merged kernels shall "
+            f"be: --dtype ({', '.join(DTYPES)}), or --requantize"
         )
-        params = found.params
-        changed = [path for path, change in found.changes.items() if change]
-        worst = max(changed, key=found.errors.__getitem__, default=None)
-        numbers |= {"drift": found.drift, "mean_drift": found.mean_drift, "errors": found.errors}
-        if worst:
-            lines += [
-                f"{len(changed)} kernels in four bits again: relative error up to "
-                f"{found.errors[worst]:.3f} ({worst}, where the adapter's share is "
-                f"{found.changes[worst]:.3f})",
-                f"outputs for 32 tokens moved by {found.mean_drift:.2g} on average, "
-                f"{found.drift:.2g} at most",
-            ]
-    else:
-        in_four_bits = any(isinstance(x, Stored) for x in flatten(frozen).leaves)
-        if options.dtype is None and in_four_bits:
-            raise RequestError(
-                f"the base of {options.cell} is in four bits; say what the merged kernels shall "
-                f"be: --dtype ({', '.join(DTYPES)}), or --requantize"
-            )
-        params = method.merge(trainable, frozen, dtype=options.dtype)
-        if options.dtype:
-            params = _in_dtype(params, options.dtype, model.head_pattern)
-        if options.dtype and in_four_bits:
-            from lora_jax.quant import merge_error
+    params = method.merge(trainable, frozen, dtype=options.dtype)
+    if options.dtype:
+        params = _in_dtype(params, options.dtype, model.head_pattern)
+    if in_four_bits:
+        from lora_jax.quant import merge_error
 
-            errors = merge_error(method, trainable, frozen, dtype=options.dtype, params=params)
-            numbers["errors"] = errors
-            lines.append(
-                f"{len(errors)} quantised kernels merged into {options.dtype}: rounding moved them "
-                f"by {max(errors.values(), default=0.0):.2g} of their norm at most"
-            )
-        if rounded := rounding_of(method.bind(trainable, frozen), params):
-            numbers["rounding"] = {path: dataclasses.asdict(x) for path, x in rounded.items()}
-            lines.append(say_rounding(rounded))
-    save_model(options.out, model, params)
-    say(json.dumps(numbers) if options.json else "\n".join(lines))
-    return 0
+        errors = merge_error(method, trainable, frozen, dtype=options.dtype, params=params)
+        numbers["errors"] = errors
+        lines.append(
+            f"{len(errors)} quantised kernels merged into {options.dtype}: rounding moved them "
+            f"by {max(errors.values(), default=0.0):.2g} of their norm at most"
+        )
+    if rounded := rounding_of(method.bind(trainable, frozen), params):
+        numbers["rounding"] = {path: dataclasses.asdict(x) for path, x in rounded.items()}
+        lines.append(say_rounding(rounded))
+    return params, numbers, lines
 
 
 def _in_dtype(params: Any, dtype: str, head: str) -> Any:

@@ -200,11 +200,6 @@ def _squeeze(interpreter, eqn, values):
     return _one(values[0].reshape(tuple(kept)))
 
 
-@rule_for("expand_dims")
-def _expand_dims(interpreter, eqn, values):
-    return _one(values[0].reshape(tuple(eqn.outvars[0].aval.shape)))
-
-
 @rule_for("broadcast_in_dim")
 def _broadcast(interpreter, eqn, values):
     # Adding axes of size one is a reshape; a true broadcast has no rule.

@@ -75,59 +75,86 @@ class Nf4Tensors(Mapping[str, Any]):
         return len(self._names)
 
 
-def _read(tensors: Mapping[str, np.ndarray], name: str, place: str) -> Nf4Matrix:
-    def fail(what: str) -> RequestError:
-        return RequestError(f"{place}: {name} {what}; download or quantise the model again")
+@dataclasses.dataclass(frozen=True)
+class _Quantized:
+    """The tensors of one quantized matrix in a file, read with checks."""
 
-    try:
-        state = parse_json(bytes(np.asarray(tensors[name + STATE], np.uint8)))
-        shape, block = tuple(state["shape"]), state["blocksize"]
-        dtype, nested = state["dtype"], state.get("nested_blocksize")
-    except (ValueError, KeyError, TypeError) as error:
-        raise fail(f"has no readable quantisation state ({error!r})") from error
-    if (block, nested) not in ((nf4.BLOCK, None), (nf4.BLOCK, nf4.SCALE_BLOCK)):
-        raise RequestError(
-            f"{place}: {name} has blocks of {block} and {nested}; blocks of {nf4.BLOCK}, and of "
-            f"{nf4.SCALE_BLOCK} scales, are read (bitsandbytes' defaults)"
+    tensors: Mapping[str, np.ndarray]
+    name: str
+    place: str
+
+    def fail(self, what: str) -> RequestError:
+        return RequestError(
+            f"{self.place}: {self.name} {what}; download or quantise the model again"
         )
-    is_shape = len(shape) == 2 and all(isinstance(n, int) and n > 0 for n in shape)
-    if not is_shape or dtype not in _DTYPES:
-        raise fail(f"says shape {shape} and dtype {dtype!r}")
-    size = math.prod(shape)
-    num_blocks = -(-size // nf4.BLOCK)
 
-    def side(suffix: str, kind: Any, length: int, *, missing: str = "lacks") -> np.ndarray:
-        if name + suffix not in tensors:
-            raise fail(f"{missing} {suffix}")
-        array = np.asarray(tensors[name + suffix]).reshape(-1)
+    def state(self) -> tuple[tuple[int, int], str, bool, Any]:
+        """The matrix' shape and dtype, whether its scales are quantized too, and their offset."""
+        try:
+            state = parse_json(bytes(np.asarray(self.tensors[self.name + STATE], np.uint8)))
+            shape, block = tuple(state["shape"]), state["blocksize"]
+            dtype, nested = state["dtype"], state.get("nested_blocksize")
+        except (ValueError, KeyError, TypeError) as error:
+            raise self.fail(f"has no readable quantisation state ({error!r})") from error
+        if (block, nested) not in ((nf4.BLOCK, None), (nf4.BLOCK, nf4.SCALE_BLOCK)):
+            raise RequestError(
+                f"{self.place}: {self.name} has blocks of {block} and {nested}; blocks of "
+                f"{nf4.BLOCK}, and of {nf4.SCALE_BLOCK} scales, are read (bitsandbytes' defaults)"
+            )
+        is_shape = len(shape) == 2 and all(isinstance(n, int) and n > 0 for n in shape)
+        if not is_shape or dtype not in _DTYPES:
+            raise self.fail(f"says shape {shape} and dtype {dtype!r}")
+        return shape, dtype, nested is not None, state.get("nested_offset", np.nan)
+
+    def codes(self, shape: tuple[int, int]) -> np.ndarray:
+        """Two numbers per byte."""
+        size = math.prod(shape)
+        codes = np.asarray(self.tensors[self.name]).reshape(-1)
+        if codes.dtype != np.uint8 or codes.size != -(-size // 2):
+            raise self.fail(
+                f"holds {codes.size} of {codes.dtype} for the {size} numbers of {shape}"
+            )
+        return codes
+
+    def side(self, suffix: str, kind: Any, length: int) -> np.ndarray:
+        """The tensor of this suffix, which must have this dtype and length."""
+        if self.name + suffix not in self.tensors:
+            raise self.fail(f"lacks {suffix}")
+        array = np.asarray(self.tensors[self.name + suffix]).reshape(-1)
         if array.dtype != kind or array.shape != (length,):
-            raise fail(f"has {suffix} {array.dtype} {array.shape}, not {kind} {(length,)}")
+            raise self.fail(f"has {suffix} {array.dtype} {array.shape}, not {kind} {(length,)}")
         return array
 
-    codes = np.asarray(tensors[name]).reshape(-1)
-    if codes.dtype != np.uint8 or codes.size != -(-size // 2):
-        raise fail(f"holds {codes.size} of {codes.dtype} for the {size} numbers of {shape}")
-    if not np.array_equal(side(".quant_map", np.float32, 16), nf4.CODEBOOK):
-        raise fail("has another table than NF4's")
-    more: dict[str, Any] = {}
-    if nested is None:
-        scales = side(".absmax", np.float32, num_blocks)
-    else:
-        scales = side(".absmax", np.uint8, num_blocks)
-        if not np.array_equal(side(".nested_quant_map", np.float32, 256), nf4.SCALE_CODES):
-            raise fail("has another table for its scales")
-        of_blocks = side(".nested_absmax", np.float32, -(-num_blocks // nf4.SCALE_BLOCK))
-        mean = np.float32(state.get("nested_offset", np.nan))
-        more = {"block_scales": jnp.asarray(of_blocks), "mean": jnp.asarray(mean)}
-    for array in (scales, *more.values()):
-        if not np.isfinite(np.asarray(array, np.float32)).all():
-            raise fail("has scales that are NaN or infinite")
+    def scales(self, num_blocks: int, nested: bool, offset: Any) -> dict[str, np.ndarray]:
+        """The scales of the blocks; where these are quantized too, what they are made from."""
+        if not np.array_equal(self.side(".quant_map", np.float32, 16), nf4.CODEBOOK):
+            raise self.fail("has another table than NF4's")
+        if not nested:
+            found = {"scales": self.side(".absmax", np.float32, num_blocks)}
+        else:
+            scales = self.side(".absmax", np.uint8, num_blocks)
+            if not np.array_equal(self.side(".nested_quant_map", np.float32, 256), nf4.SCALE_CODES):
+                raise self.fail("has another table for its scales")
+            num_outer = -(-num_blocks // nf4.SCALE_BLOCK)
+            outer = self.side(".nested_absmax", np.float32, num_outer)
+            found = {"scales": scales, "block_scales": outer, "mean": np.float32(offset)}
+        if not all(np.isfinite(np.asarray(array, np.float32)).all() for array in found.values()):
+            raise self.fail("has scales that are NaN or infinite")
+        return found
+
+
+def _read(tensors: Mapping[str, np.ndarray], name: str, place: str) -> Nf4Matrix:
+    file = _Quantized(tensors, name, place)
+    shape, dtype, nested, offset = file.state()
+    codes = file.codes(shape)
+    num_blocks = -(-math.prod(shape) // nf4.BLOCK)
+    scales = file.scales(num_blocks, nested, offset)
     rows = shape[0] if shape[1] % nf4.BLOCK == 0 else 1
+    scales["scales"] = scales["scales"].reshape(rows, -1)
     codes = np.pad(codes, (0, num_blocks * nf4.BLOCK // 2 - codes.size), constant_values=0x77)
     weight = NF4Weight(
         kernel=jnp.asarray(codes.reshape(rows, -1)),
-        scales=jnp.asarray(scales.reshape(rows, -1)),
-        **more,
+        **{part: jnp.asarray(array) for part, array in scales.items()},
         roles="io",
         path="",
         matrix=(shape[1], shape[0]),

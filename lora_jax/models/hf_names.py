@@ -73,7 +73,8 @@ def params_from_tensors(
     unneeded = re.compile("|".join(f"(?:{pattern})" for pattern in ignored) or r"(?!)")
     missing = sorted(wanted - there)
     unexpected = sorted(n for n in there if n not in wanted and not unneeded.fullmatch(n))
-    misshapen, not_float, not_finite = [], [], []
+    wrong: dict[str, list[str]] = {"misshapen": [], "not floating point:": []}
+    wrong["with NaN or infinity:"] = []
     params: dict[str, Any] = {}
     for path, group in _by_path(entries):
         shape = tuple(shapes[path].shape)
@@ -81,47 +82,51 @@ def params_from_tensors(
             if entry.tensor not in there:
                 continue
             tensor = tensors[entry.tensor]
-            of_one = shape if entry.index is None else shape[1:]
-            is_stored = isinstance(tensor, Nf4Matrix)  # always as torch's Linear has it
-            expected = of_one[::-1] if entry.is_transposed or is_stored else of_one
-            if tensor.shape != expected:
-                misshapen.append(f"{entry.tensor} {tensor.shape} instead of {expected}")
+            if (problem := _problem_of(tensor, entry, shape)) is not None:
+                wrong[problem[0]].append(problem[1])
                 continue
-            if is_stored:
+            if isinstance(tensor, Nf4Matrix):
                 value = tensor.to_kernel(path, placing.dtype(path, tensor.dtype))
                 tensor = value if placing.keeps else np.asarray(value.dequantize())
-                _keep(params, path, entry, tensor, shape, placing)
-                continue
-            if tensor.dtype not in _FLOATS:
-                not_float.append(f"{entry.tensor} ({tensor.dtype})")
-                continue
-            if not np.isfinite(tensor).all():
-                not_finite.append(entry.tensor)
-                continue
-            # Laid out and cast in one go, and the file's own let go, before it is copied again.
-            tensor = tensor.T if entry.is_transposed else tensor
-            # (Of stacked layers the first one's dtype is that of all.)
-            dtype = params[path].dtype if path in params else placing.dtype(path, tensor.dtype)
-            narrows = ml_dtypes.finfo(dtype).max < ml_dtypes.finfo(tensor.dtype).max
-            with np.errstate(over="ignore"):
-                tensor = np.asarray(tensor, dtype=dtype, order="C")
-            if narrows and not np.isfinite(tensor).all():
-                raise RequestError(f"{path} of {place} does not fit into {dtype}; load it wider")
+            else:
+                # Of stacked layers the first one's dtype is that of all.
+                known = params.get(path)
+                dtype = placing.dtype(path, tensor.dtype) if known is None else known.dtype
+                tensor = _laid_out(tensor, entry, dtype, f"{path} of {place}")
             _keep(params, path, entry, tensor, shape, placing)
     problems = [
         f"{label} {_listed(names)}"
-        for label, names in (
-            ("missing", missing),
-            ("unexpected", unexpected),
-            ("misshapen", misshapen),
-            ("not floating point:", not_float),
-            ("with NaN or infinity:", not_finite),
-        )
+        for label, names in {"missing": missing, "unexpected": unexpected, **wrong}.items()
         if names
     ]
     if problems:
         raise RequestError(f"{place} does not fit its config.json: {'; '.join(problems)}")
     return params
+
+
+def _problem_of(tensor: Any, entry: Entry, shape: tuple[int, ...]) -> tuple[str, str] | None:
+    """The kind of problem that a tensor has, and what to say of it; None for a good one."""
+    of_one = shape if entry.index is None else shape[1:]
+    is_quantized = isinstance(tensor, Nf4Matrix)  # always as torch's Linear has it
+    expected = of_one[::-1] if entry.is_transposed or is_quantized else of_one
+    if tensor.shape != expected:
+        return "misshapen", f"{entry.tensor} {tensor.shape} instead of {expected}"
+    if is_quantized:
+        return None
+    if tensor.dtype not in _FLOATS:
+        return "not floating point:", f"{entry.tensor} ({tensor.dtype})"
+    return None if np.isfinite(tensor).all() else ("with NaN or infinity:", entry.tensor)
+
+
+def _laid_out(tensor: np.ndarray, entry: Entry, dtype: Any, what: str) -> np.ndarray:
+    """The tensor as a parameter is laid out, cast in the same go, so that no third copy is made."""
+    tensor = tensor.T if entry.is_transposed else tensor
+    narrows = ml_dtypes.finfo(dtype).max < ml_dtypes.finfo(tensor.dtype).max
+    with np.errstate(over="ignore"):
+        tensor = np.asarray(tensor, dtype=dtype, order="C")
+    if narrows and not np.isfinite(tensor).all():
+        raise RequestError(f"{what} does not fit into {dtype}; load it wider")
+    return tensor
 
 
 def _keep(params, path: str, entry: Entry, tensor: Any, shape, placing: Placing) -> None:

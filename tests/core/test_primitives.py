@@ -11,6 +11,7 @@ import pytest
 
 import lora_jax as lj
 from lora_jax.core import lift as interpreter
+from lora_jax.core import tags
 from tests.core.adapted import setting
 from tests.core.constructs import ALL
 
@@ -47,6 +48,23 @@ ROWS = rows()
 def test_every_rule_has_a_row_and_every_low_rank_row_its_rules():
     named = {primitive for row in ROWS if row.low_rank for primitive in row.primitives}
     assert named == set(interpreter.RULES)
+
+
+# What `kernel_axes` needs no rule for: the result has the axes of an operand of its shape, or the
+# equation holds a jaxpr that takes its operands as they are.
+ELEMENTWISE = {
+    "add", "complex", "convert_element_type", "copy", "copy_p", "div", "layout_constraint", "mul",
+    "name", "neg", "pvary", "reshard", "rev", "sharding_constraint", "sub",
+}  # fmt: skip
+HOLDS_A_JAXPR = {
+    "checkpoint", "closed_call", "core_call", "custom_jvp_call", "custom_vjp_call",
+    "custom_vjp_call_jaxpr", "eval_jaxpr", "jit", "pjit", "remat", "remat2",
+}  # fmt: skip
+
+
+def test_what_lift_keeps_low_rank_kernel_axes_follows():
+    followed = {*tags.AXIS_RULES, *tags.WHOLE_RULES}
+    assert set(interpreter.RULES) - followed == ELEMENTWISE | HOLDS_A_JAXPR
 
 
 def test_every_construct_has_a_row_with_its_verdict():
