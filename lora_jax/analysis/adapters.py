@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from lora_jax.analysis.factors import delta_svd, kernel_svd
@@ -230,7 +231,7 @@ def _profile(module: str, factors: Factors, weight: np.ndarray | None) -> Matrix
         of_kernel, of_delta = base.basis("input"), delta.basis("input")
         beside = {
             "amplification": jax.tree.map(
-                float, amplification_of(delta, weight, k, kernel_s=base.s)
+                float, amplification_of(delta, jnp.asarray(weight), k, kernel_s=base.s)
             ),
             "kernel_similarity": np.asarray(
                 basis_similarity(of_kernel[:, :NUM_DIRECTIONS], of_delta[:, :NUM_DIRECTIONS])
@@ -292,15 +293,15 @@ def _compare(module: str, one: Factors, other: Factors, num_directions: int) -> 
     for space in ("input", "output"):
         bases = (svd.basis(space)[:, :num_directions] for svd in svds)
         grids[space] = np.asarray(basis_similarity(*bases))
-    ranks, (d_in, d_out) = grids["input"].shape, one.shape
+    (k, other_k), (d_in, d_out) = grids["input"].shape, one.shape
     return PairProfile(
         module=module,
         shape=one.shape,
         input=grids["input"],
         output=grids["output"],
-        expected=np.asarray(expected_similarity(*ranks, d_in)),
-        expected_output=np.asarray(expected_similarity(*ranks, d_out)),
-        highest=np.maximum(_highest(*ranks, d_in), _highest(*ranks, d_out)),
+        expected=np.asarray(expected_similarity(k, other_k, d_in)),
+        expected_output=np.asarray(expected_similarity(k, other_k, d_out)),
+        highest=np.maximum(_highest(k, other_k, d_in), _highest(k, other_k, d_out)),
     )
 
 

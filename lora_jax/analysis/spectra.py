@@ -66,7 +66,7 @@ def energy_rank(s: jax.Array, share: float = 0.9) -> jax.Array:
 class Intruders(NamedTuple):
     """`count (…)` int32 of the first k directions; `cosines (…, k)`, each one's nearest in W."""
 
-    count: jax.Array
+    count: jax.Array  # pyright: ignore[reportIncompatibleMethodOverride] tuple.count
     cosines: jax.Array
 
 

@@ -16,7 +16,8 @@ from lora_jax.core.arguments import NamedSettings, checked_names
 from lora_jax.core.errors import RequestError
 from lora_jax.core.unmatched import near_paths
 
-_engine: Callable[[str], re.Pattern[str]] = re.compile
+# What matches whole paths: `re.Pattern`, or another object with `fullmatch`.
+_engine: Callable[[str], Any] = re.compile
 INITS = ("kaiming_uniform", "gaussian", "orthogonal")
 
 
@@ -99,7 +100,7 @@ class Rule(NamedSettings):
             )
         object.__setattr__(self, "slice", (axis, start, stop))
 
-    def takes(self, path: str, aliases: Mapping[str, str] | None = None) -> bool:
+    def takes(self, path: str, aliases: Aliases | None = None) -> bool:
         """Whether this rule is for the parameter at `path`."""
         if not pattern_of(self.targets, aliases).fullmatch(path):
             return False
@@ -164,7 +165,7 @@ def layer_of(path: str) -> int | None:
     return next((int(key) for key in path.split("/") if key.isdecimal()), None)
 
 
-def match_with(engine: Callable[[str], re.Pattern[str]]) -> None:
+def match_with(engine: Callable[[str], Any]) -> None:
     """Makes `pattern_of` compile by `engine` in place of `re.compile`.
 
     `formats/matching.py` gives one with a time limit: targets may come with a stranger's adapter.
@@ -173,9 +174,7 @@ def match_with(engine: Callable[[str], re.Pattern[str]]) -> None:
     _engine = engine
 
 
-def pattern_of(
-    targets: str | Sequence[str], aliases: Mapping[str, str] | None = None
-) -> re.Pattern[str]:
+def pattern_of(targets: str | Sequence[str], aliases: Aliases | None = None) -> re.Pattern[str]:
     """The compiled expression of a target: aliases resolved, alternatives joined.
 
     Raises `RequestError` for an expression that does not compile.
@@ -188,7 +187,7 @@ def pattern_of(
 
 
 def patterns_of(
-    targets: str | Sequence[str], aliases: Mapping[str, str] | None = None
+    targets: str | Sequence[str], aliases: Aliases | None = None
 ) -> list[re.Pattern[str]]:
     """The compiled expression of each member of a target; together they are `pattern_of`."""
     aliases = aliases or {}
@@ -233,7 +232,7 @@ def check_each_matches(
     what: str,
     targets: str | Sequence[str],
     paths: Sequence[str],
-    aliases: Mapping[str, str] | None = None,
+    aliases: Aliases | None = None,
 ) -> None:
     """Raises `RequestError` for a member of `targets` that matches none of the paths."""
     for pattern in patterns_of(targets, aliases):
@@ -248,7 +247,7 @@ def match_rules(
     rules: Sequence[Rule],
     candidates: Sequence[str],
     everything: Sequence[str],
-    aliases: Mapping[str, str] | None = None,
+    aliases: Aliases | None = None,
 ) -> list[tuple[str, Rule]]:
     """`(path, rule)` for each path that can be adapted, in their order: the first rule that takes
     it, and where that takes a slice, further rules with other slices of the same axis.

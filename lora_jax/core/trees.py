@@ -75,10 +75,17 @@ class Stored:
     """An array of `params` that is kept in another form, such as four bits: one leaf by its path.
 
     It has the `shape`, `dtype`, `ndim` and `size` of the array it stands for, and never trains;
-    `arrays()` are those that are kept, by name.
+    `arrays()` are those that are kept, by name; `dequantize()` is the array it stands for,
+    `layer(n)` one matrix of a stack.
     """
 
     def arrays(self) -> dict[str, Any]:
+        raise NotImplementedError
+
+    def dequantize(self) -> Any:
+        raise NotImplementedError
+
+    def layer(self, index: int) -> Any:
         raise NotImplementedError
 
 

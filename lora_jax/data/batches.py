@@ -1,10 +1,13 @@
 """Padded batches: a Grain pipeline for training, a plain sequence for evaluation."""
 
+from __future__ import annotations
+
 import dataclasses
 import functools
 import hashlib
 import sys
 from collections.abc import Iterator, Sequence
+from typing import Any, cast
 
 import grain
 import numpy as np
@@ -27,14 +30,15 @@ class TrainIterator(Iterator[Batch]):
     resume on another number of processes.
     """
 
-    def __init__(self, source: "TrainSource", *, num_threads: int = 0):
+    def __init__(self, source: TrainSource, *, num_threads: int = 0):
         self.source = source
         self.steps_per_epoch = source.steps_per_epoch
         self.fingerprint = source.fingerprint
         # Everything is in memory and a batch takes tens of microseconds to fill: threads only help
         # where the loop itself is busy, and never change the order.
+        as_source = cast(Any, source)  # of Grain's protocol, without being a Sequence
         options = grain.ReadOptions(num_threads=num_threads, prefetch_buffer_size=4 * num_threads)
-        self._batches = iter(grain.MapDataset.source(source).to_iter_dataset(options))
+        self._batches = iter(grain.MapDataset.source(as_source).to_iter_dataset(options))
 
     def __next__(self) -> Batch:
         return next(self._batches)
@@ -134,7 +138,7 @@ class TrainSource:
         digest.update(repr((batch_size, buckets, seed, order_seed)).encode())
         beside = (x for x in (examples.type_ids, examples.prompt_lengths) if x is not None)
         for array in (examples.offsets, examples.ids, examples.labels, *beside):
-            digest.update(np.ascontiguousarray(array, array.dtype.newbyteorder("<")))
+            digest.update(np.ascontiguousarray(array, array.dtype.newbyteorder("<")).tobytes())
         self.fingerprint = digest.hexdigest()
 
     def __len__(self) -> int:
@@ -164,7 +168,7 @@ class EvalBatches(Sequence):
     def __len__(self) -> int:
         return len(self.schedule)
 
-    def __getitem__(self, number: int) -> Batch:
+    def __getitem__(self, number: int) -> Batch:  # pyright: ignore[reportIncompatibleMethodOverride]
         scheduled = self.schedule[number]
         return pad_batch(self.examples, scheduled, batch_size=self.batch_size, rows=self.rows)
 

@@ -40,6 +40,7 @@ def encode_completions(
     end = np.array([eos_token_id], np.int32)
     begin = np.array(special_prefix(plain), np.int32)
     space = "" if doubles_leading_space(plain) else " "
+    assert examples.seconds is not None  # a completion per prompt
     rows: list[np.ndarray] = []
     prompt_lengths: list[int] = []
     for start in range(0, len(examples), CHUNK_SIZE):

@@ -36,7 +36,9 @@ def load_e2e(path: str) -> Splits:
         for name in ("validation", "test")
         if (shared := len(prompts[name] & prompts["train"]))
     ]
-    return make_splits(**parts, notes=notes, target="text")
+    return make_splits(
+        parts["train"], parts["validation"], parts["test"], notes=notes, target="text"
+    )
 
 
 def read_pairs(path: Path) -> Examples:

@@ -68,8 +68,11 @@ def load_files(
     if target == "class":
         label_names = sort_labels({row.label for row in rows["train"]})
         check_labels(rows, label_names, label_column, path)
-    parts = {name: to_examples(rows[name], label_names, target=target) for name in SPLIT_WORDS}
-    return make_splits(**parts, label_names=label_names, notes=notes, target=target)
+    train, validation, test = (
+        to_examples(rows[name], label_names, target=target)
+        for name in ("train", "validation", "test")
+    )
+    return make_splits(train, validation, test, label_names=label_names, notes=notes, target=target)
 
 
 def find_files(source: str, path: str) -> dict[str, list[Path]]:

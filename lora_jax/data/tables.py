@@ -95,7 +95,7 @@ def _read_tsv(path: Path) -> Iterator[tuple[dict, str]]:
 
 def _delimited(path: Path, reader: Any) -> Iterator[tuple[dict, str]]:
     """Records of a csv reader; `place` is the line a record begins on."""
-    header: list[str] | None = None
+    header: list[str] = []
     start = 1
     while True:
         try:
@@ -109,7 +109,7 @@ def _delimited(path: Path, reader: Any) -> Iterator[tuple[dict, str]]:
         place, start = f"{path}:{start}", reader.line_num + 1
         if not fields:
             continue
-        if header is None:
+        if not header:
             header = fields
             if len(set(header)) < len(header):
                 raise RequestError(f"{place}: a column name stands twice in {header}; rename one")
@@ -160,7 +160,7 @@ def _text(record: dict, name: str, setting: str, place: str) -> str:
         raise RequestError(
             f"{place}: column {name!r} holds {text!r}, not a text; {_columns(record)}"
         )
-    if not (text or "").strip():
+    if text is None or not text.strip():
         raise RequestError(f"{place}: column {name!r} is empty; fill it or remove the row")
     try:
         text.encode()

@@ -57,8 +57,8 @@ def encode_examples(
     total)` is called now and then. Raises `RequestError` if `max_length` leaves no room for text,
     or a text gives no tokens.
     """
-    paired = examples.seconds is not None
-    special = tokenizer.num_special_tokens_to_add(is_pair=paired)
+    seconds = examples.seconds
+    special = tokenizer.num_special_tokens_to_add(is_pair=seconds is not None)
     if max_length <= special:
         raise RequestError(
             f"data.max_length={max_length} leaves no room for text: the tokenizer adds {special} "
@@ -68,15 +68,15 @@ def encode_examples(
     cutting.no_padding()
     cutting.enable_truncation(max_length)
     texts: Sequence = examples.texts
-    if paired:
-        texts = list(zip(examples.texts, examples.seconds, strict=True))
+    if seconds is not None:
+        texts = list(zip(examples.texts, seconds, strict=True))
     rows: list[np.ndarray] = []
     types: list[np.ndarray] = []
     for start in range(0, len(examples), CHUNK_SIZE):
         with encoding_errors():
             encoded = cutting.encode_batch_fast(list(texts[start : start + CHUNK_SIZE]))
         rows += [np.array(e.ids, np.int32) for e in encoded]
-        if paired:
+        if seconds is not None:
             types += [np.array(e.type_ids, np.int32) for e in encoded]
         if on_progress is not None:
             on_progress(len(rows), len(examples))

@@ -150,11 +150,14 @@ def _read(tensors: Mapping[str, np.ndarray], name: str, place: str) -> Nf4Matrix
     num_blocks = -(-math.prod(shape) // nf4.BLOCK)
     scales = file.scales(num_blocks, nested, offset)
     rows = shape[0] if shape[1] % nf4.BLOCK == 0 else 1
-    scales["scales"] = scales["scales"].reshape(rows, -1)
+    nested_scales: dict[str, Any] = {
+        name: jnp.asarray(array) for name, array in scales.items() if name != "scales"
+    }
     codes = np.pad(codes, (0, num_blocks * nf4.BLOCK // 2 - codes.size), constant_values=0x77)
     weight = NF4Weight(
         kernel=jnp.asarray(codes.reshape(rows, -1)),
-        **{part: jnp.asarray(array) for part, array in scales.items()},
+        scales=jnp.asarray(scales["scales"].reshape(rows, -1)),
+        **nested_scales,
         roles="io",
         path="",
         matrix=(shape[1], shape[0]),

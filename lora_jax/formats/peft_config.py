@@ -273,7 +273,8 @@ def _pattern(fields: Fields, name: str, place: str, *, integers: bool):
     for key in pattern:
         _check_expression(key, name, place)
     read = inner.integer if integers else inner.positive
-    return tuple((key, read(key)) for key in pattern)
+    found: list[tuple[str, Any]] = [(key, read(key)) for key in pattern]
+    return tuple(found)
 
 
 def _check_expression(text: str, name: str, place: str) -> None:

@@ -123,9 +123,9 @@ def _factors(written: Written, dtype: Any) -> dict[str, np.ndarray]:
     tensors = {}
     for name, one in written.adapters.items():
         is_table = one.module.kind == EMBEDDING
-        suffixes = ("lora_embedding_A", "lora_embedding_B")
-        suffixes = suffixes if is_table else ("lora_A.weight", "lora_B.weight")
-        parts = dict(zip(suffixes, (one.a.T, one.b.T), strict=True))
+        tables = ("lora_embedding_A", "lora_embedding_B")
+        name_a, name_b = tables if is_table else ("lora_A.weight", "lora_B.weight")
+        parts: dict[str, np.ndarray] = {name_a: one.a.T, name_b: one.b.T}
         if one.magnitude is not None:
             parts["lora_magnitude_vector"] = one.magnitude
         for suffix, array in parts.items():

@@ -36,8 +36,9 @@ def stored_tables(
     whole, bases, saved = dict(keys.whole), dict(keys.bases), list(config.modules_to_save)
     for there in list(whole):
         module = names.modules.get(view.here(there.removesuffix(".weight")))
-        is_table = module is not None and (module.kind == EMBEDDING or module.is_output)
-        if not is_table or not there.endswith(".weight") or config.saves(view.there(module.name)):
+        if module is None or not (module.kind == EMBEDDING or module.is_output):
+            continue
+        if not there.endswith(".weight") or config.saves(view.there(module.name)):
             continue
         own = np.asarray(flat[module.entry.path])
         own = own.T if module.entry.is_transposed and not module.is_tied else own

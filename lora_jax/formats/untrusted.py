@@ -61,7 +61,8 @@ def parse_json(text: str | bytes, *, halves: bool = False) -> Any:
         if depth > DEEPEST:
             raise ValueError("nested too deep")
     # A half can come from an escape alone: UTF-8 has none.
-    if not halves and (b"\\u" if isinstance(text, bytes) else "\\u") in text:
+    has_escapes = b"\\u" in text if isinstance(text, bytes) else "\\u" in text
+    if not halves and has_escapes:
         json.dumps(value, ensure_ascii=False).encode()
     return value
 
@@ -126,7 +127,8 @@ def check_fields(value: Any, fields: Mapping[str, Any], place: Any, way_out: str
     if not isinstance(value, dict):
         raise RequestError(f"{place} holds no JSON object; {way_out}")
     for name, kind in fields.items():
-        found, is_there, optional = value, True, name.startswith("?")
+        found: Any = value
+        is_there, optional = True, name.startswith("?")
         for key in name.removeprefix("?").split("."):
             is_there = isinstance(found, dict) and key in found
             found = found[key] if is_there else None

@@ -30,8 +30,9 @@ class WithCache:
 
         The logits of this pass are not used, so XLA leaves the head out of it.
         """
-        family = family_of(self.config)
-        cache = family.cache(self.config, batch_size=len(tokens_BP), length=length, dtype=dtype)
+        make_cache = family_of(self.config).cache
+        assert make_cache is not None  # a decoder has one
+        cache = make_cache(self.config, batch_size=len(tokens_BP), length=length, dtype=dtype)
         if tokens_BP.shape[1] == 1:
             return cache
         tokens_BT, mask_BT = tokens_BP[:, :-1], mask_BP[:, :-1]

@@ -82,8 +82,8 @@ class Search(NamedTuple):
 def decode(params: Any, data: Data, *, plan: Plan) -> tuple[jax.Array, jax.Array, jax.Array]:
     """`(tokens, lengths, log_probs)` as `generate` returns them."""
     num_prompts, width = data.tokens_BP.shape
-    memories = WithCache if plan.use_cache else WithoutCache
-    memories = memories(lift(plan.apply), plan.config)
+    kind = WithCache if plan.use_cache else WithoutCache
+    memories: Any = kind(lift(plan.apply), plan.config)
     # The last new token is never read, so it needs no column.
     length = width + plan.num_new - 1
     dtype = flatten(params)["embed/embedding"].dtype
@@ -99,6 +99,7 @@ def decode(params: Any, data: Data, *, plan: Plan) -> tuple[jax.Array, jax.Array
 def _follow(plan, memories, params, data, memory, prompt_RP):
     num_rows, width = prompt_RP.shape
     logits = jax.eval_shape(memories.advance, params, memory, prompt_RP[:, -1])[0]
+    key_R: Any = None
     if plan.is_sampled:
         key_R = jax.vmap(jax.random.fold_in, (None, 0))(data.key, data.row_R)
     rows = Rows(

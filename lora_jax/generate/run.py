@@ -152,17 +152,21 @@ def _prepare(model, params, input_ids, attention_mask, settings, key, row_number
         )
     pad = model.pad_token_id if settings.pad_token_id is None else settings.pad_token_id
     return Data(
-        tokens_BP=np.pad(tokens_BP, extra).astype(np.int32),
-        mask_BP=np.pad(mask_BP, extra).astype(np.int32),
-        first=np.int32(width - given if settings.no_repeat_in_prompt else width),
-        pad=np.int32(_in_vocabulary("pad_token_id", pad, model)),
+        tokens_BP=jnp.asarray(np.pad(tokens_BP, extra), jnp.int32),
+        mask_BP=jnp.asarray(np.pad(mask_BP, extra), jnp.int32),
+        first=_int32(width - given if settings.no_repeat_in_prompt else width),
+        pad=_int32(_in_vocabulary("pad_token_id", pad, model)),
         rules=_rules(model, settings),
         key=key if settings.do_sample else None,
-        row_R=row_R.astype(np.int32),
-        temperature=np.float32(settings.temperature),
-        top_k=np.int32(min(settings.top_k, model.config.vocab_size)),
-        top_p=np.float32(settings.top_p),
+        row_R=_int32(row_R),
+        temperature=jnp.asarray(settings.temperature, jnp.float32),
+        top_k=_int32(min(settings.top_k, model.config.vocab_size)),
+        top_p=jnp.asarray(settings.top_p, jnp.float32),
     )
+
+
+def _int32(values: Any) -> jax.Array:
+    return jnp.asarray(values, jnp.int32)
 
 
 def _is_key(key: Any) -> bool:
@@ -181,11 +185,11 @@ def _rules(model: Model, settings: Decoding) -> Rules:
         raise RequestError("eos_token_ids hold the whole vocabulary; a search needs a token more")
     # No end at all is one that is no token: the program is that of one end.
     return Rules(
-        eos_E=np.array(eos or [-1], np.int32),
-        limit=np.int32(settings.max_new_tokens),
-        divisor_N=settings.divisors(),
-        is_early=np.bool_(settings.early_stopping is True),
-        is_never=np.bool_(settings.early_stopping == NEVER and settings.length_penalty > 0),
+        eos_E=_int32(eos or [-1]),
+        limit=_int32(settings.max_new_tokens),
+        divisor_N=jnp.asarray(settings.divisors()),
+        is_early=jnp.asarray(settings.early_stopping is True),
+        is_never=jnp.asarray(settings.early_stopping == NEVER and settings.length_penalty > 0),
     )
 
 

@@ -52,7 +52,12 @@ def answer(
     A prompt ends in the end of text, as in training. `params` may be plain, merged or bound; one
     program serves all batches. `show(n)` is called with the number of prompts answered.
     """
-    rows = [prompt_ids(model.tokenizer, p, eos_token_id=model.eos_token_id) for p in prompts]
+    if (end := model.eos_token_id) is None:
+        raise RequestError(
+            f"model {model.name} has no end of text (eos_token_id), which separates a prompt from "
+            "its completion; put it into its config.json"
+        )
+    rows = [prompt_ids(model.tokenizer, p, eos_token_id=end) for p in prompts]
     tokens, mask = pad_left(rows, model.pad_token_id)
     found = answer_rows(model, params, tokens, mask, settings, batch_size=batch_size, show=show)
     return [text.strip() for text in found]

@@ -215,7 +215,8 @@ def eos_ids(found: int | Sequence[int] | None) -> tuple[int, ...]:
 
 def _read_head(path: Path, hidden_size: int, request: Request) -> dict[str, Any]:
     tensors = read_tensors(path)
-    labels = len(tensors["head.bias"]) if np.ndim(tensors.get("head.bias")) == 1 else 1
+    bias = tensors.get("head.bias")
+    labels = len(bias) if bias is not None and np.ndim(bias) == 1 else 1
     shapes = {
         "head/kernel": np.empty((hidden_size, labels)),
         "head/bias": np.empty((labels,)),

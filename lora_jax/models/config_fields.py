@@ -49,7 +49,8 @@ class Fields:
         *,
         minimum: int = 1,
         maximum: int | None = None,
-    ) -> int:
+    ) -> Any:
+        """An int, or None where the default is None or the file says null."""
         value = self._value(name, default)
         if value is None:
             return None

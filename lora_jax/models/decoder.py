@@ -25,6 +25,11 @@ from lora_jax.models.remat import rematerialised
 class Decoder(nnx.Module):
     """A decoder's end; `embed`, `norm`, `head` (None: tied) and `num_labels` are its own."""
 
+    embed: Any
+    norm: Any
+    head: Any
+    num_labels: int | None
+
     def finish(self, h_BTD, mask_BS, cache: Cache | None, states: tuple | None, readout=None):
         """The output from what the layers gave: with the cache, or the states, where there are.
 
@@ -92,7 +97,7 @@ def run_layers(
     number = jax.tree.leaves(stacked)[0].shape[0]
     own = None if past is None else (past.keys, past.values)
     h_BTD, (kept, new) = lax.scan(body, h_BTD, (stacked, own, jnp.arange(number)))
-    return h_BTD, tuple(kept) if keep_states else (), new
+    return h_BTD, () if kept is None else tuple(kept), new
 
 
 def check_tokens(

@@ -276,8 +276,10 @@ def _hf_name(source: str) -> str:
 
 
 def _parsed(source: str) -> tuple[str | None, str, str]:
-    match = _TENSOR.fullmatch(source)
-    return match.groups() if match else (None, source, "")
+    if (match := _TENSOR.fullmatch(source)) is None:
+        return None, source, ""
+    layer, name, part = match.groups()
+    return layer, name, part
 
 
 def _decimal(value: float) -> float:

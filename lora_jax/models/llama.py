@@ -102,7 +102,7 @@ class Llama(Decoder):
             constrain=constrain,
         )
         if cache is not None:
-            cache = Cache(*new, mask_BS, start + input_ids.shape[1])
+            cache = Cache(*new, mask_BS, cache.length + input_ids.shape[1])
         states = states if output_hidden_states else None
         return self.finish(h_BTD, mask_BS, cache, states, readout)
 

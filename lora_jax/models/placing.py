@@ -106,7 +106,7 @@ class OnDevice:
         if self.has_head and path.startswith("head/"):
             return stored
         wanted = self.wanted or stored
-        if wanted == np.float64 and not jax.config.jax_enable_x64:
+        if wanted == np.float64 and not jax.config.read("jax_enable_x64"):
             raise RequestError(
                 f"model {self.name} in float64 needs jax.config.update('jax_enable_x64', True); "
                 "or pass dtype='float32'"
@@ -121,16 +121,16 @@ class OnDevice:
                 )
             return _settled(jax.device_put(array, self._where(array, path)))
         # A copy of its own, or JAX might keep the file's memory; `jnp.array` would make two.
-        if not self._quantizes(array, path):
+        if (how := self._quantizes(array, path)) is None:
             return _settled(jax.device_put(array, self._where(array, path), may_alias=False))
-        value = to_nf4(array, "io", path, double_quant=self.quantization.double_quant)
+        value = to_nf4(array, "io", path, double_quant=how.double_quant)
         return _settled(jax.device_put(value, self._where(value, path)))
 
     def empty(self, like: Any, shape: tuple[int, ...], path: str) -> Any:
         if isinstance(like, NF4Weight):
             double_quant = like.mean is not None
-        elif self._quantizes(like, path):
-            double_quant = self.quantization.double_quant
+        elif (how := self._quantizes(like, path)) is not None:
+            double_quant = how.double_quant
         else:
             stack = jax.ShapeDtypeStruct(shape, like.dtype)
             return jnp.zeros(shape, like.dtype, device=self._where(stack, path))
@@ -156,8 +156,10 @@ class OnDevice:
     def _where(self, array: Any, path: str) -> Any:
         return None if self.sharding_of is None else self.sharding_of(path, array)
 
-    def _quantizes(self, array: Any, path: str) -> bool:
-        return self.pattern is not None and array.ndim == 2 and bool(self.pattern.fullmatch(path))
+    def _quantizes(self, array: Any, path: str) -> Quantization | None:
+        """How the array at `path` is quantized; None where it is not."""
+        named = self.pattern is not None and self.pattern.fullmatch(path)
+        return self.quantization if named and array.ndim == 2 else None
 
 
 def _uneven(name: str, path: str) -> RequestError:

@@ -91,7 +91,7 @@ class Roberta(nnx.Module):
         output = states[-1]
         if self.head is not None:
             wide, key = at_least_float32(output), fold_key(dropout_key, 2)
-            if self.pooling == FAMILY:
+            if isinstance(self.head, Head):
                 output = self.head(wide[:, 0], key)
             else:
                 pooled_BD = POOLINGS[self.pooling](wide, attention_mask)

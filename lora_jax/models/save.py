@@ -87,7 +87,7 @@ def _task_fields(model: Model) -> dict[str, Any]:
         return dict(model.labels)
     is_number = model.head == "regression" or model.num_labels == 1
     kind = "regression" if is_number else "single_label_classification"
-    return label_fields([f"LABEL_{n}" for n in range(model.num_labels)], kind)
+    return label_fields([f"LABEL_{n}" for n in range(model.num_labels or 1)], kind)
 
 
 def label_fields(names: Sequence[str], kind: str = "single_label_classification") -> dict[str, Any]:
@@ -99,7 +99,7 @@ def label_fields(names: Sequence[str], kind: str = "single_label_classification"
     }
 
 
-def _checked(model: Model, params: Mapping[str, Any]) -> dict[str, np.ndarray]:
+def _checked(model: Model, params: Mapping[str, Any]) -> dict[str, Any]:
     expected, given = flatten(model.params), flatten(params)
     for path in sorted(expected.keys() ^ given.keys()):
         side = "lack" if path in expected else "hold"

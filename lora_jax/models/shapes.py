@@ -127,7 +127,8 @@ def abstract_model(
     >>> f"{method.table(model.params).num_trainable:,}"  # 2 · layers · width · 2 · rank
     '393,216'
     """
-    config, name = name_or_config, "abstract"
+    config: Any = name_or_config
+    name = "abstract"
     if isinstance(name_or_config, str):
         name = name_or_config.rpartition("/")[2].lower()
         if name not in SHAPES:

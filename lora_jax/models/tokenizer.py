@@ -28,6 +28,19 @@ def tokenizer_errors(what: str, way_out: str) -> Iterator[None]:
         raise RequestError(f"{what}: {error}; {way_out}") from error
 
 
+@contextlib.contextmanager
+def _quiet_stderr() -> Iterator[None]:
+    """Drops what is written to the process's stderr from outside of Python."""
+    with open(os.devnull, "w") as nowhere:
+        saved = os.dup(2)
+        os.dup2(nowhere.fileno(), 2)
+        try:
+            yield
+        finally:
+            os.dup2(saved, 2)
+            os.close(saved)
+
+
 def encoding_errors() -> contextlib.AbstractContextManager[None]:
     """`tokenizer_errors` of a text that cannot be encoded, since the file contradicts itself."""
     return tokenizer_errors(
@@ -46,6 +59,10 @@ def read_tokenizer(
     path = Path(path)
     with tokenizer_errors(f"{path} is not a readable tokenizer", "restore it"):
         tokenizer = Tokenizer.from_file(str(path))
+        # A file that contradicts itself is found here: Rust panics, and writes that to stderr.
+        with _quiet_stderr():
+            tokenizer.encode("a")
+            tokenizer.encode("a", "b")
     check_tokenizer(tokenizer, vocab_size=vocab_size, pad_token_id=pad_token_id, place=str(path))
     tokenizer.no_truncation()
     tokenizer.no_padding()

@@ -6,8 +6,9 @@ lies, so that what a step holds is known before it runs.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import jax
 import optax
@@ -43,19 +44,19 @@ def leaf_by_leaf(
     and sent back before the next one's, so that at no time all of it is here.
     """
 
-    def init(params):
+    def init(params: Any) -> Any:
         return {
             name: {part: tx.init({name: {part: leaf}}) for part, leaf in entry.items()}
             for name, entry in params.items()
         }
 
-    def update(gradients, state, params=None):
-        gradients, _ = clip.update(gradients, clip.init(params))
-        updates: dict[str, Any] = {}
+    def update(updates: Any, state: Any, params: Any = None, **extra: Any) -> tuple[Any, Any]:
+        gradients: Any = clip.update(updates, clip.init(params))[0]
+        changes: dict[str, Any] = {}
         states: dict[str, Any] = {}
         before = None
         for name, entry in gradients.items():
-            updates[name], states[name] = {}, {}
+            changes[name], states[name] = {}, {}
             for part, gradient in entry.items():
                 own, held = state[name][part], params[name][part]
                 if moves is not None:
@@ -64,13 +65,15 @@ def leaf_by_leaf(
                         own, _ = jax.lax.optimization_barrier((own, before))
                     own = jax.device_put(own, moves[0][name][part])
                 with implicit_promotion():
-                    found, new = tx.update({name: {part: gradient}}, own, {name: {part: held}})
+                    one: Any = {name: {part: gradient}}
+                    found, new = tx.update(one, own, {name: {part: held}})
+                change = cast(Any, found)[name][part]
                 if moves is not None:
                     new = jax.device_put(new, moves[1][name][part])
-                before = updates[name][part], states[name][part] = found[name][part], new
-        return updates, states
+                before = changes[name][part], states[name][part] = change, new
+        return changes, states
 
-    return optax.GradientTransformation(init, update)
+    return optax.GradientTransformationExtraArgs(init, update)
 
 
 def offload(
@@ -98,4 +101,5 @@ def offload(
         shapes.opt_state,
         here.opt_state,
     )
-    return wrap(leaf_by_leaf(tx, clip, (here.opt_state, there))), here.replace(opt_state=there)
+    placed = dataclasses.replace(here, opt_state=there)
+    return wrap(leaf_by_leaf(tx, clip, (here.opt_state, there))), placed

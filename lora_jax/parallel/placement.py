@@ -97,6 +97,7 @@ class Placement:
 
     def trainable(self, method: Method, trainable: Any) -> Any:
         """Of what trains: a part of an adapter follows the axes of its kernel, by their roles."""
+        assert self.model is not None  # trainables belong to a model that is loaded
         shapes = {p: leaf.shape for p, leaf in trees.flatten(self.model.params).items()}
 
         def of_part(name: str, part: str, leaf: Any) -> NamedSharding:
@@ -133,8 +134,12 @@ class Placement:
             return of_trainable[name][part] if same else self.replicated
 
         of_opt = jax.tree_util.tree_map_with_path(of_moment, state.opt_state)
-        return state.replace(
-            step=self.replicated, trainable=of_trainable, opt_state=of_opt, key=self.replicated
+        return dataclasses.replace(
+            state,
+            step=self.replicated,
+            trainable=of_trainable,
+            opt_state=of_opt,
+            key=self.replicated,
         )
 
     def batch(self, batch: Any) -> Any:

@@ -11,12 +11,13 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 
 from lora_jax.core import trees
 from lora_jax.core.axes import KernelAxes
 from lora_jax.core.errors import RequestError
 from lora_jax.core.lift import lift
-from lora_jax.core.rules import check_each_matches, pattern_of
+from lora_jax.core.rules import Aliases, check_each_matches, pattern_of
 from lora_jax.core.values import is_adapted, is_bound
 from lora_jax.methods.base import Method, Trainable
 from lora_jax.methods.merging import merged
@@ -38,7 +39,7 @@ def quantize(
     format: str = "nf4",
     double_quant: bool = True,
     axes: Mapping[str, KernelAxes] | None = None,
-    aliases: Mapping[str, str] | None = None,
+    aliases: Aliases | None = None,
 ) -> PyTree:
     """`params` with each matrix that `targets` names in four bits; the others are the same arrays.
 
@@ -98,7 +99,7 @@ def to_nf4(kernel: Any, roles: str, path: str, *, double_quant: bool, dtype=None
 
     Raises `RequestError` for numbers that are not finite.
     """
-    traced = isinstance(kernel, jax.core.Tracer)
+    traced = isinstance(kernel, Tracer)
     on_host = double_quant and not traced
     dtype = None if dtype is None else jnp.dtype(dtype)
     value, finite = _encoder(roles, double_quant and traced, dtype)(kernel)
