@@ -15,6 +15,7 @@ import numpy as np
 from jax._src import source_info_util
 from jax._src.core import ShardingTypeError as ShardingTypeError  # explicit sharding
 from jax._src.interpreters import partial_eval
+from jax.core import ShapedArray, Tracer
 from jax.custom_derivatives import SymbolicZero
 from jax.extend.core import Literal
 from jax.interpreters import ad
@@ -239,7 +240,7 @@ def custom_vjp_rules(eqn):
 
 def variable_of(const):
     """The variable of the trace that made a tracer; None for another value."""
-    atom = getattr(const, "val", None) if isinstance(const, jax.core.Tracer) else None
+    atom = getattr(const, "val", None) if isinstance(const, Tracer) else None
     return None if atom is None or is_literal(atom) else atom
 
 
@@ -250,13 +251,14 @@ def is_symbolic_zero(x) -> bool:
 
 def symbolic_zero(x):
     """The symbolic zero tangent of an array of this shape and dtype."""
-    return SymbolicZero(jax.core.ShapedArray(x.shape, x.dtype).to_tangent_aval())
+    return SymbolicZero(ShapedArray(x.shape, x.dtype).to_tangent_aval())
 
 
 def instantiated(x):
     """A tangent as an array; those of integers and keys are NumPy's `float0`."""
     if not isinstance(x, SymbolicZero):
         return x
-    if x.aval.dtype == jax.dtypes.float0:
-        return np.zeros(x.aval.shape, jax.dtypes.float0)
-    return jax.numpy.zeros(x.aval.shape, x.aval.dtype)
+    aval: Any = x.aval
+    if aval.dtype == jax.dtypes.float0:
+        return np.zeros(aval.shape, jax.dtypes.float0)
+    return jax.numpy.zeros(aval.shape, aval.dtype)

@@ -120,6 +120,7 @@ class Interpreter:
         return [known.get(atom, const) for atom, const in zip(atoms, consts, strict=True)]
 
     def _computed_again(self, variables, eqn) -> list[Any]:
+        assert self._whole is not None
         jaxpr, constants, args = self._whole
         cause = "adapter dropout would draw another mask for it"
         try:
@@ -191,7 +192,8 @@ def rule_for(*names: str):
     """Registers a rule for the primitives of these names."""
 
     def register(rule):
-        RULES.update(dict.fromkeys(names, rule))
+        for name in names:
+            RULES[name] = rule
         return rule
 
     return register

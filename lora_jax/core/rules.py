@@ -87,8 +87,9 @@ class Rule(NamedSettings):
             self._check_slice()
 
     def _check_slice(self):
+        given: Any = self.slice
         try:
-            axis, start, stop = (operator.index(n) for n in self.slice)
+            axis, start, stop = (operator.index(n) for n in given)
         except (TypeError, ValueError) as error:
             raise RequestError(
                 f"slice is {self.slice!r}; it must be (axis, start, stop), as (-1, 0, 768)"
@@ -284,9 +285,9 @@ def match_rules(
 
 def _check_apart(path: str, earlier: Sequence[Rule], rule: Rule) -> None:
     for other in earlier:
-        if other.slice[0] != rule.slice[0] or (
-            other.slice[1] < rule.slice[2] and rule.slice[1] < other.slice[2]
-        ):
+        assert other.slice is not None and rule.slice is not None
+        (other_axis, other_start, other_stop), (axis, start, stop) = other.slice, rule.slice
+        if other_axis != axis or (other_start < stop and start < other_stop):
             raise RequestError(
                 f"slices {other.slice} and {rule.slice} of {path!r} overlap; let each rule take "
                 "a part of its own of one axis"
@@ -294,7 +295,7 @@ def _check_apart(path: str, earlier: Sequence[Rule], rule: Rule) -> None:
 
 
 def _layers_of(paths: Sequence[str]) -> list[int]:
-    return sorted({layer_of(path) for path in paths} - {None})
+    return sorted({n for path in paths if (n := layer_of(path)) is not None})
 
 
 def _why_unused(rule: Rule, candidates, everything, aliases) -> str:

@@ -73,4 +73,5 @@ def typed_as(value: Any, aval: Any) -> Any:
     array = value.base if is_adapted(value) else value
     if isinstance(array, jax.Array) and jax.typeof(array).sharding == sharding:
         return value
+    assert sharding is not None  # its mesh has axes
     return resharded(value, sharding)

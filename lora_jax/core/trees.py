@@ -15,6 +15,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 
 from lora_jax.core.errors import RequestError
 from lora_jax.core.misuse import refuses_use
@@ -79,7 +80,15 @@ class Stored:
     `layer(n)` one matrix of a stack.
     """
 
+    shape: Any
+    dtype: Any
+    base: Any
+
     def arrays(self) -> dict[str, Any]:
+        raise NotImplementedError
+
+    def marked(self, mark: Any) -> Any:
+        """The value with `mark` of each of its arrays in place of the array."""
         raise NotImplementedError
 
     def dequantize(self) -> Any:
@@ -206,7 +215,7 @@ def check_not_untied(tree: PyTree, changed) -> None:
     for path, leaf in flatten(tree).items():
         if not isinstance(leaf, jax.Array | np.ndarray) or leaf.ndim < 2:
             continue
-        if isinstance(leaf, jax.core.Tracer):
+        if isinstance(leaf, Tracer):
             continue
         other = places.setdefault(id(leaf), path)
         if other != path and {other, path} & set(changed):

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, ClassVar, Protocol
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol, Self
 
 import jax
 import jax.numpy as jnp
@@ -173,7 +173,7 @@ class AdaptedValue:
             not is_adapted(beneath) or beneath.scan_axis_is_stack()
         )
 
-    def _followed(self, kernel, sides, roles=None) -> AdaptedValue | None:
+    def _followed(self, kernel, sides, roles=None) -> Self | None:
         if kernel is None:
             return None
         roles = self.roles if roles is None else roles
@@ -263,17 +263,17 @@ class AdaptedValue:
             kernel, {name: flipped(x, self.side_axes(name)) for name, x in self.sides().items()}
         )
 
-    def times(self, factor, bind: Callable[[jax.Array], jax.Array]) -> AdaptedValue | None:
+    def times(self, factor, bind: Callable[[jax.Array], jax.Array]) -> Self | None:
         """The value times a scalar; `bind` is the equation that multiplies the frozen array."""
         beneath = self.kernel
         kernel = beneath.times(factor, bind) if is_adapted(beneath) else bind(beneath)
         return self._followed(kernel, {})
 
-    def moved(self, sign: int, bind: Callable[[jax.Array], jax.Array]) -> AdaptedValue | None:
+    def moved(self, sign: int, bind: Callable[[jax.Array], jax.Array]) -> Self | None:
         """The value, or minus it, plus an array; `bind` is that equation on the frozen array."""
         return None
 
-    def pad(self, value, config) -> AdaptedValue | None:
+    def pad(self, value, config) -> Self | None:
         """The value with `value` around it, as `lax.pad` has it."""
         return None
 
