@@ -101,7 +101,7 @@ def test_adamw_trains_what_trains_and_leaves_fixed_parts_bit_for_bit(name):
     for path, entry in start.items():
         for part, before in entry.items():
             same = np.asarray(before).tobytes() == np.asarray(trainable[path][part]).tobytes()
-            assert same == (part in method.FIXED), (path, part)
+            assert same == (part in method.FROZEN_PARTS), (path, part)
 
 
 @pytest.mark.parametrize("name", VARIANTS)
@@ -109,7 +109,7 @@ def test_the_table_counts_what_trains(name):
     method = VARIANTS[name]
     params, trainable, _ = started(method)
     for row in method.table(params):
-        parts = {k: v for k, v in trainable[row.path].items() if k not in method.FIXED}
+        parts = {k: v for k, v in trainable[row.path].items() if k not in method.FROZEN_PARTS}
         assert row.num_trainable == sum(leaf.size for leaf in parts.values())
 
 
@@ -119,7 +119,7 @@ def test_the_norm_that_clips_sees_no_fixed_part(name):
     _, trainable, frozen = trained(method)
     grads = jax.jit(jax.grad(loss_of(method, frozen)))(trainable)
     for entry in grads.values():
-        assert not any(np.any(entry[part]) for part in method.FIXED if part in entry)
+        assert not any(np.any(entry[part]) for part in method.FROZEN_PARTS if part in entry)
 
 
 @pytest.mark.parametrize("name", few_fast())
@@ -129,9 +129,9 @@ def test_cells_of_a_variant_end_in_a_pack_where_they_end_alone(name):
         {"method": name, "targets": TARGETS, "lr": 3e-3, "seed": 0, **own},
         {"method": name, "targets": TARGETS, "lr": 1e-2, "seed": 1, "weight_decay": 0.1, **own},
     ]
-    if VARIANTS[name].PADS:
+    if VARIANTS[name].ZERO_PADDABLE:
         cells[1] |= {"rank": own["rank"] - 1, "alpha": 2.0, "dropout": 0.2}
-    if "targets" in VARIANTS[name].PADS:
+    if "targets" in VARIANTS[name].ZERO_PADDABLE:
         cells[1]["targets"] = "plain|heads"
     cells = [{**cell, "train": "head"} for cell in cells]
 
