@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterable
 from typing import Any
 
@@ -11,35 +12,34 @@ from lora_jax.core.errors import RequestError
 _VAR_KEYWORDS = 0x08  # the flag of a function with **settings
 
 
-def _takes_any(kind: type) -> bool:
-    code = getattr(kind.__init__, "__code__", None)
-    return code is None or bool(code.co_flags & _VAR_KEYWORDS)
-
-
 class NamedSettings:
     """A class whose unknown keyword arguments raise `RequestError` with the nearest name."""
 
-    def __new__(cls, *args, **settings):
-        if not _takes_any(cls):
-            code = cls.__init__.__code__
-            known = code.co_varnames[1 : code.co_argcount + code.co_kwonlyargcount]
-            for name in settings:
-                if name not in known:
-                    raise RequestError(cls._unknown_setting(name, known))
+    def __new__(cls, *args: Any, **settings: Any):
+        known = _settings_of(cls)
+        for name in settings:
+            if name not in known:
+                raise RequestError(
+                    f"{cls.__name__} has no setting {name!r}; {trees.nearest(name, known)}"
+                )
         return super().__new__(cls)
 
-    @classmethod
-    def _unknown_setting(cls, name: str, known) -> str:
-        written = [
-            kind for kind in cls.__mro__[1:] if "__init__" in vars(kind) and kind is not object
-        ]
-        if written and _takes_any(written[0]) and not _takes_any(cls):
-            return (
-                f"{cls.__name__} takes no {name!r}, since its own __init__ has none; write "
-                "@dataclasses.dataclass(frozen=True, init=False) above it, which keeps "
-                f"{written[0].__name__}'s"
-            )
-        return f"{cls.__name__} has no setting {name!r}; {trees.nearest(name, known)}"
+
+def _settings_of(cls: type) -> list[str]:
+    """What `cls(…)` takes: the arguments of its `__init__`, and of those that `**settings` reach.
+
+    A dataclass whose `__init__` passes `**settings` on takes its own fields, too.
+    """
+    known: list[str] = []
+    for kind in cls.__mro__:
+        code = getattr(vars(kind).get("__init__"), "__code__", None)
+        if code is None:
+            continue
+        known += code.co_varnames[1 : code.co_argcount + code.co_kwonlyargcount]
+        if not code.co_flags & _VAR_KEYWORDS:
+            break
+        known += [field.name for field in dataclasses.fields(kind) if field.init]
+    return list(dict.fromkeys(known))
 
 
 def checked_names(setting: str, value: Any) -> str | tuple[str, ...]:

@@ -7,3 +7,12 @@ class RequestError(ValueError):
     The command line prints it as one line and exits with code 2; a library user catches it as a
     `ValueError`.
     """
+
+
+def not_a_parameter(what: str) -> RequestError:
+    """What is raised wherever W + ΔW is asked of an adapter that has none."""
+    return RequestError(
+        f"{what} adds to the computation and not to a parameter, so no array holds its change: it "
+        "cannot be merged, exported to PEFT, analysed or added to others; keep it bound, and call "
+        "the model through lora_jax.lift"
+    )

@@ -21,6 +21,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from lora_jax.core.dtypes import float32_or_wider
+from lora_jax.core.errors import not_a_parameter
 from lora_jax.core.explicit import like_first, within
 from lora_jax.core.misuse import refuses_use
 from lora_jax.core.reshapes import reshape_roles
@@ -76,15 +77,12 @@ class AdaptedValue:
         raise NotImplementedError
 
     def materialise(self) -> jax.Array:
-        """The plain array that this value stands for, in the kernel's dtype."""
-        raise NotImplementedError
+        """The plain array that this value stands for, in the kernel's dtype; some have none."""
+        raise not_a_parameter(f"the adapter of {self.path!r}")
 
     @property
     def base(self) -> jax.Array | jax.ShapeDtypeStruct:
-        """The frozen array beneath all adapters: its shape and dtype are what the model sees.
-
-        Of one that is stored in another form these two alone.
-        """
+        """The frozen array beneath all adapters; of a quantized one its shape and dtype alone."""
         return self.kernel.base if is_adapted(self.kernel) else self.kernel
 
     def base_array(self) -> jax.Array:

@@ -148,6 +148,7 @@ def split(
 
 def _check_owner(name: str, owner: Method) -> None:
     """Raises `RequestError` if what the method binds is not what PEFT computes from A, B and m."""
+    owner.check_merges()
     kind = next((kind for kind in (DoRA, LookupLoRA, LoRA) if isinstance(owner, kind)), None)
     same = ("weight", "_bind_adapter", "_bind_over")
     if kind is None or any(getattr(type(owner), n) is not getattr(kind, n) for n in same):

@@ -28,8 +28,8 @@ from lora_jax.methods.base import Method, PyTree, Trainable
 from lora_jax.methods.changes import Changes, side_by_side
 from lora_jax.methods.lora import LoRA
 from lora_jax.methods.rows import rows_name
-from lora_jax.methods.singular import from_matrices, to_matrices
 from lora_jax.methods.sites import Site
+from lora_jax.methods.starts import from_matrices, to_matrices
 
 
 @dataclasses.dataclass(frozen=True)

@@ -8,17 +8,17 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping, Sequence
-from typing import Any, ClassVar
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import optax
 
 from lora_jax.core import trees
-from lora_jax.core.arguments import NamedSettings
-from lora_jax.core.errors import RequestError
+from lora_jax.core.errors import RequestError, not_a_parameter
 from lora_jax.core.rules import check_each_matches, pattern_of
 from lora_jax.core.values import is_adapted, is_bound
+from lora_jax.methods.contract import Contract
 from lora_jax.methods.merging import merged
 from lora_jax.methods.parts import by_part
 from lora_jax.methods.rows import bind_rows, init_rows, row_indices, rows_name
@@ -34,7 +34,7 @@ PROBED = 8
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Method(NamedSettings):
+class Method(Contract):
     """What all methods share: parameters trained whole, named by `train`, and rows of tables.
 
     `train`: a regular expression over whole paths, aliases joined by commas, or a sequence of
@@ -47,11 +47,6 @@ class Method(NamedSettings):
     train: str | Sequence[str] = dataclasses.field(default=(), hash=False)
     rows: Mapping[str, Sequence[int]] = dataclasses.field(default_factory=dict, hash=False)
     aliases: Mapping[str, str] | None = dataclasses.field(default=None, repr=False, hash=False)
-
-    # Parts of an adapter that stay as `init` made them: they travel with it and never train.
-    FIXED: ClassVar[frozenset[str]] = frozenset()
-    # Whether it moves parameters that the names in `trainable` do not say.
-    ALONE: ClassVar[bool] = False
 
     def init(self, key: jax.Array, params: PyTree) -> tuple[Trainable, PyTree]:
         """Splits `params` into `(trainable, frozen)`; `params` is untouched.
@@ -134,9 +129,11 @@ class Method(NamedSettings):
         `dtype` is of the adapted and of the quantised parameters; all others, those trained whole
         among them, keep theirs. A quantised base needs it ("stored": each the one it had before).
         Inputs are untouched. Raises `RequestError` where it is not given, a kernel cannot hold the
-        sum (integers), or the result holds NaN or infinity (an overflow of float16).
+        sum (integers), the result holds NaN or infinity (an overflow of float16), or the method
+        adds to the computation and not to a parameter (`MERGES`).
         Source: Hu et al. 2021, §4.1, "no additional inference latency".
         """
+        self.check_merges()
         return merged(self.bind(trainable, frozen), dtype)
 
     def mask(self, tree: PyTree) -> PyTree:
@@ -162,12 +159,12 @@ class Method(NamedSettings):
         return flat.unflatten(leaves)
 
     def optimizer(self, tx: optax.GradientTransformation) -> optax.GradientTransformation:
-        """`tx` as this method wants it: other rates for some parts, none for fixed ones.
+        """`tx` with this method's learning rates and weight decays of parts.
 
-        Fixed parts get no optimizer state, no decay, and stay bit for bit as they are. For most
+        Frozen parts get no optimizer state, no decay, and stay bit for bit as they are. For most
         methods it is `tx` itself.
         """
-        return by_part(tx, self.rate_of) if self._has_rates() else tx
+        return by_part(tx, self.rate_of, self.decay_of) if self._has_rates() else tx
 
     def drawn(self, trainable: Trainable) -> dict[str, list[float]]:
         """A sample of each random array that binding draws again: `{name: numbers}`.
@@ -184,17 +181,30 @@ class Method(NamedSettings):
         """The method that an adapter belongs to; of several that were combined, one."""
         return self
 
+    def roles_of(self, name: str, part: str) -> str | None:
+        """The roles of a part's axes (see `PARTS`); None for a part that has none."""
+        return self.PARTS.get(part)
+
     def rate_of(self, name: str, part: str) -> float:
-        """The factor on the learning rate of one part of one adapter: 0 where it is fixed."""
-        return 0.0 if part in self.FIXED else self.rate_multipliers.get(part, 1.0)
+        """The factor on the learning rate of one part of one adapter: 0 where it is frozen."""
+        return 0.0 if part in self.FROZEN_PARTS else self.rate_multipliers.get(part, 1.0)
+
+    def decay_of(self, name: str, part: str) -> float:
+        """The factor on the weight decay of one part of one adapter."""
+        return self.DECAY_MULTIPLIERS.get(part, 1.0)
 
     @property
     def rate_multipliers(self) -> Mapping[str, float]:
         """`{part: factor}` on the learning rate, where it is not 1."""
-        return {}
+        return self.RATE_MULTIPLIERS
 
     def _has_rates(self) -> bool:
-        return bool(self.FIXED or self.rate_multipliers)
+        return bool(self.FROZEN_PARTS or self.rate_multipliers or self.DECAY_MULTIPLIERS)
+
+    def check_merges(self) -> None:
+        """Raises `RequestError` for a method whose adapters are no change of a parameter."""
+        if not self.MERGES:
+            raise not_a_parameter(self.TITLE)
 
     def table(self, params: PyTree) -> MethodTable:
         """What the method trains in `params`: path, shape, rank, scale, trainable parameters."""
@@ -256,12 +266,15 @@ class Method(NamedSettings):
                 f"rows={dict(self.rows)!r} are bound as a change of their table, so no leaf of the "
                 "bound tree trains them; split with init and differentiate `trainable`"
             )
-        if self.rate_multipliers:
-            rates = ", ".join(f"{part} {rate:g}" for part, rate in self.rate_multipliers.items())
-            raise RequestError(
-                f"{kind} trains parts at rates of their own ({rates} times), which a mask cannot "
-                "say; split with init and use method.optimizer(tx) on `trainable`"
-            )
+        for what, own in (
+            ("learning rates", self.rate_multipliers), ("weight decays", self.DECAY_MULTIPLIERS)
+        ):  # fmt: skip
+            if own:
+                factors = ", ".join(f"{part} {factor:g}" for part, factor in own.items())
+                raise RequestError(
+                    f"{kind} has {what} of its own for some parts ({factors} times), which a mask "
+                    "cannot say; split with init and use method.optimizer(tx) on `trainable`"
+                )
 
     def _init_adapters(self, key, params, whole: frozenset[str]) -> Trainable:
         return {}

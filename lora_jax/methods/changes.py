@@ -72,6 +72,7 @@ class Changes:
 
     def _low_rank_of(self, method: Method, name: str, entry, weight: float) -> LowRank:
         method = method._owner_of(name)
+        method.check_merges()
         if not isinstance(method, LoRA) or type(method).weight is not LoRA.weight:
             raise RequestError(
                 f"the change that {type(method).__name__} makes to {name!r} is not low-rank, so it "

@@ -31,11 +31,11 @@ class DoRA(LoRA):
     scaled, and the norm comes from `norm_of`.
     """
 
+    TITLE: ClassVar = "DoRA"
     PARTS: ClassVar = {"a": "sir", "b": "sro", "magnitude": "so"}
     # A magnitude of zero is not the base.
-    PADS: ClassVar = frozenset({"ranks"})
-
-    FROM_KERNEL = True
+    ZERO_PADDABLE: ClassVar = frozenset({"ranks"})
+    FROM_KERNEL: ClassVar = True
 
     def init_parts(self, key: jax.Array, kernel: jax.Array, site: Site) -> dict[str, jax.Array]:
         if site.rule.slice and site.roles[site.rule.slice[0]] == "i":

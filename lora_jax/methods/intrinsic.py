@@ -70,8 +70,9 @@ class IntrinsicDimension(Method):
     projection: str = "fastfood"
     structure: str = "did"
 
-    FIXED: ClassVar[frozenset[str]] = frozenset({"key", "layout"})
-    ALONE: ClassVar[bool] = True
+    TITLE: ClassVar = "random subspace"
+    FROZEN_PARTS: ClassVar = frozenset({"key", "layout"})
+    EXCLUSIVE: ClassVar = True
 
     def __post_init__(self):
         check_dim(self.dim)
@@ -163,7 +164,7 @@ class IntrinsicDimension(Method):
                 f"{NAME!r} holds {sorted(entry)}, but structure={self.structure!r} has "
                 f"{sorted(parts)}; use the method that made it"
             )
-        num = sum(x.size for name, x in entry.items() if name not in self.FIXED)
+        num = sum(x.size for name, x in entry.items() if name not in self.FROZEN_PARTS)
         if num != self.dim:
             raise RequestError(
                 f"{NAME!r} holds {num} dimensions, dim is {self.dim}; use the method that made it"

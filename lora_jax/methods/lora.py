@@ -7,9 +7,8 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import zlib
 from collections.abc import Mapping, Sequence
-from typing import Any, ClassVar
+from typing import Any, ClassVar, TypedDict
 
 import jax
 import jax.numpy as jnp
@@ -20,15 +19,34 @@ from lora_jax.core.apply import scale_of
 from lora_jax.core.axes import KernelAxes
 from lora_jax.core.dtypes import float32_or_wider
 from lora_jax.core.errors import RequestError
-from lora_jax.core.rules import Rule, match_rules, split_parts
+from lora_jax.core.rules import Aliases, Rule, match_rules, split_parts
 from lora_jax.core.values import AdaptedValue, is_adapted, is_bound
 from lora_jax.core.weights import LoRAWeight
 from lora_jax.methods.base import Method, Trainable
 from lora_jax.methods.sites import Site, can_hold, name_of, path_of
+from lora_jax.methods.starts import draw, key_of_name
 from lora_jax.methods.table import Row
 
 
-@dataclasses.dataclass(frozen=True, init=False)
+class LoRASettings(TypedDict, total=False):
+    """The keyword arguments of `LoRA`, for variants whose `__init__` has more."""
+
+    targets: str | Sequence[str] | None
+    rank: int | None
+    alpha: float | None
+    dropout: float | None
+    init: str | None
+    layers: Sequence[int] | None
+    exclude: str | Sequence[str] | None
+    slice: tuple[int, int, int] | None
+    rules: Sequence[Rule] | None
+    axes: Mapping[str, KernelAxes] | None
+    train: str | Sequence[str]
+    rows: Mapping[str, Sequence[int]] | None
+    aliases: Aliases | None
+
+
+@dataclasses.dataclass(frozen=True, init=False, kw_only=True)
 class LoRA(Method):
     """ΔW = (alpha / rank) · a @ b on every kernel that a rule matches; the kernel stays frozen.
 
@@ -50,46 +68,50 @@ class LoRA(Method):
     rules: tuple[Rule, ...] = ()
     axes: Mapping[str, KernelAxes] | None = dataclasses.field(default=None, repr=False, hash=False)
 
-    # The arrays of an adapter, with the roles of their axes: "sir" is (stack…, in…, r).
-    PARTS: ClassVar[Mapping[str, str]] = {"a": "sir", "b": "sro"}
-    # Where zeros leave the function and its training as they are: in the place of further "ranks",
-    # and as an adapter on "targets" that have none. What differs in it can share a program.
-    PADS: ClassVar[frozenset[str]] = frozenset({"ranks", "targets"})
-    # Whether a rank above that of the matrix has a meaning.
-    ANY_RANK: ClassVar[bool] = False
-    # Whether `init_parts` reads the kernel's numbers, not its dtype alone.
-    FROM_KERNEL: ClassVar[bool] = False
-    # Settings of a rule that have no meaning here, with the reason.
-    WITHOUT: ClassVar[Mapping[str, str]] = {}
+    TITLE: ClassVar = "LoRA"
+    PARTS: ClassVar = {"a": "sir", "b": "sro"}
+    ZERO_PADDABLE: ClassVar = frozenset({"ranks", "targets"})
+    EXTENDS_INIT: ClassVar = True
 
     def __init__(
         self,
         *,
         targets: str | Sequence[str] | None = None,
+        rank: int | None = None,
+        alpha: float | None = None,
+        dropout: float | None = None,
+        init: str | None = None,
+        layers: Sequence[int] | None = None,
+        exclude: str | Sequence[str] | None = None,
+        slice: tuple[int, int, int] | None = None,
         rules: Sequence[Rule] | None = None,
         axes: Mapping[str, KernelAxes] | None = None,
         train: str | Sequence[str] = (),
         rows: Mapping[str, Sequence[int]] | None = None,
-        aliases: Mapping[str, str] | None = None,
-        **settings,
+        aliases: Aliases | None = None,
     ):
+        of_rule = {
+            "rank": rank, "alpha": alpha, "dropout": dropout, "init": init, "layers": layers,
+            "exclude": exclude, "slice": slice,
+        }  # fmt: skip
+        given = {name: value for name, value in of_rule.items() if value is not None}
+        super().__init__(train=train, rows=dict(rows or {}), aliases=aliases)
+        rules = self._checked_rules(targets, rules, given)
+        object.__setattr__(self, "rules", tuple(split_parts(rules, aliases)))
+        object.__setattr__(self, "axes", axes)
+
+    def _checked_rules(self, targets, rules, given: Mapping[str, Any]) -> list[Rule]:
+        """One rule of `targets` and the settings `given` for it, or `rules` as they are."""
         name = type(self).__name__
-        known = [field.name for field in dataclasses.fields(Rule) if field.name != "any_rank"]
-        for setting in settings:
-            if setting in self.WITHOUT:
-                raise RequestError(f"{name} has no {setting}: {self.WITHOUT[setting]}")
-            if setting not in (*known, "any_rank"):
-                raise RequestError(
-                    self._unknown_setting(setting, [*known, "rules", "train", "rows"])
-                )
+        for setting in given:
+            if setting in self.UNSUPPORTED_SETTINGS:
+                raise RequestError(f"{name} has no {setting}: {self.UNSUPPORTED_SETTINGS[setting]}")
         if (targets is None) == (rules is None):
             raise RequestError(f"{name} takes either targets=… (one rule) or rules=[Rule(…), …]")
         if rules is None:
-            rules = [Rule(targets, **settings)]
-        elif settings:
-            raise RequestError(
-                f"{next(iter(settings))!r} belongs into each Rule when rules= is used"
-            )
+            return [Rule(targets, **given)]
+        if given:
+            raise RequestError(f"{next(iter(given))!r} belongs into each Rule when rules= is used")
         if not rules:
             raise RequestError("rules is empty; name at least one target, or use HeadOnly")
         for rule in rules:
@@ -98,9 +120,7 @@ class LoRA(Method):
                     f"rules holds {rule!r}; each must be a lora_jax.Rule, such as "
                     "Rule('.*/query/kernel', rank=4)"
                 )
-        super().__init__(train=train, rows=dict(rows or {}), aliases=aliases)
-        object.__setattr__(self, "rules", tuple(split_parts(rules, aliases)))
-        object.__setattr__(self, "axes", axes)
+        return list(rules)
 
     # What a variant changes.
 
@@ -181,7 +201,9 @@ class LoRA(Method):
     def _init_adapters(self, key, params, whole: frozenset[str]) -> Trainable:
         leaves = dict(trees.flatten(params).items())
         return {
-            name: self.init_parts(_key_of(key, name), self._start(leaves[site.path], site), site)
+            name: self.init_parts(
+                key_of_name(key, name), self._start(leaves[site.path], site), site
+            )
             for name, site in self._sites(params, whole).items()
         }
 
@@ -198,7 +220,7 @@ class LoRA(Method):
         site = self._site(path_of(name), self._rule_of(name), base.shape)
         self._check_parts(name, parts, site)
         # No gradient of what is fixed is computed.
-        fixed = {part: jax.lax.stop_gradient(parts[part]) for part in self.FIXED}
+        fixed = {part: jax.lax.stop_gradient(parts[part]) for part in self.FROZEN_PARTS}
         parts = {**parts, **fixed}
         a, b = site.checked_factors(type(self).__name__, *self.factors(parts, site))
         stack, dtype = site.sizes("s"), jnp.result_type(a)
@@ -225,7 +247,7 @@ class LoRA(Method):
     def _dropout_key(self, key, name: str, site: Site):
         if key is None or not site.rule.dropout:
             return None
-        stack, key = site.sizes("s"), _key_of(key, name)
+        stack, key = site.sizes("s"), key_of_name(key, name)
         return jax.random.split(key, stack) if stack else key
 
     def owns(self, name: str) -> bool:
@@ -274,7 +296,7 @@ class LoRA(Method):
             count = sum(
                 math.prod(site.part_shape(spec))
                 for part, spec in self.PARTS.items()
-                if part not in self.FIXED
+                if part not in self.FROZEN_PARTS
             )
             rows.append(Row(name, site.shape, site.rank, self.scale(site.rule), count))
         return rows
@@ -285,7 +307,7 @@ class LoRA(Method):
             return super()._mask_of(path, value)
         if any(rule.slice and rule.takes(path, self.aliases) for rule in self.rules):
             return super()._mask_of(path, value)
-        trains = {name: name not in self.FIXED for name in self.PARTS}
+        trains = {name: name not in self.FROZEN_PARTS for name in self.PARTS}
         return dataclasses.replace(jax.tree.map(lambda _: False, value), **trains)
 
     def _check_no_dropout(self) -> None:
@@ -295,36 +317,3 @@ class LoRA(Method):
                 f"rule {dropping[0].targets!r} has dropout={dropping[0].dropout} and no key was "
                 "given to draw it from; pass key=jax.random.fold_in(key, step) to bind"
             )
-
-
-def _key_of(key: Any, name: str) -> Any:
-    """A key of the name alone: adding a target leaves the others' draws as they were."""
-    return jax.random.fold_in(key, zlib.crc32(name.encode()))
-
-
-def draw(key: jax.Array, init: str, site: Site, dtype) -> jax.Array:
-    """A random `a (stack…, in…, r)` by the name of its distribution (see `Rule`).
-
-    Each of the r columns has a key of its own, so that an adapter padded to a wider rank starts as
-    its unpadded twin.
-    """
-    bound = 1.0 / math.sqrt(site.size("i"))
-    shape = (*site.sizes("s"), *site.sizes("i"))
-    # Drawn flat: the same numbers, from a program that compiles in half the time or less.
-    size = math.prod(shape)
-
-    def column(index):
-        column_key = jax.random.fold_in(key, index)
-        if init == "kaiming_uniform":
-            # With a=√5, as microsoft/LoRA and PEFT draw it, Kaiming-uniform is U(±1/√in).
-            return jax.random.uniform(column_key, (size,), dtype, -bound, bound)
-        return bound * jax.random.normal(column_key, (size,), dtype)
-
-    a = jax.vmap(column, out_axes=-1)(jnp.arange(site.rank)).reshape(*shape, site.rank)
-    if init != "orthogonal":
-        return a
-    matrices = a.reshape(*site.sizes("s"), site.size("i"), site.rank)
-    q, r = jnp.linalg.qr(matrices)
-    # With the signs of r's diagonal, q is Haar-distributed (Mezzadri 2007, math-ph/0609050).
-    signs = jnp.sign(jnp.diagonal(r, axis1=-2, axis2=-1))
-    return (q * signs[..., None, :]).reshape(a.shape)

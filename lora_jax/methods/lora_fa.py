@@ -22,4 +22,5 @@ class LoRAFA(LoRA):
     computed. Give your optimizer as `method.optimizer(tx)`, which leaves it alone.
     """
 
-    FIXED: ClassVar = frozenset({"a"})
+    TITLE: ClassVar = "LoRA-FA"
+    FROZEN_PARTS: ClassVar = frozenset({"a"})

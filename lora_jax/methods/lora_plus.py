@@ -9,9 +9,10 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Mapping
+from typing import ClassVar, Unpack
 
 from lora_jax.core.errors import RequestError
-from lora_jax.methods.lora import LoRA
+from lora_jax.methods.lora import LoRA, LoRASettings
 
 
 @dataclasses.dataclass(frozen=True, init=False)
@@ -25,7 +26,9 @@ class LoRAPlus(LoRA):
 
     ratio: float = 16.0
 
-    def __init__(self, *, ratio: float = 16.0, **settings):
+    TITLE: ClassVar = "LoRA+"
+
+    def __init__(self, *, ratio: float = 16.0, **settings: Unpack[LoRASettings]):
         if not (math.isfinite(ratio) and ratio > 0):
             raise RequestError(f"ratio is {ratio!r}; it must be a positive number, 16 in the paper")
         super().__init__(**settings)

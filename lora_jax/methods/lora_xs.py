@@ -12,8 +12,8 @@ from typing import ClassVar
 import jax
 
 from lora_jax.methods.lora import LoRA
-from lora_jax.methods.singular import times_ranks, top_singular
 from lora_jax.methods.sites import Site
+from lora_jax.methods.starts import times_ranks, top_singular
 
 
 @dataclasses.dataclass(frozen=True, init=False)
@@ -26,12 +26,12 @@ class LoRAXS(LoRA):
     `method.optimizer(tx)`.
     """
 
+    TITLE: ClassVar = "LoRA-XS"
     PARTS: ClassVar = {"a": "sir", "core": "srr", "b": "sro"}
-    FIXED: ClassVar = frozenset({"a", "b"})
-    WITHOUT: ClassVar = {"init": "its factors are the kernel's singular vectors"}
+    FROZEN_PARTS: ClassVar = frozenset({"a", "b"})
+    UNSUPPORTED_SETTINGS: ClassVar = {"init": "its factors are the kernel's singular vectors"}
     STD: ClassVar = 1e-5
-
-    FROM_KERNEL = True
+    FROM_KERNEL: ClassVar = True
 
     def init_parts(self, key: jax.Array, kernel: jax.Array, site: Site) -> dict[str, jax.Array]:
         p, sigma, q = top_singular(kernel, site)

@@ -1,9 +1,10 @@
-"""Methods by name, from plain settings: what a config or a cell of a sweep says."""
+"""The registry of methods, and methods from a name and plain settings, as configs have them."""
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+import importlib.metadata
+from collections.abc import Iterator, Mapping
 from types import MappingProxyType
 from typing import Any
 
@@ -23,7 +24,9 @@ from lora_jax.methods.rslora import RsLoRA
 from lora_jax.methods.uni_lora import UniLoRA
 from lora_jax.methods.vera import VeRA
 
-METHODS: Mapping[str, type[Method]] = MappingProxyType(
+# Installed packages name their methods in this group of entry points: `miss = "my_package:MiSS"`.
+ENTRY_POINTS = "lora_jax.methods"
+_OURS: Mapping[str, type[Method]] = MappingProxyType(
     {
         "lora": LoRA,
         "rslora": RsLoRA,
@@ -42,6 +45,73 @@ METHODS: Mapping[str, type[Method]] = MappingProxyType(
 )
 
 
+class _Registry(Mapping[str, type[Method]]):
+    """Methods by name: ours, those of `register_method`, and those of installed packages.
+
+    Entry points are loaded when a name is asked for that is not known, or all names are.
+    """
+
+    def __init__(self):
+        self._kinds = dict(_OURS)
+        self._is_complete = False
+        self.broken: dict[str, str] = {}
+
+    def add(self, name: str, kind: type[Method]) -> None:
+        self._kinds[name] = kind
+
+    def _complete(self) -> dict[str, type[Method]]:
+        if not self._is_complete:
+            self._is_complete = True
+            for point in importlib.metadata.entry_points(group=ENTRY_POINTS):
+                try:
+                    self._kinds.setdefault(point.name, _checked(point.name, point.load()))
+                except Exception as error:  # a package that cannot be imported stops no other
+                    self.broken[point.name] = f"{point.value}: {type(error).__name__}: {error}"
+        return self._kinds
+
+    def __getitem__(self, name: str) -> type[Method]:
+        return self._kinds[name] if name in self._kinds else self._complete()[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._complete())
+
+    def __len__(self) -> int:
+        return len(self._complete())
+
+
+METHODS = _Registry()
+
+
+def register_method(name: str, kind: type[Method]) -> None:
+    """Makes a method known by name to configs, cells of sweeps, reports and `verify`.
+
+    It is known in this process; a package that others install names its methods in the entry
+    points `lora_jax.methods` instead. Registering a name again replaces its class.
+
+    Args:
+      name: what `method.name` in a config, or `method` in a cell of a sweep, says.
+      kind: a subclass of `Method`, most often of `LoRA`.
+
+    Raises:
+      RequestError: the name is one of this package's own or no identifier, or `kind` is no method.
+
+    """
+    METHODS.add(name, _checked(name, kind))
+
+
+def _checked(name: Any, kind: Any) -> type[Method]:
+    if not isinstance(name, str) or not name.isidentifier():
+        raise RequestError(f"method name {name!r}: write letters, digits and _, such as 'my_lora'")
+    if name in _OURS:
+        raise RequestError(f"method name {name!r} is {_OURS[name].__name__}'s; choose another")
+    if not (isinstance(kind, type) and issubclass(kind, Method)):
+        raise RequestError(
+            f"method {name!r} is {kind!r}; it must be a class derived from lora_jax.LoRA, or from "
+            "lora_jax.Method"
+        )
+    return kind
+
+
 # Methods whose `train` is the caller's to choose; that of the others is what they are.
 _WITH_WHOLE = LoRA | HeadOnly | IntrinsicDimension | UniLoRA
 # (A rank above the matrix's is for adapters that come so, not for a config to ask for.)
@@ -57,7 +127,7 @@ def settings_of(kind: type[Method]) -> tuple[str, ...]:
     if not issubclass(kind, LoRA):
         shared = {field.name for field in dataclasses.fields(Method)} | {"axes"}
         return tuple(f.name for f in dataclasses.fields(kind) if f.name not in shared)
-    of_rule = [name for name in _RULE_FIELDS if name not in kind.WITHOUT]
+    of_rule = [name for name in _RULE_FIELDS if name not in kind.UNSUPPORTED_SETTINGS]
     shared = {field.name for field in dataclasses.fields(LoRA)}
     own = [field.name for field in dataclasses.fields(kind) if field.name not in shared]
     return (*of_rule, "rules", *own)
@@ -70,9 +140,21 @@ def all_settings() -> tuple[str, ...]:
 
 def kind_of(name: Any) -> type[Method]:
     """The class of this name. Raises `RequestError` with the nearest."""
-    if not isinstance(name, str) or name not in METHODS:
-        raise RequestError(f"method.name={name!r} is unknown; {nearest(str(name), METHODS)}")
-    return METHODS[name]
+    if isinstance(name, str) and name in METHODS:
+        return METHODS[name]
+    if isinstance(name, str) and name in METHODS.broken:
+        raise RequestError(
+            f"method.name={name!r}: its entry point cannot be loaded ({METHODS.broken[name]})"
+        )
+    raise RequestError(
+        f"method.name={name!r} is unknown; {nearest(str(name), METHODS)}, or register your own "
+        "with lora_jax.register_method"
+    )
+
+
+def title_of(name: str) -> str:
+    """How reports call the method of this name: its class's `TITLE`; an unknown one by name."""
+    return METHODS[name].TITLE if name in METHODS else name
 
 
 def method_of(name: str, settings: Mapping[str, Any], *, axes: Any, aliases: Any) -> Method:
@@ -107,8 +189,8 @@ def _rule_of(rule: Any, beside: Mapping[str, Any], kind: type[LoRA]) -> Rule:
             "{'targets': 'q', 'rank': 4}"
         )
     for key in rule:
-        if key in kind.WITHOUT:
-            raise RequestError(f"{kind.__name__} has no {key}: {kind.WITHOUT[key]}")
+        if key in kind.UNSUPPORTED_SETTINGS:
+            raise RequestError(f"{kind.__name__} has no {key}: {kind.UNSUPPORTED_SETTINGS[key]}")
         if key not in _RULE_FIELDS:
             raise RequestError(
                 f"a rule of method.rules has no {key!r}; {nearest(key, _RULE_FIELDS)}"

@@ -13,8 +13,8 @@ import jax
 import jax.numpy as jnp
 
 from lora_jax.methods.lora import LoRA
-from lora_jax.methods.singular import times_ranks, top_singular
 from lora_jax.methods.sites import Site
+from lora_jax.methods.starts import times_ranks, top_singular
 
 
 @dataclasses.dataclass(frozen=True, init=False)
@@ -27,11 +27,13 @@ class PiSSA(LoRA):
     2r. A fresh adapter is the base to rounding.
     """
 
+    TITLE: ClassVar = "PiSSA"
     PARTS: ClassVar = {"a": "sir", "b": "sro", "start_a": "sir", "start_b": "sro"}
-    FIXED: ClassVar = frozenset({"start_a", "start_b"})
-    WITHOUT: ClassVar = {"init": "its factors start from the kernel's singular vectors"}
-
-    FROM_KERNEL = True
+    FROZEN_PARTS: ClassVar = frozenset({"start_a", "start_b"})
+    UNSUPPORTED_SETTINGS: ClassVar = {
+        "init": "its factors start from the kernel's singular vectors"
+    }
+    FROM_KERNEL: ClassVar = True
 
     def init_parts(self, key: jax.Array, kernel: jax.Array, site: Site) -> dict[str, jax.Array]:
         p, sigma, q = top_singular(kernel, site)

@@ -7,6 +7,7 @@ adapter's outputs and gradients of one size as r grows; α/r makes both vanish.
 from __future__ import annotations
 
 import dataclasses
+from typing import ClassVar
 
 from lora_jax.core.apply import scale_of
 from lora_jax.core.rules import Rule
@@ -20,6 +21,8 @@ class RsLoRA(LoRA):
     >>> RsLoRA(targets="q", rank=4, alpha=4).scale(Rule("q", rank=4, alpha=4))
     2.0
     """
+
+    TITLE: ClassVar = "rsLoRA"
 
     def scale(self, rule: Rule) -> float:
         return scale_of(rule.alpha, rule.rank, stabilised=True)

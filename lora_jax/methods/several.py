@@ -55,7 +55,7 @@ def bind_all(
 
 
 def _check_go_together(methods: Sequence[Method]) -> None:
-    alone = [type(method).__name__ for method in methods if method.ALONE]
+    alone = [type(method).__name__ for method in methods if method.EXCLUSIVE]
     if alone and len(methods) > 1:
         raise RequestError(
             f"{alone[0]} moves all its parameters together and goes beside no other; name those "
@@ -72,6 +72,8 @@ def merge_all(
     """
     if len(adapters) == 1:
         return adapters[0][0].merge(adapters[0][1], frozen, dtype=dtype)
+    for method, _ in adapters:
+        method.check_merges()
     return merged(bind_all(adapters, frozen), dtype)
 
 
@@ -137,6 +139,16 @@ class Combined(Method):
 
     def rate_of(self, name: str, part: str) -> float:
         return self._owner_of(name).rate_of(name, part)
+
+    def decay_of(self, name: str, part: str) -> float:
+        return self._owner_of(name).decay_of(name, part)
+
+    def roles_of(self, name: str, part: str) -> str | None:
+        return self._owner_of(name).roles_of(name, part)
+
+    def check_merges(self) -> None:
+        for method in self.methods:
+            method.check_merges()
 
     def _has_rates(self) -> bool:
         return any(method._has_rates() for method in self.methods)

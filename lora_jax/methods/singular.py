@@ -1,45 +1,16 @@
-"""Kernels of any axes as stacks of matrices, and their singular vectors."""
+"""The old place of `lora_jax.methods.starts`, for one release."""
 
-from __future__ import annotations
+import warnings
+from typing import Any
 
-import jax
-import jax.numpy as jnp
-
-from lora_jax.core.dtypes import float32_or_wider
-from lora_jax.methods.sites import Site
+from lora_jax.methods import starts
 
 
-def to_matrices(kernel: jax.Array, site: Site) -> jax.Array:
-    """A kernel of the site's shape as `(stack…, in, out)`, inputs and outputs one axis each."""
-    order = [n for role in "sio" for n, r in enumerate(site.roles) if r == role]
-    return kernel.transpose(order).reshape(*site.sizes("s"), site.size("i"), site.size("o"))
-
-
-def from_matrices(x: jax.Array, spec: str, site: Site) -> jax.Array:
-    """A part whose inputs, or outputs, are one axis, with the axes of the kernel."""
-    return x.reshape(site.part_shape(spec))
-
-
-def top_singular(kernel: jax.Array, site: Site) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """The `rank` largest singular values of each matrix of a kernel, with their vectors.
-
-    Returns `p (stack…, in…, r)`, `sigma (stack…, r)`, `q (stack…, r, out…)` in float32 or wider:
-    the best rank-r approximation of the kernel is `(p * sigma) @ q` (Eckart & Young 1936). The sign
-    of each pair is such that the largest entry of its column of `p` is positive.
-    """
-    wide = float32_or_wider(kernel.dtype)
-    matrices = to_matrices(kernel.astype(wide), site)
-    p, sigma, q = jnp.linalg.svd(matrices, full_matrices=False)
-    p, sigma, q = p[..., : site.rank], sigma[..., : site.rank], q[..., : site.rank, :]
-    largest = jnp.argmax(jnp.abs(p), axis=-2, keepdims=True)
-    signs = jnp.sign(jnp.take_along_axis(p, largest, axis=-2))
-    p, q = p * signs, q * jnp.swapaxes(signs, -1, -2)
-    return from_matrices(p, "sir", site), sigma, from_matrices(q, "sro", site)
-
-
-def times_ranks(x: jax.Array, ranks: jax.Array, spec: str, site: Site) -> jax.Array:
-    """`x`, whose axes have the roles `spec`, times `ranks (stack…, r)`."""
-    place = sum(len(site.sizes(role)) for role in spec[: spec.index("r")])
-    stack = len(site.sizes("s"))
-    shape = [n if axis < stack or axis == place else 1 for axis, n in enumerate(x.shape)]
-    return x * ranks.reshape(shape)
+def __getattr__(name: str) -> Any:
+    found = getattr(starts, name)
+    warnings.warn(
+        f"lora_jax.methods.singular.{name} is now in lora_jax.methods.starts",
+        DeprecationWarning,
+        stacklevel=2,
+    )
+    return found

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import zlib
 from collections.abc import Mapping, Sequence
 from types import MappingProxyType
 from typing import Any, ClassVar
@@ -21,9 +20,10 @@ from lora_jax.core import trees
 from lora_jax.core.draws import partitionable
 from lora_jax.core.errors import RequestError
 from lora_jax.methods.base import PROBED, Method, PyTree, Trainable
-from lora_jax.methods.lora import LoRA, draw
+from lora_jax.methods.lora import LoRA
 from lora_jax.methods.projections import fastfood, grouped
 from lora_jax.methods.sites import Site
+from lora_jax.methods.starts import draw, key_of_name
 from lora_jax.methods.subspace import (
     check_dim,
     check_layout,
@@ -75,8 +75,9 @@ class UniLoRA(Method):
     start: str = "uniform"
     axes: Mapping[str, Any] | None = dataclasses.field(default=None, repr=False, hash=False)
 
-    FIXED: ClassVar[frozenset[str]] = frozenset({"key", "layout"})
-    ALONE: ClassVar[bool] = True
+    TITLE: ClassVar = "Uni-LoRA"
+    FROZEN_PARTS: ClassVar = frozenset({"key", "layout"})
+    EXCLUSIVE: ClassVar = True
 
     def __post_init__(self):
         check_dim(self.dim)
@@ -110,7 +111,7 @@ class UniLoRA(Method):
         return self._lora, {**rest, **self._factors(trainable[NAME], params, frozenset(rest))}
 
     def _factors(self, entry, params: PyTree, whole: frozenset[str]) -> dict[str, dict[str, Any]]:
-        if set(entry) != {"theta", *self.FIXED} or entry["theta"].shape != (self.dim,):
+        if set(entry) != {"theta", *self.FROZEN_PARTS} or entry["theta"].shape != (self.dim,):
             raise RequestError(
                 f"{NAME!r} holds {sorted(entry)} with {entry['theta'].size} dimensions, dim is "
                 f"{self.dim}; use the method that made it"
@@ -135,8 +136,7 @@ class UniLoRA(Method):
     @partitionable()
     def _begun(self, key: jax.Array, site: Site) -> dict[str, jax.Array]:
         """LoRA's own start, drawn again whenever it is bound: the file holds θ alone."""
-        own = jax.random.fold_in(key, zlib.crc32(site.name.encode()))
-        a = draw(own, site.rule.init, site, jnp.float32)
+        a = draw(key_of_name(key, site.name), site.rule.init, site, jnp.float32)
         return {"a": jax.lax.stop_gradient(a), "b": jnp.zeros(site.part_shape("sro"), a.dtype)}
 
     @partitionable()

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from typing import ClassVar
+from typing import ClassVar, Unpack
 
 import jax
 import jax.numpy as jnp
@@ -18,9 +18,9 @@ from lora_jax.core.dtypes import float32_or_wider
 from lora_jax.core.errors import RequestError
 from lora_jax.core.rules import Rule
 from lora_jax.methods.base import PROBED, Trainable
-from lora_jax.methods.lora import LoRA
-from lora_jax.methods.singular import times_ranks
+from lora_jax.methods.lora import LoRA, LoRASettings
 from lora_jax.methods.sites import Site
+from lora_jax.methods.starts import times_ranks
 
 
 @dataclasses.dataclass(frozen=True, init=False)
@@ -35,17 +35,18 @@ class VeRA(LoRA):
 
     projection_seed: int = 0
 
+    TITLE: ClassVar = "VeRA"
     PARTS: ClassVar = {"lambda_d": "sr", "lambda_b": "so"}
     # A further random direction would take part in the training of lambda_b.
-    PADS: ClassVar = frozenset()
+    ZERO_PADDABLE: ClassVar = frozenset()
     ANY_RANK: ClassVar = True  # r random directions, not a factorisation
-    WITHOUT: ClassVar = {
+    UNSUPPORTED_SETTINGS: ClassVar = {
         "alpha": "its two trained vectors are the scale",
         "init": "its random factors are Kaiming-uniform, from projection_seed",
     }
     D_INITIAL: ClassVar = 0.1
 
-    def __init__(self, *, projection_seed: int = 0, **settings):
+    def __init__(self, *, projection_seed: int = 0, **settings: Unpack[LoRASettings]):
         if isinstance(projection_seed, bool) or not isinstance(projection_seed, int):
             raise RequestError(f"projection_seed is {projection_seed!r}; it must be a whole number")
         super().__init__(**settings)

@@ -108,7 +108,7 @@ class Placement:
             spec = spec_of(path, roles)
             if part == "value":
                 return self._named(spec, leaf.shape)
-            letters = getattr(method, "PARTS", {}).get(part)
+            letters = method.roles_of(name, part)
             if letters is None:
                 return self.replicated
             own: list[str | None] = []

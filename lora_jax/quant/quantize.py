@@ -198,6 +198,7 @@ def merge_and_requantize(
     on its base, and of the result. Rounding to four bits is not small beside ΔW: look at the drift
     before using the result. Raises `RequestError` where nothing in `frozen` is quantised.
     """
+    method.check_merges()
     bound = method.bind(trainable, frozen)
     flat = trees.flatten(bound, is_leaf=is_adapted)
     stored = {path: leaf for path, leaf in flat.items() if is_adapted(leaf) and leaf.is_stored}
@@ -239,6 +240,7 @@ def merge_error(
     there already. The base that was quantised is not known
     here: `quantize` lost it.
     """
+    method.check_merges()
     bound = method.bind(trainable, frozen)
     rounded = dict(trees.flatten(merged(bound, dtype) if params is None else params).items())
     errors = {}

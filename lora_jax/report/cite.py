@@ -9,7 +9,7 @@ from pathlib import Path
 
 from lora_jax.core.errors import RequestError
 from lora_jax.formats.paths import at_home
-from lora_jax.report.groups import METHOD_NAMES
+from lora_jax.methods.named import title_of
 from lora_jax.report.runs import Run, read_runs
 
 LORA_PAPER = r"""@inproceedings{hu2022lora,
@@ -90,7 +90,7 @@ def combined_hash(cards: Sequence[dict]) -> str:
 
 def _what(config: dict) -> str:
     method = config["method"]
-    words = [METHOD_NAMES.get(method["name"], method["name"])]
+    words = [title_of(method["name"])]
     if method["name"] == "lora":
         words += [f"rank {method.get('rank')}", f"targets {method.get('targets')}"]
     return ", ".join(words)

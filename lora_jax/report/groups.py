@@ -5,23 +5,9 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
+from lora_jax.methods.named import METHODS, settings_of, title_of
 from lora_jax.report.runs import Run
 
-METHOD_NAMES = {
-    "lora": "LoRA",
-    "rslora": "rsLoRA",
-    "lora_plus": "LoRA+",
-    "lora_fa": "LoRA-FA",
-    "dora": "DoRA",
-    "pissa": "PiSSA",
-    "vera": "VeRA",
-    "lora_xs": "LoRA-XS",
-    "intrinsic": "random subspace",
-    "uni_lora": "Uni-LoRA",
-    "full": "full fine-tuning",
-    "bitfit": "BitFit",
-    "head": "head only",
-}
 BASIN_MARGIN = 0.01  # nats of validation loss within which a rate counts as good as the best
 
 _SEEDS = ("seed", "data.seed")
@@ -32,12 +18,8 @@ _BOOKKEEPING = (
     "train.eval_batch_size",
 )
 _BOOKKEEPING_SECTIONS = ("workdir", "name", "mesh", "logging")
-_OF_FACTORS = ("method.rank", "method.alpha", "method.dropout", "method.init")
-# What a config may hold and a method has no use for.
-_MEANINGLESS = {
-    **dict.fromkeys(("full", "bitfit", "head"), ("method.targets", *_OF_FACTORS)),
-    "intrinsic": _OF_FACTORS,
-}
+# What a config may hold for a method that has no use for it.
+_OF_ADAPTERS = ("targets", "rank", "alpha", "dropout", "init")
 _NAMED = ("method.name", "method.targets", "method.rank", "optimizer.lr")
 
 
@@ -57,7 +39,7 @@ class Group:
     @property
     def method_name(self) -> str:
         """The method's name for readers, e.g. "LoRA"."""
-        return METHOD_NAMES.get(self.method, self.method)
+        return title_of(self.method)
 
     @property
     def lr(self) -> float | None:
@@ -189,7 +171,9 @@ def differing_settings(groups: list[Group]) -> list[str]:
 def _settings(config: dict) -> dict[str, object]:
     flat = flatten(config)
     dropped = {*_SEEDS, *_BOOKKEEPING}
-    dropped |= {*_MEANINGLESS.get(flat.get("method.name"), ())}
+    if kind := METHODS.get(flat.get("method.name")):
+        own = settings_of(kind)
+        dropped |= {f"method.{name}" for name in _OF_ADAPTERS if name not in own}
     return {
         key: value
         for key, value in flat.items()
@@ -268,6 +252,7 @@ def _short_label(group: Group) -> str:
         parts.append(str(targets))
     if rank is not None:
         parts.append(f"r={rank}")
-    if (dim := group.settings.get("method.dim")) and group.method in ("intrinsic", "uni_lora"):
+    kind = METHODS.get(group.method)
+    if (dim := group.settings.get("method.dim")) and kind and "dim" in settings_of(kind):
         parts.append(f"d={dim}")
     return " ".join(parts)

@@ -126,7 +126,7 @@ class Pack:
 
 def is_padded(method: Method) -> bool:
     """Whether cells of this method may differ in rank, targets, scale and dropout in one pack."""
-    return isinstance(method, LoRA) and bool(method.PADS)
+    return isinstance(method, LoRA) and bool(method.ZERO_PADDABLE)
 
 
 def is_subspace(method: Method) -> bool:

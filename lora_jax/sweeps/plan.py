@@ -130,7 +130,7 @@ def _shape_of(cell: CellSettings, params) -> _Shape:
         for field in dataclasses.fields(method)
         if field.name not in ("rules", "axes", "train", "aliases")
     }
-    targets = None if "targets" in method.PADS else tuple(sites)
+    targets = None if "targets" in method.ZERO_PADDABLE else tuple(sites)
     kind = (type(method), own, whole, bucket, targets)
     return _Shape(kind, {name: own.roles for name, own in sites.items()})
 

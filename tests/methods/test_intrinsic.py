@@ -48,7 +48,9 @@ def started(method, seed=0):
     trainable, frozen = method.init(jax.random.key(seed), params)
     rng = np.random.default_rng(1)
     entry = {
-        part: x if part in method.FIXED else x + jnp.asarray(rng.normal(size=x.shape), jnp.float32)
+        part: x
+        if part in method.FROZEN_PARTS
+        else x + jnp.asarray(rng.normal(size=x.shape), jnp.float32)
         for part, x in trainable["intrinsic"].items()
     }
     return params, {**trainable, "intrinsic": entry}, frozen
@@ -131,7 +133,7 @@ def test_adamw_trains_the_subspace_and_the_head_and_never_the_key(name):
     assert values[-1] < values[0]
     for path, entry in start.items():
         for part, before in entry.items():
-            assert np.array_equal(before, trainable[path][part]) == (part in method.FIXED)
+            assert np.array_equal(before, trainable[path][part]) == (part in method.FROZEN_PARTS)
 
 
 @pytest.mark.parametrize("structure", ["did", pytest.param("said", marks=pytest.mark.slow)])

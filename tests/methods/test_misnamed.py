@@ -120,16 +120,6 @@ def test_factors_of_wrong_shapes_are_refused_with_both_shapes(how, shapes):
     )
 
 
-def test_a_variant_with_a_generated_init_is_told_what_to_write():
-    @dataclasses.dataclass(frozen=True)
-    class Generated(lj.LoRA):
-        PARTS: ClassVar = lj.LoRA.PARTS
-
-    said = refusal(lambda: Generated(targets="head/kernel", rank=2))
-    assert "Generated takes no 'targets'" in said
-    assert "@dataclasses.dataclass(frozen=True, init=False)" in said
-
-
 @pytest.mark.parametrize("targets", [5, None, [1], b"w", [None, "w"], 1.5])
 def test_targets_that_are_no_texts_are_refused(targets):
     said = refusal(lambda: lj.Rule(targets, rank=1))

@@ -43,7 +43,7 @@ def test_a_rule_for_everything_adapts_what_meets_a_product_and_lists_the_rest(ki
     trainable, frozen = method.init(KEY, PARAMS)
     # Merging leaves what was skipped as it was.
     trainable = {
-        name: {part: x if part in method.FIXED else x + 0.1 for part, x in parts.items()}
+        name: {part: x if part in method.FROZEN_PARTS else x + 0.1 for part, x in parts.items()}
         for name, parts in trainable.items()
     }
     merged = method.merge(trainable, frozen)

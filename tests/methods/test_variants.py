@@ -1,4 +1,4 @@
-"""What every variant of LoRA must do, whatever its equation; each has a file of its own beside."""
+"""What every variant of LoRA must do, whatever its equation, inside the package or outside."""
 
 from __future__ import annotations
 
@@ -12,6 +12,8 @@ import lora_jax as lj
 from lora_jax.methods.named import METHODS, method_of
 from lora_jax.train.optimizer import make_optimizer
 from tests.core.adapted import largest_difference
+from tests.methods.miss import MiSS
+from tests.methods.outside import Bottleneck, Gained
 from tests.methods.variants import AXES, TARGETS, X, apply, params_of, started, trained
 
 RANKS = {"vera": 5, "lora_xs": 3}
@@ -25,6 +27,13 @@ VARIANTS = {
     for name, kind in METHODS.items()
     if issubclass(kind, lj.LoRA)
 }
+OUTSIDE = {"miss": MiSS, "gained": Gained, "bottleneck": Bottleneck}
+ON = {"bottleneck": "plain|stacked|heads"}  # a nonlinearity between a and b has no lookups
+VARIANTS |= {
+    name: kind(targets=ON.get(name, TARGETS), rank=2, train="head", axes=AXES)
+    for name, kind in OUTSIDE.items()
+}
+UNMERGED = [name for name, method in VARIANTS.items() if not method.MERGES]
 # How far a fresh adapter is from the base: PiSSA subtracts its start to rounding, LoRA-XS's core
 # starts at N(0, 1e-5).
 START = {"pissa": 2e-6, "lora_xs": 1e-3}
@@ -56,7 +65,9 @@ def test_a_fresh_adapter_is_the_base(name):
         assert np.array_equal(found, base)
 
 
-@pytest.mark.parametrize("name", few_fast("dora", "pissa", "vera", "lora_xs"))
+@pytest.mark.parametrize(
+    "name", few_fast("dora", "pissa", "vera", "lora_xs", "miss", "gained", without=UNMERGED)
+)
 def test_lifted_equals_merge_then_apply_without_materialising(name, float64):
     method = VARIANTS[name]
     _, trainable, frozen = trained(method)
@@ -84,7 +95,8 @@ def test_adamw_trains_what_trains_and_leaves_fixed_parts_bit_for_bit(name):
     params, trainable, frozen = started(method)
     tx = method.optimizer(optax.adamw(1e-2, weight_decay=0.5))
     state, start = tx.init(trainable), trainable
-    sizes = sum(leaf.size for leaf in jax.tree.leaves(state) if leaf.ndim)
+    sizes = sum(leaf.size for leaf in jax.tree.leaves(state))
+    sizes -= sum(leaf.size for leaf in jax.tree.leaves(tx.init({})))  # counts of steps
     assert sizes == 2 * method.table(params).num_trainable  # two moments, of what trains alone
     values = []
 
@@ -101,7 +113,7 @@ def test_adamw_trains_what_trains_and_leaves_fixed_parts_bit_for_bit(name):
     for path, entry in start.items():
         for part, before in entry.items():
             same = np.asarray(before).tobytes() == np.asarray(trainable[path][part]).tobytes()
-            assert same == (part in method.FIXED), (path, part)
+            assert same == (part in method.FROZEN_PARTS), (path, part)
 
 
 @pytest.mark.parametrize("name", VARIANTS)
@@ -109,7 +121,7 @@ def test_the_table_counts_what_trains(name):
     method = VARIANTS[name]
     params, trainable, _ = started(method)
     for row in method.table(params):
-        parts = {k: v for k, v in trainable[row.path].items() if k not in method.FIXED}
+        parts = {k: v for k, v in trainable[row.path].items() if k not in method.FROZEN_PARTS}
         assert row.num_trainable == sum(leaf.size for leaf in parts.values())
 
 
@@ -119,19 +131,23 @@ def test_the_norm_that_clips_sees_no_fixed_part(name):
     _, trainable, frozen = trained(method)
     grads = jax.jit(jax.grad(loss_of(method, frozen)))(trainable)
     for entry in grads.values():
-        assert not any(np.any(entry[part]) for part in method.FIXED if part in entry)
+        assert not any(np.any(entry[part]) for part in method.FROZEN_PARTS if part in entry)
 
 
 @pytest.mark.parametrize("name", few_fast())
-def test_cells_of_a_variant_end_in_a_pack_where_they_end_alone(name):
-    own = {"rank": RANKS.get(name, 2)}
+def test_cells_of_a_variant_end_in_a_pack_where_they_end_alone(name, register):
+    if name in OUTSIDE:
+        register(name, OUTSIDE[name])
+    own, targets = {"rank": RANKS.get(name, 2)}, ON.get(name, TARGETS)
     cells = [
-        {"method": name, "targets": TARGETS, "lr": 3e-3, "seed": 0, **own},
-        {"method": name, "targets": TARGETS, "lr": 1e-2, "seed": 1, "weight_decay": 0.1, **own},
+        {"method": name, "targets": targets, "lr": 3e-3, "seed": 0, **own},
+        {"method": name, "targets": targets, "lr": 1e-2, "seed": 1, "weight_decay": 0.1, **own},
     ]
-    if VARIANTS[name].PADS:
-        cells[1] |= {"rank": own["rank"] - 1, "alpha": 2.0, "dropout": 0.2}
-    if "targets" in VARIANTS[name].PADS:
+    if VARIANTS[name].ZERO_PADDABLE:
+        further = {"rank": own["rank"] - 1, "alpha": 2.0, "dropout": 0.2}
+        unsupported = VARIANTS[name].UNSUPPORTED_SETTINGS
+        cells[1] |= {key: value for key, value in further.items() if key not in unsupported}
+    if "targets" in VARIANTS[name].ZERO_PADDABLE:
         cells[1]["targets"] = "plain|heads"
     cells = [{**cell, "train": "head"} for cell in cells]
 

@@ -50,7 +50,8 @@ def trained(method, seed=3):
     noise = random_like(trainable, seed, scale=0.3)
     moved = {
         name: {
-            part: x if part in method.FIXED else x + noise[name][part] for part, x in entry.items()
+            part: x if part in method.FROZEN_PARTS else x + noise[name][part]
+            for part, x in entry.items()
         }
         for name, entry in trainable.items()
     }

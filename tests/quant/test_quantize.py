@@ -59,7 +59,7 @@ def test_every_variant_trains_on_it_as_on_the_dequantised_base(kind):
     method = kind(targets=".*/kernel", rank=4, **alpha)
     starts = [method.init(jax.random.key(0), params)[0] for params in (quantized, plain)]
     jax.tree.map(np.testing.assert_array_equal, *starts)
-    trainable = randomised(starts[0], kind.FIXED)
+    trainable = randomised(starts[0], kind.FROZEN_PARTS)
 
     def loss(trainable, params):
         y = lj.lift(apply, strict=True)(method.bind(trainable, params), X)

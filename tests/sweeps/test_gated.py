@@ -12,7 +12,7 @@ import pytest
 
 import lora_jax as lj
 from lora_jax.formats.adapter import load_trainable
-from lora_jax.methods import named
+from lora_jax.methods.named import METHODS
 from lora_jax.sweeps import run_sweep
 from lora_jax.sweeps.pack import make_pack
 from lora_jax.train import load_adapter, train
@@ -21,7 +21,7 @@ from tests.sweeps.problem import AXES, base, batches_of, loss_fn, training_of
 from tests.sweeps.stored_problem import sweep_of
 
 
-@dataclasses.dataclass(frozen=True, init=False)
+@dataclasses.dataclass(frozen=True)
 class Gated(lj.LoRA):
     """ΔW = scale · gate · a @ b."""
 
@@ -79,7 +79,8 @@ def test_cells_of_a_sweep_end_where_they_end_alone():
 
 @pytest.fixture
 def known(monkeypatch):
-    monkeypatch.setattr(named, "METHODS", {**named.METHODS, "gated": Gated})
+    monkeypatch.setattr(METHODS, "_kinds", dict(METHODS._kinds))
+    lj.register_method("gated", Gated)
 
 
 def test_a_sweep_on_disk_runs_end_to_end(known, make_config, tmp_path):
