@@ -18,13 +18,14 @@ from lora_jax.core.errors import RequestError
 from lora_jax.core.lift import lift
 from lora_jax.sweeps.batches import OwnBatches, SharedBatches, num_elements
 from lora_jax.sweeps.curves import Curves
-from lora_jax.sweeps.engine import PackTraining, Schedule
 from lora_jax.sweeps.memory import DoesNotFit, device_memory_bytes, fitting_width
 from lora_jax.sweeps.pack import Pack
+from lora_jax.sweeps.packed import PackTraining
 from lora_jax.sweeps.plan import make_plan
-from lora_jax.sweeps.program import Program, default_at_once
+from lora_jax.sweeps.program import PackedProgram, default_at_once
 from lora_jax.sweeps.results import CellResult, SweepResults
 from lora_jax.sweeps.settings import CellSettings, read_cells, tuned_cells
+from lora_jax.train.cell import Schedule
 from lora_jax.train.optimizer import make_optimizer
 from lora_jax.train.progress import show_progress
 
@@ -68,8 +69,8 @@ def sweep(
       tune: a setting and its values, `("lr", (1e-4, 1e-3))`: each cell runs once for each, and
         `results.tuned()` says which is best on validation, with the basin.
       validation: batches for all; the mean of their losses chooses the trainable that is kept.
-      eval_every: steps between looks at `validation`; 0 for one look, after the last step.
-      patience: looks without a better loss after which a cell stops; 0 for never.
+      eval_every: steps between evaluations on `validation`; 0 for one, after the last step.
+      patience: evaluations without a better loss after which a cell stops; 0 for never.
       schedule, warmup_ratio, clip_norm, beta1, beta2, eps: as in `train.make_optimizer`; clipping
         is by the norm of each cell's own gradients, 0 for none.
       axes, aliases: as in `LoRA`.
@@ -126,11 +127,11 @@ def sweep(
     found: dict[str, CellResult] = {}
     lines: list[str] = []
     say = print if progress else (lambda line: None)
-    looked_at = [jax.tree.map(jnp.asarray, batch) for batch in validation]
+    validation_arrays = [jax.tree.map(jnp.asarray, batch) for batch in validation]
     for group in planned:
         try:
             tx = tx_of(group.cells[0])
-            program = Program(
+            program = PackedProgram(
                 *_loss_and_scores(group.pack, loss),
                 tx_of,
                 tx,
@@ -145,7 +146,7 @@ def sweep(
                 frozen,
                 source,
                 budget,
-                max(looked_at, key=num_elements, default=None),
+                max(validation_arrays, key=num_elements, default=None),
             )
             count = math.ceil(len(group.cells) / width)
             for places in np.array_split(np.arange(len(group.cells)), count):
@@ -158,12 +159,12 @@ def sweep(
                     training = PackTraining(
                         part,
                         program,
-                        program.init(part.pack, part.cells, [params] * len(part.cells)),
+                        [params] * len(part.cells),
                         frozen,
                         source,
-                        _validation(program, looked_at),
+                        _validation(program, validation_arrays),
                         Schedule(num_steps, eval_every, patience),
-                        curves,
+                        [curves],
                     )
                     training.run()
                 found |= {row.name: row for row in curves.results(training, number)}
@@ -197,7 +198,7 @@ def _of_shown(loss_fn: Callable[[Any, Any], jax.Array]):
 
 
 def _loss_and_scores(pack: Pack, loss: Callable[[Any, Any], jax.Array]):
-    """The user's loss as `Program` takes it: the batch counts as one example."""
+    """The user's loss as `PackedProgram` takes it: the batch counts as one example."""
 
     def loss_of(trainable, frozen, batch, key=None):
         value = loss(pack.bind(trainable, frozen, key=key), batch)
@@ -209,10 +210,10 @@ def _loss_and_scores(pack: Pack, loss: Callable[[Any, Any], jax.Array]):
     return loss_of, scores_of
 
 
-def _validation(program: Program, batches: Sequence[Any]):
+def _validation(program: PackedProgram, batches: Sequence[Any]):
     """Each cell's mean loss over `batches`, as `PackTraining` asks for it."""
 
-    def validate(trainable, frozen):
+    def validate(trainable, frozen, watched):
         if not batches:
             return None
         scores = [program.scores(trainable, frozen, batch) for batch in batches]

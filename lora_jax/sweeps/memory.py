@@ -10,7 +10,7 @@ import jax
 
 from lora_jax.core.errors import RequestError
 from lora_jax.sweeps.plan import Planned
-from lora_jax.sweeps.program import Program, with_places
+from lora_jax.sweeps.program import PackedProgram, with_lanes
 from lora_jax.sweeps.settings import CellSettings
 from lora_jax.train.memory import device_limit_bytes
 
@@ -20,17 +20,17 @@ class DoesNotFit(RequestError):
 
 
 def fitting_width(
-    program: Program,
+    program: PackedProgram,
     group: Planned,
     params_of: Callable[[CellSettings], Any],
     frozen: Any,
     source: Any,
     budget: int,
-    look: Any = None,
+    evaluation: Any = None,
 ) -> tuple[int, int]:
     """The widest pack of the group's first cells that the budget holds, and its bytes.
 
-    `source.widest(cells)` gives the largest batch, `look` is the largest one of an evaluation, None
+    `source.widest(cells)` gives the largest batch, `evaluation` the largest of an evaluation, None
     without one. Only shapes are used: nothing is allocated. Raises `DoesNotFit` if the budget does
     not hold one cell.
     """
@@ -43,19 +43,19 @@ def fitting_width(
         )
         batch = source.widest(part.cells)
         data = part.pack.data()
-        if (places := program.padded(width)) != width:
-            state, data = (with_places(tree, places) for tree in (state, data))
-            batch = source.widest([part.cells[min(k, width - 1)] for k in range(places)])
-        needed = program.bytes_needed(state, (data, frozen), batch, look)
+        if (lanes := program.padded(width)) != width:
+            state, data = (with_lanes(tree, lanes) for tree in (state, data))
+            batch = source.widest([part.cells[min(k, width - 1)] for k in range(lanes)])
+        needed = program.bytes_needed(state, (data, frozen), batch, evaluation)
         if needed <= budget:
             return width, needed
         parts = program.num_parts
-        if places == parts:  # one on each
+        if lanes == parts:  # one on each
             raise DoesNotFit(
                 f"one cell alone needs {needed / 2**20:,.1f} MiB of {budget / 2**20:,.1f} MiB; use "
                 "smaller batches or raise the memory budget"
             )
-        width = parts * math.ceil(places // parts / 2)
+        width = parts * math.ceil(lanes // parts / 2)
 
 
 def device_memory_bytes(num_devices: int = 1) -> int:

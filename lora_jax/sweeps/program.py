@@ -71,7 +71,7 @@ def over_cells(
 
 @dataclasses.dataclass
 class Use:
-    """Which programs a pack ran: bytes of the largest (on one device), batch shapes (places, B, T)
+    """Which programs a pack ran: bytes of the largest (on one device), batch shapes (lanes, B, T)
     of the steps."""
 
     memory_bytes: int = 0
@@ -95,7 +95,7 @@ class Use:
         self.batch_shapes |= {tuple(shape) for shape in told["batch_shapes"]}
 
 
-class Program:
+class PackedProgram:
     """What packs with the same union share: the step and the score, mapped over the cells.
 
     `loss(trainable, frozen, batch, key) -> (loss, sums)` and `scores(trainable, frozen, batch)` are
@@ -140,7 +140,7 @@ class Program:
         return self._place.num_parts if self._place else 1
 
     def padded(self, count: int) -> int:
-        """The places that `count` cells need: their number must be a multiple of `num_parts`."""
+        """The lanes that `count` cells need: their number must be a multiple of `num_parts`."""
         return count + -count % self.num_parts
 
     def init(self, pack: Pack, cells: Sequence[CellSettings], params: Sequence[Any]) -> TrainState:
@@ -173,16 +173,17 @@ class Program:
         self._use.note(compiled)
         return compiled(*arguments)
 
-    def bytes_needed(self, state: Any, frozen: Any, batch: Any, look: Any = None) -> int:
-        """What a step or the scores of the batch `look` hold, whichever is more; arrays or structs.
+    def bytes_needed(self, state: Any, frozen: Any, batch: Any, evaluation: Any = None) -> int:
+        """The bytes that a step or the scores of the batch `evaluation` hold, whichever is more.
 
-        With what lies beside: the best trainables, and for the scores the optimizer's state.
+        All arguments are arrays or shape structs. The best trainables are counted too, and for the
+        scores the optimizer's state.
         """
         state, frozen, batch = self._placed("step", state, frozen, batch)
         best = num_bytes(state.trainable, of_a_device=True)
         needed = memory_of(self._get("step", state, frozen, batch)) + best
-        if look is not None:
-            arguments = self._placed("scores", state.trainable, frozen, look)
+        if evaluation is not None:
+            arguments = self._placed("scores", state.trainable, frozen, evaluation)
             scores = memory_of(self._get("scores", *arguments))
             needed = max(needed, scores + best + num_bytes(state.opt_state, of_a_device=True))
         return needed
@@ -192,8 +193,12 @@ class Program:
         self._use = Use()
         return self._use
 
+    def finite(self, trainable: Any) -> np.ndarray:
+        """(lanes,) bool: whether all weights of a lane are finite."""
+        return jax.device_get(_finite(trainable))
+
     def take_compile_seconds(self) -> float:
-        """Seconds spent compiling since this was asked last."""
+        """Seconds spent compiling since the last call."""
         taken, self._compile_seconds = self._compile_seconds, 0.0
         return taken
 
@@ -235,43 +240,43 @@ class Program:
             place(as_shapes(batch), self._place.of_batch(batch, stacked=stacked)),
         )
 
-    def take(self, kind: str, tree: Any, places: Sequence[int]) -> Any:
-        """These places of a tree with an axis of them, lying as the programs have it.
+    def take(self, kind: str, tree: Any, lanes: Sequence[int]) -> Any:
+        """These lanes of a tree with an axis of them, lying as the programs have it.
 
         `kind` is "state", "trainable" or "data".
         """
         leaves = jax.tree.leaves(tree)
         if not leaves:  # cells that differ in nothing have no data of their own
             return tree
-        as_it_is = list(places) == list(range(leaves[0].shape[0]))
+        as_it_is = list(lanes) == list(range(leaves[0].shape[0]))
         if self._place is None:
-            return tree if as_it_is else _take(tree, places)
-        taking = functools.partial(_take, places=places)
+            return tree if as_it_is else _take(tree, lanes)
+        taking = functools.partial(_take, lanes=lanes)
         where = getattr(self._place, f"of_{kind}")(jax.eval_shape(taking, tree))
         if as_it_is:
             return jax.device_put(tree, where)
         return jax.jit(taking, out_shardings=where)(tree)
 
     def keep(
-        self, best: Any, new: Any, slots: Sequence[int], better: np.ndarray, count: int
+        self, best: Any, new: Any, cells: Sequence[int], better: np.ndarray, count: int
     ) -> Any:
-        """The trainables `best` with those of `new` (places, …) in the slots that are better.
+        """The trainables `best` with the lanes of `new` that are better in the places of `cells`.
 
-        `best` has `count` places; without any it is zero in them. Slots beyond are dropped.
+        `best` has `count` places; without any it is zero in them. Cells beyond are dropped.
         """
         if best is None:
             best = self.take("trainable", _zeros(new, count), range(count))
         where = None if self._place is None else self._place.of_trainable(best)
         kept = _keep if where is None else jax.jit(_keep, out_shardings=where)
-        return kept(best, new, jnp.asarray(slots), jnp.asarray(better))
+        return kept(best, new, jnp.asarray(cells), jnp.asarray(better))
 
 
 def as_shapes(tree: Any) -> Any:
     return jax.tree.map(lambda x: jax.ShapeDtypeStruct(jnp.shape(x), x.dtype), tree)
 
 
-def with_places(tree: Any, count: int) -> Any:
-    """The tree's shapes, with so many places."""
+def with_lanes(tree: Any, count: int) -> Any:
+    """The tree's shapes, with so many lanes."""
     return jax.tree.map(lambda x: jax.ShapeDtypeStruct((count, *x.shape[1:]), x.dtype), tree)
 
 
@@ -285,15 +290,28 @@ def _zeros(tree: Any, count: int) -> Any:
     return jax.tree.map(lambda x: jnp.zeros((count, *x.shape[1:]), x.dtype), tree)
 
 
-def _take(tree: Any, places: Sequence[int]) -> Any:
-    index = jnp.asarray(places, jnp.int32)
+@jax.jit
+def lane_of(tree: Any, lane: jax.Array) -> Any:
+    """One lane of a tree with an axis of them."""
+    return jax.tree.map(lambda leaf: leaf[lane], tree)
+
+
+@jax.jit
+def _finite(trainable: Any) -> jax.Array:
+    leaves = jax.tree.leaves(trainable)
+    each = [jnp.isfinite(x).reshape(x.shape[0], -1).all(axis=1) for x in leaves]
+    return jnp.stack(each).all(axis=0)
+
+
+def _take(tree: Any, lanes: Sequence[int]) -> Any:
+    index = jnp.asarray(lanes, jnp.int32)
     return jax.tree.map(lambda leaf: jnp.take(leaf, index, axis=0), tree)
 
 
 @jax.jit
-def _keep(best: Any, new: Any, slots: jax.Array, better: jax.Array) -> Any:
+def _keep(best: Any, new: Any, cells: jax.Array, better: jax.Array) -> Any:
     def keep(old, x):
         chosen = better.reshape(-1, *[1] * (x.ndim - 1))
-        return old.at[slots].set(jnp.where(chosen, x, old[slots]))
+        return old.at[cells].set(jnp.where(chosen, x, old[cells]))
 
     return jax.tree.map(keep, best, new)

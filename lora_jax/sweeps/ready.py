@@ -14,7 +14,7 @@ from lora_jax.data.batches import OF_TOKENS
 from lora_jax.parallel.cells import CellPlacement
 from lora_jax.sweeps.cells import Cell
 from lora_jax.sweeps.groups import Group
-from lora_jax.sweeps.program import Program
+from lora_jax.sweeps.program import PackedProgram
 from lora_jax.sweeps.settings import CellSettings
 from lora_jax.train.build import Base, accumulate_of
 from lora_jax.train.evaluate import make_scores
@@ -70,7 +70,7 @@ class Ready:
 
     group: Group
     base: Base
-    program: Program
+    program: PackedProgram
     frozen: Any
     batches: PackBatches
 
@@ -80,7 +80,7 @@ class Ready:
 
 
 def make_ready(group: Group, base: Base, *, at_once: int) -> Ready:
-    """What training `group` needs; nothing is compiled yet. `at_once` as in `Program`."""
+    """What training `group` needs; nothing is compiled yet. `at_once` as in `PackedProgram`."""
     first, plan = group.cells[0].config, group.plan
 
     def tx_of(cell: CellSettings):
@@ -100,7 +100,7 @@ def make_ready(group: Group, base: Base, *, at_once: int) -> Ready:
         base.model.apply, plan.pack, task=base.task, constrain=constrain,
         **loss_settings(first.train),
     )  # fmt: skip
-    program = Program(
+    program = PackedProgram(
         loss,
         make_scores(base.model.apply, plan.pack, task=base.task, constrain=constrain),
         tx_of,

@@ -20,7 +20,7 @@ from lora_jax.sweeps.runner import Result, Runner, by_base
 from lora_jax.sweeps.view import SweepView
 from lora_jax.train import enable_compilation_cache
 from lora_jax.train.build import load_base
-from lora_jax.train.run import Diverged
+from lora_jax.train.loop import Diverged
 from lora_jax.train.signals import stop_requests
 from lora_jax.train.workdir import check_cell, lock_workdir, plain_config, read_json_file
 

@@ -24,7 +24,7 @@ from lora_jax.sweeps.view import SweepView
 from lora_jax.train import train_cell
 from lora_jax.train.build import Base, load_base
 from lora_jax.train.card import read_card
-from lora_jax.train.run import Diverged
+from lora_jax.train.loop import Diverged
 from lora_jax.train.signals import Interrupted, stop_requests
 from lora_jax.train.workdir import flat_config, plain_config
 

@@ -29,8 +29,8 @@ from lora_jax.train.bookkeeping import CHANGED_TO
 from lora_jax.train.build import load_base
 from lora_jax.train.card import RESTORE, device_description, read_card, versions
 from lora_jax.train.finish import hash_trainable
+from lora_jax.train.loop import Diverged
 from lora_jax.train.numerics import differences
-from lora_jax.train.run import Diverged
 from lora_jax.train.signals import Interrupted
 from lora_jax.train.workdir import (
     config_from,

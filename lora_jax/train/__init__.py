@@ -7,10 +7,10 @@ from lora_jax.train.build import make_model as make_model
 from lora_jax.train.compilation import enable_compilation_cache as enable_compilation_cache
 from lora_jax.train.evaluate import evaluate as evaluate
 from lora_jax.train.evaluate import make_scores as make_scores
-from lora_jax.train.loop import train as train
-from lora_jax.train.loop import train_cell as train_cell
 from lora_jax.train.optimizer import make_optimizer as make_optimizer
 from lora_jax.train.optimizer import make_schedule as make_schedule
+from lora_jax.train.run import train as train
+from lora_jax.train.run import train_cell as train_cell
 from lora_jax.train.signals import Interrupted as Interrupted
 from lora_jax.train.state import TrainState as TrainState
 from lora_jax.train.state import init_state as init_state

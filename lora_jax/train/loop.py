@@ -1,179 +1,328 @@
-"""Training a cell from its config to its card, however often it is interrupted on the way."""
+"""The training loop: cells in the lanes of one program, each with its own end.
+
+A run alone has one cell and one lane, a pack has many.
+"""
 
 from __future__ import annotations
 
-import os
-import sys
+import math
 import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
-from jax.sharding import Mesh
+import jax
+import numpy as np
 
-from lora_jax.core.draws import partitionable
 from lora_jax.core.errors import RequestError
-from lora_jax.formats.paths import at_home
-from lora_jax.parallel.mesh import mesh_text
-from lora_jax.train.bookkeeping import Bookkeeping
-from lora_jax.train.build import Base, Setup, build
-from lora_jax.train.card import describe_program, read_card
-from lora_jax.train.checkpoint import Checkpoints
-from lora_jax.train.compilation import enable_compilation_cache
-from lora_jax.train.configs import complete
-from lora_jax.train.finish import write_results
-from lora_jax.train.memory import StepMemory, device_limit_bytes
-from lora_jax.train.metrics import MetricsWriter
-from lora_jax.train.numerics import check_resumed
-from lora_jax.train.progress import ShowWith, show_progress
-from lora_jax.train.run import Run, StopRequested, copy_arrays
-from lora_jax.train.signals import Interrupted, stop_requests
+from lora_jax.train.cell import Schedule, TrainingCell
+from lora_jax.train.evaluate import Evaluation
+from lora_jax.train.program import Program
 from lora_jax.train.state import TrainState
-from lora_jax.train.workdir import (
-    check_cell,
-    check_inside,
-    claim_cell,
-    is_folder_name,
-    lock_workdir,
-    plain_config,
-)
+
+REPACK_EVERY = 50  # steps between chances to take ended cells out; at evaluations there is one too
+EMPTY = -1
+FEWEST_STEPS = 20  # a narrower program is not compiled for fewer steps than that
+METRICS = ("loss", "correct", "weight", "grad_norm")  # of a step, as its program returns them
 
 
-def train(
-    config: Any,
-    workdir: str | os.PathLike,
-    name: str = "run",
-    *,
-    progress: bool = True,
-    command: str = "",
-    config_file: str = "",
-    mesh: Mesh | None = None,
-) -> dict[str, Any]:
-    """Trains what `config` says into `workdir/cells/name` and returns the run's card.
+class StopRequested(Exception):
+    """A callback asked to stop; everything that must not be lost is saved."""
 
-    Settings that `config` omits have their defaults (`train/configs.py`).
-    A run that was stopped, in whatever way, goes on from its last checkpoint and ends with the same
-    weights, bit for bit, as one that was not; a finished one is not run again. `command` is what to
-    tell the user to type after Ctrl-C; `config_file` ("FILE.py[:arg]") is noted in the card.
-    `mesh` has the devices to train on (`parallel.make_mesh`);
-    without it, one. A run may go on on another mesh, and rounds in another way from there. Raises
-    `RequestError` for what the user can set right, in which case nothing is begun, and
-    `Interrupted`, after saving, on SIGINT or SIGTERM.
+
+class Diverged(RequestError):
+    """A loss, gradient or weight is not finite: running the cell again would end there too."""
+
+
+class Callback:
+    """Is notified of what a training does. The base class does nothing.
+
+    `k` is a cell's number. The callbacks of a training are called in their order.
     """
-    if not is_folder_name(name):
-        raise RequestError(f"name {name!r} is not the name of a folder; use letters, digits and -")
-    config = complete(config)
-    workdir = at_home(workdir)
-    with lock_workdir(workdir):
-        cell = workdir / "cells" / name
-        return train_cell(
-            config, cell, progress=progress, command=command, config_file=config_file, mesh=mesh
-        )
+
+    def stepped(self, training: Training, k: int, rows: Sequence[tuple[float, ...]]) -> None:
+        """Steps of a cell were fetched: (step, loss, correct, weight, gradient norm) of each."""
+
+    def logged(self, training: Training, k: int, values: dict[str, float]) -> None:
+        """The means over a cell's steps since the last log."""
+
+    def evaluated(self, training: Training, k: int, loss: float, accuracy: float) -> None:
+        """A cell was evaluated on the validation split."""
+
+    def tested(self, training: Training, k: int, test: Evaluation) -> None:
+        """The best trainable of a cell was evaluated on the test split."""
+
+    def failed(self, training: Training, k: int, what: str, step: int) -> None:
+        """A cell ended with an `error`, since `what` ("loss is nan") was not finite at `step`."""
+
+    def advanced(self, training: Training) -> None:
+        """A step was taken, or a batch of an evaluation was begun."""
+
+    def save(self, training: Training) -> None:
+        """A checkpoint is due."""
+
+    def stop_requested(self) -> str:
+        """Why to stop, "" to go on. Asked before each step and each batch of an evaluation."""
+        return ""
 
 
-@partitionable()
-def train_cell(
-    config: Any,
-    cell: str | os.PathLike,
-    *,
-    progress: bool = True,
-    command: str = "",
-    config_file: str = "",
-    base: Base | None = None,
-    mesh: Mesh | None = None,
-    show_with: ShowWith = show_progress,
-) -> dict[str, Any]:
-    """`train` for the folder `cell` of a workdir whose lock the caller holds.
+# (trainable, frozen, watched) -> (loss, accuracy) of each lane, or None without a validation split.
+# `watched(batches)` yields the batches as long as nothing asks to stop.
+Watched = Callable[[Iterable[Any]], Iterator[Any]]
+Validate = Callable[[Any, Any, Watched], Sequence[tuple[float, float]] | None]
 
-    `base` saves loading model and data again; `show_with` shows the way in place of a bar.
+
+class Training:
+    """Cells in training. `lanes[lane]` is the number of the cell in a lane, or `EMPTY` in lanes
+    that fill a mesh's parts.
+
+    `best` has a place for every cell, ended or not. What is due is decided from the step and the
+    cells' progress alone, and cells change lanes only at evaluations or every `REPACK_EVERY` steps:
+    a training that was saved at any step and restored does what an uninterrupted one does.
+    `frozen_of(cells)` gives what the step takes as frozen for these cells, a lane each; `batches`
+    has `at(step, settings)`.
     """
-    cell, plain = at_home(cell), plain_config(config)
-    check_inside(cell)
-    check_cell(cell, plain)
-    if (cell / "card.json").exists():
-        return read_card(cell / "card.json")
-    started = time.perf_counter()
-    enable_compilation_cache()
-    # All that a request can have wrong shows itself here, before anything is written.
-    setup, state = build(config, base, mesh)
-    if progress and base is None:
-        for note in setup.splits.notes:
-            print(f"{cell.name}: {note}", file=sys.stderr)
-    if setup.note:
-        print(f"{cell.name}: {setup.note}", file=sys.stderr)
-    memory = _check_memory(setup, state)
-    if progress and base is None:
-        of_each = "" if setup.placement is None else " on each device"
-        print(f"{cell.name}: a step takes {memory}{of_each}", file=sys.stderr)
-    claim_cell(cell, plain)
-    with stop_requests() as stop_requested, Checkpoints(cell / "checkpoints") as checkpoints:
-        books, state, best = _resume(checkpoints, setup, state)
-        books = books.on_mesh("" if setup.placement is None else mesh_text(setup.placement.mesh))
-        with (
-            MetricsWriter(cell, num_lines=books.metrics_lines, step=books.step) as metrics,
-            show_with(
-                cell.name,
-                setup.num_steps,
-                start=books.step,
-                enabled=progress,
-                unit=setup.task.unit,
-            ) as show,
-        ):
-            run = Run(setup, books, state, best, checkpoints, metrics, show, stop_requested)
-            run.seconds["setup"] = run.seconds.get("setup", 0.0) + time.perf_counter() - started
+
+    def __init__(
+        self,
+        cells: Sequence[Any],
+        program: Program,
+        state: TrainState,
+        frozen_of: Callable[[Sequence[int]], Any],
+        batches: Any,
+        validate: Validate,
+        schedule: Schedule,
+        callbacks: Sequence[Callback] = (),
+    ):
+        self.cells = [TrainingCell.on_mesh(settings, program.mesh) for settings in cells]
+        self.lanes = list(range(len(self.cells)))
+        self.step, self.evaluated, self.saved = 0, 0, 0
+        self.schedule = schedule
+        self.state, self.best = state, None
+        self._program, self._batches = program, batches
+        self._frozen_of, self._validate = frozen_of, validate
+        self._keep_lanes(self.lanes)
+        self._pending: list[dict[str, jax.Array]] = []
+        self.begin(callbacks, time.perf_counter())
+
+    def begin(self, callbacks: Sequence[Callback], started: float) -> None:
+        """Sets who is notified, and when (`time.perf_counter`) the preparation began."""
+        self._callbacks, self._mark = callbacks, started
+        for cell in self.cells:
+            cell.begin()
+
+    def restore(
+        self, step: int, evaluated: int, lanes: Sequence[int], state: TrainState, best: Any
+    ) -> None:
+        """Goes on from a checkpoint; the caller restores the cells. It may be of another mesh."""
+        self.step, self.evaluated, self.saved = step, evaluated, step
+        self.lanes, self.state, self.best = list(lanes), state, best
+        for cell in self.cells:
+            cell.progress = cell.progress.on_mesh(self._program.mesh)
+        self._keep_lanes([lane for lane, k in enumerate(self.lanes) if k != EMPTY])
+        if best is not None:
+            self.best = self._program.take("trainable", best, self._every_cell())
+
+    def run(self) -> None:
+        """Trains until every cell has ended. Raises `StopRequested`, after saving."""
+        self._end_section("setup")
+        while True:
             try:
-                run.until_stopped()
-                test = run.test()
+                if self.step > self.evaluated and self._repack_due():
+                    self._evaluate()
             except StopRequested:
-                checkpoints.wait()
-                again = command or "call train() again with the same config and workdir"
-                raise Interrupted(
-                    f"stopped by {stop_requested()} at step {run.books.step} of {setup.num_steps}; "
-                    f"all is saved in {cell}. To go on: {again}"
-                ) from None
-        # On the disk before the results say that the run is over.
-        checkpoints.wait()
-        program = describe_program(
-            setup.method.table(setup.model.params),
-            setup.step.shapes,
-            memory_bytes=max(setup.step.memory_bytes, setup.scores.memory_bytes),
-            mesh=run.books.mesh,
-            numerics_changes=run.books.numerics_changes,
+                # The evaluation is not in the progress, so it is the first thing done on resuming.
+                self._save()
+                raise
+            if self._save_due():
+                self._save()
+            if not self.going():
+                return
+            if self._stop_requested():
+                self._save()
+                raise StopRequested
+            self._take_step()
+            if self.step % self.schedule.log_every == 0:
+                self._log()
+            self._notify("advanced")
+
+    def test(self, score: Callable[[Any, Any, Watched], Sequence[Evaluation]]):
+        """`{cell: Evaluation}` of the cells that did not fail, with their best trainables."""
+        good = [k for k, cell in enumerate(self.cells) if not cell.error]
+        if not good:
+            return {}
+        found = score(self.best, self._frozen_of(self._every_cell()), self._watched)
+        self._end_section("evaluate", [self.cells[k] for k in good])
+        for k in good:
+            self._notify("tested", k, found[k])
+        return {k: found[k] for k in good}
+
+    def going(self) -> list[int]:
+        """The lanes of the cells that have not ended."""
+        return [lane for lane, k in enumerate(self.lanes) if k >= 0 and not self.cells[k].ended]
+
+    def check_weights(self) -> None:
+        """Fails the cells whose weights are not finite: a step's loss is from before its update."""
+        finite = self._program.finite(self.state.trainable)
+        for lane in self.going():
+            if not finite[lane]:
+                self._fail(lane, "a weight", math.nan, self.step)
+
+    def _at(self, lane: int) -> TrainingCell:
+        return self.cells[self.lanes[lane]]
+
+    def _notify(self, event: str, *values: Any) -> None:
+        for callback in self._callbacks:
+            getattr(callback, event)(self, *values)
+
+    def _stop_requested(self) -> bool:
+        return any(callback.stop_requested() for callback in self._callbacks)
+
+    def _watched(self, batches: Iterable[Any]) -> Iterator[Any]:
+        for batch in batches:
+            if self._stop_requested():
+                raise StopRequested
+            self._notify("advanced")
+            yield batch
+
+    def _end_section(self, kind: str, cells: Sequence[TrainingCell] = ()) -> None:
+        """Adds the seconds of a timed section, which began where the last one ended, to `kind`.
+
+        `cells`, by default those going, share them equally. Compiling is counted apart.
+        """
+        compiling = self._program.take_compile_seconds()
+        now = time.perf_counter()
+        passed, self._mark = max(0.0, now - self._mark - compiling), now
+        cells = cells or [self._at(lane) for lane in self.going()] or self.cells
+        for cell in cells:
+            seconds = dict(cell.progress.seconds)
+            for name, value in ((kind, passed), ("compile", compiling)):
+                seconds[name] = seconds.get(name, 0.0) + value / len(cells)
+            cell.add(seconds=seconds)
+
+    def _take_step(self) -> None:
+        batch = self._batches.at(self.step, self._members)
+        self.state, metrics = self._program.step(self.state, self._frozen, batch)
+        self._pending.append(metrics)
+        self.step += 1
+
+    def _evaluation_due(self) -> bool:
+        every = self.schedule.eval_every
+        return self.step == self.schedule.num_steps or bool(every and self.step % every == 0)
+
+    def _repack_due(self) -> bool:
+        # Not when a log is due: how often a training logs must not decide its rounding.
+        return self._evaluation_due() or (len(self.lanes) > 1 and self.step % REPACK_EVERY == 0)
+
+    def _save_due(self) -> bool:
+        every = self.schedule.checkpoint_every
+        due = bool(every) and (self.step % every == 0 or not self.going())
+        return due and self.step != self.saved
+
+    def _save(self) -> None:
+        self._fetch()
+        self._end_section("train")
+        self._notify("save")
+        self.saved = self.step
+        self._end_section("save")
+
+    def _log(self) -> None:
+        self._fetch()
+        self._end_section("train")
+        for lane in self.going():
+            if self._at(lane).progress.window:
+                self._notify("logged", self.lanes[lane], self._at(lane).log())
+        self._end_section("log")
+
+    def _fetch(self) -> None:
+        """Brings the pending steps' metrics to the host; a cell that is not finite fails."""
+        fetched, self._pending = jax.device_get(self._pending), []
+        by_lane = [[np.reshape(metrics[name], -1) for name in METRICS] for metrics in fetched]
+        first = self.step - len(fetched) + 1
+        for lane in self.going():
+            rows, wrong = [], None
+            for step, values in enumerate(by_lane, first):
+                rows.append((step, *(float(value[lane]) for value in values)))
+                # The loss is from before the step's update, the gradient is what goes into it.
+                of_both = (("loss", rows[-1][1]), ("gradient norm", rows[-1][4]))
+                wrong = next((both for both in of_both if not math.isfinite(both[1])), None)
+                if wrong:
+                    break
+            self._notify("stepped", self.lanes[lane], rows)
+            self._at(lane).take_steps(rows)
+            if wrong:
+                self._fail(lane, *wrong, int(rows[-1][0]))
+
+    def _evaluate(self) -> None:
+        self._fetch()
+        self._end_section("train")
+        if self._evaluation_due():
+            self._validate_cells()
+        self._repack()
+        self.evaluated = self.step
+
+    def _validate_cells(self) -> None:
+        trainable, lanes = self.state.trainable, self.going()
+        scores = self._validate(trainable, self._frozen, self._watched)
+        # The time goes to all that took part, those that end with it too.
+        self._end_section("evaluate")
+        self.check_weights()
+        better = np.zeros(len(self.lanes), bool)
+        for lane in lanes:
+            cell = self._at(lane)
+            # Without validation the last step is the best: nothing chooses among them.
+            loss, accuracy = (-float(self.step), math.nan) if scores is None else scores[lane]
+            if not cell.error and not math.isfinite(loss):
+                self._fail(lane, "validation loss", loss, self.step)
+            if cell.error:
+                continue
+            cell.progress = cell.progress.after_evaluation(
+                loss, accuracy, patience=self.schedule.patience, num_steps=self.schedule.num_steps
+            )
+            better[lane] = cell.progress.best_step == self.step
+            if cell.progress.stopped and cell.progress.window:
+                self._notify("logged", self.lanes[lane], cell.log())
+            if scores is not None:
+                self._notify("evaluated", self.lanes[lane], loss, accuracy)
+        # Beyond the last: what is kept of an empty lane goes nowhere.
+        count = self._program.padded(len(self.cells))
+        cells = [count if k == EMPTY else k for k in self.lanes]
+        self.best = self._program.keep(self.best, trainable, cells, better, count)
+
+    def _fail(self, lane: int, what: str, value: float, step: int) -> None:
+        cell = self._at(lane)
+        cause = (
+            f"learning rate {cell.settings.lr:g}; lower it"
+            if step > 1 or what == "a weight"
+            else "before any update; look at the data and the model"
         )
-        return write_results(
-            cell, plain, setup, run.books, run.best, test, program, config_file=config_file
-        )
+        cell.error = f"{what} is {value} at step {step} ({cause})"
+        self._notify("failed", self.lanes[lane], f"{what} is {value}", step)
 
+    def _repack(self) -> None:
+        """Takes ended cells out once half of the lanes are theirs: then a narrower program pays.
 
-def _check_memory(setup: Setup, state: TrainState) -> StepMemory:
-    """What a step of the widest batch takes. Raises `RequestError` where that does not fit."""
-    compiled = setup.step.compiled(state, setup.frozen, setup.batches.widest(setup.num_steps))
-    num_devices = 1 if setup.placement is None else setup.placement.mesh.size
-    limit = device_limit_bytes(num_devices)
-    memory = StepMemory.of(compiled, base=setup.frozen, state=state, limit=limit)
-    memory.check()
-    return memory
+        The rule depends on steps and the cells' own ends alone, so that the same sweep repacks the
+        same way.
+        """
+        going = self.going()
+        left = self.schedule.num_steps - self.step
+        if not going or 2 * len(going) > len(self.lanes) or left < FEWEST_STEPS:
+            return
+        if self._program.padded(len(going)) < len(self.lanes):
+            self._keep_lanes(going)
 
+    def _keep_lanes(self, lanes: Sequence[int]) -> None:
+        """Keeps these lanes, and empty ones that fill them up."""
+        cells = [self.lanes[lane] for lane in lanes]
+        num_empty = self._program.padded(len(cells)) - len(cells)
+        # An empty lane duplicates the last cell; its results are ignored.
+        self.state = self._program.take("state", self.state, [*lanes, *[lanes[-1]] * num_empty])
+        self.lanes = [*cells, *[EMPTY] * num_empty]
+        members = [*cells, *[cells[-1]] * num_empty]
+        self._members = [self.cells[k].settings for k in members]
+        self._frozen = self._frozen_of(members)
 
-def _resume(
-    checkpoints: Checkpoints, setup: Setup, state: TrainState
-) -> tuple[Bookkeeping, TrainState, Any]:
-    """Books, state and best trainable of the latest checkpoint, or those of a beginning."""
-    changes: tuple[str, ...] = ()
-
-    def like(facts: dict[str, Any]) -> dict[str, Any]:
-        # Before the arrays are compared: x64 changes their dtypes, and is the cause to name.
-        nonlocal changes
-        changes = check_resumed(facts.get("numerics", {}), checkpoints.folder)
-        return {"state": state, "best": state.trainable}
-
-    restored = checkpoints.restore(like)
-    if restored is None:
-        return Bookkeeping(), state, None
-    groups, facts = restored
-    books = Bookkeeping.from_json(facts["bookkeeping"]).with_changes(changes)
-    setup.batches.set_state(facts["data"])
-    state = groups["state"]
-    if books.best_step == 0:
-        best = None
-    else:
-        best = groups["best"] if "best" in groups else copy_arrays(state.trainable)
-    return books, state, best
+    def _every_cell(self) -> list[int]:
+        """All cells, ended or not, in their order, filled up."""
+        count = len(self.cells)
+        return [min(k, count - 1) for k in range(self._program.padded(count))]

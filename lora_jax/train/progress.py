@@ -35,8 +35,8 @@ def show_progress(
     second.
 
     On a terminal it moves a bar with the time left. Elsewhere it prints a line to `stream`
-    (standard error) every `every_s` seconds and at the last step, which evaluation follows. Not
-    `enabled`, it does nothing.
+    (standard error) every `every_s` seconds, and one at the last step, which evaluation follows.
+    Not `enabled`, it does nothing.
     """
     stream = stream or sys.stderr
     if not enabled:
@@ -72,14 +72,15 @@ def _bar(name: str, num_steps: int, start: int, unit: str, stream: TextIO) -> It
 
 def _lines(name, num_steps, start, unit, stream, every_s, clock) -> Show:
     begun = clock()
-    printed = begun
+    printed, ended = begun, False
 
     def show(step, loss, rate):
-        nonlocal printed
+        nonlocal printed, ended
         now = clock()
-        if step < num_steps and now - printed < every_s:
+        ends = step >= num_steps and not ended
+        if not ends and now - printed < every_s:
             return
-        printed = now
+        printed, ended = now, ended or ends
         left = (now - begun) / max(1, step - start) * (num_steps - step)
         words = [
             f"{name}: step {step}/{num_steps}",

@@ -1,223 +1,204 @@
-"""A training under way: steps, logs, evaluations and checkpoints as they fall due."""
+"""Training a cell from its config to its card, however often it is interrupted on the way."""
 
 from __future__ import annotations
 
 import contextlib
-import dataclasses
-import math
+import functools
+import os
+import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
-import jax
-import jax.numpy as jnp
+from jax.sharding import Mesh
 
+from lora_jax.core.draws import partitionable
 from lora_jax.core.errors import RequestError
+from lora_jax.formats.paths import at_home
+from lora_jax.parallel.mesh import mesh_text
 from lora_jax.train.bookkeeping import Bookkeeping
-from lora_jax.train.build import Setup
+from lora_jax.train.build import Base, Setup, build
+from lora_jax.train.callbacks import Display, MetricsFiles, SavedCheckpoints, StopAtSignal
+from lora_jax.train.card import describe_program, read_card
+from lora_jax.train.cell import Schedule
 from lora_jax.train.checkpoint import Checkpoints
+from lora_jax.train.compilation import enable_compilation_cache
+from lora_jax.train.configs import complete
 from lora_jax.train.evaluate import Evaluation, evaluate
+from lora_jax.train.finish import write_results
+from lora_jax.train.loop import Callback, Diverged, StopRequested, Training
+from lora_jax.train.memory import StepMemory, device_limit_bytes
 from lora_jax.train.metrics import MetricsWriter
-from lora_jax.train.numerics import numerics
-from lora_jax.train.progress import Show
+from lora_jax.train.numerics import check_resumed
+from lora_jax.train.program import SingleProgram, copy_arrays
+from lora_jax.train.progress import ShowWith, show_progress
+from lora_jax.train.signals import Interrupted, stop_requests
 from lora_jax.train.state import TrainState
+from lora_jax.train.workdir import (
+    check_cell,
+    check_inside,
+    claim_cell,
+    is_folder_name,
+    lock_workdir,
+    plain_config,
+)
 
 
-class StopRequested(Exception):
-    """A signal asked to stop, and all that must not be lost is being saved."""
+def train(
+    config: Any,
+    workdir: str | os.PathLike,
+    name: str = "run",
+    *,
+    progress: bool = True,
+    command: str = "",
+    config_file: str = "",
+    mesh: Mesh | None = None,
+) -> dict[str, Any]:
+    """Trains what `config` says into `workdir/cells/name` and returns the run's card.
 
-
-class Diverged(RequestError):
-    """A loss, gradient or weight is not a number: running the cell again would end there too."""
-
-
-class Run:
-    """A training under way: what changes from step to step."""
-
-    def __init__(
-        self,
-        setup: Setup,
-        books: Bookkeeping,
-        state: TrainState,
-        best: Any,
-        checkpoints: Checkpoints,
-        metrics: MetricsWriter,
-        show: Show,
-        stop_requested: Callable[[], str],
-    ):
-        self.setup = setup
-        self.books = books
-        self.state = state
-        self.best = best
-        self.seconds = dict(books.seconds)
-        self._checkpoints = checkpoints
-        self._metrics = metrics
-        self._show = show
-        self._stop_requested = stop_requested
-        self._pending: list[tuple[int, dict[str, jax.Array]]] = []
-        self._rate: float | None = None
-        self._rate_from = (self.seconds.get("train", 0.0), 0.0)
-        self._weight = 0.0
-        self._saved_step = checkpoints.latest_step
-        self._mark, self._mark_compile = time.perf_counter(), self._compile_seconds()
-
-    def until_stopped(self) -> None:
-        """Steps, logs, evaluates and saves as they fall due. Raises `StopRequested`."""
-        # What is due is decided from the books alone: a resumed run does just what was left.
-        while not self.books.stopped:
-            if self._evaluation_due():
-                self._evaluate()
-            if self._save_due():
-                self._save()
-            if self.books.stopped:
-                return
-            if self._stop_requested():
-                self._save()
-                raise StopRequested
-            self._step()
-            if self.books.step % self.setup.log_every == 0:
-                self._log()
-            self._show(self.books.step, self.books.train_loss, self._rate)
-
-    def test(self) -> Evaluation:
-        """Scores the test split with the best trainable and logs it."""
-        test = self._scored(self.best, self.setup.test)
-        self._lap("evaluate")
-        self._metrics.write(
-            step=self.books.best_step, split="test", loss=test.loss, accuracy=test.accuracy
-        )
-        self._note(seconds=dict(self.seconds))
-        return test
-
-    def _step(self) -> None:
-        batch = next(self.setup.batches)
-        self.state, metrics = self.setup.step(self.state, self.setup.frozen, batch)
-        self._note(step=self.books.step + 1)
-        self._pending.append((self.books.step, metrics))
-
-    def _evaluation_due(self) -> bool:
-        step = self.books.step
-        due = step > 0 and (step % self.setup.eval_every == 0 or step >= self.setup.num_steps)
-        return due and self.books.evaluated_step < step
-
-    def _save_due(self) -> bool:
-        step = self.books.step
-        due = step > 0 and (step % self.setup.checkpoint_every == 0 or bool(self.books.stopped))
-        return due and self._saved_step != step
-
-    def _evaluate(self) -> None:
-        self._fetch()
-        self._lap("train")
-        try:
-            result = self._scored(self.state.trainable, self.setup.validation)
-        except StopRequested:
-            # The evaluation is not in the books, so it is the first thing done on resuming.
-            self._save()
-            raise
-        if not math.isfinite(result.loss):
-            raise self._not_finite("validation loss", result.loss, self.books.step)
-        before = self.books.best_step
-        self.books = self.books.after_evaluation(
-            result.loss,
-            result.accuracy,
-            patience=self.setup.patience,
-            num_steps=self.setup.num_steps,
-        )
-        if self.books.best_step != before:
-            self.best = copy_arrays(self.state.trainable)
-        self._lap("evaluate")
-        if self.books.stopped and self.books.window:
-            self._log()
-        self._metrics.write(
-            step=self.books.step,
-            split="validation",
-            loss=result.loss,
-            accuracy=result.accuracy,
-            seconds=sum(self.seconds.values()),
+    Settings that `config` omits have their defaults (`train/configs.py`).
+    A run that was stopped, in whatever way, goes on from its last checkpoint and ends with the same
+    weights, bit for bit, as one that was not; a finished one is not run again. `command` is what to
+    tell the user to type after Ctrl-C; `config_file` ("FILE.py[:arg]") is noted in the card.
+    `mesh` has the devices to train on (`parallel.make_mesh`);
+    without it, one. A run may go on on another mesh, and rounds in another way from there. Raises
+    `RequestError` for what the user can set right, in which case nothing is begun, and
+    `Interrupted`, after saving, on SIGINT or SIGTERM.
+    """
+    if not is_folder_name(name):
+        raise RequestError(f"name {name!r} is not the name of a folder; use letters, digits and -")
+    config = complete(config)
+    workdir = at_home(workdir)
+    with lock_workdir(workdir):
+        cell = workdir / "cells" / name
+        return train_cell(
+            config, cell, progress=progress, command=command, config_file=config_file, mesh=mesh
         )
 
-    def _scored(self, trainable: Any, batches: Any) -> Evaluation:
-        setup = self.setup
-        return evaluate(setup.scores, trainable, setup.frozen, self._until_signal(batches))
 
-    def _until_signal(self, batches: Any) -> Iterator[Any]:
-        for batch in batches:
-            if self._stop_requested():
-                raise StopRequested
-            yield batch
+@partitionable()
+def train_cell(
+    config: Any,
+    cell: str | os.PathLike,
+    *,
+    progress: bool = True,
+    command: str = "",
+    config_file: str = "",
+    base: Base | None = None,
+    mesh: Mesh | None = None,
+    show_with: ShowWith = show_progress,
+) -> dict[str, Any]:
+    """`train` for the folder `cell` of a workdir whose lock the caller holds.
 
-    def _fetch(self) -> None:
-        """Brings the pending steps' metrics to the host, which waits for the device."""
-        names = ("loss", "correct", "weight", "grad_norm")
-        fetched = jax.device_get(
-            [[metrics[name] for name in names] for _, metrics in self._pending]
+    `base` saves loading model and data again; `show_with` shows the way in place of a bar.
+    """
+    cell, plain = at_home(cell), plain_config(config)
+    check_inside(cell)
+    check_cell(cell, plain)
+    if (cell / "card.json").exists():
+        return read_card(cell / "card.json")
+    started = time.perf_counter()
+    enable_compilation_cache()
+    # All that a request can have wrong shows itself here, before anything is written.
+    setup, state = build(config, base, mesh)
+    if progress and base is None:
+        for note in setup.splits.notes:
+            print(f"{cell.name}: {note}", file=sys.stderr)
+    if setup.note:
+        print(f"{cell.name}: {setup.note}", file=sys.stderr)
+    memory = _check_memory(setup, state)
+    if progress and base is None:
+        of_each = "" if setup.placement is None else " on each device"
+        print(f"{cell.name}: a step takes {memory}{of_each}", file=sys.stderr)
+    claim_cell(cell, plain)
+    with stop_requests() as stop_requested, Checkpoints(cell / "checkpoints") as checkpoints:
+        training = _training(config.optimizer, setup, state)
+        _resume(training, checkpoints, setup)
+        lines, step = training.cells[0].progress.metrics_lines, training.step
+        unit = setup.task.unit
+        with (
+            MetricsWriter(cell, num_lines=lines, step=step) as writer,
+            show_with(cell.name, setup.num_steps, start=step, enabled=progress, unit=unit) as show,
+        ):
+            callbacks = [
+                MetricsFiles([writer], [setup.schedule], unit),
+                SavedCheckpoints(checkpoints, functools.partial(_contents, setup)),
+                Display(show),
+                StopAtSignal(stop_requested),
+                _RaiseDiverged(setup, checkpoints),
+            ]
+            training.begin(callbacks, started)
+            try:
+                training.run()
+                (test,) = training.test(functools.partial(_scored, setup, setup.test)).values()
+            except StopRequested:
+                checkpoints.wait()
+                again = command or "call train() again with the same config and workdir"
+                raise Interrupted(
+                    f"stopped by {stop_requested()} at step {training.step} of {setup.num_steps}; "
+                    f"all is saved in {cell}. To go on: {again}"
+                ) from None
+        # On the disk before the results say that the run is over.
+        checkpoints.wait()
+        done = training.cells[0].progress
+        program = describe_program(
+            setup.method.table(setup.model.params),
+            setup.step.shapes,
+            memory_bytes=max(setup.step.memory_bytes, setup.scores.memory_bytes),
+            mesh=done.mesh,
+            numerics_changes=done.numerics_changes,
         )
-        rows = tuple(
-            (step, *map(float, values))
-            for (step, _), values in zip(self._pending, fetched, strict=True)
+        return write_results(
+            cell, plain, setup, done, training.best, test, program, config_file=config_file
         )
-        self._pending = []
-        for step, loss, _, _, grad_norm in rows:
-            for what, value in (("loss", loss), ("gradient norm", grad_norm)):
-                if not math.isfinite(value):
-                    raise self._not_finite(what, value, step)
-        self._weight += sum(row[3] for row in rows)
-        self._note(window=self.books.window + rows)
 
-    def _log(self) -> None:
-        self._fetch()
-        self._lap("train")
-        self.books, values = self.books.after_logging()
-        seconds, weight = self.seconds["train"], self._weight
-        elapsed = seconds - self._rate_from[0]
-        self._rate = (weight - self._rate_from[1]) / elapsed if elapsed > 0 else None
-        self._rate_from = (seconds, weight)
-        self._metrics.write(
-            step=self.books.step,
-            split="train",
-            **values,
-            lr=float(self.setup.schedule(self.books.step - 1)),
-            **{f"{self.setup.task.unit}_per_s": self._rate},
-            seconds=sum(self.seconds.values()),
-        )
-        self._lap("log")
 
-    def _save(self) -> None:
-        if self._saved_step == self.books.step:
-            return
-        self._fetch()
-        self._lap("train")
-        if not _all_finite(self.state.trainable):
-            raise self._not_finite("a weight", math.nan, self.books.step)
-        self._metrics.sync()
-        self._note(metrics_lines=self._metrics.num_lines, seconds=dict(self.seconds))
-        groups = {"state": self.state}
-        if self.books.best_step not in (0, self.books.step):
-            groups["best"] = self.best
-        facts = {
-            "bookkeeping": self.books.to_json(),
-            "data": self.setup.batches.get_state(),
-            "numerics": numerics(),
-        }
-        self._checkpoints.save(self.books.step, groups, facts)
-        self._saved_step = self.books.step
-        self._lap("save")
+def _training(settings: Any, setup: Setup, state: TrainState) -> Training:
+    """One cell in one lane; `settings` are the optimizer's."""
 
-    def _note(self, **changes: Any) -> None:
-        self.books = dataclasses.replace(self.books, **changes)
+    def validate(trainable, frozen, watched):
+        (found,) = _scored(setup, setup.validation, trainable, frozen, watched)
+        return [(found.loss, found.accuracy)]
 
-    def _lap(self, kind: str) -> None:
-        """Books the time since the last lap under `kind`, less what went into compiling."""
-        now, compiled = time.perf_counter(), self._compile_seconds()
-        compiling = compiled - self._mark_compile
-        for name, value in ((kind, now - self._mark - compiling), ("compile", compiling)):
-            self.seconds[name] = self.seconds.get(name, 0.0) + value
-        self._mark, self._mark_compile = now, compiled
+    mesh = "" if setup.placement is None else mesh_text(setup.placement.mesh)
+    return Training(
+        [settings],
+        SingleProgram(setup.step, setup.scores, mesh),
+        state,
+        lambda cells: setup.frozen,
+        _InOrder(setup.batches),
+        validate,
+        Schedule(
+            num_steps=setup.num_steps,
+            eval_every=setup.eval_every,
+            patience=setup.patience,
+            log_every=setup.log_every,
+            checkpoint_every=setup.checkpoint_every,
+        ),
+    )
 
-    def _compile_seconds(self) -> float:
-        return self.setup.step.seconds + self.setup.scores.seconds
 
-    def _not_finite(self, what: str, value: float, step: int) -> Diverged:
+def _scored(setup: Setup, batches: Any, trainable, frozen, watched) -> list[Evaluation]:
+    return [evaluate(setup.scores, trainable, frozen, watched(batches))]
+
+
+class _InOrder:
+    """Batches of an iterator, whose position is a checkpoint's."""
+
+    def __init__(self, batches: Iterator[Any]):
+        self._batches = batches
+
+    def at(self, step: int, cells: Sequence[Any]) -> Any:
+        return next(self._batches)
+
+
+class _RaiseDiverged(Callback):
+    """Ends the run where its one cell failed, before anything more is saved."""
+
+    def __init__(self, setup: Setup, checkpoints: Checkpoints):
+        self._setup, self._checkpoints = setup, checkpoints
+
+    def failed(self, training, k, what, step):
         with contextlib.suppress(RequestError):
             self._checkpoints.wait()
         good = self._checkpoints.latest_step
@@ -226,18 +207,53 @@ class Run:
             if good is None
             else f"the checkpoint of step {good} is kept"
         )
-        lr = float(self.setup.schedule(max(0, step - 1)))
-        return Diverged(
-            f"{what} is {value} at step {step} (learning rate {lr:g}); {kept}. Lower optimizer.lr "
-            "or optimizer.clip_norm and train in another workdir"
+        lr = float(self._setup.schedule(max(0, step - 1)))
+        raise Diverged(
+            f"{what} at step {step} (learning rate {lr:g}); {kept}. Lower optimizer.lr or "
+            "optimizer.clip_norm and train in another workdir"
         )
 
 
-@jax.jit
-def _all_finite(tree: Any) -> jax.Array:
-    return jnp.all(jnp.stack([jnp.all(jnp.isfinite(leaf)) for leaf in jax.tree.leaves(tree)]))
+def _check_memory(setup: Setup, state: TrainState) -> StepMemory:
+    """What a step of the widest batch takes. Raises `RequestError` where that does not fit."""
+    compiled = setup.step.compiled(state, setup.frozen, setup.batches.widest(setup.num_steps))
+    num_devices = 1 if setup.placement is None else setup.placement.mesh.size
+    limit = device_limit_bytes(num_devices)
+    memory = StepMemory.of(compiled, base=setup.frozen, state=state, limit=limit)
+    memory.check()
+    return memory
 
 
-def copy_arrays(tree: Any) -> Any:
-    """Arrays of their own: the next step takes the state's buffers back."""
-    return jax.tree.map(jnp.copy, tree)
+def _contents(setup: Setup, training: Training) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The arrays and facts of a checkpoint."""
+    # The next loss would be the first to tell, and this checkpoint would be the last one then.
+    training.check_weights()
+    progress = training.cells[0].progress
+    groups = {"state": training.state}
+    if progress.best_step not in (0, training.step):
+        groups["best"] = training.best
+    return groups, {"bookkeeping": progress.to_json(), "data": setup.batches.get_state()}
+
+
+def _resume(training: Training, checkpoints: Checkpoints, setup: Setup) -> None:
+    """Goes on from the latest checkpoint, if there is one."""
+    changes: tuple[str, ...] = ()
+    state = training.state
+
+    def like(facts: dict[str, Any]) -> dict[str, Any]:
+        # Before the arrays are compared: x64 changes their dtypes, and is the cause to name.
+        nonlocal changes
+        changes = check_resumed(facts.get("numerics", {}), checkpoints.folder)
+        return {"state": state, "best": state.trainable}
+
+    restored = checkpoints.restore(like)
+    if restored is None:
+        return
+    groups, facts = restored
+    progress = Bookkeeping.from_json(facts["bookkeeping"]).with_changes(changes)
+    setup.batches.set_state(facts["data"])
+    best = groups.get("best")
+    if best is None and progress.best_step:
+        best = copy_arrays(groups["state"].trainable)
+    training.cells[0].progress = progress
+    training.restore(progress.step, progress.evaluated_step, [0], groups["state"], best)

@@ -18,7 +18,6 @@ from lora_jax.models import load_model, save_model
 from lora_jax.parallel import Placement, make_mesh, read_mesh
 from lora_jax.parallel.offload import lacks_host_memory
 from lora_jax.sweeps import run_sweep
-from lora_jax.sweeps.engine import PackTraining
 from lora_jax.sweeps.groups import make_groups
 from lora_jax.sweeps.memory import fitting_width
 from lora_jax.sweeps.program import as_shapes
@@ -27,7 +26,7 @@ from lora_jax.sweeps.verify import verify
 from lora_jax.train import Interrupted, train
 from lora_jax.train.build import load_base
 from lora_jax.train.configs import put_settings
-from lora_jax.train.run import Run
+from lora_jax.train.loop import Training
 from tests.sweeps.stored_problem import CELLS, sweep_of
 from tests.train.conftest import make_config, reviews_file
 from tests.train.test_resume import at_call, interrupt
@@ -98,7 +97,7 @@ def test_a_run_goes_on_on_its_mesh_bit_for_bit_and_elsewhere_to_rounding(
     whole = train(config, tmp_path / "whole", progress=False, mesh=mesh_of(text))
     for where in ("same", "one"):
         with monkeypatch.context() as patch:
-            at_call(patch, Run, "_step", 7, interrupt)
+            at_call(patch, Training, "_take_step", 7, interrupt)
             with pytest.raises(Interrupted):
                 train(config, tmp_path / where, progress=False, mesh=mesh_of(text))
     again = train(config, tmp_path / "same", progress=False, mesh=mesh_of(text))
@@ -153,17 +152,17 @@ def test_a_pack_is_narrowed_and_goes_on_on_a_mesh(make_config, tmp_path, later, 
     sweep, text = sweep_of(make_config, changes, cells), "cell=4,fsdp=2"
     assert not _failed(run_sweep(sweep, tmp_path / "one", progress=False))
     with monkeypatch.context() as patch:
-        at_call(patch, PackTraining, "_take_step", 11, interrupt)
+        at_call(patch, Training, "_take_step", 11, interrupt)
         with pytest.raises(Interrupted):
             run_sweep(sweep, tmp_path / "mesh", progress=False, mesh=mesh_of(text))
     widths = set()
-    real = PackTraining._take_step
+    real = Training._take_step
 
     def noted(self):
-        widths.add(len(self.slots))
+        widths.add(len(self.lanes))
         real(self)
 
-    monkeypatch.setattr(PackTraining, "_take_step", noted)
+    monkeypatch.setattr(Training, "_take_step", noted)
     cards = run_sweep(
         sweep, tmp_path / "mesh", progress=False, mesh=mesh_of(later) if later else None
     )
@@ -292,7 +291,7 @@ def test_going_on_on_another_mesh_is_on_the_card_and_no_false_alarm(
 ):
     config = make_config({"optimizer.lr": 1e-3, "train.num_steps": 6})
     with monkeypatch.context() as patch:
-        at_call(patch, Run, "_step", 3, interrupt)
+        at_call(patch, Training, "_take_step", 3, interrupt)
         with pytest.raises(Interrupted):
             train(config, tmp_path, progress=False, mesh=mesh_of("fsdp=4,tensor=2"))
     card = train(config, tmp_path, progress=False, mesh=mesh_of("data=8"))
@@ -345,18 +344,18 @@ def test_moments_in_the_hosts_memory_are_the_same_training(
     put_settings(config, {"optimizer.offload": True})
     whole = train(config, tmp_path / "whole", progress=False, mesh=mesh)
     with monkeypatch.context() as patch:
-        at_call(patch, Run, "_step", 7, interrupt)
+        at_call(patch, Training, "_take_step", 7, interrupt)
         with pytest.raises(Interrupted):
             train(config, tmp_path / "again", progress=False, mesh=mesh)
     kinds = []
-    real = Run.__init__
+    real = Training.__init__
 
-    def noted(self, setup, books, state, *rest):
+    def noted(self, cells, program, state, *rest):
         kinds.extend(x.sharding.memory_kind for x in jax.tree.leaves(state.opt_state) if x.ndim)
         kinds.extend(x.sharding.memory_kind for x in jax.tree.leaves(state.trainable))
-        real(self, setup, books, state, *rest)
+        real(self, cells, program, state, *rest)
 
-    monkeypatch.setattr(Run, "__init__", noted)
+    monkeypatch.setattr(Training, "__init__", noted)
     again = train(config, tmp_path / "again", progress=False, mesh=mesh)
     assert kinds.count("pinned_host") == 2 * len(kinds) // 3  # two moments a parameter
     assert again["metrics"]["weights_sha256"] == whole["metrics"]["weights_sha256"]

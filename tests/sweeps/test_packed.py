@@ -15,7 +15,7 @@ import lora_jax as lj
 from lora_jax.core.lift import lift
 from lora_jax.sweeps import api
 from lora_jax.sweeps.plan import make_plan
-from lora_jax.sweeps.program import Program
+from lora_jax.sweeps.program import PackedProgram
 from lora_jax.sweeps.settings import read_cells
 from lora_jax.train.build import keys_of
 from tests.sweeps.problem import (
@@ -128,7 +128,7 @@ def padding(pack, trainable, k):
 def test_padding_is_exactly_zero_at_the_end(packed):
     training, *_ = packed
     state = jax.device_get(training.state)
-    for place, k in enumerate(training.slots):
+    for place, k in enumerate(training.lanes):
         own = jax.tree.map(lambda leaf, p=place: leaf[p], state.trainable)
         parts = padding(training.plan.pack, own, k)
         assert sum(part.size for part in parts) > 0
@@ -171,7 +171,7 @@ def test_early_stops_and_repacking_change_nothing_beyond_rounding(at_once):
     looked = {"eval_every": 5, "validation": VALIDATION, "at_once": at_once}
     training, results = training_of(cells, patience=2, **looked)
     _, never = training_of(cells, **looked)
-    assert len(training.slots) < 8, "no repacking was seen"
+    assert len(training.lanes) < 8, "no repacking was seen"
     ends = [len(found.losses) for found in results]
     assert min(ends) < STEPS
     for found, whole in zip(results, never, strict=True):
@@ -194,7 +194,7 @@ def test_half_of_the_cells_diverging_is_survived_and_their_best_is_kept():
     _, good = training_of(
         [c for k, c in enumerate(cells) if k % 2 == 0], validation=VALIDATION, **schedule
     )
-    assert len(training.slots) == 4
+    assert len(training.lanes) == 4
     for k, found in enumerate(results):
         if k % 2:
             # The rate of the first step of a warm-up is 0, so the weights after it were good.
@@ -242,7 +242,7 @@ def test_the_base_has_no_axis_of_cells_and_arguments_grow_by_the_adapters_only(a
         assert not refused
         tx = optax.adamw(1e-3)
         both = api._loss_and_scores(plan.pack, lift(loss_fn))
-        program = Program(*both, lambda cell, tx=tx: tx, tx, batch_axis=None, at_once=at_once)
+        program = PackedProgram(*both, lambda cell, tx=tx: tx, tx, batch_axis=None, at_once=at_once)
         state = program.init(plan.pack, plan.cells, [base()] * count)
         _, frozen = plan.cells[0].method.init(jax.random.key(0), base())
         both = (plan.pack.data(), frozen)

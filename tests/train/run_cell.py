@@ -5,7 +5,7 @@ import sys
 
 from ml_collections import ConfigDict
 
-from lora_jax.train.loop import train
+from lora_jax.train.run import train
 
 
 def main(config_path: str, workdir: str) -> None:

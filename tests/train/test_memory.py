@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 
 import lora_jax as lj
-from lora_jax.train import loop
+from lora_jax.train import run as loop
 from lora_jax.train.configs import put_settings
-from lora_jax.train.loop import train
 from lora_jax.train.memory import StepMemory, num_bytes
+from lora_jax.train.run import train
 
 
 def compiled_step(num_rows):

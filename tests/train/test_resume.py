@@ -15,7 +15,7 @@ import pytest
 from lora_jax.core.errors import RequestError
 from lora_jax.data import EvalBatches, TrainIterator
 from lora_jax.train import Interrupted, train
-from lora_jax.train import loop as loop_module
+from lora_jax.train import run as loop_module
 from tests.train.conftest import ROOT
 from tests.train.results import results_of
 

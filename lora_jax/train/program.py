@@ -1,0 +1,77 @@
+"""The compiled programs that the training loop drives, and those of a run alone."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Protocol
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from lora_jax.train.compilation import CompiledByShape
+from lora_jax.train.state import TrainState
+
+
+class Program(Protocol):
+    """A step over lanes. Trees of packs have a leading axis of lanes, those of a run alone none.
+
+    `mesh` is as `--mesh` has it, "" for one device.
+    """
+
+    mesh: str
+
+    def step(self, state: TrainState, frozen: Any, batch: Any) -> tuple[TrainState, dict]:
+        """`(state, metrics)`, the metrics with a value for each lane; `state` is donated."""
+
+    def padded(self, count: int) -> int:
+        """The number of lanes that `count` cells need."""
+
+    def take(self, kind: str, tree: Any, lanes: Sequence[int]) -> Any:
+        """These lanes of a tree; `kind` is "state", "trainable" or "data"."""
+
+    def keep(self, best: Any, new: Any, cells: Sequence[int], better: np.ndarray, count: int):
+        """`best`, a tree over `count` cells or None, with the lanes of `new` that are `better`.
+
+        `cells` names the cell in each lane; those from `count` on are dropped.
+        """
+
+    def finite(self, trainable: Any) -> np.ndarray:
+        """(lanes,) bool: whether all weights of a lane are finite."""
+
+    def take_compile_seconds(self) -> float:
+        """Seconds spent compiling since the last call."""
+
+
+class SingleProgram:
+    """One lane, not mapped: the step and the scores of a run alone."""
+
+    def __init__(self, step: CompiledByShape, scores: CompiledByShape, mesh: str):
+        self.step, self.scores, self.mesh = step, scores, mesh
+        self._counted = 0.0
+
+    def padded(self, count: int) -> int:
+        return count
+
+    def take(self, kind: str, tree: Any, lanes: Sequence[int]) -> Any:
+        return tree
+
+    def keep(self, best: Any, new: Any, cells: Sequence[int], better: np.ndarray, count: int):
+        return copy_arrays(new) if better[0] else best
+
+    def finite(self, trainable: Any) -> np.ndarray:
+        return np.atleast_1d(jax.device_get(_all_finite(trainable)))
+
+    def take_compile_seconds(self) -> float:
+        before, self._counted = self._counted, self.step.seconds + self.scores.seconds
+        return self._counted - before
+
+
+def copy_arrays(tree: Any) -> Any:
+    """Arrays of their own: the next step takes the state's buffers back."""
+    return jax.tree.map(jnp.copy, tree)
+
+
+@jax.jit
+def _all_finite(tree: Any) -> jax.Array:
+    return jnp.all(jnp.stack([jnp.all(jnp.isfinite(leaf)) for leaf in jax.tree.leaves(tree)]))
