@@ -15,7 +15,7 @@ from lora_jax.core.errors import RequestError
 from lora_jax.core.trees import flatten
 from lora_jax.formats.peft_factors import Factors
 from lora_jax.report.runs import Run
-from lora_jax.train import load_adapter
+from lora_jax.serve.adapters import load_adapter
 
 key = jax.random.key
 

@@ -10,7 +10,6 @@ from typing import Any
 
 import numpy as np
 
-from lora_jax.cli.adapters import load_adapted
 from lora_jax.cli.requests import Parser, add_json, say
 from lora_jax.core.errors import RequestError
 from lora_jax.core.trees import Stored, flatten, is_float
@@ -63,9 +62,11 @@ def run(argv: Sequence[str]) -> int:
     options = parser.parse_args(argv)
     check_new(options.out)
 
-    model, method, trainable, frozen = load_adapted(
-        options.cell, options.model, untie=options.untie
-    )
+    from lora_jax.serve.adapters import load_adapter
+
+    adapted = load_adapter(options.cell, options.model, untie=options.untie)
+    model, method = adapted.model, adapted.method
+    trainable, frozen = adapted.trainable, adapted.frozen
 
     from lora_jax.methods.merging import rounding_of, say_rounding
     from lora_jax.models import save_model

@@ -6,7 +6,6 @@ import hashlib
 import sys
 from collections.abc import Iterator, Sequence
 
-import grain
 import numpy as np
 
 from lora_jax.core.errors import RequestError
@@ -28,6 +27,8 @@ class TrainIterator(Iterator[Batch]):
     """
 
     def __init__(self, source: "TrainSource", *, num_threads: int = 0):
+        import grain
+
         self.source = source
         self.steps_per_epoch = source.steps_per_epoch
         self.fingerprint = source.fingerprint
