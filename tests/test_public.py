@@ -5,6 +5,8 @@ from __future__ import annotations
 import ast
 import importlib
 import inspect
+import json
+import re
 import subprocess
 import sys
 import tomllib
@@ -137,3 +139,69 @@ def run(code: str) -> str:
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     return done.stdout
+
+
+# What README, notebooks and experiments may import beyond one dot, by file, and why.
+ALLOWED = {
+    # Benchmarks time and compare the parts themselves.
+    "experiments/bench/": ["models", "parallel.topology", "train.card", "train.loss", "train.task"],
+    # Verdicts are computed from cards and intervals as the report reads them.
+    "experiments/findings.py": ["core", "report", "train.card"],
+    "experiments/hypotheses.py": ["report", "train.task"],
+    "experiments/forgetting.py": ["report.statistics"],
+    "experiments/learned.py": ["report.runs"],
+    "experiments/subspace_ranks.py": ["report.runs"],
+    # Errors of configs name the nearest preset, as those of the package do.
+    "experiments/e2e_smollm2.py": ["core.trees"],
+    "experiments/paper/": ["core.trees"],
+    "experiments/reviews_minilm.py": ["core.trees"],
+    "experiments/variants.py": ["core.trees"],
+    # Texts of a run are decoded in a loop of its own, with its data.
+    "experiments/what_rank_e2e.py": ["generate.score", "train.again", "train.task"],
+    # It begins where a run of seed 0 begins.
+    "experiments/zoo/": ["train.build"],
+}
+
+
+def sources():
+    """`(path in the repository, Python code)` of README, notebooks and experiments."""
+    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.S)
+    yield "README.md", "\n".join(blocks)
+    for path in sorted((ROOT / "notebooks").glob("*.ipynb")):
+        cells = json.loads(path.read_text())["cells"]
+        code = "\n".join("".join(c["source"]) for c in cells if c["cell_type"] == "code")
+        yield f"notebooks/{path.name}", re.sub(r"^[%!].*$", "", code, flags=re.M)
+    for path in sorted((ROOT / "experiments").rglob("*.py")):
+        yield str(path.relative_to(ROOT)), path.read_text()
+
+
+def imports_of(code: str):
+    """`(module, name)` of each import from the package, None for the module itself."""
+    for node in ast.walk(ast.parse(code)):
+        if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "lora_jax":
+            yield from ((node.module, alias.name) for alias in node.names)
+        elif isinstance(node, ast.Import):
+            yield from (
+                (alias.name, None) for alias in node.names if alias.name.split(".")[0] == "lora_jax"
+            )
+
+
+def test_readme_notebooks_and_experiments_import_public_names():
+    used = set()
+    for place, code in sources():
+        for module, name in imports_of(code):
+            inner = module.partition(".")[2]
+            allowed = [
+                (start, own)
+                for start, inners in ALLOWED.items()
+                for own in inners
+                if place.startswith(start) and (inner == own or inner.startswith(f"{own}."))
+            ]
+            is_public = inner in ("", *lj.__all__)
+            assert is_public or allowed, f"{place} imports {name} from {module}: use a public name"
+            if is_public and name is not None:
+                package = importlib.import_module(module)
+                assert name in getattr(package, "__all__", dir(package)), f"{place}: {name}"
+            else:
+                used |= set(allowed)
+    assert used == {(start, own) for start, inners in ALLOWED.items() for own in inners}
