@@ -21,7 +21,7 @@ FIXTURE_SCRIPTS := make_bert_fixtures.py make_peft_training_fixture.py make_fami
 WRITTEN := .cache/parity-written
 
 .DEFAULT_GOAL := help
-.PHONY: help demo testbeds test test-slow lint parity attachment zoo bench plans notebooks clean
+.PHONY: help demo testbeds test test-slow oldest lint parity attachment zoo bench plans notebooks clean
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 14
@@ -57,6 +57,18 @@ lint: $(VENV)/ready
 	$(VENV)/bin/ruff check --quiet .
 	$(VENV)/bin/ruff format --check --quiet .
 
+# The lower bounds of pyproject.toml, each pinned: what it promises is installed and run.
+.venv-oldest/ready: pyproject.toml
+	$(PYTHON) -m venv .venv-oldest
+	sed -n 's/^ *"\([A-Za-z_-]*\)>=\([0-9.]*\)",*$$/\1==\2/p; s/"\([A-Za-z_-]*\)>=\([0-9.]*\)"/\n\1==\2\n/gp' pyproject.toml \
+	  | grep -E '^[A-Za-z_-]+==' | grep -vE '^(setuptools|jupyterlab|ipykernel|nbclient|ruff)' | sort -u > .venv-oldest/lower.txt
+	.venv-oldest/bin/python -m pip install --quiet --disable-pip-version-check -e '.[test]' -c .venv-oldest/lower.txt
+	@touch $@
+
+oldest: .venv-oldest/ready ## the core, a run and a sweep on the oldest versions that pyproject.toml allows
+	.venv-oldest/bin/python -m pytest -q -m 'not slow' tests/core/test_lift.py tests/methods/test_methods.py \
+	  tests/sweeps/test_sweep.py tests/train/test_train.py tests/serve tests/formats/test_peft_exports.py
+
 # The other implementations live in an environment of their own: nothing of ours needs torch.
 .venv-torch/ready: tests/parity/requirements.txt
 	$(PYTHON) -m venv .venv-torch
@@ -83,7 +95,7 @@ attachment: $(VENV)/ready .venv-peers/ready ## where adapters attach: constructs
 
 .venv-zoo/ready: experiments/zoo/requirements.txt pyproject.toml
 	$(PYTHON) -m venv .venv-zoo
-	.venv-zoo/bin/python -m pip install --quiet --disable-pip-version-check -e . -r experiments/zoo/requirements.txt
+	.venv-zoo/bin/python -m pip install --quiet --disable-pip-version-check -e '.[all]' -r experiments/zoo/requirements.txt
 	@touch $@
 
 zoo: .venv-zoo/ready ## models of diffrax, optimistix, Equinox and Flax, adapted as they are: a table
@@ -98,7 +110,7 @@ bench: $(VENV)/ready .venv-torch/ready ## step time beside hand-written LoRA, fu
 # XLA's compiler for TPUs, in an environment of its own: it needs no TPU, and hundreds of megabytes.
 .venv-tpu/ready: pyproject.toml
 	$(PYTHON) -m venv .venv-tpu
-	.venv-tpu/bin/python -m pip install --quiet --disable-pip-version-check -e '.[tpu]'
+	.venv-tpu/bin/python -m pip install --quiet --disable-pip-version-check -e '.[all,tpu]'
 	@touch $@
 
 plans: .venv-tpu/ready ## the memory of GPT-3 and Llama steps on TPU slices, compiled here (an hour)

@@ -27,7 +27,7 @@ not been run.
 
 from ml_collections import ConfigDict
 
-from lora_jax.core.errors import RequestError
+from lora_jax import RequestError
 from lora_jax.core.trees import nearest
 
 RANKS = (1, 2, 4, 8, 64)

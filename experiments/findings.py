@@ -24,9 +24,9 @@ from experiments.hypotheses import (
     interval_text,
     read_contestants,
 )
+from lora_jax import RequestError
 from lora_jax.core import trees
-from lora_jax.core.errors import RequestError
-from lora_jax.formats.atomic import atomic_path, write_json, write_text
+from lora_jax.formats import atomic_path, write_json, write_text
 from lora_jax.report.quantities import rate_text
 from lora_jax.report.runs import Run
 from lora_jax.report.statistics import Interval

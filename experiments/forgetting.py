@@ -39,10 +39,8 @@ def write(workdir, out) -> None:
     from sklearn.preprocessing import StandardScaler
 
     from experiments import findings, hypotheses, learned
-    from lora_jax.core.lift import lift
-    from lora_jax.data import encode_examples
-    from lora_jax.data.examples import limit_examples
-    from lora_jax.data.newsgroups import load_newsgroups
+    from lora_jax import lift
+    from lora_jax.data import encode_examples, limit_examples, load_newsgroups
     from lora_jax.report.statistics import mean_interval
 
     found = hypotheses.read_contestants(workdir)

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 from ml_collections import ConfigDict
 
-from lora_jax.core.errors import RequestError
+from lora_jax import RequestError
 from lora_jax.data import load_splits
 from lora_jax.report.runs import Predictions, Run, read_runs
 from lora_jax.report.statistics import (

@@ -9,7 +9,7 @@ import json
 from pathlib import Path
 
 from experiments import findings, hypotheses
-from lora_jax.formats.atomic import write_text
+from lora_jax.formats import write_text
 
 FOLDER = Path(__file__).parent
 ORDER = (

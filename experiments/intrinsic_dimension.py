@@ -134,8 +134,8 @@ def write(workdir, out, beside) -> None:
     import numpy as np
 
     from experiments import findings, hypotheses
+    from lora_jax import RequestError
     from lora_jax.analysis import intrinsic_dimension
-    from lora_jax.core.errors import RequestError
 
     found = hypotheses.read_contestants(workdir)
     runs = [run for one in found.values() for run in one.all_runs]

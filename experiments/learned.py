@@ -8,14 +8,11 @@ from collections.abc import Mapping, Sequence
 import jax
 import numpy as np
 
-from lora_jax.analysis import basis_similarity, delta_svd
-from lora_jax.analysis.adapters import factors_of
-from lora_jax.analysis.subspaces import column_basis
-from lora_jax.core.errors import RequestError
-from lora_jax.core.trees import flatten
-from lora_jax.formats.peft_factors import Factors
+from lora_jax import RequestError, load_adapter
+from lora_jax.analysis import basis_similarity, column_basis, delta_svd, factors_of
+from lora_jax.formats import Factors
+from lora_jax.models import flatten
 from lora_jax.report.runs import Run
-from lora_jax.train import load_adapter
 
 key = jax.random.key
 
@@ -25,7 +22,7 @@ def adapted(folder):
     """The run's adapter on its base: `model`, `method`, `trainable`, `frozen`."""
     if not (folder / "adapter").is_dir():
         raise RequestError(f"{folder} has no adapter/ any more; train the sweep again")
-    return load_adapter(folder / "adapter")
+    return load_adapter(folder)
 
 
 def _factors(run: Run) -> Mapping[str, Factors]:
@@ -55,15 +52,14 @@ def full_deltas(run: Run, paths: Sequence[str]) -> dict[str, np.ndarray]:
     """`{path: ΔW (d_in, d_out)}` of a run of full fine-tuning."""
     one = adapted(run.folder)
     base, tuned = (
-        dict(flatten(tree).items())
-        for tree in (one.model.params, one.method.merge(one.trainable, one.frozen))
+        flatten(tree) for tree in (one.model.params, one.method.merge(one.trainable, one.frozen))
     )
     return {path: np.asarray(tuned[path]) - np.asarray(base[path]) for path in paths}
 
 
 def base_kernels(run: Run, paths: Sequence[str]) -> dict[str, np.ndarray]:
     """`{path: W (d_in, d_out)}` of the run's base."""
-    base = dict(flatten(adapted(run.folder).model.params).items())
+    base = flatten(adapted(run.folder).model.params)
     return {path: np.asarray(base[path]) for path in paths}
 
 

@@ -22,7 +22,7 @@ test snippets of other movies): accuracy 0.727 for the probe, 0.815 for LoRA r =
 
 from ml_collections import ConfigDict
 
-from lora_jax.core.errors import RequestError
+from lora_jax import RequestError
 from lora_jax.core.trees import nearest
 
 # Settings that belong together: a method and its learning rate, tuned at ranks 1 and 8 (sweep

@@ -25,7 +25,7 @@ Measured: experiments/results/variants/README.md.
 
 from ml_collections import ConfigDict
 
-from lora_jax.core.errors import RequestError
+from lora_jax import RequestError
 from lora_jax.core.trees import nearest
 
 # Ranks, and the middle of the rates: LoRA's is known from `reviews_minilm`, the others' are guesses

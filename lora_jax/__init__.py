@@ -1,62 +1,89 @@
 """A laboratory for low-rank adaptation in JAX: adapters on any parameter of any JAX model.
 
-The names here are the public contract; `lora_jax/README.md` is the architecture on one page.
+`lora_jax.__all__` is the public contract; `lora_jax/README.md` is the architecture on one page.
 """
 
-from lora_jax.core.apply import lora_apply as lora_apply
-from lora_jax.core.axes import KernelAxes as KernelAxes
-from lora_jax.core.axes import kernel_axes as kernel_axes
-from lora_jax.core.errors import RequestError as RequestError
-from lora_jax.core.lift import MaterialisedWarning as MaterialisedWarning
-from lora_jax.core.lift import lift as lift
-from lora_jax.core.lift import watch_materialised as watch_materialised
-from lora_jax.methods import BitFit as BitFit
-from lora_jax.methods import Combined as Combined
-from lora_jax.methods import DoRA as DoRA
-from lora_jax.methods import FullFineTuning as FullFineTuning
-from lora_jax.methods import HeadOnly as HeadOnly
-from lora_jax.methods import IntrinsicDimension as IntrinsicDimension
-from lora_jax.methods import LoRA as LoRA
-from lora_jax.methods import LoRAFA as LoRAFA
-from lora_jax.methods import LoRAPlus as LoRAPlus
-from lora_jax.methods import LoRAXS as LoRAXS
-from lora_jax.methods import Method as Method
-from lora_jax.methods import PiSSA as PiSSA
-from lora_jax.methods import RsLoRA as RsLoRA
-from lora_jax.methods import Rule as Rule
-from lora_jax.methods import UniLoRA as UniLoRA
-from lora_jax.methods import VeRA as VeRA
-from lora_jax.methods import arithmetic as arithmetic
-from lora_jax.methods import bind_all as bind_all
-from lora_jax.methods import merge_all as merge_all
-from lora_jax.methods.masked import masked_optimizer as masked_optimizer
-from lora_jax.methods.named import register_method as register_method
-from lora_jax.quant import merge_and_requantize as merge_and_requantize
-from lora_jax.quant import quantize as quantize
+from typing import TYPE_CHECKING
 
 __version__ = "0.1.0"
 
+if TYPE_CHECKING:
+    from lora_jax import analysis as analysis
+    from lora_jax import data as data
+    from lora_jax import formats as formats
+    from lora_jax import methods as methods
+    from lora_jax import models as models
+    from lora_jax import parallel as parallel
+    from lora_jax import quant as quant
+    from lora_jax.core.apply import lora_apply as lora_apply
+    from lora_jax.core.axes import KernelAxes as KernelAxes
+    from lora_jax.core.axes import kernel_axes as kernel_axes
+    from lora_jax.core.errors import RequestError as RequestError
+    from lora_jax.core.lift import MaterialisedWarning as MaterialisedWarning
+    from lora_jax.core.lift import lift as lift
+    from lora_jax.core.lift import watch_materialised as watch_materialised
+    from lora_jax.formats.peft_save import save_adapter as save_adapter
+    from lora_jax.generate.settings import Decoding as Decoding
+    from lora_jax.generate.text import generate_text
+    from lora_jax.methods import BitFit as BitFit
+    from lora_jax.methods import Combined as Combined
+    from lora_jax.methods import DoRA as DoRA
+    from lora_jax.methods import FullFineTuning as FullFineTuning
+    from lora_jax.methods import HeadOnly as HeadOnly
+    from lora_jax.methods import IntrinsicDimension as IntrinsicDimension
+    from lora_jax.methods import LoRA as LoRA
+    from lora_jax.methods import LoRAFA as LoRAFA
+    from lora_jax.methods import LoRAPlus as LoRAPlus
+    from lora_jax.methods import LoRAXS as LoRAXS
+    from lora_jax.methods import Method as Method
+    from lora_jax.methods import PiSSA as PiSSA
+    from lora_jax.methods import RsLoRA as RsLoRA
+    from lora_jax.methods import Rule as Rule
+    from lora_jax.methods import UniLoRA as UniLoRA
+    from lora_jax.methods import VeRA as VeRA
+    from lora_jax.methods import arithmetic as arithmetic
+    from lora_jax.methods import bind_all as bind_all
+    from lora_jax.methods import merge_all as merge_all
+    from lora_jax.methods.masked import masked_optimizer as masked_optimizer
+    from lora_jax.methods.named import register_method as register_method
+    from lora_jax.models import Model as Model
+    from lora_jax.models import load_model as load_model
+    from lora_jax.models import save_model as save_model
+    from lora_jax.quant import merge_and_requantize as merge_and_requantize
+    from lora_jax.quant import quantize as quantize
+    from lora_jax.serve.adapters import Adapted as Adapted
+    from lora_jax.serve.adapters import load_adapter as load_adapter
+    from lora_jax.serve.predict import Predictions as Predictions
+    from lora_jax.serve.predict import predict as predict
+    from lora_jax.sweeps.api import sweep as sweep
+    from lora_jax.train.loop import train as train
 
-def __getattr__(name: str):
-    # Loading models needs Flax and tokenizers; the core must import without waiting for them.
-    if name == "load_model":
-        from lora_jax.models.load import load_model
+    generate = generate_text
+else:
+    # Hidden from type checkers, to which it would say that every name exists. Nothing is imported
+    # before it is used: JAX takes half a second, Flax and Orbax a second more.
+    from lora_jax._public import lazy_names
 
-        return load_model
-    if name == "formats":
-        import lora_jax.formats
-
-        return lora_jax.formats
-    if name == "analysis":
-        import lora_jax.analysis
-
-        return lora_jax.analysis
-    if name == "sweep":
-        from lora_jax.sweeps.api import sweep
-
-        return sweep
-    raise AttributeError(f"module 'lora_jax' has no attribute {name!r}")
-
-
-def __dir__() -> list[str]:
-    return sorted({*globals(), "analysis", "formats", "load_model", "sweep"})
+    __getattr__, __dir__, __all__ = lazy_names(
+        __name__,
+        {
+            "core.apply": "lora_apply",
+            "core.axes": "KernelAxes kernel_axes",
+            "core.errors": "RequestError",
+            "core.lift": "MaterialisedWarning lift watch_materialised",
+            "formats.peft_save": "save_adapter",
+            "generate.settings": "Decoding",
+            "methods": "BitFit Combined DoRA FullFineTuning HeadOnly IntrinsicDimension LoRA "
+            "LoRAFA LoRAPlus LoRAXS Method PiSSA RsLoRA Rule UniLoRA VeRA arithmetic bind_all "
+            "merge_all",
+            "methods.masked": "masked_optimizer",
+            "methods.named": "register_method",
+            "models": "Model load_model save_model",
+            "quant": "merge_and_requantize quantize",
+            "serve.adapters": "Adapted load_adapter",
+            "serve.predict": "Predictions predict",
+            "sweeps.api": "sweep",
+        },
+        # `train` and `generate` are folders, and called they are their functions (`call_as`).
+        submodules="analysis data formats generate methods models parallel quant train",
+    )

@@ -17,7 +17,8 @@ import jax
 import numpy as np
 
 from experiments.bench.record import in_turn, write_record
-from lora_jax.generate import Decoding, compile_first, generate
+from lora_jax.generate import Decoding, compile_first
+from lora_jax.generate import generate_tokens as generate
 from lora_jax.models import load_model
 
 

@@ -30,7 +30,7 @@ import optax
 
 import lora_jax as lj
 from experiments.bench.record import ratio_of, write_record
-from lora_jax.models.model import Model
+from lora_jax.models import Model
 from lora_jax.models.sources import find_source
 from lora_jax.train import init_state, make_train_step
 from lora_jax.train.loss import make_loss

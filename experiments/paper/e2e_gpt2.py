@@ -33,7 +33,7 @@ Measured here: not yet.
 
 from ml_collections import ConfigDict
 
-from lora_jax.core.errors import RequestError
+from lora_jax import RequestError
 from lora_jax.core.trees import nearest
 
 MODELS = ("gpt2-medium", "gpt2-large")

@@ -39,9 +39,9 @@ Measured here: not yet.
 
 from ml_collections import ConfigDict
 
-from lora_jax.core.errors import RequestError
+from lora_jax import RequestError
 from lora_jax.core.trees import nearest
-from lora_jax.data.glue import glue_task
+from lora_jax.data import glue_task
 
 # Training examples of each task: what an epoch is, to look once in each.
 NUM_TRAIN = {

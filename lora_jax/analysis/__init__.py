@@ -1,5 +1,8 @@
 """What adapters learned: subspaces, spectra, and ΔW against W. Pure JAX, over stacks of layers."""
 
+from lora_jax.analysis.adapters import compare_adapters as compare_adapters
+from lora_jax.analysis.adapters import factors_of as factors_of
+from lora_jax.analysis.adapters import profile_adapter as profile_adapter
 from lora_jax.analysis.factors import SVD as SVD
 from lora_jax.analysis.factors import delta_svd as delta_svd
 from lora_jax.analysis.factors import kernel_svd as kernel_svd
@@ -15,6 +18,7 @@ from lora_jax.analysis.spectra import entropy_rank as entropy_rank
 from lora_jax.analysis.spectra import intruder_dimensions as intruder_dimensions
 from lora_jax.analysis.spectra import stable_rank as stable_rank
 from lora_jax.analysis.subspaces import basis_similarity as basis_similarity
+from lora_jax.analysis.subspaces import column_basis as column_basis
 from lora_jax.analysis.subspaces import delta_subspace_similarity as delta_subspace_similarity
 from lora_jax.analysis.subspaces import expected_similarity as expected_similarity
 from lora_jax.analysis.subspaces import kernel_subspace_similarity as kernel_subspace_similarity

@@ -9,7 +9,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from lora_jax.cli.adapters import is_peft, load_adapted
 from lora_jax.cli.requests import Parser, add_json, cell_of, say
 from lora_jax.core.errors import RequestError
 
@@ -145,6 +144,8 @@ def _seed_of(path: str) -> int:
 
 
 def _is_run(path: str) -> bool:
+    from lora_jax.serve.adapters import is_peft
+
     return not is_peft(path) and Path(path).is_dir()
 
 
@@ -153,13 +154,15 @@ def _load(path: str, name: str, base: str | None) -> tuple[AdapterFactors, Kerne
 
     from lora_jax.analysis.adapters import factors_of, kernels_of
     from lora_jax.formats.peft_factors import BaseKernels, read_factors
+    from lora_jax.serve.adapters import load_adapter
 
     if not _is_run(path):
         adapter = dataclasses.replace(read_factors(path), name=name)
         return adapter, BaseKernels(base).kernel if base else None
     if base:
         raise RequestError(f"--base={base} is for adapters in PEFT's format; {path} knows its own")
-    model, method, trainable, _ = load_adapted(path, None)
+    adapted = load_adapter(path)
+    model, method, trainable = adapted.model, adapted.method, adapted.trainable
     adapter = factors_of(method, trainable, model.params, name=name)
     adapter = dataclasses.replace(adapter, base=f"{model.name} ({model.base_hash[:12]})")
     return adapter, kernels_of(method, trainable, model.params)

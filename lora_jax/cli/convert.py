@@ -7,7 +7,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from lora_jax.cli.adapters import is_peft, load_adapted
 from lora_jax.cli.requests import Parser, add_json, say
 from lora_jax.core.errors import RequestError
 from lora_jax.formats.atomic import check_new
@@ -46,9 +45,11 @@ def run(argv: Sequence[str]) -> int:
     check_new(options.out)
 
     from lora_jax.models.load import checked_dtype
+    from lora_jax.serve.adapters import is_peft, load_adapter
 
     dtype = None if options.dtype is None else checked_dtype(options.dtype)
-    model, method, trainable, _ = load_adapted(options.adapter, options.model, untie=options.untie)
+    adapted = load_adapter(options.adapter, options.model, untie=options.untie)
+    model, method, trainable = adapted.model, adapted.method, adapted.trainable
 
     if is_peft(options.adapter):
         _check_names(options.adapter, model)

@@ -11,8 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lora_jax.cli.adapters import base_of
-from lora_jax.cli.requests import Parser, add_json, cell_of, say
+from lora_jax.cli.requests import Parser, add_json, say
 from lora_jax.core.errors import RequestError
 from lora_jax.formats.untrusted import printable
 
@@ -70,6 +69,7 @@ def run(argv: Sequence[str]) -> int:
     from lora_jax.data.completions import prompt_ids
     from lora_jax.generate import Decoding, chat_prompt, encode_prompts, pad_left
     from lora_jax.models import load_model
+    from lora_jax.serve.adapters import run_adapter
     from lora_jax.train import enable_compilation_cache
 
     settings = Decoding(
@@ -81,7 +81,7 @@ def run(argv: Sequence[str]) -> int:
         **sampling,
     )
     enable_compilation_cache()
-    runs = [folder for path in options.adapter if (folder := _run_folder(path)) is not None]
+    runs = [folder for path in options.adapter if (folder := run_adapter(path)) is not None]
     known = {runs[0]: _load_run(runs[0])} if runs else {}
     if options.model is None and not runs:
         options.model = _base_of_first(options.adapter)
@@ -169,35 +169,23 @@ def _sampling(options: argparse.Namespace) -> dict[str, Any]:
     return {"do_sample": True, **given}
 
 
-def _run_folder(path: str) -> Path | None:
-    """The adapter/ folder of a run of this project; None if `path` is none."""
-    from lora_jax.formats.adapter import DESCRIPTION
-
-    folder = Path(path)
-    if (folder / DESCRIPTION).exists():
-        return folder
-    if not folder.is_dir() or (folder / "adapter_config.json").exists():
-        return None
-    return cell_of(folder) / "adapter"
-
-
 def _base_of_first(adapters: Sequence[str]) -> str:
     """The base that the first of some PEFT adapters names."""
     if not adapters:
         raise RequestError("--model is missing; name the model, such as --model=smollm2-135m")
     from lora_jax.models.sources import find_adapter
+    from lora_jax.serve.adapters import base_of
 
     return base_of(find_adapter(adapters[0]))
 
 
 def _bound(model: Model, path: str, known: dict[Path, Adapted]) -> Any:
     """The parameters of `model` with the adapter on them; `known` runs are not loaded again."""
-    folder = _run_folder(path)
-    if folder is None:
-        from lora_jax.formats.peft import load_adapter
+    from lora_jax.serve.adapters import load_adapter, run_adapter
 
-        method, trainable = load_adapter(path, model)
-        return method.bind(trainable, model.params)
+    folder = run_adapter(path)
+    if folder is None:
+        return load_adapter(path, model).params
 
     adapted = known[folder] if folder in known else _load_run(folder)
     if adapted.model.base_hash != model.base_hash:
@@ -219,10 +207,10 @@ def _load_run(folder: Path) -> Adapted:
 
     Raises `RequestError` for a run of another task, and for one whose texts were encoded otherwise.
     """
-    from lora_jax.train import load_adapter
+    from lora_jax.train.adapted import load_run_adapter
     from lora_jax.train.again import check_completion_format
 
-    adapted = load_adapter(folder)
+    adapted = load_run_adapter(folder)
     if adapted.model.head is not None or adapted.model.kind != "causal-lm":
         task = adapted.model.head or f"an {adapted.model.kind}"
         raise RequestError(

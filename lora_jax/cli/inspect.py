@@ -43,7 +43,8 @@ def run(argv: Sequence[str]) -> int:
 
     import jax
 
-    from lora_jax.train import load_adapter, make_method, make_model
+    from lora_jax.serve.adapters import load_adapter
+    from lora_jax.train import make_method, make_model
 
     if options.shapes is not None:
         from lora_jax.methods import LoRA
@@ -52,7 +53,7 @@ def run(argv: Sequence[str]) -> int:
         model = abstract_model(options.shapes)
         method = LoRA(targets=options.targets, rank=options.rank, aliases=model.aliases)
     elif options.cell is not None:
-        adapted = load_adapter(cell_of(options.cell) / "adapter")
+        adapted = load_adapter(cell_of(options.cell))
         model, method = adapted.model, adapted.method
     else:
         config = needs_config(config, "inspect", sections=("model", "method"))

@@ -9,14 +9,14 @@ import sys
 import warnings
 from collections.abc import Sequence
 
-from lora_jax.core.errors import RequestError
-from lora_jax.core.trees import nearest
-from lora_jax.formats.untrusted import escaped
+import lora_jax
+from lora_jax._public import needs_extra
 
 COMMANDS = {
     "train": "train one cell: a method on a model and data; resumes where it stopped",
     "sweep": "train every cell of a sweep; cells whose shapes agree train as one program",
     "evaluate": "loss and accuracy of a trained cell",
+    "predict": "apply a finished run to new texts: classes, numbers or completions",
     "generate": "continue prompts with a model and with adapters on it, side by side",
     "merge": "fold a trained adapter into its base and write the model's folder",
     "convert": "write an adapter in PEFT's format, for peft, vLLM and others",
@@ -66,22 +66,26 @@ def usage() -> str:
 
 def _in_one_line(error: Exception) -> str:
     """What an error says. A name or value in it may be a stranger's: escape codes and line ends."""
+    from lora_jax.formats.untrusted import escaped
+
     return escaped(" ".join(str(error).splitlines()))
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command; returns the exit code. A bad request is one line on stderr and code 2."""
     argv = list(sys.argv[1:] if argv is None else argv)
+    if not argv or argv[0] in ("-h", "--help", "help"):
+        print(usage(), flush=True)
+        return 0
+    if argv[0] == "--version":
+        print(lora_jax.__version__)
+        return 0
+    # JAX is imported from here on, not for the two answers above.
+    from lora_jax.core.errors import RequestError
+    from lora_jax.core.trees import nearest
+
     usual, warnings.formatwarning = warnings.formatwarning, _one_line
     try:
-        if not argv or argv[0] in ("-h", "--help", "help"):
-            print(usage(), flush=True)
-            return 0
-        if argv[0] == "--version":
-            import lora_jax
-
-            print(lora_jax.__version__)
-            return 0
         if argv[0] not in COMMANDS:
             raise RequestError(
                 f"there is no command {argv[0]!r}; {nearest(argv[0], COMMANDS)}; "
@@ -98,6 +102,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("lora-jax: stopped", file=sys.stderr)
         return 130
+    except ModuleNotFoundError as error:
+        if (line := needs_extra(error)) is None:
+            raise
+        print(f"lora-jax {argv[0]}: {line}", file=sys.stderr)
+        return 2
     except Exception as error:
         # Only the trainer's request to stop carries an exit code; all else is our defect.
         if (code := getattr(error, "exit_code", None)) is None:

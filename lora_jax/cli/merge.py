@@ -10,7 +10,6 @@ from typing import Any
 
 import numpy as np
 
-from lora_jax.cli.adapters import load_adapted
 from lora_jax.cli.requests import Parser, add_json, say
 from lora_jax.core.errors import RequestError
 from lora_jax.core.trees import Stored, flatten, is_float
@@ -40,12 +39,13 @@ def run(argv: Sequence[str]) -> int:
     options = _parser().parse_args(argv)
     check_new(options.out)
 
-    adapted = load_adapted(options.cell, options.model, untie=options.untie)
-    model, _, trainable, _ = adapted
-
     from lora_jax.models import save_model
+    from lora_jax.serve.adapters import load_adapter
 
-    params, numbers, lines = (_in_four_bits if options.requantize else _merged)(options, *adapted)
+    adapted = load_adapter(options.cell, options.model, untie=options.untie)
+    model, trainable = adapted.model, adapted.trainable
+    fold = _in_four_bits if options.requantize else _merged
+    params, numbers, lines = fold(options, model, adapted.method, trainable, adapted.frozen)
     save_model(options.out, model, params)
     if options.json:
         said = {"folder": str(options.out), "merged": len(trainable), **numbers}

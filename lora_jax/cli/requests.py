@@ -20,14 +20,15 @@ from lora_jax.core.errors import RequestError
 from lora_jax.core.optional import describe_optional
 from lora_jax.core.trees import nearest
 from lora_jax.formats.paths import at_home
+from lora_jax.formats.paths import cell_of as cell_of
 from lora_jax.formats.untrusted import printable
 from lora_jax.train.configs import check_not_missing, fill, put_settings
 from lora_jax.train.schema import SECTIONS, SETTINGS, example_of, parse
 
 # Options that name a file or a folder.
 PATHS = {
-    "adapter", "adapters", "base", "beside", "cell", "figures", "keep", "model", "out", "run",
-    "workdir",
+    "adapter", "adapters", "base", "beside", "cell", "data", "figures", "keep", "model", "out",
+    "run", "workdir",
 }  # fmt: skip
 
 # What --mesh means, for the ends of --help.
@@ -289,21 +290,6 @@ def needs_config(
         )
     check_not_missing(config, sections)
     return config
-
-
-def cell_of(path: str | os.PathLike, *, having: str = "config.json") -> Path:
-    """The folder of a cell with that file: itself, or the only one of a workdir."""
-    folder = Path(path)
-    if not folder.is_dir():
-        raise RequestError(f"there is no folder {folder}; give a run's WORKDIR/cells/NAME")
-    if (folder / having).exists():
-        return folder
-    cells = sorted(p.parent for p in folder.glob("cells/*/config.json"))
-    if len(cells) == 1:
-        return cells[0]
-    if cells:
-        raise RequestError(f"{folder} holds {len(cells)} cells; name one, such as {cells[0]}")
-    raise RequestError(f"{folder} holds no run; give a run's WORKDIR/cells/NAME")
 
 
 def say(text: str) -> None:

@@ -9,7 +9,6 @@ import sys
 from collections.abc import Iterator, Sequence
 from typing import Any, cast
 
-import grain
 import numpy as np
 
 from lora_jax.core.errors import RequestError
@@ -31,6 +30,8 @@ class TrainIterator(Iterator[Batch]):
     """
 
     def __init__(self, source: TrainSource, *, num_threads: int = 0):
+        import grain
+
         self.source = source
         self.steps_per_epoch = source.steps_per_epoch
         self.fingerprint = source.fingerprint

@@ -1,14 +1,19 @@
 """Prompts and completions to token ids, for a causal language model."""
 
+from __future__ import annotations
+
 from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING
 
 import numpy as np
-import tokenizers
 
 from lora_jax.core.errors import RequestError
 from lora_jax.data.examples import Examples
 from lora_jax.data.tokenize import CHUNK_SIZE, EncodedExamples, end_to_end
 from lora_jax.models.tokenizer import encoding_errors
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
 
 # What runs record of how their completions were encoded. The first format (no record) had neither
 # BOS nor the rule on leading spaces.
@@ -16,7 +21,7 @@ COMPLETION_FORMAT = 2
 
 
 def encode_completions(
-    tokenizer: tokenizers.Tokenizer,
+    tokenizer: Tokenizer,
     examples: Examples,
     *,
     max_length: int,
@@ -34,7 +39,9 @@ def encode_completions(
     the beginning of its prompt, after BOS; the completion stays whole. Raises `RequestError` for a
     completion that does not fit by itself, or for which there are no tokens.
     """
-    plain = tokenizers.Tokenizer.from_str(tokenizer.to_str())
+    from tokenizers import Tokenizer
+
+    plain = Tokenizer.from_str(tokenizer.to_str())
     plain.no_padding()
     plain.no_truncation()
     end = np.array([eos_token_id], np.int32)
@@ -67,14 +74,14 @@ def encode_completions(
     )
 
 
-def prompt_ids(tokenizer: tokenizers.Tokenizer, prompt: str, *, eos_token_id: int) -> list[int]:
+def prompt_ids(tokenizer: Tokenizer, prompt: str, *, eos_token_id: int) -> list[int]:
     """The token ids after which a model trained on `encode_completions` begins a completion."""
     with encoding_errors():
         ids = tokenizer.encode(prompt, add_special_tokens=False).ids
     return [*special_prefix(tokenizer), *ids, eos_token_id]
 
 
-def special_prefix(tokenizer: tokenizers.Tokenizer) -> list[int]:
+def special_prefix(tokenizer: Tokenizer) -> list[int]:
     """The special tokens (BOS) that the tokenizer puts before a text, as transformers calls it."""
     # The text separates the special tokens before it from those after it, so it must have a
     # token: "a" has none in some small vocabularies.
@@ -88,23 +95,23 @@ def special_prefix(tokenizer: tokenizers.Tokenizer) -> list[int]:
     return []
 
 
-def _words(tokenizer: tokenizers.Tokenizer) -> Iterator[str]:
+def _words(tokenizer: Tokenizer) -> Iterator[str]:
     yield "a"  # which nearly always serves: the vocabulary is long
     yield from sorted(tokenizer.get_vocab(with_added_tokens=False))
 
 
-def doubles_leading_space(tokenizer: tokenizers.Tokenizer) -> bool:
+def doubles_leading_space(tokenizer: Tokenizer) -> bool:
     """Whether " a" becomes "▁▁a", since the tokenizer puts a space of its own before each text."""
     alone, spaced = (_before_the_model(tokenizer, text) for text in ("a", " a"))
     return alone.startswith("▁") and spaced == "▁" + alone
 
 
-def differs_from_first_format(tokenizer: tokenizers.Tokenizer) -> bool:
+def differs_from_first_format(tokenizer: Tokenizer) -> bool:
     """Whether `COMPLETION_FORMAT` gives other ids than the first format did."""
     return bool(special_prefix(tokenizer)) or doubles_leading_space(tokenizer)
 
 
-def _before_the_model(tokenizer: tokenizers.Tokenizer, text: str) -> str:
+def _before_the_model(tokenizer: Tokenizer, text: str) -> str:
     """The text as the tokenizer's vocabulary sees it."""
     if tokenizer.normalizer is not None:
         text = tokenizer.normalizer.normalize_str(text)
@@ -113,7 +120,7 @@ def _before_the_model(tokenizer: tokenizers.Tokenizer, text: str) -> str:
     return "".join(piece for piece, _ in tokenizer.pre_tokenizer.pre_tokenize_str(text))
 
 
-def _encoded(tokenizer: tokenizers.Tokenizer, texts: list[str]) -> list[np.ndarray]:
+def _encoded(tokenizer: Tokenizer, texts: list[str]) -> list[np.ndarray]:
     with encoding_errors():
         found = tokenizer.encode_batch_fast(texts, add_special_tokens=False)
     return [np.array(encoding.ids, np.int32) for encoding in found]

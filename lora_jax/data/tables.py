@@ -2,15 +2,14 @@
 
 import csv
 import difflib
+import json
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import pyarrow
-import pyarrow.parquet
-
 from lora_jax.core.errors import RequestError
+from lora_jax.formats.atomic import atomic_path
 from lora_jax.formats.untrusted import parse_json
 
 EXTENSIONS = {
@@ -40,23 +39,91 @@ def read_rows(
     that names the line for a row that cannot be read, lacks a text or a label, and for a file that
     is empty, unreadable or without the columns.
     """
+    rows = [
+        _make_row(record, place, text_column, label_column, target)
+        for record, place in _records(path, kind, (text_column, label_column))
+    ]
+    if not rows:
+        raise RequestError(f"{path} holds no examples; data.path must name a file with rows")
+    return rows
+
+
+def kind_of(path: Path) -> str:
+    """The one of `EXTENSIONS` that the path ends in. Raises `RequestError` if it ends in none."""
+    for kind, endings in EXTENSIONS.items():
+        if path.suffix.lower() in endings:
+            return kind
+    known = ", ".join(endings[0] for endings in EXTENSIONS.values())
+    raise RequestError(f"{path} ends in none of {known}, which say how to read or write it")
+
+
+def read_texts(path: Path, columns: Sequence[str]) -> list[tuple[dict[str, Any], str]]:
+    """All records of one file, each with its place; every one has a text in each of `columns`.
+
+    Raises `RequestError` as `read_rows` does, labels apart.
+    """
+    records = list(_records(path, kind_of(path), None))
+    if not records:
+        raise RequestError(f"{path} holds no rows")
+    for record, place in records:
+        for name in columns:
+            _text(record, name, "the column of the texts (--text=…)", place)
+    return records
+
+
+def write_rows(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
+    """Writes rows as the kind of file that the path ends in, atomically.
+
+    In CSV and TSV the columns are those of all rows, lists and dicts are JSON. Raises
+    `RequestError` for another ending, or values that the kind cannot hold (a tab in TSV).
+    """
+    kind = kind_of(path)
+    with atomic_path(path) as temporary:
+        if kind == "parquet":
+            import pyarrow
+            import pyarrow.parquet
+
+            try:
+                pyarrow.parquet.write_table(pyarrow.Table.from_pylist(list(rows)), temporary)
+            except pyarrow.ArrowException as error:
+                raise RequestError(f"{path}: {error}; write jsonl instead") from error
+            return
+        with open(temporary, "w", encoding="utf-8", newline="") as file:
+            if kind == "jsonl":
+                file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+                return
+            names = list(dict.fromkeys(name for row in rows for name in row))
+            format = {"delimiter": "\t", "quoting": csv.QUOTE_NONE} if kind == "tsv" else {}
+            writer = csv.writer(file, lineterminator="\n", **format)
+            try:
+                writer.writerow(names)
+                writer.writerows([_cell(row.get(name)) for name in names] for row in rows)
+            except csv.Error as error:
+                raise RequestError(
+                    f"{path}: a value holds a tab or a line end, which TSV cannot say; write "
+                    "csv or jsonl instead"
+                ) from error
+
+
+def _cell(value: Any) -> Any:
+    return json.dumps(value, ensure_ascii=False) if isinstance(value, dict | list) else value
+
+
+def _records(
+    path: Path, kind: str, columns: Sequence[str] | None
+) -> Iterator[tuple[dict[str, Any], str]]:
+    """Records and their places; of Parquet only `columns` are read (None: all)."""
     readers: dict[str, Callable[[Path], Iterator[tuple[dict, str]]]] = {
         "jsonl": _read_jsonl,
         "csv": _read_csv,
         "tsv": _read_tsv,
-        "parquet": lambda path: _read_parquet(path, (text_column, label_column)),
+        "parquet": lambda path: _read_parquet(path, columns),
     }
     try:
-        rows = [
-            _make_row(record, place, text_column, label_column, target)
-            for record, place in readers[kind](path)
-        ]
-    except (OSError, pyarrow.ArrowException) as error:
+        yield from readers[kind](path)
+    except OSError as error:
         reason = (str(error) or type(error).__name__).splitlines()[0]
         raise RequestError(f"cannot read {path} as {kind}: {reason}") from error
-    if not rows:
-        raise RequestError(f"{path} holds no examples; data.path must name a file with rows")
-    return rows
 
 
 def nearest_name(name: str, choices: Sequence[str]) -> str:
@@ -122,15 +189,22 @@ def _delimited(path: Path, reader: Any) -> Iterator[tuple[dict, str]]:
             yield dict(zip(header, fields, strict=True)), place
 
 
-def _read_parquet(path: Path, columns: Sequence[str]) -> Iterator[tuple[dict, str]]:
-    with pyarrow.parquet.ParquetFile(path) as file:
-        # A missing column is reported with all those there, so then all are read.
-        wanted = list(columns) if set(columns) <= set(file.schema_arrow.names) else None
-        number = 0
-        for batch in file.iter_batches(columns=wanted):
-            for record in batch.to_pylist():
-                number += 1
-                yield record, f"{path} row {number}"
+def _read_parquet(path: Path, columns: Sequence[str] | None) -> Iterator[tuple[dict, str]]:
+    import pyarrow
+    import pyarrow.parquet
+
+    try:
+        with pyarrow.parquet.ParquetFile(path) as file:
+            # A missing column is reported with all those there, so then all are read.
+            there = file.schema_arrow.names
+            wanted = list(columns) if columns and set(columns) <= set(there) else None
+            number = 0
+            for batch in file.iter_batches(columns=wanted):
+                for record in batch.to_pylist():
+                    number += 1
+                    yield record, f"{path} row {number}"
+    except pyarrow.ArrowException as error:
+        raise OSError(str(error) or type(error).__name__) from error
 
 
 def read_lines(path: Path) -> Iterator[tuple[int, str]]:

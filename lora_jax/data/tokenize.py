@@ -1,14 +1,19 @@
 """Texts to token ids, kept in memory as one ragged array."""
 
+from __future__ import annotations
+
 import dataclasses
 from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
 
 import numpy as np
-import tokenizers
 
 from lora_jax.core.errors import RequestError
 from lora_jax.data.examples import Examples
 from lora_jax.models.tokenizer import encoding_errors
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
 
 # Encodings are far larger than the ids taken from them, so only this many live at a time.
 CHUNK_SIZE = 4096
@@ -45,7 +50,7 @@ class EncodedExamples:
 
 
 def encode_examples(
-    tokenizer: tokenizers.Tokenizer,
+    tokenizer: Tokenizer,
     examples: Examples,
     *,
     max_length: int,
@@ -64,7 +69,9 @@ def encode_examples(
             f"data.max_length={max_length} leaves no room for text: the tokenizer adds {special} "
             f"special tokens; give {special + 1} or more"
         )
-    cutting = tokenizers.Tokenizer.from_str(tokenizer.to_str())
+    from tokenizers import Tokenizer
+
+    cutting = Tokenizer.from_str(tokenizer.to_str())
     cutting.no_padding()
     cutting.enable_truncation(max_length)
     texts: Sequence = examples.texts
@@ -105,7 +112,7 @@ def end_to_end(rows: Sequence[np.ndarray]) -> dict[str, np.ndarray]:
     }
 
 
-def _pad_id(tokenizer: tokenizers.Tokenizer) -> int:
+def _pad_id(tokenizer: Tokenizer) -> int:
     """The padding token's id; 0 where there is none, since padding is masked anyway."""
     if tokenizer.padding is not None:
         return tokenizer.padding["pad_id"]

@@ -2,11 +2,21 @@
 
 from __future__ import annotations
 
-import importlib
+from typing import TYPE_CHECKING
 
+if TYPE_CHECKING:
+    from lora_jax.formats import peft as peft
+    from lora_jax.formats.atomic import atomic_path as atomic_path
+    from lora_jax.formats.atomic import write_json as write_json
+    from lora_jax.formats.atomic import write_text as write_text
+    from lora_jax.formats.peft_factors import Factors as Factors
+    from lora_jax.formats.peft_factors import read_factors as read_factors
+else:
+    # PEFT's files know models, and models read files: imported when they are asked for.
+    from lora_jax._public import lazy_names
 
-def __getattr__(name: str):
-    # `peft` knows models, and models read files: imported when it is asked for.
-    if name == "peft":
-        return importlib.import_module("lora_jax.formats.peft")
-    raise AttributeError(f"module 'lora_jax.formats' has no attribute {name!r}")
+    __getattr__, __dir__, __all__ = lazy_names(
+        __name__,
+        {"atomic": "atomic_path write_json write_text", "peft_factors": "Factors read_factors"},
+        submodules="peft",
+    )

@@ -12,8 +12,6 @@ import re
 import reprlib
 import time
 
-import regex
-
 from lora_jax.core import rules
 from lora_jax.core.errors import RequestError
 
@@ -26,14 +24,21 @@ class Expression:
     """A compiled expression with the time that it has left; `pattern` is its text."""
 
     def __init__(self, pattern: str):
-        re.compile(pattern)  # Python's syntax decides what is an expression
+        plain = re.compile(pattern)  # Python's syntax decides what is an expression
         self.pattern = pattern
+        self._left = SECONDS
+        try:
+            import regex
+        except ModuleNotFoundError:
+            # It comes with the extra `text`, without which no stranger's adapter can be read.
+            self._compiled, self._limit = plain, False
+            return
         text = _ESCAPED_OR_BRACE.sub(lambda found: found[1] or r"\{", pattern)
         try:
             self._compiled = regex.compile(text)
         except regex.error as error:
             raise re.error(str(error)) from error
-        self._left = SECONDS
+        self._limit = True
 
     def match(self, text: str):
         return self._within_time(self._compiled.match, text)
@@ -46,7 +51,7 @@ class Expression:
         try:
             if self._left <= 0:
                 raise TimeoutError
-            return method(text, timeout=self._left)
+            return method(text, timeout=self._left) if self._limit else method(text)
         except (TimeoutError, MemoryError, RecursionError) as error:
             self._left = 0.0
             raise RequestError(

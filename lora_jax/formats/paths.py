@@ -1,4 +1,4 @@
-"""Paths as users give them: `~` is the home folder."""
+"""Paths as users give them: `~` is the home folder, a workdir with one run is that run."""
 
 from __future__ import annotations
 
@@ -8,6 +8,21 @@ import sys
 from pathlib import Path
 
 from lora_jax.core.errors import RequestError
+
+
+def cell_of(path: str | os.PathLike, *, having: str = "config.json") -> Path:
+    """The folder of a cell with that file: itself, or the only one of a workdir."""
+    folder = at_home(path)
+    if not folder.is_dir():
+        raise RequestError(f"there is no folder {folder}; give a run's WORKDIR/cells/NAME")
+    if (folder / having).exists():
+        return folder
+    cells = sorted(p.parent for p in folder.glob("cells/*/config.json"))
+    if len(cells) == 1:
+        return cells[0]
+    if cells:
+        raise RequestError(f"{folder} holds {len(cells)} cells; name one, such as {cells[0]}")
+    raise RequestError(f"{folder} holds no run; give a run's WORKDIR/cells/NAME")
 
 
 def at_home(path: str | os.PathLike) -> Path:

@@ -47,18 +47,27 @@ def save_adapter(
     plain: bool = False,
     dtype: Any = None,
 ) -> None:
-    """Writes `trainable` as a new PEFT folder, atomically; PEFT 0.21 computes the same from it.
+    """Writes an adapter as a new folder in PEFT's format, atomically; PEFT 0.21 reads it.
 
-    LoRA and its variants whose change is a @ b (PiSSA as the difference from its start, of rank
-    2r), rsLoRA and DoRA; whole parameters as `modules_to_save` or `bias`; slices of a fused kernel
-    as one adapter of it. Ranks and scales that differ are written as anchored patterns that do not
-    overlap, since PEFT sorts patterns and takes the first that matches. Factors are float32 unless
-    `dtype` says otherwise.
+    What can be said: LoRA and its variants whose change is a @ b (PiSSA as the difference from its
+    start, of rank 2r), rsLoRA and DoRA; whole parameters as `modules_to_save` or `bias`; slices of
+    a fused kernel as one adapter of it. Ranks and scales that differ are written as anchored
+    patterns that do not overlap, since PEFT sorts patterns and takes the first that matches.
 
-    `plain` writes what readers of `r` and `lora_alpha` alone understand: alpha = r everywhere, the
-    scale in B, ranks padded with zeros. A head on sentence-transformers' pooling, which PEFT has no
-    class for, lies beside in head.safetensors. The names of a head's outputs are in the metadata
-    ("lora_jax.labels"). Raises `RequestError` for what PEFT cannot say, and if `path` exists.
+    Args:
+      path: the folder to write; it must not exist yet.
+      method: the method that trained the adapter.
+      trainable: `{path: {part: array}}`, as `method.init` gave it and training changed it.
+      model: the base, whose names and shapes the files are written for.
+      plain: write what readers of `r` and `lora_alpha` alone understand: alpha = r everywhere, the
+        scale in B, ranks padded with zeros.
+      dtype: of the factors; float32 by default.
+
+    A head on sentence-transformers' pooling, which PEFT has no class for, is written to
+    head.safetensors. The names of a head's outputs are in the metadata ("lora_jax.labels").
+
+    Raises:
+      RequestError: PEFT's format cannot say it, `path` exists, or the disk cannot take it.
     """
     names = Names.of(model)
     written = split(method, trainable, model, names)

@@ -10,17 +10,20 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import numpy as np
-from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save
 
 from lora_jax.core.errors import RequestError
 from lora_jax.formats.atomic import atomic_path
 
+
 # What the library and NumPy raise for tensors that a header makes up: dtypes that NumPy lacks, more
 # than 64 axes, sizes beyond any memory.
-_DAMAGE = (
-    SafetensorError, TypeError, KeyError, AttributeError, ValueError, OverflowError, MemoryError,
-)  # fmt: skip
+def _damage() -> tuple[type[Exception], ...]:
+    from safetensors import SafetensorError
+
+    return (
+        SafetensorError, TypeError, KeyError, AttributeError, ValueError, OverflowError,
+        MemoryError,
+    )  # fmt: skip
 
 
 def read_tensors(path: str | os.PathLike) -> dict[str, np.ndarray]:
@@ -31,7 +34,7 @@ def read_tensors(path: str | os.PathLike) -> dict[str, np.ndarray]:
     with _opened(path) as file:
         try:
             return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        except _DAMAGE as error:
+        except _damage() as error:
             raise _unreadable(path, error) from error
 
 
@@ -51,7 +54,7 @@ class LazyTensors(Mapping[str, np.ndarray]):
             raise KeyError(name)
         try:
             return self._file.get_tensor(name)
-        except _DAMAGE as error:
+        except _damage() as error:
             raise _unreadable(self._path, error) from error
 
     def __contains__(self, name: object) -> bool:
@@ -82,6 +85,8 @@ def write_tensors(
     """
     # The library writes an array's buffer as it lies in memory, ignoring strides: a transposed view
     # would be stored scrambled unless it is laid out in C order first.
+    from safetensors.numpy import save
+
     arrays = {name: np.asarray(tensor, order="C") for name, tensor in tensors.items()}
     content = _in_order(save(arrays, metadata=dict(metadata or {"format": "pt"})))
     # Written by Python rather than by the library, so that a full disk is an OSError.
@@ -100,6 +105,8 @@ def _in_order(content: bytes) -> bytes:
 
 
 def _opened(path: str | os.PathLike):
+    from safetensors import SafetensorError, safe_open
+
     path = Path(path)
     if not path.is_file():
         raise RequestError(f"{path} does not exist or is not a file; check the path")

@@ -80,7 +80,7 @@ class Search(NamedTuple):
 
 @functools.partial(jax.jit, static_argnames=("plan",))
 def decode(params: Any, data: Data, *, plan: Plan) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """`(tokens, lengths, log_probs)` as `generate` returns them."""
+    """`(tokens, lengths, log_probs)` as `generate_tokens` returns them."""
     num_prompts, width = data.tokens_BP.shape
     kind = WithCache if plan.use_cache else WithoutCache
     memories: Any = kind(lift(plan.apply), plan.config)

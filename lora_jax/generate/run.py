@@ -1,4 +1,4 @@
-"""`generate`: token ids in, token ids out."""
+"""`generate_tokens`: token ids in, token ids out."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ class Generated(NamedTuple):
     log_probs: jax.Array
 
 
-def generate(
+def generate_tokens(
     model: Model,
     params: Any,
     input_ids: Any,
@@ -67,7 +67,7 @@ def generate(
 
     >>> from lora_jax.models import load_model
     >>> model = load_model("tiny-llama")
-    >>> generate(model, model.params, [[1, 2], [3, 4]], max_new_tokens=4).tokens.shape
+    >>> generate_tokens(model, model.params, [[1, 2], [3, 4]], max_new_tokens=4).tokens.shape
     (2, 4)
     """
     settings = _settings(settings, fields)
@@ -86,7 +86,7 @@ def compile_first(
     use_cache: bool = True,
     **fields: Any,
 ) -> float:
-    """Compiles what `generate` would run for these arguments; returns the seconds it took.
+    """Compiles what `generate_tokens` would run for these arguments; returns the seconds it took.
 
     The program is run as far as its first new token, so the seconds include the prompt.
     """

@@ -50,8 +50,8 @@ def without_repeats(
     """Scores with -inf for each token that would complete, a second time, a run of `size` tokens.
 
     `seen_RL` are token ids, of which the columns from `first` up to `filled` count; both are ()
-    int32. Runs are looked for in all of them, padding included (see `generate`). Paulus et al.
-    2018, arXiv:1705.04304, section 2.5.
+    int32. Runs are looked for in all of them, padding included (see `generate_tokens`). Paulus et
+    al. 2018, arXiv:1705.04304, section 2.5.
     """
     num_tokens, num_windows = scores_RV.shape[-1], seen_RL.shape[1] - size + 1
     if num_windows < 1:

@@ -9,7 +9,7 @@ import jax
 import numpy as np
 
 from lora_jax.core.errors import RequestError
-from lora_jax.generate.run import Generated, generate
+from lora_jax.generate.run import Generated, generate_tokens
 from lora_jax.generate.settings import Decoding
 from lora_jax.models.model import Model
 from lora_jax.models.tokenizer import encoding_errors
@@ -19,19 +19,34 @@ def generate_text(
     model: Model,
     params: Any,
     prompts: Sequence[str],
-    settings: Decoding,
+    settings: Decoding = Decoding(64),  # noqa: B008 (it is frozen)
     *,
     key: jax.Array | None = None,
     batch_size: int = 16,
     show: Callable[[int], None] | None = None,
 ) -> list[str]:
-    """The answers to `prompts`, in order, `settings.num_return` for each; without the prompts.
+    """Continues texts with a language model: `lj.generate(model, params, ["The mill is"])`.
 
-    Tokenised by the model's tokenizer, padded on the left to one width, decoded `batch_size` at a
-    time by one compiled program; special tokens are left out of the answers. With `do_sample`, what
-    a prompt draws depends on `key` and its place in `prompts`, not on `batch_size`. `show(n)` is
-    called after each batch with the number of prompts answered. Everything else is as in
-    `generate`, which says what raises, too.
+    The prompts are padded on the left to one width and decoded by one compiled program, which
+    serves every set of parameters. `generate_tokens` is the same for token ids.
+
+    Args:
+      model: a causal language model of `load_model`, with its tokenizer.
+      params: its parameters: plain, merged, or bound (`Adapted.params`, `method.bind(…)`).
+      prompts: N texts.
+      settings: how to decode; greedy by default, up to 64 tokens.
+      key: what samples are drawn with, needed with `do_sample`; what a prompt draws depends on it
+        and on the place in `prompts`, not on `batch_size`.
+      batch_size: prompts decoded at once.
+      show: called after each batch with the number of prompts answered.
+
+    Returns:
+      The answers without the prompts and without special tokens, in order, `settings.num_return`
+      for each prompt.
+
+    Raises:
+      RequestError: no prompt, an empty one, a model without a language model's head or a
+        tokenizer, more tokens than a model with learned positions has, or no key to draw with.
 
     >>> from lora_jax.models import load_model
     >>> model = load_model("tiny-llama")
@@ -85,7 +100,7 @@ def answer_batches(
         # The last batch is filled up, so that it has the shape of the others.
         rows = np.resize(chosen, batch_size)
         numbers = (rows[:, None] * settings.num_return + np.arange(settings.num_return)).reshape(-1)
-        found = generate(
+        found = generate_tokens(
             model, params, tokens[rows], mask[rows], settings, key=key, row_numbers=numbers
         )
         count = len(chosen) * settings.num_return

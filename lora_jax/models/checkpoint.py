@@ -6,10 +6,9 @@ import dataclasses
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from tokenizers import Tokenizer
 
 from lora_jax.core.errors import RequestError
 from lora_jax.formats.bitsandbytes import Nf4Tensors, is_quantized_config
@@ -21,6 +20,9 @@ from lora_jax.models.placing import OnHost, Placing
 from lora_jax.models.pooling import FAMILY, read_pooling
 from lora_jax.models.tokenizer import read_tokenizer
 from lora_jax.models.weights_files import Renamed, open_weights
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
 
 # A head trained here on another pooling than the family's own lies beside the encoder in a file of
 # its own, in torch's layout, so that other programs open model.safetensors as the plain encoder.

@@ -9,7 +9,6 @@ from lora_jax.formats.gguf import read_gguf
 from lora_jax.models.checkpoint import Checkpoint, Request, change_config, eos_ids, read_params
 from lora_jax.models.families import find_family
 from lora_jax.models.gguf_llama import gguf_config, gguf_tensors
-from lora_jax.models.gguf_tokenizer import gguf_tokenizer
 from lora_jax.models.tokenizer import check_tokenizer
 
 
@@ -29,6 +28,8 @@ def read_gguf_checkpoint(path: Path, name: str, request: Request) -> Checkpoint:
     config = change_config(family.config.from_json(raw, place), request.config_changes)
     tokenizer = None
     if request.needs_tokenizer:
+        from lora_jax.models.gguf_tokenizer import gguf_tokenizer
+
         tokenizer = gguf_tokenizer(file)
         check_tokenizer(tokenizer, vocab_size=config.vocab_size, pad_token_id=None, place=place)
     params, head, pooling = read_params(gguf_tensors(file), family, config, request, place=place)

@@ -6,10 +6,9 @@ import dataclasses
 import functools
 import re
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax
-from tokenizers import Tokenizer
 
 from lora_jax.core.axes import KernelAxes, kernel_axes
 from lora_jax.core.errors import RequestError
@@ -19,6 +18,9 @@ from lora_jax.models.attention import Cache
 from lora_jax.models.families import CAUSAL_LM, Family, family_of
 from lora_jax.models.functional import flatten
 from lora_jax.quant.weight import NF4Weight
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
 
 NO_HEAD = r"(?!)"
 

@@ -7,18 +7,9 @@ without a package or a network. The encoders have a 100-word tokenizer, the deco
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from tokenizers import (
-    AddedToken,
-    Tokenizer,
-    decoders,
-    models,
-    normalizers,
-    pre_tokenizers,
-    processors,
-)
 
 from lora_jax.models.bert import BertConfig
 from lora_jax.models.checkpoint import Checkpoint, Request, change_config
@@ -28,6 +19,9 @@ from lora_jax.models.hf_names import params_from_tensors, tensors_from_params
 from lora_jax.models.llama_config import LlamaConfig
 from lora_jax.models.pooling import FAMILY
 from lora_jax.models.roberta import RobertaConfig
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
 
 _SEED = 1810_04805
 _SPECIAL = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
@@ -97,6 +91,8 @@ def _weights(shapes, std: float) -> dict[str, np.ndarray]:
 
 
 def _word_tokenizer() -> Tokenizer:
+    from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
+
     words = [*_SPECIAL, *_WORDS.split(), *".,!?'"]
     vocabulary = {word: number for number, word in enumerate(words)}
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="[UNK]"))
@@ -112,6 +108,8 @@ def _word_tokenizer() -> Tokenizer:
 
 
 def _byte_tokenizer() -> Tokenizer:
+    from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
+
     letters = sorted(pre_tokenizers.ByteLevel.alphabet())
     vocabulary = {letter: number for number, letter in enumerate(letters)}
     tokenizer = Tokenizer(models.BPE({**vocabulary, "<|endoftext|>": 256}, []))

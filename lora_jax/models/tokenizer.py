@@ -1,13 +1,17 @@
 """A folder's `tokenizer.json`, checked against the model that is to read its ids."""
 
+from __future__ import annotations
+
 import contextlib
 import os
 from collections.abc import Iterator
 from pathlib import Path
-
-from tokenizers import Tokenizer
+from typing import TYPE_CHECKING
 
 from lora_jax.core.errors import RequestError
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
 
 _PAD_NAMES = ("[PAD]", "<pad>")
 
@@ -56,6 +60,8 @@ def read_tokenizer(
     Raises `RequestError` if the file is missing or unreadable, or its vocabulary cannot be that of
     a model with `vocab_size` embedding rows and this padding id (None: not looked at).
     """
+    from tokenizers import Tokenizer
+
     path = Path(path)
     with tokenizer_errors(f"{path} is not a readable tokenizer", "restore it"):
         tokenizer = Tokenizer.from_file(str(path))

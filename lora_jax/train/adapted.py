@@ -19,9 +19,11 @@ from lora_jax.formats.paths import at_home
 from lora_jax.formats.untrusted import check_fields
 from lora_jax.methods import Method
 from lora_jax.models import Model
+from lora_jax.models.load import redraw_head
 from lora_jax.models.save import label_fields
 from lora_jax.train.build import keys_of, make_method, make_model
 from lora_jax.train.finish import hash_trainable
+from lora_jax.train.task import head_of
 from lora_jax.train.workdir import config_from, read_json_file
 
 
@@ -35,12 +37,20 @@ class Adapted:
     frozen: Any
     description: dict[str, Any]
 
+    @property
+    def params(self) -> Any:
+        """The model's parameters with the adapter bound, for `model.apply`."""
+        return self.method.bind(self.trainable, self.frozen)
+
 
 @partitionable()
-def load_adapter(folder: str | os.PathLike, mesh: Mesh | None = None) -> Adapted:
+def load_run_adapter(
+    folder: str | os.PathLike, mesh: Mesh | None = None, *, model: Model | None = None
+) -> Adapted:
     """A finished run's `adapter/` folder with its base model, ready to bind, merge or evaluate.
 
-    The base lies on `mesh` where there is one.
+    `model` is its base where that is loaded already; else it is loaded, onto `mesh` if there is
+    one.
 
     Raises `RequestError` if the folder is damaged or the base model's weights are not those it was
     trained on.
@@ -55,7 +65,10 @@ def load_adapter(folder: str | os.PathLike, mesh: Mesh | None = None) -> Adapted
     config = config_from(sections, f"{folder}/{DESCRIPTION}")
     head_key, init_key, _ = keys_of(description["seed"])
     base_hash = description["base_hash"]
-    model = make_model(config.model, head_key, mesh)
+    if model is None:
+        model = make_model(config.model, head_key, mesh)
+    else:
+        model = redraw_head(_checked_base(model, config.model, folder), head_key)
     if model.base_hash != base_hash:
         raise RequestError(
             f"the adapter in {folder} was trained on other weights than {config.model.name!r} has "
@@ -71,6 +84,24 @@ def load_adapter(folder: str | os.PathLike, mesh: Mesh | None = None) -> Adapted
         )
     _check_drawn(method.drawn(trainable), description.get("drawn", {}), folder)
     return Adapted(_with_labels(model, description), method, trainable, frozen, description)
+
+
+def _checked_base(model: Model, settings: Any, folder: Path) -> Model:
+    """`model`. Raises `RequestError` unless it has the head and the layers of the run's model."""
+    head = head_of(settings)
+    wanted = (None if head == "causal-lm" else head, settings.get("num_labels"))
+    if (model.head, model.num_labels) not in (wanted, (wanted[0], wanted[1] or 1)):
+        raise RequestError(
+            f"the run in {folder} has head={wanted[0]!r}, num_labels={wanted[1]}, and the model "
+            f"given has head={model.head!r}, num_labels={model.num_labels}; load it with those"
+        )
+    stacked = bool(getattr(model.config, "scan_layers", False))
+    if stacked != bool(settings.get("scan_layers", False)):
+        raise RequestError(
+            f"the run in {folder} was trained with scan_layers={not stacked}; load the model so, "
+            "or convert the adapter to PEFT's format first (lora-jax convert)"
+        )
+    return model
 
 
 def _with_labels(model: Model, description: dict[str, Any]) -> Model:

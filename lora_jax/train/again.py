@@ -15,7 +15,7 @@ from lora_jax.data import Splits, bucket_lengths, eval_batches, load_splits
 from lora_jax.formats.untrusted import COUNT, check_fields
 from lora_jax.models import Model
 from lora_jax.parallel.placement import Placement, place
-from lora_jax.train.adapted import Adapted, load_adapter
+from lora_jax.train.adapted import Adapted, load_run_adapter
 from lora_jax.train.card import RESTORE, read_card
 from lora_jax.train.compilation import CompiledByShape
 from lora_jax.train.evaluate import Evaluation, evaluate, make_scores
@@ -29,8 +29,8 @@ def load_cell(cell: Path, mesh: Mesh | None = None) -> tuple[ConfigDict, Adapted
 
     Raises `RequestError` if the data have changed since, or completions were encoded otherwise.
     """
-    config = config_from(_config_of(cell), cell / "config.json")
-    adapted = load_adapter(cell / "adapter", mesh)
+    config = config_from(config_of(cell), cell / "config.json")
+    adapted = load_run_adapter(cell / "adapter", mesh)
     check_completion_format(adapted.description, adapted.model, config.model, cell.name)
     splits = load_splits(config.data, target=task_of(config.model).target)
     check_fields(adapted.description, {"data_hash": str}, f"{cell}/adapter", RESTORE)
@@ -43,7 +43,7 @@ def load_cell(cell: Path, mesh: Mesh | None = None) -> tuple[ConfigDict, Adapted
     return config, adapted, splits
 
 
-def _config_of(cell: Path) -> dict[str, Any]:
+def config_of(cell: Path) -> dict[str, Any]:
     """The cell's config. Raises `RequestError` if it is not the one that its card names."""
     path, card = cell / "config.json", cell / "card.json"
     config = read_json_file(path)

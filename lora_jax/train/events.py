@@ -5,10 +5,7 @@ from __future__ import annotations
 import os
 import time
 from pathlib import Path
-
-from tensorboardX.event_file_writer import EventsWriter
-from tensorboardX.proto.event_pb2 import Event, SessionLog
-from tensorboardX.summary import scalar
+from typing import Any
 
 
 class EventFile:
@@ -20,6 +17,9 @@ class EventFile:
 
     def __init__(self, folder: str | os.PathLike, *, first_step: int):
         """A new file; TensorBoard drops what older ones in the folder say from `first_step` on."""
+        from tensorboardX.event_file_writer import EventsWriter
+        from tensorboardX.proto.event_pb2 import Event, SessionLog
+
         Path(folder).mkdir(parents=True, exist_ok=True)
         # The library names files by the second; two within one second would be one.
         unique = f".{os.getpid()}.{time.time_ns()}"
@@ -29,9 +29,12 @@ class EventFile:
             self._write(Event(step=first_step, session_log=start))
 
     def scalar(self, name: str, value: float, step: int) -> None:
+        from tensorboardX.proto.event_pb2 import Event
+        from tensorboardX.summary import scalar
+
         self._write(Event(step=step, summary=scalar(name, value)))
 
-    def _write(self, event: Event) -> None:
+    def _write(self, event: Any) -> None:
         event.wall_time = time.time()
         self._writer.write_event(event)
 

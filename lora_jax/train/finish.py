@@ -112,7 +112,7 @@ def hash_trainable(trainable: Any) -> str:
 
 
 def describe_adapter(config: dict[str, Any], subject: Subject, trainable: Any) -> dict[str, Any]:
-    """What `load_adapter` needs to put the tensors back, and what a reader wants to know."""
+    """What loading needs to put the tensors back, and what a reader wants to know."""
     drawn = subject.method.drawn(trainable)
     return {
         "format": "lora_jax adapter 1",

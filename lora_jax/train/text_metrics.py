@@ -5,9 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from rouge_score import rouge_scorer
-from sacrebleu.metrics import BLEU
-
 from lora_jax.core.errors import RequestError
 
 
@@ -26,6 +23,9 @@ def score_texts(hypotheses: Sequence[str], references: Sequence[Sequence[str]]) 
     The order of texts and of references does not matter. Raises `RequestError` for no texts, or one
     without references.
     """
+    from rouge_score import rouge_scorer
+    from sacrebleu.metrics import BLEU
+
     hypotheses, references = list(hypotheses), [list(own) for own in references]
     if len(hypotheses) != len(references) or not hypotheses:
         raise RequestError(

@@ -13,8 +13,9 @@ from lora_jax.formats.paths import at_home
 from lora_jax.models import save_model
 from lora_jax.report.adapters import page_path
 from lora_jax.report.runs import read_runs
+from lora_jax.serve.adapters import load_adapter
 from lora_jax.sweeps.status import sweep_status
-from lora_jax.train import load_adapter, train
+from lora_jax.train import train
 
 
 @pytest.fixture

@@ -15,7 +15,8 @@ import pytest
 
 import lora_jax as lj
 from lora_jax.core.errors import RequestError
-from lora_jax.generate import Decoding, compile_first, generate
+from lora_jax.generate import Decoding, compile_first
+from lora_jax.generate import generate_tokens as generate
 from lora_jax.generate.program import decode
 from lora_jax.models import load_model
 

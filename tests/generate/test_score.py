@@ -7,7 +7,8 @@ import pytest
 
 from lora_jax.core.errors import RequestError
 from lora_jax.data.examples import Examples, completion_examples
-from lora_jax.generate import Decoding, generate
+from lora_jax.generate import Decoding
+from lora_jax.generate import generate_tokens as generate
 from lora_jax.generate.score import Questions, answer, score
 from lora_jax.models import load_model
 

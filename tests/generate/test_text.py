@@ -13,8 +13,8 @@ from lora_jax.generate import (
     chat_prompt,
     decode_texts,
     encode_prompts,
-    generate,
     generate_text,
+    generate_tokens,
 )
 from lora_jax.models import load_model
 
@@ -39,7 +39,7 @@ def test_a_prompt_is_answered_the_same_in_any_batch(model):
     assert len(found[2]) == 10 and found[2] == found[5]
     assert seen == [2, 4, 5, 5]
     ids, mask = encode_prompts(model, prompts)
-    whole = generate(model, model.params, ids, mask, SETTINGS, key=key)
+    whole = generate_tokens(model, model.params, ids, mask, SETTINGS, key=key)
     assert found[5] == decode_texts(model, whole)
     assert len(set(found[5])) == 10
 

@@ -161,10 +161,10 @@ def test_evaluating_needs_the_config_that_the_card_names(tmp_path):
     card = {**CARD, "config": config, "config_hash": config_hash(config)}
     (tmp_path / "card.json").write_text(json.dumps(card))
     (tmp_path / "config.json").write_text(json.dumps(config))
-    assert again._config_of(tmp_path) == config
+    assert again.config_of(tmp_path) == config
     (tmp_path / "config.json").write_text(json.dumps({**config, "data": {"buckets": {"0": 0}}}))
     with pytest.raises(RequestError, match="does not have the hash"):
-        again._config_of(tmp_path)
+        again.config_of(tmp_path)
     with pytest.raises(RequestError, match="holds no config"):
         config_from({"../x": 1}, tmp_path)
 
@@ -226,7 +226,7 @@ def test_a_setting_of_another_kind_has_its_nearest_names():
 def test_generating_with_a_run_of_another_task_says_so(tmp_path, monkeypatch, head):
     kind = "causal-lm" if head else "encoder"
     adapted = SimpleNamespace(model=SimpleNamespace(head=head, kind=kind), description={})
-    monkeypatch.setattr("lora_jax.train.load_adapter", lambda folder: adapted)
+    monkeypatch.setattr("lora_jax.train.adapted.load_run_adapter", lambda folder: adapted)
     with pytest.raises(RequestError, match="not for language"):
         generate._load_run(tmp_path)
 
@@ -239,7 +239,7 @@ def test_generating_checks_the_format_of_completions_as_evaluating_does(
         model=SimpleNamespace(head=None, kind="causal-lm"),
         description={"model": {"name": "m"}, **marker},
     )
-    monkeypatch.setattr("lora_jax.train.load_adapter", lambda folder: adapted)
+    monkeypatch.setattr("lora_jax.train.adapted.load_run_adapter", lambda folder: adapted)
     monkeypatch.setattr(again, "completion_format", lambda model, settings: {"completions": 2})
     if marker:
         assert generate._load_run(tmp_path) is adapted

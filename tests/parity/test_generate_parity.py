@@ -12,7 +12,7 @@ import pytest
 from generate_cases import CASES, EOS, MODELS, NUM_NEW, PAD
 
 from lora_jax.formats.safetensors import read_tensors
-from lora_jax.generate import generate
+from lora_jax.generate import generate_tokens as generate
 from lora_jax.models import load_model
 
 FOLDER = Path(__file__).resolve().parent.parent / "fixtures" / "generate"

@@ -13,9 +13,10 @@ import pytest
 import lora_jax as lj
 from lora_jax.formats.adapter import load_trainable
 from lora_jax.methods.named import METHODS
+from lora_jax.serve.adapters import load_adapter
 from lora_jax.sweeps import run_sweep
 from lora_jax.sweeps.pack import make_pack
-from lora_jax.train import load_adapter, train
+from lora_jax.train import train
 from lora_jax.train.build import keys_of
 from tests.sweeps.problem import AXES, base, batches_of, loss_fn, training_of
 from tests.sweeps.stored_problem import sweep_of

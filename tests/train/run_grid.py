@@ -22,7 +22,7 @@ from lora_jax.core.trees import flatten
 from lora_jax.data import TrainIterator
 from lora_jax.sweeps.verify import verify
 from lora_jax.train import Interrupted, train
-from lora_jax.train.adapted import load_adapter
+from lora_jax.train.adapted import load_run_adapter as load_adapter
 from lora_jax.train.again import evaluate_cell
 from tests.train.results import digest
 from tests.train.test_resume import at_call, interrupt

@@ -4,7 +4,7 @@ import pytest
 
 from lora_jax.core.errors import RequestError
 from lora_jax.formats.adapter import load_trainable, save_trainable
-from lora_jax.train import load_adapter
+from lora_jax.serve.adapters import load_adapter
 
 
 @pytest.fixture

@@ -13,9 +13,10 @@ from lora_jax.data import TrainIterator, load_splits
 from lora_jax.report.rendering import to_markdown, to_records
 from lora_jax.report.runs import read_runs
 from lora_jax.report.tables import summarise
+from lora_jax.serve.adapters import load_adapter
 from lora_jax.sweeps import Cell, Sweep, run_sweep
 from lora_jax.sweeps.verify import verify
-from lora_jax.train import Interrupted, load_adapter, train
+from lora_jax.train import Interrupted, train
 from lora_jax.train.again import evaluate_cell
 from tests.train.conftest import load_experiment
 from tests.train.results import results_of

@@ -10,7 +10,7 @@ import lora_jax as lj
 from lora_jax.analysis.subspaces import basis_similarity, expected_similarity
 from lora_jax.core.dtypes import promoted
 from lora_jax.core.errors import RequestError
-from lora_jax.generate import generate
+from lora_jax.generate import generate_tokens as generate
 from lora_jax.models import load_model
 from lora_jax.train import train
 from lora_jax.train.state import init_state

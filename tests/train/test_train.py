@@ -12,7 +12,8 @@ import lora_jax as lj
 from lora_jax.core import trees
 from lora_jax.core.errors import RequestError
 from lora_jax.data import load_splits
-from lora_jax.train import load_adapter, train
+from lora_jax.serve.adapters import load_adapter
+from lora_jax.train import train
 from lora_jax.train.bookkeeping import STOPPED_IMPROVING, Bookkeeping
 from lora_jax.train.build import build, keys_of, make_model, plan_steps
 
@@ -106,7 +107,7 @@ def test_adapter_of_another_base_is_refused(finished, tmp_path):
 
 
 def test_folder_without_adapter_is_named(tmp_path):
-    with pytest.raises(RequestError, match="holds no method.json"):
+    with pytest.raises(RequestError, match="holds no run"):
         load_adapter(tmp_path)
 
 

@@ -8,7 +8,7 @@ from lora_jax.core import trees
 from lora_jax.data import TrainIterator
 from lora_jax.methods.named import METHODS
 from lora_jax.train import train
-from lora_jax.train.adapted import load_adapter
+from lora_jax.train.adapted import load_run_adapter as load_adapter
 from lora_jax.train.again import evaluate_cell
 from tests.train.results import results_of
 from tests.train.test_resume import Crash, at_call, crash
