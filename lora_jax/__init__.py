@@ -56,7 +56,7 @@ if TYPE_CHECKING:
     from lora_jax.serve.predict import Predictions as Predictions
     from lora_jax.serve.predict import predict as predict
     from lora_jax.sweeps.api import sweep as sweep
-    from lora_jax.train.loop import train as train
+    from lora_jax.train.run import train as train
 
     generate = generate_text
 else:
