@@ -18,14 +18,16 @@ from lora_jax.core.errors import RequestError
 from lora_jax.core.lift import lift
 from lora_jax.sweeps.batches import OwnBatches, SharedBatches, num_elements
 from lora_jax.sweeps.curves import Curves
-from lora_jax.sweeps.memory import DoesNotFit, device_memory_bytes, fitting_width
+from lora_jax.sweeps.memory import DoesNotFit, device_memory_bytes
 from lora_jax.sweeps.pack import Pack
 from lora_jax.sweeps.packed import PackTraining
-from lora_jax.sweeps.plan import make_plan
+from lora_jax.sweeps.plan import Planned, make_plan
 from lora_jax.sweeps.program import PackedProgram, default_at_once
 from lora_jax.sweeps.results import CellResult, SweepResults
+from lora_jax.sweeps.runner import Runner, Spec
 from lora_jax.sweeps.settings import CellSettings, read_cells, tuned_cells
 from lora_jax.train.cell import Schedule
+from lora_jax.train.loop import Callback, StopRequested
 from lora_jax.train.optimizer import make_optimizer
 from lora_jax.train.progress import show_progress
 
@@ -52,6 +54,7 @@ def sweep(
     memory_bytes: int | None = None,
     at_once: int | None = None,
     progress: bool = True,
+    callbacks: Sequence[Callback] = (),
 ) -> SweepResults:
     """Trains every cell with AdamW; cells whose shapes agree train as one compiled program.
 
@@ -79,6 +82,7 @@ def sweep(
       at_once: cells of a pack that are computed side by side, chunk after chunk in one program; 0
         for all. By default all, and 1 on CPU, which is faster there and needs less memory.
       progress: show a bar and print the plan.
+      callbacks: are notified of what each pack does (`lora_jax.train.Callback`), and may stop it.
 
     Returns one result a cell. A cell that fails (a wrong setting, a loss that is not finite)
     has its `error`, and the others go on. What has finished is never thrown away: a later pack that
@@ -105,9 +109,7 @@ def sweep(
         raise RequestError(f"tune={tune!r} chooses on validation; give validation batches")
     cells, tuned = tuned_cells(cells, tune)
     named = read_cells(cells, axes=axes, aliases=aliases)
-    params = trees.hide_static(params)
-    planned, refused = make_plan(named, params)
-    shared = {
+    optimizer = {
         "schedule": schedule,
         "warmup_ratio": warmup_ratio,
         "clip_norm": clip_norm,
@@ -115,76 +117,129 @@ def sweep(
         "beta2": beta2,
         "eps": eps,
     }
+    spec = _InMemory(
+        lift(_of_shown(loss_fn)),
+        trees.hide_static(params),
+        source,
+        [jax.tree.map(jnp.asarray, batch) for batch in validation],
+        optimizer,
+        Schedule(num_steps, eval_every, patience),
+        at_once=default_at_once() if at_once is None else at_once,
+        progress=progress,
+        callbacks=callbacks,
+    )
+    runner = Runner(spec, memory_bytes or device_memory_bytes(), lambda line: None)
+    try:
+        runner.run(named)
+    except (KeyboardInterrupt, StopRequested) as why:
+        if not spec.trained:
+            raise
+        runner.take({cell.name: f"stopped by {str(why) or 'Ctrl-C'}" for cell in named})
+    rows = []
+    for cell in named:
+        result = runner.results[cell.name]
+        row = _refused(cell, result) if isinstance(result, str) else result
+        rows.append(dataclasses.replace(row, group=tuned.get(row.name, "")))
+    return SweepResults(rows, "\n".join(spec.lines), tune[0] if tune else "")
 
-    def tx_of(cell: CellSettings):
-        own = {"lr": cell.lr, "weight_decay": cell.weight_decay}
-        return cell.method.optimizer(
-            make_optimizer(types.SimpleNamespace(**shared, **own), num_steps)
+
+@dataclasses.dataclass(frozen=True)
+class _Ready:
+    """What trains a group, as `Spec.ready` says."""
+
+    plan: Planned
+    program: PackedProgram
+    frozen: Any
+    batches: SharedBatches | OwnBatches
+    params_of: Callable[[CellSettings], Any]
+    evaluation: Any
+
+
+@dataclasses.dataclass
+class _InMemory(Spec):
+    """Cells of dicts on one model in memory; their results stay there too."""
+
+    loss: Callable[[Any, Any], jax.Array]
+    params: Any
+    source: SharedBatches | OwnBatches
+    validation: Sequence[Any]
+    optimizer: Mapping[str, Any]
+    schedule: Schedule
+    at_once: int
+    progress: bool
+    callbacks: Sequence[Callback]
+    lines: list[str] = dataclasses.field(default_factory=list)
+    trained: bool = False
+    stopped: str = ""
+    _program: tuple[Any, PackedProgram] | None = None
+
+    def groups(self, cells):
+        planned, refused = make_plan(cells, self.params)
+        yield planned, refused
+
+    def ready(self, group):
+        # The parts of a group share its program; one of another group goes.
+        if self._program is None or self._program[0] is not group.pack.union:
+            program = PackedProgram(
+                *_loss_and_scores(group.pack, self.loss),
+                self._tx_of,
+                self._tx_of(group.cells[0]),
+                batch_axis=self.source.axis,
+                at_once=self.at_once,
+            )
+            self._program = (group.pack.union, program)
+        frozen = group.cells[0].method.init(jax.random.key(0), self.params)[1]
+        largest = max(self.validation, key=num_elements, default=None)
+        return _Ready(
+            group, self._program[1], frozen, self.source, lambda cell: self.params, largest
         )
 
-    loss = lift(_of_shown(loss_fn))
-    budget = memory_bytes or device_memory_bytes()
-    found: dict[str, CellResult] = {}
-    lines: list[str] = []
-    say = print if progress else (lambda line: None)
-    validation_arrays = [jax.tree.map(jnp.asarray, batch) for batch in validation]
-    for group in planned:
-        try:
-            tx = tx_of(group.cells[0])
-            program = PackedProgram(
-                *_loss_and_scores(group.pack, loss),
-                tx_of,
-                tx,
-                batch_axis=source.axis,
-                at_once=default_at_once() if at_once is None else at_once,
-            )
-            frozen = group.cells[0].method.init(jax.random.key(0), params)[1]
-            width, needed = fitting_width(
-                program,
+    def _tx_of(self, cell: CellSettings):
+        own = {"lr": cell.lr, "weight_decay": cell.weight_decay}
+        settings = types.SimpleNamespace(**self.optimizer, **own)
+        return cell.method.optimizer(make_optimizer(settings, self.schedule.num_steps))
+
+    def divide(self, group, parts):
+        return [group.take(part) for part in parts]
+
+    def train(self, group, ready, needed):
+        number = len(self.lines) + 1
+        self.lines.append(f"pack {number}: {group} ({needed / 2**20:,.4g} MiB)")
+        if self.progress:
+            print(self.lines[-1])
+        num_steps = self.schedule.num_steps
+        with show_progress(f"pack {number}", num_steps, enabled=self.progress) as show:
+            curves = Curves(group, show)
+            training = PackTraining(
                 group,
-                lambda cell: params,
-                frozen,
-                source,
-                budget,
-                max(validation_arrays, key=num_elements, default=None),
+                ready.program,
+                [self.params] * len(group.cells),
+                ready.frozen,
+                self.source,
+                _validation(ready.program, self.validation),
+                self.schedule,
+                [curves, *self.callbacks],
             )
-            count = math.ceil(len(group.cells) / width)
-            for places in np.array_split(np.arange(len(group.cells)), count):
-                part = group.take(places.tolist())
-                number = len(lines) + 1
-                lines.append(f"pack {number}: {part} ({needed / 2**20:,.4g} MiB)")
-                say(lines[-1])
-                with show_progress(f"pack {number}", num_steps, enabled=progress) as show:
-                    curves = Curves(part, show)
-                    training = PackTraining(
-                        part,
-                        program,
-                        [params] * len(part.cells),
-                        frozen,
-                        source,
-                        _validation(program, validation_arrays),
-                        Schedule(num_steps, eval_every, patience),
-                        [curves],
-                    )
-                    training.run()
-                found |= {row.name: row for row in curves.results(training, number)}
-                del training  # before the next one takes its place in memory
-        except KeyboardInterrupt:
-            if not found:
-                raise
-            refused = {cell.name: "stopped by Ctrl-C" for cell in named} | refused
-            break
-        except DoesNotFit as error:
-            refused |= {cell.name: str(error) for cell in group.cells}
-        except Exception as error:
-            # What is wrong for all shows in the first pack; later, what is finished must not go.
-            if not found:
-                raise
-            why = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
-            refused |= {cell.name: why for cell in group.cells}
-    rows = [found.get(cell.name) or _refused(cell, refused[cell.name]) for cell in named]
-    rows = [dataclasses.replace(row, group=tuned.get(row.name, "")) for row in rows]
-    return SweepResults(rows, "\n".join(lines), tune[0] if tune else "")
+            try:
+                training.run()
+            except StopRequested as why:
+                self.stopped = str(why)
+                for lane in training.going():
+                    training.cells[training.lanes[lane]].error = f"stopped by {why}"
+        self.trained = True
+        return {row.name: row for row in curves.results(training, number)}
+
+    def between(self, results):
+        if self.stopped:
+            raise StopRequested(self.stopped)
+
+    def failure(self, error):
+        if isinstance(error, DoesNotFit):
+            return str(error)
+        # What is wrong for all shows in the first pack; later, what is finished must not go.
+        if not self.trained or isinstance(error, StopRequested):
+            return None
+        return f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
 
 
 def _of_shown(loss_fn: Callable[[Any, Any], jax.Array]):

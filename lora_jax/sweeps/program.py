@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import jax
@@ -19,6 +19,7 @@ from lora_jax.sweeps.pack import Pack
 from lora_jax.sweeps.settings import CellSettings
 from lora_jax.train.build import keys_of
 from lora_jax.train.compilation import compile_ahead, memory_of
+from lora_jax.train.evaluate import Evaluation, evaluate_stacked
 from lora_jax.train.loss import LossFunction
 from lora_jax.train.memory import num_bytes
 from lora_jax.train.state import TrainState
@@ -172,6 +173,10 @@ class PackedProgram:
         compiled = self._get("scores", *arguments)
         self._use.note(compiled)
         return compiled(*arguments)
+
+    def evaluate(self, trainable: Any, frozen: Any, batches: Iterable[Any]) -> list[Evaluation]:
+        """Each cell's scores on all batches."""
+        return evaluate_stacked(self.scores, trainable, frozen, batches)
 
     def bytes_needed(self, state: Any, frozen: Any, batch: Any, evaluation: Any = None) -> int:
         """The bytes that a step or the scores of the batch `evaluation` hold, whichever is more.

@@ -14,6 +14,7 @@ from lora_jax.data.batches import OF_TOKENS
 from lora_jax.parallel.cells import CellPlacement
 from lora_jax.sweeps.cells import Cell
 from lora_jax.sweeps.groups import Group
+from lora_jax.sweeps.plan import Planned
 from lora_jax.sweeps.program import PackedProgram
 from lora_jax.sweeps.settings import CellSettings
 from lora_jax.train.build import Base, accumulate_of
@@ -51,7 +52,7 @@ class PackBatches:
             for name, like in one.items()
         }
 
-    def widest_look(self) -> dict[str, jax.ShapeDtypeStruct]:
+    def widest_evaluation(self) -> dict[str, jax.ShapeDtypeStruct]:
         """The shapes of the longest bucket's evaluation batch, which all cells share."""
         batch = dict(self._looks[0])
         return self._longest_of({k: x for k, x in batch.items() if k not in ("index", "weights")})
@@ -73,6 +74,15 @@ class Ready:
     program: PackedProgram
     frozen: Any
     batches: PackBatches
+
+    @property
+    def plan(self) -> Planned:
+        return self.group.plan
+
+    @property
+    def evaluation(self) -> Any:
+        """The shapes of the largest batch of an evaluation."""
+        return self.batches.widest_evaluation()
 
     def params_of(self, cell: CellSettings) -> Any:
         """The params tree that a cell begins with."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from jax.sharding import Mesh
@@ -16,11 +16,12 @@ from lora_jax.formats.untrusted import check_fields
 from lora_jax.sweeps.cells import Cell, Sweep, Tuning, choose_value
 from lora_jax.sweeps.memory import device_memory_bytes
 from lora_jax.sweeps.record import SWEEP, read_record
-from lora_jax.sweeps.runner import Result, Runner, by_base
+from lora_jax.sweeps.runner import Runner
 from lora_jax.sweeps.view import SweepView
+from lora_jax.sweeps.workdir import Result, Workdir, by_base
 from lora_jax.train import enable_compilation_cache
 from lora_jax.train.build import load_base
-from lora_jax.train.loop import Diverged
+from lora_jax.train.loop import Callback, Diverged
 from lora_jax.train.signals import stop_requests
 from lora_jax.train.workdir import check_cell, lock_workdir, plain_config, read_json_file
 
@@ -35,6 +36,7 @@ def run_sweep(
     progress: bool = True,
     command: str = "",
     mesh: Mesh | None = None,
+    callbacks: Sequence[Callback] = (),
 ) -> dict[str, Result]:
     """Trains every cell into `workdir/cells/NAME`; returns `{name: card, or the cell's error}`.
 
@@ -45,8 +47,9 @@ def run_sweep(
     noted in every card, its file and the sweep's name in the workdir; `add` lets another sweep in.
     `memory_bytes` is what a pack may hold of each device (default: what it has, half of the host's
     memory on CPU). On `mesh` the cells of a pack are divided over `cell`, and each trains on what
-    is left. Raises what concerns all: a workdir in use or of another sweep, cells begun with other
-    settings, an interruption.
+    is left. `callbacks` are those of every pack, and of every cell that trains alone. Raises what
+    concerns all: a workdir in use or of another sweep, cells begun with other settings, an
+    interruption.
     """
     workdir, config_file = at_home(workdir), source
     source = source.partition(":")[0]
@@ -54,17 +57,28 @@ def run_sweep(
         check_sweep(sweep, workdir, source=source, add=add)
         enable_compilation_cache()
         budget = memory_bytes or device_memory_bytes(1 if mesh is None else mesh.size)
-        runner = Runner(
-            workdir, view, budget, command, progress, mesh=mesh, config_file=config_file
-        )
+        cells = Workdir(
+            workdir, view, budget, command=command, progress=progress, mesh=mesh,
+            config_file=config_file, callbacks=callbacks,
+        )  # fmt: skip
+        runner = Runner(cells, budget, view.say)
+
+        def run(some: Sequence[Cell]) -> None:
+            view.expect(len(some))
+            finished, waiting = cells.finished(some)
+            runner.results |= finished
+            if finished:
+                view.say(f"{len(finished)} of {len(some)} cells are finished already")
+            runner.run(waiting)
+
         note_sweep(sweep, workdir, source)
         # One for all: a signal that comes between two trainings stops the sweep there.
         with stop_requests():
-            runner.run(sweep.first)
+            run(sweep.first)
             more = []
             for tuning in sweep.tunings:
                 more += _more_cells(tuning, runner.results, workdir, view)
-            runner.run(more)
+            run(more)
         note_sweep(sweep, workdir, source, runner.results)
         return runner.results
 
@@ -79,15 +93,15 @@ def plan_sweep(
     """
     workdir = Path(workdir)
     check_sweep(sweep, workdir, source=source, add=add)
-    runner = Runner(workdir, SweepView(enabled=False), device_memory_bytes(), "", False)
-    waiting = runner.take_finished(sweep.first)
+    there = Workdir(workdir, SweepView(enabled=False), device_memory_bytes())
+    finished, waiting = there.finished(sweep.first)
     lines = [
         f"failed: {name}: {result}" if isinstance(result, RequestError) else f"finished: {name}"
-        for name, result in runner.results.items()
+        for name, result in finished.items()
     ]
     for cells in by_base(waiting):
         try:
-            groups, refused = runner.groups_of(cells, load_base(cells[0].config))
+            groups, refused = there.groups_of(cells, load_base(cells[0].config))
         except RequestError as error:
             groups, refused = [], {cell.name: error for cell in cells}
         lines += [str(group) for group in groups]

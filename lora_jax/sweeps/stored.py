@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
-import functools
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -22,18 +20,16 @@ from lora_jax.sweeps.packed import PackTraining
 from lora_jax.sweeps.program import Use
 from lora_jax.sweeps.ready import Ready
 from lora_jax.train.build import plan_steps
-from lora_jax.train.callbacks import Display, MetricsFiles, SavedCheckpoints, StopAtSignal
+from lora_jax.train.callbacks import StopAtSignal, restored, train_on_disk, validate_on
 from lora_jax.train.card import describe_program, read_card
 from lora_jax.train.cell import Schedule
 from lora_jax.train.checkpoint import Checkpoints
-from lora_jax.train.evaluate import Evaluation, evaluate_stacked
+from lora_jax.train.evaluate import Evaluation
 from lora_jax.train.finish import write_results
-from lora_jax.train.loop import Diverged, StopRequested
-from lora_jax.train.metrics import MetricsWriter
-from lora_jax.train.numerics import check_resumed
+from lora_jax.train.loop import Callback, Diverged
 from lora_jax.train.optimizer import make_schedule
 from lora_jax.train.progress import ShowWith
-from lora_jax.train.signals import Interrupted, stop_requests
+from lora_jax.train.signals import stop_requests
 from lora_jax.train.workdir import claim_cell, plain_config, read_json_file
 
 FAILURE = "failure.json"
@@ -55,6 +51,7 @@ def train_pack(
     command: str,
     show_with: ShowWith,
     config_file: str = "",
+    callbacks: Sequence[Callback] = (),
 ) -> dict[str, dict[str, Any] | RequestError]:
     """Trains the cells of a group as one pack; `{name: card, or its failure}`.
 
@@ -71,20 +68,10 @@ def train_pack(
     record.write(workdir)
     config = cells[0].config
     steps = plan_steps(config.train, base.train_batches_of(config).steps_per_epoch)
-    schedule = Schedule(
-        num_steps=steps["num_steps"],
-        eval_every=steps["eval_every"],
-        patience=steps["patience"],
-        log_every=steps["log_every"],
-        checkpoint_every=steps["checkpoint_every"],
-    )
+    schedule = Schedule(**steps)
     splits, batches = base.eval_batches_of(config), ready.batches
     use = ready.program.use()
-    score = functools.partial(evaluate_stacked, ready.program.scores)
-
-    def validate(trainable, frozen, watched):
-        found = score(trainable, frozen, watched(splits["validation"]))
-        return [(one.loss, one.accuracy) for one in found]
+    validate = validate_on(ready.program, splits["validation"])
 
     def contents(training: PackTraining):
         facts = {
@@ -94,63 +81,35 @@ def train_pack(
         }
         return training.groups(), facts
 
-    with contextlib.ExitStack() as stack:
-        stop_requested = stack.enter_context(stop_requests())
-        checkpoints = stack.enter_context(Checkpoints(home / "checkpoints"))
+    with stop_requests() as requested, Checkpoints(home / "checkpoints") as checkpoints:
         params = [ready.params_of(cell) for cell in part.cells]
         training = PackTraining(
             part, ready.program, params, ready.frozen, batches, validate, schedule
         )
         _resume(training, checkpoints, batches.fingerprints, use)
-        writers = [
-            stack.enter_context(
-                MetricsWriter(folder, num_lines=cell.progress.metrics_lines, step=training.step)
-            )
-            for folder, cell in zip(folders, training.cells, strict=True)
-        ]
-        show = stack.enter_context(
-            show_with(record.name, schedule.num_steps, start=training.step, enabled=True)
+        tests = train_on_disk(
+            training,
+            checkpoints,
+            folders,
+            [make_schedule(cell.config.optimizer, schedule.num_steps) for cell in cells],
+            base.task.unit,
+            splits["test"],
+            show_with(record.name, schedule.num_steps, start=training.step, enabled=True),
+            contents=contents,
+            more=[StopAtSignal(requested), *callbacks],
+            started=started,
+            again=command or "run the sweep again with the same workdir",
         )
-        rates = [make_schedule(cell.config.optimizer, schedule.num_steps) for cell in cells]
-        callbacks = [
-            MetricsFiles(writers, rates, base.task.unit),
-            SavedCheckpoints(checkpoints, contents),
-            Display(show),
-            StopAtSignal(stop_requested),
-        ]
-        training.begin(callbacks, started)
-        try:
-            training.run()
-            tests = training.test(
-                lambda trainable, frozen, watched: score(trainable, frozen, watched(splits["test"]))
-            )
-        except StopRequested:
-            checkpoints.wait()
-            again = command or "run the sweep again with the same workdir"
-            raise Interrupted(
-                f"stopped by {stop_requested()} at step {training.step} of {schedule.num_steps} of "
-                f"{record.name}; all is saved in {home}. To go on: {again}"
-            ) from None
-        # On the disk before the results say that the pack is over.
-        checkpoints.wait()
         return _write_results(training, ready, folders, tests, home, use, config_file)
 
 
 def _resume(
     training: PackTraining, checkpoints: Checkpoints, fingerprints: list[str], use: Use
 ) -> None:
-    changes: tuple[str, ...] = ()
-
-    def like(facts: dict[str, Any]) -> dict[str, Any]:
-        # Before the arrays are compared: x64 changes their dtypes, and is the cause to name.
-        nonlocal changes
-        changes = check_resumed(facts.get("numerics", {}), checkpoints.folder)
-        return training.like(facts["training"])
-
-    restored = checkpoints.restore(like)
-    if restored is None:
+    found = restored(checkpoints, lambda facts: training.like(facts["training"]))
+    if found is None:
         return
-    groups, facts = restored
+    groups, facts, changes = found
     if facts["schedules"] != fingerprints:
         raise RequestError(
             f"{checkpoints.folder} is of other data or batches than the configs name now; put the "

@@ -10,6 +10,7 @@ from lora_jax.train.build import make_model as make_model
 from lora_jax.train.compilation import enable_compilation_cache as enable_compilation_cache
 from lora_jax.train.evaluate import evaluate as evaluate
 from lora_jax.train.evaluate import make_scores as make_scores
+from lora_jax.train.loop import Callback as Callback
 from lora_jax.train.optimizer import make_optimizer as make_optimizer
 from lora_jax.train.optimizer import make_schedule as make_schedule
 from lora_jax.train.run import train as train

@@ -1,15 +1,20 @@
-"""Callbacks of a training on disk: metrics, checkpoints, a display, stopping at a signal."""
+"""Training on disk: callbacks for metrics, checkpoints, a display and signals, and their use."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import contextlib
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
 from typing import Any
 
 from lora_jax.train.checkpoint import Checkpoints
-from lora_jax.train.loop import Callback, Training
+from lora_jax.train.evaluate import Evaluation
+from lora_jax.train.loop import Callback, StopRequested, Training, Validate
 from lora_jax.train.metrics import MetricsWriter
-from lora_jax.train.numerics import numerics
+from lora_jax.train.numerics import check_resumed, numerics
+from lora_jax.train.program import Program
 from lora_jax.train.progress import Show
+from lora_jax.train.signals import Interrupted
 
 
 class MetricsFiles(Callback):
@@ -90,6 +95,79 @@ class StopAtSignal(Callback):
 
     def __init__(self, requested: Callable[[], str]):
         self.stop_requested = requested
+
+
+def validate_on(program: Program, batches: Iterable[Any]) -> Validate:
+    """Each lane's loss and accuracy on `batches`."""
+
+    def validate(trainable, frozen, watched):
+        found = program.evaluate(trainable, frozen, watched(batches))
+        return [(one.loss, one.accuracy) for one in found]
+
+    return validate
+
+
+def restored(
+    checkpoints: Checkpoints, like: Callable[[dict], dict[str, Any]]
+) -> tuple[dict[str, Any], dict[str, Any], tuple[str, ...]] | None:
+    """The latest checkpoint's groups and facts, and what changed of `numerics` since."""
+    changes: tuple[str, ...] = ()
+
+    def checked(facts: dict[str, Any]) -> dict[str, Any]:
+        # Before the arrays are compared: x64 changes their dtypes, and is the cause to name.
+        nonlocal changes
+        changes = check_resumed(facts.get("numerics", {}), checkpoints.folder)
+        return like(facts)
+
+    found = checkpoints.restore(checked)
+    return None if found is None else (*found, changes)
+
+
+def train_on_disk(
+    training: Training,
+    checkpoints: Checkpoints,
+    folders: Sequence[Path],
+    schedules: Sequence[Callable[[int], Any]],
+    unit: str,
+    test: Iterable[Any],
+    show: contextlib.AbstractContextManager[Show],
+    *,
+    contents: Callable[[Training], tuple[dict[str, Any], dict[str, Any]]],
+    more: Sequence[Callback],
+    started: float,
+    again: str,
+) -> dict[int, Evaluation]:
+    """Trains to the end, with each cell's metrics in its folder; `{cell: scores}` on `test`.
+
+    All is on the disk then. Raises `Interrupted`, after saving, when a callback of `more` asks to
+    stop; `again` says how to go on.
+    """
+    with contextlib.ExitStack() as stack:
+        writers = [
+            stack.enter_context(
+                MetricsWriter(folder, num_lines=cell.progress.metrics_lines, step=training.step)
+            )
+            for folder, cell in zip(folders, training.cells, strict=True)
+        ]
+        callbacks = [
+            MetricsFiles(writers, schedules, unit),
+            SavedCheckpoints(checkpoints, contents),
+            Display(stack.enter_context(show)),
+            *more,
+        ]
+        training.begin(callbacks, started)
+        try:
+            training.run()
+            found = training.test(test)
+        except StopRequested as why:
+            checkpoints.wait()
+            raise Interrupted(
+                f"stopped by {why} at step {training.step} of "
+                f"{training.schedule.num_steps}; all is saved in {checkpoints.folder.parent}. "
+                f"To go on: {again}"
+            ) from None
+    checkpoints.wait()
+    return found
 
 
 def _mean(values: Sequence[float | None]) -> float | None:

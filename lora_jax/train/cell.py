@@ -25,7 +25,7 @@ class Schedule:
 
 @dataclasses.dataclass
 class TrainingCell:
-    """One cell and its progress. `settings` has the peak learning rate as `lr`.
+    """One cell and its progress. `settings` has its `name` and the peak learning rate `lr`.
 
     `error` says why the cell ended without a result. `rate` is the weight (examples, tokens) per
     second of its last logged steps.

@@ -26,7 +26,7 @@ METRICS = ("loss", "correct", "weight", "grad_norm")  # of a step, as its progra
 
 
 class StopRequested(Exception):
-    """A callback asked to stop; everything that must not be lost is saved."""
+    """A callback asked to stop, for this reason; everything that must not be lost is saved."""
 
 
 class Diverged(RequestError):
@@ -137,20 +137,21 @@ class Training:
                 self._save()
             if not self.going():
                 return
-            if self._stop_requested():
+            if why := self._stop_requested():
                 self._save()
-                raise StopRequested
+                raise StopRequested(why)
             self._take_step()
             if self.step % self.schedule.log_every == 0:
                 self._log()
             self._notify("advanced")
 
-    def test(self, score: Callable[[Any, Any, Watched], Sequence[Evaluation]]):
-        """`{cell: Evaluation}` of the cells that did not fail, with their best trainables."""
+    def test(self, batches: Iterable[Any]) -> dict[int, Evaluation]:
+        """`{cell: scores}` on `batches` of the best trainables of the cells that did not fail."""
         good = [k for k, cell in enumerate(self.cells) if not cell.error]
         if not good:
             return {}
-        found = score(self.best, self._frozen_of(self._every_cell()), self._watched)
+        frozen = self._frozen_of(self._every_cell())
+        found = self._program.evaluate(self.best, frozen, self._watched(batches))
         self._end_section("evaluate", [self.cells[k] for k in good])
         for k in good:
             self._notify("tested", k, found[k])
@@ -171,16 +172,16 @@ class Training:
         return self.cells[self.lanes[lane]]
 
     def _notify(self, event: str, *values: Any) -> None:
-        for callback in self._callbacks:
-            getattr(callback, event)(self, *values)
+        for one in self._callbacks:
+            getattr(one, event)(self, *values)
 
-    def _stop_requested(self) -> bool:
-        return any(callback.stop_requested() for callback in self._callbacks)
+    def _stop_requested(self) -> str:
+        return next(filter(None, (one.stop_requested() for one in self._callbacks)), "")
 
     def _watched(self, batches: Iterable[Any]) -> Iterator[Any]:
         for batch in batches:
-            if self._stop_requested():
-                raise StopRequested
+            if why := self._stop_requested():
+                raise StopRequested(why)
             self._notify("advanced")
             yield batch
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, Protocol
 
 import jax
@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from lora_jax.train.compilation import CompiledByShape
+from lora_jax.train.evaluate import Evaluation, evaluate
 from lora_jax.train.state import TrainState
 
 
@@ -23,6 +24,9 @@ class Program(Protocol):
 
     def step(self, state: TrainState, frozen: Any, batch: Any) -> tuple[TrainState, dict]:
         """`(state, metrics)`, the metrics with a value for each lane; `state` is donated."""
+
+    def evaluate(self, trainable: Any, frozen: Any, batches: Iterable[Any]) -> list[Evaluation]:
+        """The scores of each lane on all batches."""
 
     def padded(self, count: int) -> int:
         """The number of lanes that `count` cells need."""
@@ -49,6 +53,9 @@ class SingleProgram:
     def __init__(self, step: CompiledByShape, scores: CompiledByShape, mesh: str):
         self.step, self.scores, self.mesh = step, scores, mesh
         self._counted = 0.0
+
+    def evaluate(self, trainable: Any, frozen: Any, batches: Iterable[Any]) -> list[Evaluation]:
+        return [evaluate(self.scores, trainable, frozen, batches)]
 
     def padded(self, count: int) -> int:
         return count

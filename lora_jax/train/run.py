@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import functools
 import os
 import sys
@@ -18,21 +19,18 @@ from lora_jax.formats.paths import at_home
 from lora_jax.parallel.mesh import mesh_text
 from lora_jax.train.bookkeeping import Bookkeeping
 from lora_jax.train.build import Base, Setup, build
-from lora_jax.train.callbacks import Display, MetricsFiles, SavedCheckpoints, StopAtSignal
+from lora_jax.train.callbacks import StopAtSignal, restored, train_on_disk, validate_on
 from lora_jax.train.card import describe_program, read_card
 from lora_jax.train.cell import Schedule
 from lora_jax.train.checkpoint import Checkpoints
 from lora_jax.train.compilation import enable_compilation_cache
 from lora_jax.train.configs import complete
-from lora_jax.train.evaluate import Evaluation, evaluate
 from lora_jax.train.finish import write_results
-from lora_jax.train.loop import Callback, Diverged, StopRequested, Training
+from lora_jax.train.loop import Callback, Diverged, Training
 from lora_jax.train.memory import StepMemory, device_limit_bytes
-from lora_jax.train.metrics import MetricsWriter
-from lora_jax.train.numerics import check_resumed
 from lora_jax.train.program import SingleProgram, copy_arrays
 from lora_jax.train.progress import ShowWith, show_progress
-from lora_jax.train.signals import Interrupted, stop_requests
+from lora_jax.train.signals import stop_requests
 from lora_jax.train.state import TrainState
 from lora_jax.train.workdir import (
     check_cell,
@@ -53,6 +51,7 @@ def train(
     command: str = "",
     config_file: str = "",
     mesh: Mesh | None = None,
+    callbacks: Sequence[Callback] = (),
 ) -> dict[str, Any]:
     """Trains what `config` says into `workdir/cells/name` and returns the run's card.
 
@@ -61,7 +60,8 @@ def train(
     weights, bit for bit, as one that was not; a finished one is not run again. `command` is what to
     tell the user to type after Ctrl-C; `config_file` ("FILE.py[:arg]") is noted in the card.
     `mesh` has the devices to train on (`parallel.make_mesh`);
-    without it, one. A run may go on on another mesh, and rounds in another way from there. Raises
+    without it, one. A run may go on on another mesh, and rounds in another way from there.
+    `callbacks` (`train.Callback`) are notified of what the run does, and may stop it. Raises
     `RequestError` for what the user can set right, in which case nothing is begun, and
     `Interrupted`, after saving, on SIGINT or SIGTERM.
     """
@@ -72,8 +72,9 @@ def train(
     with lock_workdir(workdir):
         cell = workdir / "cells" / name
         return train_cell(
-            config, cell, progress=progress, command=command, config_file=config_file, mesh=mesh
-        )
+            config, cell, progress=progress, command=command, config_file=config_file, mesh=mesh,
+            callbacks=callbacks,
+        )  # fmt: skip
 
 
 @partitionable()
@@ -87,6 +88,7 @@ def train_cell(
     base: Base | None = None,
     mesh: Mesh | None = None,
     show_with: ShowWith = show_progress,
+    callbacks: Sequence[Callback] = (),
 ) -> dict[str, Any]:
     """`train` for the folder `cell` of a workdir whose lock the caller holds.
 
@@ -111,35 +113,29 @@ def train_cell(
         of_each = "" if setup.placement is None else " on each device"
         print(f"{cell.name}: a step takes {memory}{of_each}", file=sys.stderr)
     claim_cell(cell, plain)
-    with stop_requests() as stop_requested, Checkpoints(cell / "checkpoints") as checkpoints:
-        training = _training(config.optimizer, setup, state)
+    with stop_requests() as requested, Checkpoints(cell / "checkpoints") as checkpoints:
+        training = _training(_Settings(cell.name, config.optimizer.lr), setup, state)
         _resume(training, checkpoints, setup)
-        lines, step = training.cells[0].progress.metrics_lines, training.step
-        unit = setup.task.unit
-        with (
-            MetricsWriter(cell, num_lines=lines, step=step) as writer,
-            show_with(cell.name, setup.num_steps, start=step, enabled=progress, unit=unit) as show,
-        ):
-            callbacks = [
-                MetricsFiles([writer], [setup.schedule], unit),
-                SavedCheckpoints(checkpoints, functools.partial(_contents, setup)),
-                Display(show),
-                StopAtSignal(stop_requested),
-                _RaiseDiverged(setup, checkpoints),
-            ]
-            training.begin(callbacks, started)
-            try:
-                training.run()
-                (test,) = training.test(functools.partial(_scored, setup, setup.test)).values()
-            except StopRequested:
-                checkpoints.wait()
-                again = command or "call train() again with the same config and workdir"
-                raise Interrupted(
-                    f"stopped by {stop_requested()} at step {training.step} of {setup.num_steps}; "
-                    f"all is saved in {cell}. To go on: {again}"
-                ) from None
-        # On the disk before the results say that the run is over.
-        checkpoints.wait()
+        show = show_with(
+            cell.name,
+            setup.num_steps,
+            start=training.step,
+            enabled=progress,
+            unit=setup.task.unit,
+        )
+        (test,) = train_on_disk(
+            training,
+            checkpoints,
+            [cell],
+            [setup.schedule],
+            setup.task.unit,
+            setup.test,
+            show,
+            contents=functools.partial(_contents, setup),
+            more=[StopAtSignal(requested), _RaiseDiverged(setup, checkpoints), *callbacks],
+            started=started,
+            again=command or "call train() again with the same config and workdir",
+        ).values()
         done = training.cells[0].progress
         program = describe_program(
             setup.method.table(setup.model.params),
@@ -153,21 +149,24 @@ def train_cell(
         )
 
 
-def _training(settings: Any, setup: Setup, state: TrainState) -> Training:
-    """One cell in one lane; `settings` are the optimizer's."""
+@dataclasses.dataclass(frozen=True)
+class _Settings:
+    name: str
+    lr: float
 
-    def validate(trainable, frozen, watched):
-        (found,) = _scored(setup, setup.validation, trainable, frozen, watched)
-        return [(found.loss, found.accuracy)]
+
+def _training(settings: _Settings, setup: Setup, state: TrainState) -> Training:
+    """One cell in one lane."""
 
     mesh = "" if setup.placement is None else mesh_text(setup.placement.mesh)
+    program = SingleProgram(setup.step, setup.scores, mesh)
     return Training(
         [settings],
-        SingleProgram(setup.step, setup.scores, mesh),
+        program,
         state,
         lambda cells: setup.frozen,
         _InOrder(setup.batches),
-        validate,
+        validate_on(program, setup.validation),
         Schedule(
             num_steps=setup.num_steps,
             eval_every=setup.eval_every,
@@ -176,10 +175,6 @@ def _training(settings: Any, setup: Setup, state: TrainState) -> Training:
             checkpoint_every=setup.checkpoint_every,
         ),
     )
-
-
-def _scored(setup: Setup, batches: Any, trainable, frozen, watched) -> list[Evaluation]:
-    return [evaluate(setup.scores, trainable, frozen, watched(batches))]
 
 
 class _InOrder:
@@ -237,19 +232,11 @@ def _contents(setup: Setup, training: Training) -> tuple[dict[str, Any], dict[st
 
 def _resume(training: Training, checkpoints: Checkpoints, setup: Setup) -> None:
     """Goes on from the latest checkpoint, if there is one."""
-    changes: tuple[str, ...] = ()
     state = training.state
-
-    def like(facts: dict[str, Any]) -> dict[str, Any]:
-        # Before the arrays are compared: x64 changes their dtypes, and is the cause to name.
-        nonlocal changes
-        changes = check_resumed(facts.get("numerics", {}), checkpoints.folder)
-        return {"state": state, "best": state.trainable}
-
-    restored = checkpoints.restore(like)
-    if restored is None:
+    found = restored(checkpoints, lambda facts: {"state": state, "best": state.trainable})
+    if found is None:
         return
-    groups, facts = restored
+    groups, facts, changes = found
     progress = Bookkeeping.from_json(facts["bookkeeping"]).with_changes(changes)
     setup.batches.set_state(facts["data"])
     best = groups.get("best")

@@ -195,7 +195,7 @@ def test_cells_over_cell_send_each_other_nothing(make_config, at_once):
         state, batch = as_shapes(state), as_shapes(ready.batches.at(0, plan.cells))
         programs = [("step", state, batch)]
         if text == "cell=8":
-            programs.append(("scores", state.trainable, ready.batches.widest_look()))
+            programs.append(("scores", state.trainable, ready.batches.widest_evaluation()))
         for name, first, own in programs:
             arguments = program._placed(name, first, (plan.pack.data(), ready.frozen), own)
             compiled = program._get(name, *arguments)
@@ -260,7 +260,7 @@ def test_a_pack_is_narrowed_in_whole_rows_of_the_mesh(make_config):
     def width(budget):
         return fitting_width(
             ready.program, group.plan, ready.params_of, ready.frozen, ready.batches, budget,
-            ready.batches.widest_look(),
+            ready.batches.widest_evaluation(),
         )  # fmt: skip
 
     whole, needed = width(2**40)

@@ -21,7 +21,8 @@ import pytest
 from lora_jax.core.errors import RequestError
 from lora_jax.data import EvalBatches
 from lora_jax.formats.adapter import load_trainable
-from lora_jax.sweeps import run_sweep, runner, stored
+from lora_jax.sweeps import run_sweep, stored
+from lora_jax.sweeps import workdir as runner
 from lora_jax.sweeps.ready import PackBatches
 from lora_jax.sweeps.verify import verify
 from lora_jax.train import Interrupted, train
