@@ -234,7 +234,7 @@ def _text(record: dict, name: str, setting: str, place: str) -> str:
         raise RequestError(
             f"{place}: column {name!r} holds {text!r}, not a text; {_columns(record)}"
         )
-    if not (text or "").strip():
+    if text is None or not text.strip():
         raise RequestError(f"{place}: column {name!r} is empty; fill it or remove the row")
     try:
         text.encode()
