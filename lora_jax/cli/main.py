@@ -74,18 +74,18 @@ def _in_one_line(error: Exception) -> str:
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command; returns the exit code. A bad request is one line on stderr and code 2."""
     argv = list(sys.argv[1:] if argv is None else argv)
-    if not argv or argv[0] in ("-h", "--help", "help"):
-        print(usage(), flush=True)
-        return 0
-    if argv[0] == "--version":
-        print(lora_jax.__version__)
-        return 0
-    # JAX is imported from here on, not for the two answers above.
-    from lora_jax.core.errors import RequestError
-    from lora_jax.core.trees import nearest
-
     usual, warnings.formatwarning = warnings.formatwarning, _one_line
     try:
+        if not argv or argv[0] in ("-h", "--help", "help"):
+            print(usage(), flush=True)
+            return 0
+        if argv[0] == "--version":
+            print(lora_jax.__version__)
+            return 0
+        # JAX is imported from here on, not for the two answers above.
+        from lora_jax.core.errors import RequestError
+        from lora_jax.core.trees import nearest
+
         if argv[0] not in COMMANDS:
             raise RequestError(
                 f"there is no command {argv[0]!r}; {nearest(argv[0], COMMANDS)}; "
@@ -93,9 +93,6 @@ def main(argv: Sequence[str] | None = None) -> int:
             )
         # Each command imports what it needs: a typo should not wait for models and checkpoints.
         return importlib.import_module(f"lora_jax.cli.{argv[0]}").run(argv[1:])
-    except RequestError as error:
-        print(f"lora-jax: {_in_one_line(error)}", file=sys.stderr)
-        return 2
     except BrokenPipeError:  # `| head` has read enough; Python would complain once more at exit
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
@@ -106,6 +103,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         if (line := needs_extra(error)) is None:
             raise
         print(f"lora-jax {argv[0]}: {line}", file=sys.stderr)
+        return 2
+    except RequestError as error:
+        print(f"lora-jax: {_in_one_line(error)}", file=sys.stderr)
         return 2
     except Exception as error:
         # Only the trainer's request to stop carries an exit code; all else is our defect.

@@ -149,7 +149,7 @@ def _read(path: Path, columns: Sequence[str]) -> Inputs:
 
 def _given(inputs: Any, data: Any) -> Inputs:
     """The inputs given in Python."""
-    texts = [(x,) if isinstance(x, str) else tuple(x) for x in inputs]
+    texts: list[tuple[str, ...]] = [(x,) if isinstance(x, str) else tuple(x) for x in inputs]
     if not texts:
         raise RequestError("inputs are empty; give at least one text")
     # Only of GLUE's tasks is it known how many texts an example has; else all have as many.
@@ -159,15 +159,15 @@ def _given(inputs: Any, data: Any) -> Inputs:
         if len(own) != width or not all(isinstance(x, str) and x.strip() for x in own):
             wanted = "a text" if width == 1 else "a pair of texts"
             raise RequestError(f"input {place} is {inputs[place]!r}; this run reads {wanted}")
-    records = tuple(dict(zip(names, own, strict=True)) for own in texts)
+    records: tuple[dict[str, Any], ...] = tuple(dict(zip(names, t, strict=True)) for t in texts)
     return records, texts, tuple(f"input {place}" for place in range(len(texts)))
 
 
 def _class_names(adapted: Adapted, count: int) -> tuple[str, ...]:
     """The names of the classes, as the run's adapter keeps them; else their numbers."""
     names = adapted.description.get("label_names")
-    known = isinstance(names, list) and len(names) == count
-    return tuple(map(str, names)) if known else tuple(map(str, range(count)))
+    known = names if isinstance(names, list) and len(names) == count else range(count)
+    return tuple(map(str, known))
 
 
 def _completions(adapted, cell, texts, settings, merged, on_progress) -> tuple[str, ...]:

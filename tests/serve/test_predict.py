@@ -32,10 +32,10 @@ def plain_logits(cell, texts):
     """Merge, then the plain model on each text alone, unpadded: (N, classes) float32."""
     adapted = lj.load_adapter(cell)
     params = adapted.method.merge(adapted.trainable, adapted.frozen)
-    rows = []
+    rows, apply = [], jax.jit(adapted.model.apply)
     for text in texts:
         ids = jnp.array([adapted.model.tokenizer.encode(text).ids])
-        rows.append(np.asarray(adapted.model.apply(params, ids, jnp.ones_like(ids)))[0])
+        rows.append(np.asarray(apply(params, ids, jnp.ones_like(ids)))[0])
     return np.stack(rows)
 
 
@@ -56,7 +56,7 @@ def test_predictions_of_the_test_split_are_those_that_the_run_saved(cell):
 @pytest.mark.parametrize("merged", [False, True])
 def test_probabilities_equal_merge_then_plain_apply(cell, merged):
     cell, _ = cell
-    texts = ["a lovely film", "a dull story with an awful actor and boring music", "great"]
+    texts = ["a lovely film", "a dull story with an awful actor", "a boring movie"]
     found = lj.predict(cell, texts, merged=merged)
     logits = plain_logits(cell, texts).astype(np.float64)
     wanted = np.exp(logits) / np.exp(logits).sum(-1, keepdims=True)
@@ -155,7 +155,7 @@ def test_a_regression_gives_the_numbers_of_the_merged_model(make_config, tmp_pat
     config = make_config(changes)
     config.model.head, config.model.num_labels = "regression", 1
     lj.train(config, tmp_path, progress=False)
-    cell, texts = tmp_path / "cells" / "run", ["good film", "a dull story"]
+    cell, texts = tmp_path / "cells" / "run", ["good film", "dull story"]
     found = lj.predict(cell, texts)
     np.testing.assert_allclose(list(found), plain_logits(cell, texts)[:, 0], atol=2e-6)
     assert found.probabilities is None and found.class_names == ()
