@@ -16,13 +16,15 @@ from typing import Any
 from absl import flags
 from ml_collections import ConfigDict, config_flags
 
+import lora_jax.methods.named  # noqa: F401  (the methods' own settings join)
 from lora_jax.core.errors import RequestError
-from lora_jax.core.optional import describe_optional
 from lora_jax.core.trees import nearest
 from lora_jax.formats.paths import at_home
 from lora_jax.formats.untrusted import printable
-from lora_jax.train.configs import check_not_missing, fill, put_settings
-from lora_jax.train.schema import SECTIONS, SETTINGS, example_of, parse
+from lora_jax.settings import SECTIONS, SETTINGS, Settings
+from lora_jax.settings.config import add_neighbours, put_settings
+from lora_jax.settings.described import described
+from lora_jax.settings.fields import parse
 
 # Options that name a file or a folder.
 PATHS = {
@@ -40,9 +42,9 @@ devices that share the processor: XLA_FLAGS=--xla_force_host_platform_device_cou
 OVERRIDES = (
     "Any setting of the config is a flag: --config.method.rank=4 --config.data.path=my.jsonl"
 )
-OPTIONAL_SETTINGS = f"""\
-Optional settings with their defaults; each is a flag like the others:
-{describe_optional()}"""
+ALL_SETTINGS = f"""\
+All settings with their defaults:
+{described()}"""
 
 
 class Parser(argparse.ArgumentParser):
@@ -108,11 +110,11 @@ def read_path(text: Any) -> Any:
     return text if path == Path(text) else str(path)
 
 
-def read_config(args: Sequence[str]) -> ConfigDict:
-    """The config of `--config=FILE.py:arg` with `--config.key=value` overrides, locked.
+def read_config(args: Sequence[str]) -> Settings:
+    """The settings of `--config=FILE.py:arg` with `--config.key=value` overrides.
 
-    Settings that the file omits have their defaults (`train/schema.py`). Raises `RequestError` for
-    a missing file, an unknown key (nearest named) or a value of another type.
+    Raises `RequestError` for a missing file, an unknown key (nearest named), or a value of another
+    type or out of range.
     """
     args = [_at_home(arg) for arg in args]
     name = config_name(args)
@@ -123,13 +125,12 @@ def read_config(args: Sequence[str]) -> ConfigDict:
             f"get_config of {name} returns {config!r}; return an ml_collections.ConfigDict"
         )
     put_settings(config, settings)
-    config = fill(config)
-    with config.unlocked():
-        for key in (key for key, setting in SETTINGS.items() if setting.kind == "path"):
-            section, _, last = key.partition(".")
-            if last in config[section]:
-                config[section][last] = read_path(config[section][last])
-    return config
+    made = Settings.from_config(config)
+    flat = made.flat()
+    paths = [key for key, setting in SETTINGS.items() if setting.kind == "path" and flat.get(key)]
+    made = made.replace({key: read_path(flat[key]) for key in paths})
+    made.check()
+    return made
 
 
 def _load(name: str, args: Sequence[str]) -> ConfigDict:
@@ -138,9 +139,7 @@ def _load(name: str, args: Sequence[str]) -> ConfigDict:
     if not Path(file).is_file():
         beside = sorted(str(p) for p in Path("experiments").glob("*.py"))
         raise RequestError(f"config file {file!r} does not exist; {nearest(file, beside)}")
-    for folder in (str(Path(file).resolve().parent), os.getcwd()):
-        if folder not in sys.path:  # a config may import its neighbours, and `experiments`
-            sys.path.append(folder)
+    add_neighbours(file)
     values = flags.FlagValues()
     argv = ["lora-jax", *args]
     config_flags.DEFINE_config_file("config", None, flag_values=values, sys_argv=argv)
@@ -184,7 +183,7 @@ def _at_home(arg: str) -> str:
 
 
 def _split_settings(args: Sequence[str]) -> tuple[list[str], dict[str, Any]]:
-    """The arguments without those that set what `train/schema.py` knows, and `{key: value}`."""
+    """The arguments without those that set what the schema knows, and `{key: value}`."""
     rest, found, place = [], {}, 0
     while place < len(args):
         arg = args[place]
@@ -199,8 +198,8 @@ def _split_settings(args: Sequence[str]) -> tuple[list[str], dict[str, Any]]:
             elif SETTINGS[key].kind == "flag":
                 text = "true"
             else:
-                raise RequestError(f"{arg} needs a value: {arg}={example_of(key)}")
-        found[key] = parse(key, text)
+                raise RequestError(f"{arg} needs a value: {arg}={SETTINGS[key].shown}")
+        found[key] = parse(key, text, SETTINGS[key])
     return rest, found
 
 
@@ -222,7 +221,7 @@ def config_name(args: Sequence[str]) -> str:
 def _unknown_key(name: str, args: Sequence[str], error: Exception) -> str:
     """The override that the config does not know, and those it does."""
     config = read_config([f"--config={name}"])
-    known = list(dict.fromkeys([*(key for key, _ in flat_items(config)), *SETTINGS]))
+    known = list(dict.fromkeys([*config.flat(), *SETTINGS]))
     for arg in args:
         if not arg.startswith("--config."):
             continue
@@ -230,15 +229,6 @@ def _unknown_key(name: str, args: Sequence[str], error: Exception) -> str:
         if key not in known:
             return f"the config has no setting {key!r}; {nearest(key, known)}"
     return f"cannot set {error} in {name}"
-
-
-def flat_items(config: ConfigDict, prefix: str = ""):
-    """("method.rank", 8), … of every setting."""
-    for key, value in config.items():
-        if isinstance(value, ConfigDict):
-            yield from flat_items(value, f"{prefix}{key}.")
-        else:
-            yield f"{prefix}{key}", value
 
 
 def add_json(parser: Parser) -> None:
@@ -279,15 +269,15 @@ def mesh_of(options: argparse.Namespace, *, has_cells: bool = False) -> Any:
 
 
 def needs_config(
-    config: ConfigDict | None, command: str, *, sections: tuple[str, ...] = SECTIONS
-) -> ConfigDict:
+    config: Settings | None, command: str, *, sections: tuple[str, ...] = SECTIONS
+) -> Settings:
     """The config. Raises `RequestError` if there is none, or its `sections` lack settings."""
     if config is None:
         raise RequestError(
             f"{command} needs a config: --config=experiments/reviews_minilm.py:lora "
             "(experiments/ holds them, or write your own)"
         )
-    check_not_missing(config, sections)
+    config.check_complete(sections)
     return config
 
 

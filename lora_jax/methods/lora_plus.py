@@ -23,7 +23,7 @@ class LoRAPlus(LoRA):
     {'b': 8.0}
     """
 
-    ratio: float = 16.0
+    ratio: float = dataclasses.field(default=16.0, metadata={"help": "b's learning rate over a's"})
 
     def __init__(self, *, ratio: float = 16.0, **settings):
         if not (math.isfinite(ratio) and ratio > 0):

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
-import types
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
@@ -16,6 +15,7 @@ import numpy as np
 from lora_jax.core import trees
 from lora_jax.core.errors import RequestError
 from lora_jax.core.lift import lift
+from lora_jax.settings import OptimizerSettings
 from lora_jax.sweeps.batches import OwnBatches, SharedBatches, num_elements
 from lora_jax.sweeps.curves import Curves
 from lora_jax.sweeps.engine import PackTraining, Schedule
@@ -117,9 +117,7 @@ def sweep(
 
     def tx_of(cell: CellSettings):
         own = {"lr": cell.lr, "weight_decay": cell.weight_decay}
-        return cell.method.optimizer(
-            make_optimizer(types.SimpleNamespace(**shared, **own), num_steps)
-        )
+        return cell.method.optimizer(make_optimizer(OptimizerSettings(**shared, **own), num_steps))
 
     loss = lift(_of_shown(loss_fn))
     budget = memory_bytes or device_memory_bytes()
