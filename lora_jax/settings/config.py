@@ -20,10 +20,8 @@ def make_config(*changes: Mapping[str, Any]) -> ConfigDict:
     4
     """
     config = ConfigDict({section: {} for section in SECTIONS})
-    for key, value in (item for one in changes for item in one.items()):
-        section, _, name = key.rpartition(".")
-        with config.ignore_type():
-            (config[section] if section else config)[name] = value
+    for one in changes:
+        _put(config, one)
     return config
 
 
@@ -33,32 +31,37 @@ def put_settings(config: ConfigDict, values: Mapping[str, Any]) -> None:
     Raises `RequestError` for a setting of methods that the config does not list and its method
     does not have.
     """
-    own = [key.partition(".")[2] for key in values if key.startswith("method.")]
-    listed = config.get("method") or {}
-    new = [name for name in own if name not in listed]
+    listed = set(config.get("method") or {})
+    _put(config, values)
+    method = config.get("method") or {}
+    for key in values:
+        section, _, name = key.partition(".")
+        if section == "method" and name not in listed and "name" in method:
+            check_method_has(method.name, name)
+
+
+def _put(config: ConfigDict, values: Mapping[str, Any]) -> None:
     with config.unlocked(), config.ignore_type():
         for key, value in values.items():
-            section, _, name = key.rpartition(".")
-            if section and section not in config:
-                config[section] = ConfigDict()
-            (config[section] if section else config)[name] = value
-    if "name" in (config.get("method") or {}):
-        for name in new:
-            check_method_has(config.method.name, name)
+            *sections, name = key.split(".")
+            place = config
+            for section in sections:
+                if section not in place:
+                    place[section] = ConfigDict()
+                place = place[section]
+            place[name] = value
 
 
 def run_file(path: str | Path) -> dict[str, Any]:
-    """The names that a config file defines, executed; it may import its neighbours."""
-    add_neighbours(path)
-    return runpy.run_path(str(path))
+    """The names that a config file defines, executed.
 
-
-def add_neighbours(path: str | Path) -> None:
-    """Lets the file at `path` import what is next to it, and the package that it is part of."""
-    folder = Path(path).resolve().parent
-    root = folder
+    It may import what is next to it, the package that it is part of, and what the working folder
+    has.
+    """
+    folder = root = Path(path).resolve().parent
     while (root / "__init__.py").exists():
         root = root.parent
     for place in map(str, (folder, root, Path.cwd())):
         if place not in sys.path:
             sys.path.append(place)
+    return runpy.run_path(str(path))
