@@ -27,8 +27,7 @@ not been run.
 
 from ml_collections import ConfigDict
 
-from lora_jax import RequestError
-from lora_jax.core.trees import nearest
+from experiments.shared import E2E, TINY_PAIRS, config_of
 
 RANKS = (1, 2, 4, 8, 64)
 RATES = (2e-4, 5e-4, 1e-3, 2e-3, 5e-3)
@@ -45,12 +44,8 @@ SIZES = {
         "optimizer.warmup_steps": 20,
     },
     "smoke": {
+        **TINY_PAIRS,
         "model.name": "tiny-llama",
-        "data.source": "tiny-pairs",
-        "data.path": "",
-        "data.max_length": 96,
-        "data.buckets": (96,),
-        "train.num_steps": 4,
         "train.eval_every_steps": 2,
         "train.log_every_steps": 2,
         "optimizer.warmup_steps": 2,
@@ -72,61 +67,20 @@ def sweep_smoke(add):
 
 
 def get_config(arg: str = "") -> ConfigDict:
-    """The config for `arg`: a size, "" or "smoke"."""
-    size = arg or ""
-    if size not in SIZES:
-        raise RequestError(f"e2e_smollm2.py:{arg}: no size {size!r}; {nearest(size, SIZES)}")
-
-    config = ConfigDict()
-    config.seed = 0
-
-    config.model = ConfigDict()
-    config.model.name = "smollm2-135m"
-    config.model.head = "causal-lm"
-    config.model.dtype = "float32"
-    config.model.scan_layers = True  # one layer is compiled, not each: seconds for minutes
-
-    config.data = ConfigDict()
-    config.data.source = "e2e"  # or jsonl, csv, tsv, parquet with the columns below
-    config.data.path = "../shared/data/e2e"
-    config.data.text = "prompt"
-    config.data.label = "completion"
-    config.data.max_length = 128  # the longest pair has 125 tokens
-    config.data.buckets = (48, 64, 80, 128)
-    config.data.batch_size = 8
-    config.data.seed = 0
-    config.data.limit = 0
-    config.data.eval_limit = 0  # validation and test pairs, by whole prompts
-
-    config.method = ConfigDict()
-    config.method.name = "lora"
-    config.method.targets = "q,v"
-    config.method.rank = 4
-    config.method.alpha = 32.0
-    config.method.dropout = 0.1
-    config.method.init = "kaiming_uniform"
-    config.method.train = ""
-
-    config.optimizer = ConfigDict()
-    config.optimizer.lr = 1e-3
-    config.optimizer.schedule = "linear"
-    config.optimizer.warmup_ratio = 0.0
-    config.optimizer.warmup_steps = 500
-    config.optimizer.weight_decay = 0.01
-    config.optimizer.beta1 = 0.9
-    config.optimizer.beta2 = 0.999
-    config.optimizer.eps = 1e-8
-    config.optimizer.clip_norm = 1.0
-
-    config.train = ConfigDict()
-    config.train.num_epochs = 1.0
-    config.train.num_steps = 0
-    config.train.label_smoothing = 0.1
-    config.train.eval_every_steps = 0
-    config.train.checkpoint_every_steps = 0
-    config.train.patience = 0
-    config.train.eval_batch_size = 32
-    config.train.log_every_steps = 50
-
-    config.update_from_flattened_dict(SIZES[size])
-    return config
+    """The config for `arg`: a size, "", "short" or "smoke"."""
+    own = {
+        "model.name": "smollm2-135m",
+        # data.source may be jsonl, csv, tsv or parquet with the columns `prompt`, `completion`.
+        "data.max_length": 128,  # the longest pair has 125 tokens
+        "data.buckets": (48, 64, 80, 128),
+        "data.batch_size": 8,
+        "data.eval_limit": 0,  # validation and test pairs, by whole prompts
+        "method.dropout": 0.1,
+        "optimizer.lr": 1e-3,
+        "optimizer.warmup_steps": 500,
+        "train.num_epochs": 1.0,
+        "train.label_smoothing": 0.1,
+        "train.eval_batch_size": 32,
+        "train.log_every_steps": 50,
+    }
+    return config_of("e2e_smollm2", arg, SIZES, E2E, own)

@@ -9,7 +9,6 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
-from ml_collections import ConfigDict
 
 from lora_jax import RequestError
 from lora_jax.data import load_splits
@@ -20,6 +19,7 @@ from lora_jax.report.statistics import (
     paired_difference,
     spread_over_weights,
 )
+from lora_jax.settings import Settings
 from lora_jax.train.task import task_of
 
 HOLDS, REFUTED, OPEN = "holds", "does not hold", "open"
@@ -89,7 +89,7 @@ def by_prompt(contestants: Mapping[str, Contestant]) -> dict[str, Contestant]:
     """The same, with prompts in the place of pairs: a test split has all pairs of the prompts that
     it has, and what one prompt's pairs have in common would make intervals of pairs too narrow."""
     run = next(iter(contestants.values())).runs[0]
-    config = ConfigDict(run.config)
+    config = Settings.from_config(run.config)
     test = load_splits(config.data, target=task_of(config.model).target).test
     texts = [test.texts[i] for i in run.predictions.index]
     units = np.unique(texts, return_inverse=True)[1]

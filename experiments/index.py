@@ -1,4 +1,5 @@
-"""Writes experiments/README.md from the docstrings and from results/*/verdicts.json.
+"""Writes experiments/README.md from the docstrings and from results/*/verdicts.json, and the table
+of lora_jax/settings/README.md from the schema.
 
 python -m experiments.index
 """
@@ -10,8 +11,10 @@ from pathlib import Path
 
 from experiments import findings, hypotheses
 from lora_jax.formats import write_text
+from lora_jax.settings.described import table
 
 FOLDER = Path(__file__).parent
+SETTINGS = FOLDER.parent / "lora_jax" / "settings" / "README.md"
 ORDER = (
     "which_matrices", "what_rank", "what_rank_e2e", "lr_by_rank", "tuned_per_rank",
     "subspace_ranks", "subspace_seeds", "delta_vs_weight", "intrinsic_digits",
@@ -43,6 +46,7 @@ Older, with their own pages: [reviews_minilm](results/reviews_minilm/README.md) 
 fine-tuning), [variants](results/variants/README.md) (eight variants, each at its rate),
 [e2e_smollm2](results/e2e_smollm2/README.md), [attachment](results/attachment/attachment.md) and
 `bench/`. `paper/` holds the paper's own settings for GPT-2 on E2E and RoBERTa on GLUE.
+`forkme.py` is a config to copy; `shared.py` has the settings that several share.
 """
 
 
@@ -71,3 +75,6 @@ def to_page() -> str:
 if __name__ == "__main__":
     write_text(FOLDER / "README.md", to_page())
     print(FOLDER / "README.md")
+    before, *_ = SETTINGS.read_text(encoding="utf-8").partition("| setting |")
+    write_text(SETTINGS, f"{before}{table()}\n")
+    print(SETTINGS)

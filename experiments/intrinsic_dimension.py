@@ -36,6 +36,8 @@ from pathlib import Path
 
 from ml_collections import ConfigDict
 
+from experiments.shared import SMOKE, WORDNET, config_of
+
 DIMS = (100, 300, 1000, 3000, 5000, 10000)
 SAID_DIMS = (1000, 3000)
 RATES = (1e-2, 3e-2, 1e-1, 3e-1, 1.0)
@@ -43,16 +45,6 @@ RATES = (1e-2, 3e-2, 1e-1, 3e-1, 1.0)
 RATES_OF_FEW = (1e-3, 3e-3, 1e-2, 3e-2, 1e-1, 3e-1, 1.0)
 FEW = 300
 MORE_SEEDS = (1, 2)
-
-SMOKE = {
-    "model.name": "tiny-bert",
-    "model.num_labels": 2,
-    "data.source": "reviews",
-    "data.limit": 64,
-    "data.eval_limit": 64,
-    "train.num_steps": 4,
-    "train.eval_every_steps": 4,
-}
 
 
 def sweep_full_size(add):
@@ -76,57 +68,17 @@ def sweep_smoke(add):
 
 def get_config(arg: str = "") -> ConfigDict:
     """The config for `arg`: nothing, or "smoke"."""
-    if arg not in ("", "smoke"):
-        raise ValueError(f"intrinsic_dimension.py:{arg}: give no size, or smoke")
-    config = ConfigDict(
-        {
-            "seed": 0,
-            "model": {"name": "minilm", "num_labels": 26, "dtype": "float32"},
-            "data": {
-                "source": "wordnet",
-                "path": "",
-                "text": "text",
-                "label": "label",
-                "max_length": 16,
-                "buckets": (16,),
-                "batch_size": 32,
-                "seed": 0,
-                "limit": 6400,  # one epoch
-                "eval_limit": 1500,
-            },
-            "method": {
-                "name": "intrinsic",
-                "targets": "encoder/.*|head/.*",
-                "dim": 1000,
-                "structure": "did",
-                "projection": "grouped",
-                "train": "",
-            },
-            "optimizer": {
-                "lr": 1e-2,
-                "schedule": "linear",
-                "warmup_ratio": 0.06,
-                "weight_decay": 0.0,
-                "beta1": 0.9,
-                "beta2": 0.999,
-                "eps": 1e-8,
-                "clip_norm": 0.0,
-            },
-            "train": {
-                "num_epochs": 1.0,
-                "num_steps": 0,
-                "label_smoothing": 0.0,
-                "eval_every_steps": 200,
-                "checkpoint_every_steps": 0,
-                "patience": 0,
-                "eval_batch_size": 128,
-                "log_every_steps": 10,
-            },
-        }
-    )
-    if arg:
-        config.update_from_flattened_dict(SMOKE)
-    return config
+    own = {
+        "method.name": "intrinsic",
+        "method.targets": "encoder/.*|head/.*",
+        "method.dim": 1000,
+        "method.structure": "did",
+        "method.projection": "grouped",
+        "optimizer.lr": 1e-2,
+        "optimizer.weight_decay": 0.0,
+        "optimizer.clip_norm": 0.0,
+    }
+    return config_of("intrinsic_dimension", arg, {"": {}, "smoke": SMOKE}, WORDNET, own)
 
 
 def write(workdir, out, beside) -> None:

@@ -31,6 +31,8 @@ published it is one draw of reviews per size.
 
 from ml_collections import ConfigDict
 
+from experiments.shared import LORA, SMOKE, WORDNET, config_of
+
 SIZES = (64, 256, 1024, 4096)
 CONTESTANTS = {
     "qv-r8": {"method.targets": "q,v", "method.rank": 8},
@@ -62,16 +64,6 @@ OWN = {
     "train.eval_every_steps": 40,
 }
 
-SMOKE = {
-    "model.name": "tiny-bert",
-    "model.num_labels": 2,
-    "data.source": "reviews",
-    "data.limit": 64,
-    "data.eval_limit": 64,
-    "train.num_steps": 4,
-    "train.eval_every_steps": 4,
-}
-
 
 def sweep_full_size(add):
     """Three methods on four sizes at five rates, then four more seeds at the best."""
@@ -92,59 +84,7 @@ def sweep_smoke(add):
 
 def get_config(arg: str = "") -> ConfigDict:
     """The config for `arg`: nothing, or "smoke"."""
-    if arg not in ("", "smoke"):
-        raise ValueError(f"low_data.py:{arg}: give no size, or smoke")
-    config = ConfigDict(
-        {
-            "seed": 0,
-            "model": {"name": "minilm", "num_labels": 26, "dtype": "float32"},
-            "data": {
-                "source": "wordnet",
-                "path": "",
-                "text": "text",
-                "label": "label",
-                "max_length": 16,
-                "buckets": (16,),
-                "batch_size": 32,
-                "seed": 0,
-                "limit": 6400,  # one epoch
-                "eval_limit": 1500,
-            },
-            "method": {
-                "name": "lora",
-                "targets": "q,v",
-                "rank": 8,
-                "alpha": 16.0,
-                "dropout": 0.0,
-                "init": "kaiming_uniform",
-                "train": "head/.*",
-            },
-            "optimizer": {
-                "lr": 2e-3,
-                "schedule": "linear",
-                "warmup_ratio": 0.06,
-                "weight_decay": 0.01,
-                "beta1": 0.9,
-                "beta2": 0.999,
-                "eps": 1e-8,
-                "clip_norm": 1.0,
-            },
-            "train": {
-                "num_epochs": 1.0,
-                "num_steps": 0,
-                "label_smoothing": 0.0,
-                "eval_every_steps": 200,
-                "checkpoint_every_steps": 0,
-                "patience": 0,
-                "eval_batch_size": 128,
-                "log_every_steps": 10,
-            },
-        }
-    )
-    config.update_from_flattened_dict(OWN)
-    if arg:
-        config.update_from_flattened_dict(SMOKE)
-    return config
+    return config_of("low_data", arg, {"": {}, "smoke": SMOKE}, WORDNET, LORA, OWN)
 
 
 def write(workdir, out) -> None:

@@ -22,8 +22,8 @@ test snippets of other movies): accuracy 0.727 for the probe, 0.815 for LoRA r =
 
 from ml_collections import ConfigDict
 
-from lora_jax import RequestError
-from lora_jax.core.trees import nearest
+from experiments.shared import REVIEWS, read_argument
+from lora_jax.settings.config import make_config
 
 # Settings that belong together: a method and its learning rate, tuned at ranks 1 and 8 (sweep
 # `full_size`: the same rate for both). BitFit's is a guess: it is in no sweep.
@@ -91,63 +91,5 @@ def sweep_full_size(add):
 
 def get_config(arg: str = "lora") -> ConfigDict:
     """The config for `arg`: a method, and perhaps a size: "lora-all,smoke"."""
-    name, _, size = (arg or "lora").partition(",")
-    if name not in METHODS:
-        meant = f"; did you mean '{next(iter(METHODS))},{name}'?" if name in SIZES else ""
-        raise RequestError(
-            f"reviews_minilm.py:{arg}: no method {name!r}; {nearest(name, METHODS)}{meant}"
-        )
-    if size not in SIZES:
-        raise RequestError(f"reviews_minilm.py:{arg}: no size {size!r}; {nearest(size, SIZES)}")
-
-    config = ConfigDict()
-    config.seed = 0
-
-    config.model = ConfigDict()
-    config.model.name = "minilm"
-    config.model.num_labels = 2
-    config.model.dtype = "float32"
-
-    config.data = ConfigDict()
-    config.data.source = "reviews"  # or jsonl, csv, tsv, parquet with data.path
-    config.data.path = ""
-    config.data.text = "text"
-    config.data.label = "label"
-    config.data.max_length = 32
-    config.data.buckets = (16, 24, 32)
-    config.data.batch_size = 32
-    config.data.seed = 0
-    config.data.limit = 0
-
-    config.method = ConfigDict()
-    config.method.name = "lora"
-    config.method.targets = "q,v"
-    config.method.rank = 8
-    config.method.alpha = 16.0
-    config.method.dropout = 0.0
-    config.method.init = "kaiming_uniform"
-    config.method.train = "head/.*"
-
-    config.optimizer = ConfigDict()
-    config.optimizer.lr = 1e-3
-    config.optimizer.schedule = "linear"
-    config.optimizer.warmup_ratio = 0.06
-    config.optimizer.weight_decay = 0.01
-    config.optimizer.beta1 = 0.9
-    config.optimizer.beta2 = 0.999
-    config.optimizer.eps = 1e-8
-    config.optimizer.clip_norm = 1.0
-
-    config.train = ConfigDict()
-    config.train.num_epochs = 2.0
-    config.train.num_steps = 0
-    config.train.label_smoothing = 0.0
-    config.train.eval_every_steps = 0
-    config.train.checkpoint_every_steps = 0
-    config.train.patience = 0
-    config.train.eval_batch_size = 128
-    config.train.log_every_steps = 10
-
-    config.update_from_flattened_dict(METHODS[name])
-    config.update_from_flattened_dict(SIZES[size])
-    return config
+    name, size = read_argument("reviews_minilm", arg or "lora", "method", METHODS, SIZES)
+    return make_config(REVIEWS, {"train.num_epochs": 2.0}, METHODS[name], SIZES[size])

@@ -32,6 +32,8 @@ learning rate.
 
 from ml_collections import ConfigDict
 
+from experiments.shared import LORA, SMOKE, WORDNET, config_of
+
 RANKS = (1, 4, 16, 64)
 RATES = (5e-4, 1e-3, 2e-3, 5e-3, 1e-2, 2e-2)
 MARGIN = 0.02
@@ -39,16 +41,6 @@ CONVENTIONS = {
     "alpha16": lambda rank: {"method.alpha": 16.0},
     "alpha2r": lambda rank: {"method.alpha": 2.0 * rank},
     "rslora": lambda rank: {"method.name": "rslora", "method.alpha": 2.0 * 8**0.5},
-}
-
-SMOKE = {
-    "model.name": "tiny-bert",
-    "model.num_labels": 2,
-    "data.source": "reviews",
-    "data.limit": 64,
-    "data.eval_limit": 64,
-    "train.num_steps": 4,
-    "train.eval_every_steps": 4,
 }
 
 
@@ -70,58 +62,7 @@ def sweep_smoke(add):
 
 def get_config(arg: str = "") -> ConfigDict:
     """The config for `arg`: nothing, or "smoke"."""
-    if arg not in ("", "smoke"):
-        raise ValueError(f"tuned_per_rank.py:{arg}: give no size, or smoke")
-    config = ConfigDict(
-        {
-            "seed": 0,
-            "model": {"name": "minilm", "num_labels": 26, "dtype": "float32"},
-            "data": {
-                "source": "wordnet",
-                "path": "",
-                "text": "text",
-                "label": "label",
-                "max_length": 16,
-                "buckets": (16,),
-                "batch_size": 32,
-                "seed": 0,
-                "limit": 6400,  # one epoch
-                "eval_limit": 1500,
-            },
-            "method": {
-                "name": "lora",
-                "targets": "q,v",
-                "rank": 8,
-                "alpha": 16.0,
-                "dropout": 0.0,
-                "init": "kaiming_uniform",
-                "train": "head/.*",
-            },
-            "optimizer": {
-                "lr": 2e-3,
-                "schedule": "linear",
-                "warmup_ratio": 0.06,
-                "weight_decay": 0.01,
-                "beta1": 0.9,
-                "beta2": 0.999,
-                "eps": 1e-8,
-                "clip_norm": 1.0,
-            },
-            "train": {
-                "num_epochs": 1.0,
-                "num_steps": 0,
-                "label_smoothing": 0.0,
-                "eval_every_steps": 200,
-                "checkpoint_every_steps": 0,
-                "patience": 0,
-                "eval_batch_size": 128,
-                "log_every_steps": 10,
-            },
-        }
-    )
-    if arg:
-        config.update_from_flattened_dict(SMOKE)
-    return config
+    return config_of("tuned_per_rank", arg, {"": {}, "smoke": SMOKE}, WORDNET, LORA)
 
 
 def write(workdir, out) -> None:

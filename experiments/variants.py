@@ -25,8 +25,8 @@ Measured: experiments/results/variants/README.md.
 
 from ml_collections import ConfigDict
 
-from lora_jax import RequestError
-from lora_jax.core.trees import nearest
+from experiments.shared import REVIEWS, read_argument
+from lora_jax.settings.config import make_config
 
 # Ranks, and the middle of the rates: LoRA's is known from `reviews_minilm`, the others' are guesses
 # from what their update is beside LoRA's; the grids reach a factor of 16 or more to either side.
@@ -83,65 +83,12 @@ def sweep_smoke(add):
 
 def get_config(arg: str = "lora") -> ConfigDict:
     """The config for `arg`: a variant, and perhaps a size: "dora,smoke"."""
-    name, _, size = (arg or "lora").partition(",")
-    if name not in VARIANTS:
-        meant = f"; did you mean '{next(iter(VARIANTS))},{name}'?" if name in SIZES else ""
-        raise RequestError(
-            f"variants.py:{arg}: no variant {name!r}; {nearest(name, VARIANTS)}{meant}"
-        )
-    if size not in SIZES:
-        raise RequestError(f"variants.py:{arg}: no size {size!r}; {nearest(size, SIZES)}")
-
-    config = ConfigDict()
-    config.seed = 0
-
-    config.model = ConfigDict()
-    config.model.name = "minilm"
-    config.model.num_labels = 2
-    config.model.dtype = "float32"
-
-    config.data = ConfigDict()
-    config.data.source = "reviews"
-    config.data.path = ""
-    config.data.text = "text"
-    config.data.label = "label"
-    config.data.max_length = 32
-    config.data.buckets = (16, 24, 32)
-    config.data.batch_size = 32
-    config.data.seed = 0
-    config.data.limit = 0
-
-    config.method = ConfigDict()
-    config.method.name = name
-    config.method.targets = "q,v"
-    config.method.rank = 8
-    config.method.alpha = 16.0  # VeRA has none
-    config.method.dropout = 0.0
-    config.method.init = "kaiming_uniform"  # of what is drawn: not VeRA, PiSSA, LoRA-XS
-    config.method.ratio = 16.0  # LoRA+: b's rate over a's
-    config.method.projection_seed = 0  # VeRA: its shared random factors
-    config.method.train = "head/.*"
-
-    config.optimizer = ConfigDict()
-    config.optimizer.lr = 1e-3
-    config.optimizer.schedule = "linear"
-    config.optimizer.warmup_ratio = 0.06
-    config.optimizer.weight_decay = 0.01
-    config.optimizer.beta1 = 0.9
-    config.optimizer.beta2 = 0.999
-    config.optimizer.eps = 1e-8
-    config.optimizer.clip_norm = 1.0
-
-    config.train = ConfigDict()
-    config.train.num_epochs = 1.0
-    config.train.num_steps = 0
-    config.train.label_smoothing = 0.0
-    config.train.eval_every_steps = 117  # twice
-    config.train.checkpoint_every_steps = 0
-    config.train.patience = 0
-    config.train.eval_batch_size = 128
-    config.train.log_every_steps = 10
-
-    config.update_from_flattened_dict(VARIANTS[name])
-    config.update_from_flattened_dict(SIZES[size])
-    return config
+    name, size = read_argument("variants", arg or "lora", "variant", VARIANTS, SIZES)
+    own = {
+        "method.name": name,  # of LoRA's settings VeRA has no alpha; PiSSA and LoRA-XS draw nothing
+        "method.ratio": 16.0,  # LoRA+: b's rate over a's
+        "method.projection_seed": 0,  # VeRA: its shared random factors
+        "train.num_epochs": 1.0,
+        "train.eval_every_steps": 117,  # twice
+    }
+    return make_config(REVIEWS, own, VARIANTS[name], SIZES[size])

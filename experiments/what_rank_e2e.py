@@ -31,6 +31,8 @@ inconclusive. Intervals rest on 16 prompts.
 
 from ml_collections import ConfigDict
 
+from experiments.shared import E2E, TINY_PAIRS, config_of
+
 RANKS = (1, 4, 16, 64)
 RATES = (5e-4, 1e-3, 2e-3, 5e-3, 1e-2)
 FULL_RATES = (1e-5, 3e-5, 1e-4, 3e-4, 1e-3)
@@ -38,13 +40,9 @@ MORE_SEEDS = (1, 2, 3, 4)
 NUM_PROMPTS, NUM_DECODED_SEEDS, BLEU_MARGIN = 40, 3, 3.0
 
 SMOKE = {
+    **TINY_PAIRS,
     "model.name": "tiny-llama",
-    "data.source": "tiny-pairs",
-    "data.path": "",
-    "data.max_length": 96,
-    "data.buckets": (96,),
     "data.limit": 0,
-    "train.num_steps": 4,
     "train.eval_every_steps": 4,
 }
 
@@ -75,63 +73,21 @@ def sweep_smoke(add):
 
 def get_config(arg: str = "") -> ConfigDict:
     """The config for `arg`: nothing, or "smoke"."""
-    if arg not in ("", "smoke"):
-        raise ValueError(f"what_rank_e2e.py:{arg}: give no size, or smoke")
-    config = ConfigDict(
-        {
-            "seed": 0,
-            "model": {
-                "name": "smollm2-135m",
-                "head": "causal-lm",
-                "dtype": "float32",
-                "scan_layers": True,
-            },
-            "data": {
-                "source": "e2e",
-                "path": "../shared/data/e2e",
-                "text": "prompt",
-                "label": "completion",
-                "max_length": 96,  # the longest has 89 tokens
-                "buckets": (64, 80, 96),
-                "batch_size": 4,
-                "seed": 0,
-                "limit": 192,  # one epoch
-                "eval_limit": 96,
-            },
-            "method": {
-                "name": "lora",
-                "targets": "q,v",
-                "rank": 4,
-                "alpha": 32.0,
-                "dropout": 0.0,
-                "init": "kaiming_uniform",
-                "train": "",
-            },
-            "optimizer": {
-                "lr": 2e-3,
-                "schedule": "linear",
-                "warmup_ratio": 0.1,
-                "weight_decay": 0.01,
-                "beta1": 0.9,
-                "beta2": 0.999,
-                "eps": 1e-8,
-                "clip_norm": 1.0,
-            },
-            "train": {
-                "num_epochs": 1.0,
-                "num_steps": 0,
-                "label_smoothing": 0.0,
-                "eval_every_steps": 48,
-                "checkpoint_every_steps": 0,
-                "patience": 0,
-                "eval_batch_size": 16,
-                "log_every_steps": 8,
-            },
-        }
-    )
-    if arg:
-        config.update_from_flattened_dict(SMOKE)
-    return config
+    own = {
+        "model.name": "smollm2-135m",
+        "data.max_length": 96,  # the longest has 89 tokens
+        "data.buckets": (64, 80, 96),
+        "data.batch_size": 4,
+        "data.limit": 192,  # one epoch
+        "data.eval_limit": 96,
+        "optimizer.lr": 2e-3,
+        "optimizer.warmup_ratio": 0.1,
+        "train.num_epochs": 1.0,
+        "train.eval_every_steps": 48,
+        "train.eval_batch_size": 16,
+        "train.log_every_steps": 8,
+    }
+    return config_of("what_rank_e2e", arg, {"": {}, "smoke": SMOKE}, E2E, own)
 
 
 def write(workdir, out) -> None:
@@ -183,6 +139,8 @@ def write(workdir, out) -> None:
 
 def _decode(found):
     """`{contestant: BLEU of each seed}` with "base" first, and the texts of seed 0."""
+    import dataclasses
+
     from experiments import learned
     from lora_jax.data import load_splits
     from lora_jax.generate import Decoding
@@ -191,8 +149,8 @@ def _decode(found):
     from lora_jax.train.task import task_of
 
     config, one, _ = load_cell(next(iter(found.values())).runs[0].folder)
-    config.data.eval_limit = 0  # the prompts of all the test split
-    whole = load_splits(config.data, target=task_of(config.model).target)
+    data = dataclasses.replace(config.data, eval_limit=0)  # the prompts of all the test split
+    whole = load_splits(data, target=task_of(config.model).target)
     questions = Questions.of(whole.test, NUM_PROMPTS)
     settings = Decoding(max_new_tokens=64)
 

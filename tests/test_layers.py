@@ -9,7 +9,7 @@ import pytest
 
 PACKAGE = Path(__file__).resolve().parent.parent / "lora_jax"
 LAYERS = {
-    "core": 0,
+    "core": 0, "settings": 0,
     "methods": 1, "quant": 1,
     "models": 2, "formats": 2,
     "data": 3, "train": 3, "generate": 3, "parallel": 3,

@@ -33,8 +33,8 @@ Measured here: not yet.
 
 from ml_collections import ConfigDict
 
-from lora_jax import RequestError
-from lora_jax.core.trees import nearest
+from experiments.shared import E2E, TINY_PAIRS, read_argument
+from lora_jax.settings.config import make_config
 
 MODELS = ("gpt2-medium", "gpt2-large")
 DECODING = {
@@ -47,12 +47,8 @@ DECODING = {
 SIZES = {
     "": {},
     "smoke": {
+        **TINY_PAIRS,
         "model.name": "tiny-gpt2",
-        "data.source": "tiny-pairs",
-        "data.path": "",
-        "data.max_length": 96,
-        "data.buckets": (96,),
-        "train.num_steps": 4,
         "train.eval_every_steps": 2,
         "train.log_every_steps": 2,
         "optimizer.warmup_steps": 2,
@@ -74,62 +70,21 @@ def sweep_rank(add):
 
 def get_config(arg: str = "gpt2-medium") -> ConfigDict:
     """The config for `arg`: a model, and perhaps a size: "gpt2-large,smoke"."""
-    name, _, size = (arg or "gpt2-medium").partition(",")
-    if name not in MODELS:
-        meant = f"; did you mean '{next(iter(MODELS))},{name}'?" if name in SIZES else ""
-        raise RequestError(f"e2e_gpt2.py:{arg}: no model {name!r}; {nearest(name, MODELS)}{meant}")
-    if size not in SIZES:
-        raise RequestError(f"e2e_gpt2.py:{arg}: no size {size!r}; {nearest(size, SIZES)}")
-
-    config = ConfigDict()
-    config.seed = 0
-
-    config.model = ConfigDict()
-    config.model.name = name
-    config.model.head = "causal-lm"
-    config.model.dtype = "float32"
-    config.model.scan_layers = True  # one layer is compiled, not each: seconds for minutes
-
-    config.data = ConfigDict()
-    config.data.source = "e2e"
-    config.data.path = "../shared/data/e2e"
-    config.data.text = "prompt"
-    config.data.label = "completion"
-    config.data.max_length = 512
-    config.data.buckets = (48, 64, 80, 128, 512)
-    config.data.batch_size = 8
-    config.data.seed = 0
-    config.data.limit = 0
-
-    config.method = ConfigDict()
-    config.method.name = "lora"
-    config.method.targets = "q,v"
-    config.method.rank = 4
-    config.method.alpha = 32.0
-    config.method.dropout = 0.1
-    config.method.init = "kaiming_uniform"
-    config.method.train = ""
-
-    config.optimizer = ConfigDict()
-    config.optimizer.lr = 2e-4
-    config.optimizer.schedule = "linear"
-    config.optimizer.warmup_ratio = 0.0
-    config.optimizer.warmup_steps = 500
-    config.optimizer.weight_decay = 0.01
-    config.optimizer.beta1 = 0.9
-    config.optimizer.beta2 = 0.999
-    config.optimizer.eps = 1e-6
-    config.optimizer.clip_norm = 0.0
-
-    config.train = ConfigDict()
-    config.train.num_epochs = 5.0
-    config.train.num_steps = 0
-    config.train.label_smoothing = 0.1
-    config.train.eval_every_steps = 2629  # twice an epoch
-    config.train.checkpoint_every_steps = 0
-    config.train.patience = 0
-    config.train.eval_batch_size = 32
-    config.train.log_every_steps = 100
-
-    config.update_from_flattened_dict(SIZES[size])
-    return config
+    name, size = read_argument("e2e_gpt2", arg or "gpt2-medium", "model", MODELS, SIZES)
+    own = {
+        "model.name": name,
+        "data.max_length": 512,
+        "data.buckets": (48, 64, 80, 128, 512),
+        "data.batch_size": 8,
+        "method.dropout": 0.1,
+        "optimizer.lr": 2e-4,
+        "optimizer.warmup_steps": 500,
+        "optimizer.eps": 1e-6,
+        "optimizer.clip_norm": 0.0,
+        "train.num_epochs": 5.0,
+        "train.label_smoothing": 0.1,
+        "train.eval_every_steps": 2629,  # twice an epoch
+        "train.eval_batch_size": 32,
+        "train.log_every_steps": 100,
+    }
+    return make_config(E2E, own, SIZES[size])

@@ -39,9 +39,11 @@ Measured here: not yet.
 
 from ml_collections import ConfigDict
 
+from experiments.shared import LORA
 from lora_jax import RequestError
 from lora_jax.core.trees import nearest
 from lora_jax.data import glue_task
+from lora_jax.settings.config import make_config
 
 # Training examples of each task: what an epoch is, to look once in each.
 NUM_TRAIN = {
@@ -100,55 +102,23 @@ def get_config(arg: str = "sst2") -> ConfigDict:
     batch_size, num_epochs, lr, max_length = row
     is_number = glue_task(task).target == "number"
 
-    config = ConfigDict()
-    config.seed = 0
-
-    config.model = ConfigDict()
-    config.model.name = f"roberta-{size}"
-    config.model.head = "regression" if is_number else "classification"
-    config.model.num_labels = 1 if is_number else 3 if task.startswith("mnli") else 2
-    config.model.dtype = "float32"
-
-    config.data = ConfigDict()
-    config.data.source = "glue"
-    config.data.task = task
-    config.data.path = ""
-    config.data.max_length = max_length
-    config.data.buckets = (32, 64, 128, 256, 512)
-    config.data.batch_size = batch_size
-    config.data.seed = 0
-    config.data.limit = 0
-
-    config.method = ConfigDict()
-    config.method.name = "lora"
-    config.method.targets = "q,v"
-    config.method.rank = 8
-    config.method.alpha = 16.0 if size == "large" else 8.0
-    config.method.dropout = 0.0
-    config.method.init = "kaiming_uniform"
-    config.method.train = "head/.*"
-
-    config.optimizer = ConfigDict()
-    config.optimizer.lr = lr
-    config.optimizer.schedule = "linear"
-    config.optimizer.warmup_ratio = 0.06
-    config.optimizer.weight_decay = 0.1
-    config.optimizer.beta1 = 0.9
-    config.optimizer.beta2 = 0.999
-    config.optimizer.eps = 1e-8
-    config.optimizer.clip_norm = 1.0
-
-    config.train = ConfigDict()
-    config.train.num_epochs = float(num_epochs)
-    config.train.num_steps = 0
-    config.train.label_smoothing = 0.0
-    config.train.model_dropout = True  # RoBERTa's own 0.1, as their trainer has it
-    config.train.eval_every_steps = -(-NUM_TRAIN[task] // batch_size)
-    config.train.checkpoint_every_steps = 0
-    config.train.patience = 0
-    config.train.eval_batch_size = 64
-    config.train.log_every_steps = 50
-
-    if "smoke" in words:
-        config.update_from_flattened_dict(SMOKE)
-    return config
+    own = {
+        "model.name": f"roberta-{size}",
+        "model.head": "regression" if is_number else "classification",
+        "model.num_labels": 1 if is_number else 3 if task.startswith("mnli") else 2,
+        "data.source": "glue",
+        "data.task": task,
+        "data.max_length": max_length,
+        "data.buckets": (32, 64, 128, 256, 512),
+        "data.batch_size": batch_size,
+        "method.alpha": 16.0 if size == "large" else 8.0,
+        "optimizer.lr": lr,
+        "optimizer.warmup_ratio": 0.06,
+        "optimizer.weight_decay": 0.1,
+        "train.num_epochs": float(num_epochs),
+        "train.model_dropout": True,  # RoBERTa's own 0.1, as their trainer has it
+        "train.eval_every_steps": -(-NUM_TRAIN[task] // batch_size),
+        "train.eval_batch_size": 64,
+        "train.log_every_steps": 50,
+    }
+    return make_config(LORA, own, SMOKE if "smoke" in words else {})

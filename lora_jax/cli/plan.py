@@ -97,15 +97,15 @@ def _show(text: str) -> None:
 
 
 def _request(options: Any):
-    from lora_jax.models.remat import check_remat
     from lora_jax.parallel.mesh import read_mesh
     from lora_jax.parallel.plan import Request
     from lora_jax.parallel.topology import chips_of
+    from lora_jax.settings import check
 
     for name in ("batch", "length", "rank", "accumulate"):
         if getattr(options, name) < 1:
             raise RequestError(f"--{name}={getattr(options, name)} must be at least 1")
-    check_remat(options.remat)
+    check("train.remat", options.remat)
     sizes = read_mesh(options.mesh)
     if not options.mesh and options.topology:
         sizes["fsdp"] = chips_of(options.topology)

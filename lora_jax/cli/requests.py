@@ -4,26 +4,25 @@ from __future__ import annotations
 
 import argparse
 import itertools
-import os
-import re
 import reprlib
 import sys
 import traceback
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from absl import flags
-from ml_collections import ConfigDict, config_flags
+from ml_collections import ConfigDict
 
+import lora_jax.methods.named  # noqa: F401  (the methods' own settings join)
 from lora_jax.core.errors import RequestError
-from lora_jax.core.optional import describe_optional
 from lora_jax.core.trees import nearest
 from lora_jax.formats.paths import at_home
 from lora_jax.formats.paths import cell_of as cell_of
 from lora_jax.formats.untrusted import printable
-from lora_jax.train.configs import check_not_missing, fill, put_settings
-from lora_jax.train.schema import SECTIONS, SETTINGS, example_of, parse
+from lora_jax.settings import SECTIONS, SETTINGS, Settings, flat_config
+from lora_jax.settings.config import put_settings, run_file
+from lora_jax.settings.described import described
+from lora_jax.settings.fields import literal, parse, plain_value
 
 # Options that name a file or a folder.
 PATHS = {
@@ -41,9 +40,9 @@ devices that share the processor: XLA_FLAGS=--xla_force_host_platform_device_cou
 OVERRIDES = (
     "Any setting of the config is a flag: --config.method.rank=4 --config.data.path=my.jsonl"
 )
-OPTIONAL_SETTINGS = f"""\
-Optional settings with their defaults; each is a flag like the others:
-{describe_optional()}"""
+ALL_SETTINGS = f"""\
+All settings with their defaults:
+{described()}"""
 
 
 class Parser(argparse.ArgumentParser):
@@ -109,100 +108,84 @@ def read_path(text: Any) -> Any:
     return text if path == Path(text) else str(path)
 
 
-def read_config(args: Sequence[str]) -> ConfigDict:
-    """The config of `--config=FILE.py:arg` with `--config.key=value` overrides, locked.
+def read_config(args: Sequence[str]) -> Settings:
+    """The settings of `--config=FILE.py:arg` with `--config.key=value` overrides.
 
-    Settings that the file omits have their defaults (`train/schema.py`). Raises `RequestError` for
-    a missing file, an unknown key (nearest named) or a value of another type.
+    Raises `RequestError` for a missing file, an unknown key (nearest named), or a value of another
+    type or out of range.
     """
-    args = [_at_home(arg) for arg in args]
     name = config_name(args)
-    rest, settings = _split_settings(args)
-    config = _load(name, rest)
+    config = _load(name)
     if not isinstance(config, ConfigDict):
         raise RequestError(
             f"get_config of {name} returns {config!r}; return an ml_collections.ConfigDict"
         )
-    put_settings(config, settings)
-    config = fill(config)
-    with config.unlocked():
-        for key in (key for key, setting in SETTINGS.items() if setting.kind == "path"):
-            section, _, last = key.partition(".")
-            if last in config[section]:
-                config[section][last] = read_path(config[section][last])
-    return config
+    own = flat_config(config.to_dict())
+    known = list(dict.fromkeys([*own, *SETTINGS]))
+    put_settings(config, {key: _value_of(key, text, own, known) for key, text in _overrides(args)})
+    made = Settings.from_config(config)
+    flat = made.flat()
+    paths = [key for key, setting in SETTINGS.items() if setting.kind == "path" and flat.get(key)]
+    made = made.replace({key: read_path(flat[key]) for key in paths})
+    made.check()
+    return made
 
 
-def _load(name: str, args: Sequence[str]) -> ConfigDict:
-    """What the file returns, with overrides of settings that are its own."""
-    file = config_file(args)
+def _load(name: str) -> Any:
+    """What `get_config` of "FILE.py[:arg]" returns; `RequestError` names the line at fault."""
+    file, _, arg = name.partition(":")
     if not Path(file).is_file():
         beside = sorted(str(p) for p in Path("experiments").glob("*.py"))
         raise RequestError(f"config file {file!r} does not exist; {nearest(file, beside)}")
-    for folder in (str(Path(file).resolve().parent), os.getcwd()):
-        if folder not in sys.path:  # a config may import its neighbours, and `experiments`
-            sys.path.append(folder)
-    values = flags.FlagValues()
-    argv = ["lora-jax", *args]
-    config_flags.DEFINE_config_file("config", None, flag_values=values, sys_argv=argv)
     try:
-        rest = values(argv)
-    except (AttributeError, KeyError) as error:
-        raise RequestError(_unknown_key(name, args, error)) from error
-    except ImportError as error:
-        where = next(
-            (f"{f.filename}:{f.lineno}" for f in traceback.extract_tb(error.__traceback__)[::-1]
-             if f.filename.endswith(Path(file).name)), file,
-        )  # fmt: skip
-        raise RequestError(f"{where}: {error}") from error
-    except (flags.Error, OSError) as error:
-        raise RequestError(_in_one_line(str(error), file)) from error
-    if len(rest) > 1:
-        raise RequestError(f"unknown argument {rest[1]!r}; settings look like --config.key=value")
-    return values.config
+        functions = run_file(file)
+        if "get_config" not in functions:
+            raise RequestError(f"{file} has no function get_config; it returns the ConfigDict")
+        return functions["get_config"](*([arg] if arg else []))
+    except RequestError:
+        raise
+    except SyntaxError as error:
+        raise RequestError(f"{error.filename}:{error.lineno}: {error.msg}") from error
+    except Exception as error:
+        frames = [(f.filename, f.lineno) for f in traceback.extract_tb(error.__traceback__)]
+        mine = [place for place in frames if place[0].endswith(Path(file).name)] or frames
+        kind = "" if isinstance(error, ImportError) else f"{type(error).__name__}: "
+        message = f"{kind.removeprefix('ValueError: ')}{' '.join(str(error).split())}"
+        raise RequestError(f"{mine[-1][0]}:{mine[-1][1]}: {message}") from error
 
 
-def _in_one_line(text: str, file: str) -> str:
-    """The message of what a config file raised, which absl passes on as a traceback's text."""
-    _, ours, message = text.rpartition(f"{RequestError.__name__}: ")
-    if ours:
-        return message.strip()
-    if "Traceback (most recent call last)" not in text:
-        return " ".join(text.split())
-    # The exception begins at the last line that is not indented and names one; it may have more.
-    named = [*re.finditer(r"^[A-Za-z_.]*(?:Error|Exception|Exit)\b.*", text, re.MULTILINE)]
-    last = text[named[-1].start() :] if named else text.strip().splitlines()[-1]
-    message = " ".join(last.removeprefix("ValueError: ").split())
-    places = re.findall(r'File "(.*)", line (\d+)', text)
-    mine = [place for place in places if place[0].endswith(Path(file).name)] or places
-    return ":".join(mine[-1]) + f": {message}" if mine else message
+def _overrides(args: Sequence[str]) -> Iterator[tuple[str, str | None]]:
+    """`(key, text)` of each `--config.key=text` or `--config.key text`; None where no text is."""
+    words = list(args)
+    while words:
+        word = words.pop(0)
+        key, equals, text = word.removeprefix("--config.").partition("=")
+        has_value = bool(words) and not words[0].startswith("--")
+        if word.startswith("--config."):
+            yield key, text if equals else words.pop(0) if has_value else None
+        elif word == "--config" and has_value:
+            words.pop(0)
+        elif not word.startswith("--config="):
+            raise RequestError(f"unknown argument {word!r}; settings look like --config.key=value")
 
 
-def _at_home(arg: str) -> str:
-    """`--config=~/x.py` or `~/x.py` with the home folder in it."""
-    name, _, path = arg.partition("=")
-    return f"{name}={read_path(path)}" if name == "--config" and path else read_path(arg)
-
-
-def _split_settings(args: Sequence[str]) -> tuple[list[str], dict[str, Any]]:
-    """The arguments without those that set what `train/schema.py` knows, and `{key: value}`."""
-    rest, found, place = [], {}, 0
-    while place < len(args):
-        arg = args[place]
-        key, equals, text = arg.removeprefix("--config.").partition("=")
-        place += 1
-        if not arg.startswith("--config.") or key not in SETTINGS:
-            rest.append(arg)
-            continue
-        if not equals:
-            if place < len(args) and not args[place].startswith("--"):
-                text, place = args[place], place + 1
-            elif SETTINGS[key].kind == "flag":
-                text = "true"
-            else:
-                raise RequestError(f"{arg} needs a value: {arg}={example_of(key)}")
-        found[key] = parse(key, text)
-    return rest, found
+def _value_of(key: str, text: str | None, own: Mapping[str, Any], known: Sequence[str]) -> Any:
+    """The value of an override: by the schema, or by the type of a setting of the config's own."""
+    if key not in known:
+        raise RequestError(f"the config has no setting {key!r}; {nearest(key, known)}")
+    facts = SETTINGS.get(key)
+    if text is None and (facts.kind == "flag" if facts else isinstance(own[key], bool)):
+        text = "true"
+    if text is None:
+        shown = facts.shown if facts else own[key]
+        raise RequestError(f"--config.{key} needs a value: --config.{key}={shown}")
+    if facts:
+        return parse(key, text, facts)
+    value = text if isinstance(own[key], str) else literal(text)
+    value = float(value) if isinstance(own[key], float) and type(value) is int else value
+    if own[key] is not None and not isinstance(plain_value(value), type(plain_value(own[key]))):
+        raise RequestError(f"{key}={value!r} has another type than the config's {own[key]!r}")
+    return value
 
 
 def config_file(args: Sequence[str]) -> str:
@@ -218,28 +201,6 @@ def config_name(args: Sequence[str]) -> str:
         if arg == "--config" and place + 1 < len(args):
             return read_path(args[place + 1])
     raise RequestError(f"{args[0]} needs the file it changes: --config=FILE.py[:arg]")
-
-
-def _unknown_key(name: str, args: Sequence[str], error: Exception) -> str:
-    """The override that the config does not know, and those it does."""
-    config = read_config([f"--config={name}"])
-    known = list(dict.fromkeys([*(key for key, _ in flat_items(config)), *SETTINGS]))
-    for arg in args:
-        if not arg.startswith("--config."):
-            continue
-        key = arg.removeprefix("--config.").partition("=")[0]
-        if key not in known:
-            return f"the config has no setting {key!r}; {nearest(key, known)}"
-    return f"cannot set {error} in {name}"
-
-
-def flat_items(config: ConfigDict, prefix: str = ""):
-    """("method.rank", 8), … of every setting."""
-    for key, value in config.items():
-        if isinstance(value, ConfigDict):
-            yield from flat_items(value, f"{prefix}{key}.")
-        else:
-            yield f"{prefix}{key}", value
 
 
 def add_json(parser: Parser) -> None:
@@ -280,15 +241,15 @@ def mesh_of(options: argparse.Namespace, *, has_cells: bool = False) -> Any:
 
 
 def needs_config(
-    config: ConfigDict | None, command: str, *, sections: tuple[str, ...] = SECTIONS
-) -> ConfigDict:
+    config: Settings | None, command: str, *, sections: tuple[str, ...] = SECTIONS
+) -> Settings:
     """The config. Raises `RequestError` if there is none, or its `sections` lack settings."""
     if config is None:
         raise RequestError(
             f"{command} needs a config: --config=experiments/reviews_minilm.py:lora "
             "(experiments/ holds them, or write your own)"
         )
-    check_not_missing(config, sections)
+    config.check_complete(sections)
     return config
 
 

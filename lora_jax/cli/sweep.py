@@ -9,8 +9,8 @@ import sys
 from collections.abc import Sequence
 
 from lora_jax.cli.requests import (
+    ALL_SETTINGS,
     MESH,
-    OPTIONAL_SETTINGS,
     OVERRIDES,
     Parser,
     add_json,
@@ -47,7 +47,7 @@ train as one program over one copy of the base (ranks padded to 8, 16, 32, …);
 fine-tuning, one after another. --plan says which. A finished cell is not run again; a stopped sweep
 goes on where it was.
 
-{OPTIONAL_SETTINGS}
+{ALL_SETTINGS}
 
 {MESH}
 cell, of sweeps alone: each device has cells of its own, and the whole base; nothing is sent between

@@ -7,8 +7,8 @@ import shlex
 from collections.abc import Sequence
 
 from lora_jax.cli.requests import (
+    ALL_SETTINGS,
     MESH,
-    OPTIONAL_SETTINGS,
     OVERRIDES,
     Parser,
     add_json,
@@ -39,7 +39,7 @@ Stop it with Ctrl-C, or kill it: the same command goes on where it was, and the 
 are those of a run that was never stopped. Results: WORKDIR/cells/NAME/card.json, metrics.jsonl,
 adapter/; TensorBoard: tensorboard --logdir WORKDIR.
 
-{OPTIONAL_SETTINGS}
+{ALL_SETTINGS}
 
 {MESH}
 """

@@ -7,6 +7,7 @@ import math
 import operator
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import field
 from typing import Any
 
 import numpy as np
@@ -50,18 +51,17 @@ class Rule(NamedSettings):
     input; `init` names how `a` starts: "kaiming_uniform", U(±1/√in), as the paper's code has it
     (Kaiming with a = √5); "gaussian", N(0, 1/in), the paper's text, which leaves σ open; or
     "orthogonal", orthonormal columns. `b` starts at zero. `any_rank` allows a rank above the
-    matrix's own, which adds nothing but which adapters of others have. Raises `RequestError` for
-    values outside.
+    matrix's own, which adapters of others have. Raises `RequestError` for values outside.
     """
 
-    targets: str | Sequence[str]
-    rank: int = 8
-    alpha: float = 8.0
-    dropout: float = 0.0
-    init: str = "kaiming_uniform"
-    layers: Sequence[int] | None = None
-    exclude: str | Sequence[str] = ()
-    slice: tuple[int, int, int] | None = None
+    targets: str | Sequence[str] = field(metadata={"help": "kernels to adapt", "role": "lane"})
+    rank: int = field(default=8, metadata={"help": "columns of A, rows of B", "role": "lane"})
+    alpha: float = field(default=8.0, metadata={"help": "scale = alpha / rank", "role": "lane"})
+    dropout: float = field(default=0.0, metadata={"help": "rate on A's input", "role": "lane"})
+    init: str = field(default="kaiming_uniform", metadata={"help": "how A starts", "role": "lane"})
+    layers: Sequence[int] | None = field(default=None, metadata={"help": "layers to adapt"})
+    exclude: str | Sequence[str] = field(default=(), metadata={"help": "kernels to leave out"})
+    slice: tuple[int, int, int] | None = field(default=None, metadata={"help": "part of a kernel"})
     any_rank: bool = False
 
     def __post_init__(self):

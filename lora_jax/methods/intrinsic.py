@@ -65,10 +65,16 @@ class IntrinsicDimension(Method):
     ((3,), 3)
     """
 
-    dim: int = 100
+    dim: int = dataclasses.field(
+        default=100, metadata={"help": "dimension of the subspace", "role": "lane"}
+    )
     targets: str | Sequence[str] = r".*"
-    projection: str = "fastfood"
-    structure: str = "did"
+    projection: str = dataclasses.field(
+        default="fastfood", metadata={"help": "fastfood, dense or grouped"}
+    )
+    structure: str = dataclasses.field(
+        default="did", metadata={"help": "did, or said: a scale for each layer"}
+    )
 
     TITLE: ClassVar = "random subspace"
     FROZEN_PARTS: ClassVar = frozenset({"key", "layout"})

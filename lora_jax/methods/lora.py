@@ -65,7 +65,7 @@ class LoRA(Method):
     {'a': (6, 2), 'b': (2, 4)}
     """
 
-    rules: tuple[Rule, ...] = ()
+    rules: tuple[Rule, ...] = dataclasses.field(default=(), metadata={"help": "several rules"})
     axes: Mapping[str, KernelAxes] | None = dataclasses.field(default=None, repr=False, hash=False)
 
     TITLE: ClassVar = "LoRA"

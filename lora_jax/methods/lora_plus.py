@@ -24,7 +24,7 @@ class LoRAPlus(LoRA):
     {'b': 8.0}
     """
 
-    ratio: float = 16.0
+    ratio: float = dataclasses.field(default=16.0, metadata={"help": "b's learning rate over a's"})
 
     TITLE: ClassVar = "LoRA+"
 

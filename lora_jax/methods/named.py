@@ -23,6 +23,7 @@ from lora_jax.methods.pissa import PiSSA
 from lora_jax.methods.rslora import RsLoRA
 from lora_jax.methods.uni_lora import UniLoRA
 from lora_jax.methods.vera import VeRA
+from lora_jax.settings.schema import join_method
 
 # Installed packages name their methods in this group of entry points: `miss = "my_package:MiSS"`.
 ENTRY_POINTS = "lora_jax.methods"
@@ -136,6 +137,17 @@ def settings_of(kind: type[Method]) -> tuple[str, ...]:
 def all_settings() -> tuple[str, ...]:
     """Every setting that some method takes, each once."""
     return tuple(dict.fromkeys(name for kind in METHODS.values() for name in settings_of(kind)))
+
+
+def _fields_of(kind: type[Method]) -> list[dataclasses.Field]:
+    """The fields of the class, or of its rules, that a config sets."""
+    of_rule = dataclasses.fields(Rule) if issubclass(kind, LoRA) else ()
+    fields = {field.name: field for field in (*dataclasses.fields(kind), *of_rule)}
+    return [fields[name] for name in settings_of(kind)]
+
+
+for _name, _kind in METHODS.items():
+    join_method(_name, _fields_of(_kind), moves_all=_kind.ALONE)
 
 
 def kind_of(name: Any) -> type[Method]:

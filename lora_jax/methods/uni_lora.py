@@ -72,7 +72,9 @@ class UniLoRA(Method):
     dropout: float = 0.0
     dim: int = 256
     projection: str = "grouped"
-    start: str = "uniform"
+    start: str = dataclasses.field(
+        default="uniform", metadata={"help": "uniform or lora: how θ starts"}
+    )
     axes: Mapping[str, Any] | None = dataclasses.field(default=None, repr=False, hash=False)
 
     TITLE: ClassVar = "Uni-LoRA"

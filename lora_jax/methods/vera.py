@@ -33,7 +33,9 @@ class VeRA(LoRA):
     the two vectors alone. They are small by rank 256 and more: see the paper's Table 2.
     """
 
-    projection_seed: int = 0
+    projection_seed: int = dataclasses.field(
+        default=0, metadata={"help": "decides the random factors"}
+    )
 
     TITLE: ClassVar = "VeRA"
     PARTS: ClassVar = {"lambda_d": "sr", "lambda_b": "so"}

@@ -3,27 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
 import jax
 from flax import nnx
 
-from lora_jax.core.errors import RequestError
-from lora_jax.core.trees import nearest
+from lora_jax.settings import SETTINGS
 
 # JAX's own names (`jax.checkpoint_policies`), from the least memory to the most.
-POLICIES = (
-    "nothing_saveable",
-    "dots_with_no_batch_dims_saveable",
-    "dots_saveable",
-    "everything_saveable",
-)
-
-
-def check_remat(name: Any) -> None:
-    """Raises `RequestError` for a name that is no policy; "" is none."""
-    if name and name not in POLICIES:
-        raise RequestError(f"remat is {name!r}; {nearest(str(name), POLICIES)}")
+POLICIES = tuple(name for name in SETTINGS["train.remat"].choices if name)
 
 
 def rematerialised(call: Callable, remat: str, *, in_scan: bool = False) -> Callable:

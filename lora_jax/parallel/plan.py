@@ -12,7 +12,6 @@ import functools
 import math
 import time
 from collections.abc import Callable, Mapping
-from types import SimpleNamespace
 from typing import Any
 
 import jax
@@ -30,6 +29,7 @@ from lora_jax.parallel.offload import offload
 from lora_jax.parallel.placement import Placement, place
 from lora_jax.parallel.topology import CHIPS, SLICES, describe_topology, needed_bytes
 from lora_jax.quant import quantize
+from lora_jax.settings import OptimizerSettings
 from lora_jax.train.compilation import compile_ahead
 from lora_jax.train.loss import make_loss
 from lora_jax.train.memory import num_bytes
@@ -181,11 +181,8 @@ def _abstract(request: Request, model: Model, method: Method):
     return state, frozen, batch, tx
 
 
-def _settings(request: Request) -> Any:
-    return SimpleNamespace(
-        lr=1e-4, schedule="constant", warmup_ratio=0.0, weight_decay=0.01, beta1=0.9, beta2=0.999,
-        eps=1e-8, clip_norm=1.0, moment_dtype=request.moments,
-    )  # fmt: skip
+def _settings(request: Request) -> OptimizerSettings:
+    return OptimizerSettings(lr=1e-4, schedule="constant", moment_dtype=request.moments)
 
 
 def _state_of(trainable: Any, tx: Any) -> TrainState:

@@ -4,17 +4,14 @@ from __future__ import annotations
 
 import functools
 import inspect
-import runpy
 import shlex
 from pathlib import Path
-
-from ml_collections import ConfigDict
 
 from lora_jax.core.errors import RequestError
 from lora_jax.report.groups import flatten
 from lora_jax.report.runs import Run
-from lora_jax.sweeps.cells import overridden
-from lora_jax.train.workdir import config_hash, flat_config, plain_config
+from lora_jax.settings import Settings, config_hash
+from lora_jax.settings.config import run_file
 
 # The configs of this project's own checkout. No other file is executed: a card may be a stranger's.
 EXPERIMENTS = Path(__file__).resolve().parents[2] / "experiments"
@@ -58,22 +55,21 @@ def config_of(run: Run) -> str | None:
 def _makes(file: Path, settings: dict) -> bool:
     """Whether the file's config, with these settings put in, is a config of the same hash."""
     config = _config(file)
-    if config is None or not flat_config(plain_config(config)).keys() <= flatten(settings).keys():
-        return False
     try:
-        made = overridden(config, flatten(settings))
+        made = None if config is None else config.replace(flatten(settings))
     except (RequestError, ValueError, TypeError, KeyError):
         return False
-    return config_hash(plain_config(made)) == config_hash(settings)
+    return made is not None and made.hash == config_hash(settings)
 
 
 @functools.cache
-def _config(file: Path) -> ConfigDict | None:
+def _config(file: Path) -> Settings | None:
     if "def get_config" not in file.read_text(encoding="utf-8"):
         return None
     try:
-        make = runpy.run_path(str(file))["get_config"]
+        make = run_file(file)["get_config"]
         takes = inspect.signature(make).parameters.values()
-        return make("") if any(one.default is one.empty for one in takes) else make()
+        config = make("") if any(one.default is one.empty for one in takes) else make()
+        return Settings.from_config(config)
     except Exception:  # a config that cannot be read here is none that made the run
         return None

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
-import types
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
@@ -16,6 +15,7 @@ import numpy as np
 from lora_jax.core import trees
 from lora_jax.core.errors import RequestError
 from lora_jax.core.lift import lift
+from lora_jax.settings import OptimizerSettings
 from lora_jax.sweeps.batches import OwnBatches, SharedBatches, num_elements
 from lora_jax.sweeps.curves import Curves
 from lora_jax.sweeps.memory import DoesNotFit, device_memory_bytes
@@ -196,7 +196,7 @@ class _InMemory(Spec):
 
     def _tx_of(self, cell: CellSettings):
         own = {"lr": cell.lr, "weight_decay": cell.weight_decay}
-        settings = types.SimpleNamespace(**self.optimizer, **own)
+        settings = OptimizerSettings(**self.optimizer, **own)
         return cell.method.optimizer(make_optimizer(settings, self.schedule.num_steps))
 
     def divide(self, group, parts):

@@ -3,24 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
-import runpy
-from collections.abc import Iterable, Mapping, Sequence
-from pathlib import Path
+from collections.abc import Iterable, Sequence
 from typing import Any
-
-from ml_collections import ConfigDict
 
 from lora_jax.core.errors import RequestError
 from lora_jax.core.trees import nearest
-from lora_jax.train.configs import complete, put_settings
-from lora_jax.train.schema import SETTINGS, plain_value, typed
-from lora_jax.train.workdir import (
-    LONGEST_NAME,
-    config_hash,
-    flat_config,
-    is_folder_name,
-    plain_config,
-)
+from lora_jax.settings import Settings, complete
+from lora_jax.settings.config import run_file
+from lora_jax.train.workdir import LONGEST_NAME, is_folder_name
 
 PREFIX = "sweep_"
 MIN_VALUES = 2
@@ -28,15 +18,15 @@ MIN_VALUES = 2
 
 @dataclasses.dataclass(frozen=True)
 class Cell:
-    """One run of a sweep: its name in the workdir and its settings, in full."""
+    """One run of a sweep: its name in the workdir and its settings."""
 
     name: str
-    config: ConfigDict
+    config: Settings
 
     @property
     def hash(self) -> str:
         """The config's hash."""
-        return config_hash(plain_config(self.config))
+        return self.config.hash
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,14 +39,14 @@ class Tuning:
     name: str
     key: str
     values: tuple[Any, ...]
-    config: ConfigDict
+    config: Settings
     more_seeds: tuple[int, ...] = ()
 
     def cell(self, value: Any, seed: int | None = None) -> Cell:
         """The cell of one value: `NAME-lr0.001-s0`."""
         seed = self.config.seed if seed is None else seed
         short = self.key.rpartition(".")[2]
-        config = overridden(self.config, {self.key: value, "seed": seed})
+        config = self.config.replace({self.key: value, "seed": seed})
         return Cell(f"{self.name}-{short}{value_text(value)}-s{seed}", config)
 
     @property
@@ -100,7 +90,7 @@ class Sweep:
         return chosen
 
 
-def read_sweep(path: str, sweep: str, config: ConfigDict) -> Sweep:
+def read_sweep(path: str, sweep: str, config: Settings) -> Sweep:
     """Calls `sweep_<sweep>(add)` of the config file `path`; each `add` is `config` overridden.
 
     `add(name, **{"method.rank": 4, "seed": 1})` adds a cell. `add(name, tune=("optimizer.lr",
@@ -110,7 +100,7 @@ def read_sweep(path: str, sweep: str, config: ConfigDict) -> Sweep:
     settings, or a setting the config does not know.
     """
     config = complete(config)
-    functions = runpy.run_path(str(Path(path)))
+    functions = run_file(path)
     known = [name.removeprefix(PREFIX) for name in functions if name.startswith(PREFIX)]
     if sweep not in known:
         raise RequestError(f"{path} has no sweep {sweep!r}; {nearest(sweep, known)}")
@@ -122,7 +112,7 @@ def read_sweep(path: str, sweep: str, config: ConfigDict) -> Sweep:
         if name in taken:
             raise RequestError(f"sweep {sweep!r} adds the cell {name!r} twice; name them apart")
         _check_name(name)
-        made = overridden(config, overrides)
+        made = config.replace(overrides)
         seeds = _seeds(name, more_seeds)
         if tune is not None:
             tunings.append(_tuning(name, tune, made, seeds))
@@ -139,7 +129,7 @@ def read_sweep(path: str, sweep: str, config: ConfigDict) -> Sweep:
     return found
 
 
-def _tuning(name: str, tune: Any, config: ConfigDict, more_seeds: tuple[int, ...]) -> Tuning:
+def _tuning(name: str, tune: Any, config: Settings, more_seeds: tuple[int, ...]) -> Tuning:
     try:
         key, values = read_tune(tune)
     except RequestError as error:
@@ -218,28 +208,6 @@ def _refuse_twins(sweep: Sweep) -> None:
                 "settings; remove one, or give them different seeds"
             )
         names[cell.name] = cell
-
-
-def overridden(config: ConfigDict, overrides: Mapping[str, Any]) -> ConfigDict:
-    """A copy of `config` with dotted settings replaced.
-
-    Raises `RequestError` for an unknown setting, a value of another type, or a setting that the
-    config does not list and its method does not have.
-    """
-    known = flat_config(config.to_dict())
-    copy = config.copy_and_resolve_references()
-    put_settings(copy, {key: typed(key, v) for key, v in overrides.items() if key in SETTINGS})
-    of_user = {key: value for key, value in overrides.items() if key not in SETTINGS}
-    for key in of_user:
-        if key not in known:
-            raise RequestError(
-                f"the config has no setting {key!r}; {nearest(key, {**known, **SETTINGS})}"
-            )
-    try:
-        copy.update_from_flattened_dict({k: plain_value(value) for k, value in of_user.items()})
-    except TypeError as error:
-        raise RequestError(f"a setting has another type than the config's: {error}") from error
-    return copy
 
 
 def choose_value(tuning: Tuning, losses: Sequence[float]) -> dict[str, Any]:

@@ -4,18 +4,16 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-import json
 import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from ml_collections import ConfigDict
-
 from lora_jax.core import trees
 from lora_jax.core.errors import RequestError
 from lora_jax.formats.atomic import write_json
 from lora_jax.models import Model
+from lora_jax.settings import Settings
 from lora_jax.sweeps.cells import Cell
 from lora_jax.sweeps.plan import Planned, make_plan
 from lora_jax.sweeps.settings import CellSettings
@@ -24,30 +22,10 @@ from lora_jax.train.optimizer import make_optimizer
 from lora_jax.train.workdir import (
     check_inside,
     flat_config,
-    hashed_settings,
     is_folder_name,
     plain_config,
     read_json_file,
 )
-
-# What each cell of a pack has of its own; all other settings must agree.
-OWN = (
-    "method.targets",
-    "method.rank",
-    "method.alpha",
-    "method.dropout",
-    "method.init",
-    "method.dim",
-    "optimizer.lr",
-    "optimizer.weight_decay",
-    "seed",
-)
-
-
-def base_key(cell: Cell) -> str:
-    """Cells of one key share model and data."""
-    config = plain_config(cell.config)
-    return json.dumps([config["model"], config["data"]], sort_keys=True)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -102,7 +80,8 @@ def make_groups(cells: Sequence[Cell], base: Base) -> tuple[list[Group], dict[st
 def cell_settings(cell: Cell, model: Model, num_steps: int) -> CellSettings:
     """A config's cell as packs take them. Raises `RequestError` for settings out of range."""
     config = cell.config
-    make_optimizer(config.optimizer, num_steps)  # for its checks
+    config.check()
+    make_optimizer(config.optimizer, num_steps)  # for what its settings mean together
     return CellSettings(
         name=cell.name,
         settings=flat_config(plain_config(config)),
@@ -115,12 +94,8 @@ def cell_settings(cell: Cell, model: Model, num_steps: int) -> CellSettings:
 
 def shared_key(cell: Cell, model: Model, settings: CellSettings) -> str:
     """Cells of one key may share a program, if their shapes agree."""
-    flat = hashed_settings(plain_config(cell.config))
-    own = set(OWN)
-    if not _whole_head(model, settings):
-        own.remove("seed")  # a new head that stays frozen differs by seed
-    kept = {name: value for name, value in flat.items() if name not in own}
-    return json.dumps(kept, sort_keys=True)
+    # A new head that stays frozen differs by seed.
+    return cell.config.program_key(with_seed=not _whole_head(model, settings))
 
 
 def _whole_head(model: Model, settings: CellSettings) -> bool:
@@ -172,8 +147,7 @@ def read_packs(workdir: Path) -> list[PackRecord]:
         told: Any = read_json_file(path)
         try:
             cells = [
-                Cell(one["name"], ConfigDict(one["config"], convert_dict=True))
-                for one in told["cells"]
+                Cell(one["name"], Settings.from_config(one["config"])) for one in told["cells"]
             ]
             record = PackRecord(tuple(cells), told["memory_bytes"])
             name = record.name

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import types
 from collections.abc import Sequence
 from typing import Any
 
@@ -94,13 +93,9 @@ def make_ready(group: Group, base: Base, *, at_once: int) -> Ready:
     first, plan = group.cells[0].config, group.plan
 
     def tx_of(cell: CellSettings):
-        settings = {
-            key.removeprefix("optimizer."): value
-            for key, value in cell.settings.items()
-            if key.startswith("optimizer.")
-        }
-        tx = make_optimizer(types.SimpleNamespace(**settings), group.num_steps)
-        return cell.method.optimizer(tx)
+        # All else agrees, in other packs that use this program, too.
+        own = dataclasses.replace(first.optimizer, lr=cell.lr, weight_decay=cell.weight_decay)
+        return cell.method.optimizer(make_optimizer(own, group.num_steps))
 
     place = None if base.placement is None else CellPlacement(base.placement, plan.pack.union)
     if base.placement is not None:

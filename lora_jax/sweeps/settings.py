@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import numbers
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -13,6 +12,8 @@ from lora_jax.core.errors import RequestError
 from lora_jax.core.rules import Rule
 from lora_jax.methods import LoRA, Method, UniLoRA
 from lora_jax.methods.named import METHODS, all_settings, settings_of
+from lora_jax.settings import SETTINGS
+from lora_jax.settings.fields import check_range
 from lora_jax.sweeps.cells import read_tune, value_text
 
 # Settings of a rule that a table shows even where they have their default.
@@ -68,16 +69,17 @@ def _read_cell(name: str, given: Mapping[str, Any], axes: Any, aliases: Any) -> 
             if key not in (known := (*OF_ANY, *all_settings())):
                 near = trees.nearest(str(key), known)
                 raise RequestError(f"cell {name!r} has an unknown setting {key!r}; {near}")
-        rates = {key: _rate(name, key, given) for key in ("lr", "weight_decay")}
-        seed = given.get("seed", 0)
-        if isinstance(seed, bool) or not isinstance(seed, numbers.Integral):
-            raise RequestError(f"cell {name!r}: seed is {seed!r}; it must be a whole number")
+        rates = {
+            key: float(_checked(name, f"optimizer.{key}", given.get(key, default)))
+            for key, default in (("lr", None), ("weight_decay", 0.0))
+        }
+        seed = _checked(name, "seed", given.get("seed", 0))
         method = _method_of(given, axes, aliases)
     except RequestError as error:
         as_given = {key: value for key, value in given.items() if key != "name"}
         return CellSettings(name, as_given, None, math.nan, math.nan, 0, refused=str(error))
-    settings = _in_full(given, rates, int(seed))
-    return CellSettings(name, settings, method, **rates, seed=int(seed))
+    settings = _in_full(given, rates, seed)
+    return CellSettings(name, settings, method, **rates, seed=seed)
 
 
 def tuned_cells(
@@ -130,11 +132,11 @@ def _method_of(given: Mapping[str, Any], axes, aliases) -> Method:
     return METHODS[kind](aliases=aliases, **settings)
 
 
-def _rate(name: str, key: str, given: Mapping[str, Any]) -> float:
-    value = given.get(key, 0.0 if key == "weight_decay" else None)
-    if not isinstance(value, numbers.Real) or not math.isfinite(value) or value < 0:
-        raise RequestError(f"cell {name!r}: {key} is {value!r}; it must be a number of at least 0")
-    return float(value)
+def _checked(name: str, key: str, value: Any) -> Any:
+    try:
+        return check_range(key.rpartition(".")[2], value, SETTINGS[key])
+    except RequestError as error:
+        raise RequestError(f"cell {name!r}: {error}") from None
 
 
 def _in_full(given: Mapping[str, Any], rates, seed: int) -> dict[str, Any]:

@@ -11,13 +11,13 @@ from typing import Any
 import jax
 import numpy as np
 from jax.sharding import Mesh
-from ml_collections import ConfigDict
 
 from lora_jax.core.errors import RequestError
 from lora_jax.formats.adapter import load_trainable
 from lora_jax.formats.paths import at_home
 from lora_jax.formats.untrusted import COUNT, check_fields, read_arrays
 from lora_jax.parallel.mesh import make_mesh, read_mesh
+from lora_jax.settings import Settings
 from lora_jax.sweeps.cells import Cell
 from lora_jax.sweeps.groups import make_groups
 from lora_jax.sweeps.ready import make_ready
@@ -170,7 +170,7 @@ def _read_card(cell: Path) -> dict[str, Any]:
     return card
 
 
-def _config_of(cell: Path) -> ConfigDict:
+def _config_of(cell: Path) -> Settings:
     """The config of a cell of the pack, finished or failed."""
     if (cell / "card.json").exists():
         return config_from(_read_card(cell)["config"], cell / "card.json")

@@ -13,7 +13,7 @@ from jax.sharding import Mesh
 from lora_jax.core.errors import RequestError
 from lora_jax.formats.atomic import write_json
 from lora_jax.sweeps.cells import Cell
-from lora_jax.sweeps.groups import OWN, Group, PackRecord, base_key, make_groups, read_packs
+from lora_jax.sweeps.groups import Group, PackRecord, make_groups, read_packs
 from lora_jax.sweeps.program import default_at_once
 from lora_jax.sweeps.ready import Ready, make_ready
 from lora_jax.sweeps.record import SWEEP, read_record
@@ -25,7 +25,6 @@ from lora_jax.train.build import Base, load_base
 from lora_jax.train.card import read_card
 from lora_jax.train.loop import Callback, Diverged
 from lora_jax.train.signals import Interrupted, stop_requests
-from lora_jax.train.workdir import flat_config, plain_config
 
 Result = dict[str, Any] | RequestError
 
@@ -112,7 +111,7 @@ class Workdir(Spec):
     def ready(self, group):
         if not group.is_pack:
             return None
-        if group.cells[0].config.optimizer.get("offload"):
+        if group.cells[0].config.optimizer.offload:
             self._view.say("optimizer.offload is for cells alone; a pack's moments are small")
         made = make_ready(group, self._base_of(group.cells[0]), at_once=default_at_once())
         # With the program of an earlier pack where it is the same.
@@ -196,7 +195,7 @@ class Workdir(Spec):
         return bool(same) and (saved or record.memory_bytes == self._memory_bytes)
 
     def _base_of(self, cell: Cell) -> Base:
-        key = base_key(cell)
+        key = cell.config.base_key
         if key not in self._bases:
             self._bases.clear()  # one model in memory at a time
             self._ready.clear()
@@ -224,15 +223,10 @@ class Workdir(Spec):
 
 def _same_program(one: Group, other: Group) -> bool:
     """Whether two packs of one base compile to one program at equal widths."""
-
-    def rest(group: Group):
-        flat = flat_config(plain_config(group.cells[0].config))
-        return {key: value for key, value in flat.items() if key not in OWN}
-
     return (
         one.plan.pack.union == other.plan.pack.union
         and one.num_steps == other.num_steps
-        and rest(one) == rest(other)
+        and one.cells[0].config.program_key() == other.cells[0].config.program_key()
     )
 
 
@@ -256,5 +250,5 @@ def by_base(cells: Sequence[Cell]) -> list[list[Cell]]:
     """The cells, those of one model and data together."""
     found: dict[str, list[Cell]] = {}
     for cell in cells:
-        found.setdefault(base_key(cell), []).append(cell)
+        found.setdefault(cell.config.base_key, []).append(cell)
     return list(found.values())

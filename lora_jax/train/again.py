@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 from jax.sharding import Mesh
-from ml_collections import ConfigDict
 
 from lora_jax.core.draws import partitionable
 from lora_jax.core.errors import RequestError
@@ -15,6 +14,7 @@ from lora_jax.data import Splits, bucket_lengths, eval_batches, load_splits
 from lora_jax.formats.untrusted import COUNT, check_fields
 from lora_jax.models import Model
 from lora_jax.parallel.placement import Placement, place
+from lora_jax.settings import Settings
 from lora_jax.train.adapted import Adapted, load_run_adapter
 from lora_jax.train.card import RESTORE, read_card
 from lora_jax.train.compilation import CompiledByShape
@@ -24,7 +24,7 @@ from lora_jax.train.task import task_of
 from lora_jax.train.workdir import config_from, config_hash, read_json_file
 
 
-def load_cell(cell: Path, mesh: Mesh | None = None) -> tuple[ConfigDict, Adapted, Splits]:
+def load_cell(cell: Path, mesh: Mesh | None = None) -> tuple[Settings, Adapted, Splits]:
     """A finished cell's config, its model with what was trained, and the data it was trained on.
 
     Raises `RequestError` if the data have changed since, or completions were encoded otherwise.

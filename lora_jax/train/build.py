@@ -14,7 +14,6 @@ from jax.sharding import Mesh, SingleDeviceSharding
 
 from lora_jax.core.draws import key_from_seed, partitionable
 from lora_jax.core.errors import RequestError
-from lora_jax.core.optional import OPTIONAL
 from lora_jax.data import (
     EncodedExamples,
     EvalBatches,
@@ -32,6 +31,14 @@ from lora_jax.models import Model, load_model
 from lora_jax.models.load import redraw_head
 from lora_jax.parallel.offload import lacks_host_memory, offload
 from lora_jax.parallel.placement import Placement, place
+from lora_jax.settings import (
+    SETTINGS,
+    MethodSettings,
+    ModelSettings,
+    Settings,
+    TrainSettings,
+    check,
+)
 from lora_jax.train.compilation import CompiledByShape
 from lora_jax.train.evaluate import make_scores
 from lora_jax.train.loss import loss_settings, make_loss
@@ -85,7 +92,7 @@ class Base:
             self._models[seed] = redraw_head(self.model, keys_of(seed)[0])
         return self._models[seed]
 
-    def train_batches_of(self, config: Any) -> TrainIterator:
+    def train_batches_of(self, config: Settings) -> TrainIterator:
         """The training batches of one run."""
         return train_batches(
             self.encoded["train"],
@@ -95,7 +102,7 @@ class Base:
             order_seed=config.seed,
         )
 
-    def eval_batches_of(self, config: Any) -> dict[str, EvalBatches]:
+    def eval_batches_of(self, config: Settings) -> dict[str, EvalBatches]:
         """`{"validation": …, "test": …}`."""
         return {
             name: eval_batches(
@@ -105,9 +112,10 @@ class Base:
         }
 
 
-def load_base(config: Any, mesh: Mesh | None = None) -> Base:
+def load_base(config: Settings, mesh: Mesh | None = None) -> Base:
     """Loads what the `model` and `data` sections of `config` name, the model onto `mesh` if there
     is one. Raises `RequestError`."""
+    config.check()
     splits = load_splits(config.data, target=task_of(config.model).target)
     task = task_of(config.model, splits)
     model = make_model(config.model, keys_of(config.seed)[0], mesh)
@@ -123,7 +131,7 @@ def load_base(config: Any, mesh: Mesh | None = None) -> Base:
 
 
 def build(
-    config: Any, base: Base | None = None, mesh: Mesh | None = None
+    config: Settings, base: Base | None = None, mesh: Mesh | None = None
 ) -> tuple[Setup, TrainState]:
     """Loads and prepares all that `config` names, and the state before the first step.
 
@@ -132,6 +140,7 @@ def build(
     for the same model and data, where they are loaded already; else `mesh` is for it. Raises
     `RequestError`.
     """
+    config.check()
     _, init_key, run_key = keys_of(config.seed)
     base = base or load_base(config, mesh)
     accumulate = accumulate_of(config)
@@ -179,7 +188,7 @@ def build(
     return setup, state
 
 
-def _optimizer(config: Any, method: Method, trainable: Any, num_steps: int, placement: Any):
+def _optimizer(config: Settings, method: Method, trainable: Any, num_steps: int, placement: Any):
     """`(tx, shardings of the state or None, what to tell the user)`."""
 
     def shapes_of(tx) -> TrainState:
@@ -192,7 +201,7 @@ def _optimizer(config: Any, method: Method, trainable: Any, num_steps: int, plac
         return jax.tree.map(lambda x: SingleDeviceSharding(jax.devices()[0]), shapes)
 
     note = ""
-    if config.optimizer.get("offload", OPTIONAL["optimizer.offload"]):
+    if config.optimizer.offload:
         parts = optimizer_parts(config.optimizer, num_steps)
         settings = (parts, method.optimizer, shapes_of, shardings_of)
         if lacks := lacks_host_memory(jax.devices()[0]):
@@ -206,14 +215,12 @@ def _optimizer(config: Any, method: Method, trainable: Any, num_steps: int, plac
 @partitionable()
 def keys_of(seed: int) -> jax.Array:
     """The three keys of a run, from its seed: for a new head, the adapters, and the steps."""
-    if isinstance(seed, bool) or not isinstance(seed, int) or not -(2**63) <= seed < 2**63:
-        raise RequestError(f"seed={seed!r} must be a whole number below 2**63")
+    check("seed", seed)
     return jax.random.split(key_from_seed(seed), 3)
 
 
-def make_model(settings: Any, head_key: jax.Array, mesh: Mesh | None = None) -> Model:
-    """The model that the config's `model` section names, with the head it asks for; on `mesh` where
-    there is one.
+def make_model(settings: ModelSettings, head_key: jax.Array, mesh: Mesh | None = None) -> Model:
+    """The model that the settings name, with the head they ask for; on `mesh` where there is one.
 
     Raises `RequestError` if the model has none of that kind.
     """
@@ -225,14 +232,14 @@ def make_model(settings: Any, head_key: jax.Array, mesh: Mesh | None = None) -> 
         return load_model(
             settings.name,
             head=head,
-            num_labels=settings.get("num_labels"),
-            dtype=settings.get("dtype"),
+            num_labels=settings.num_labels,
+            dtype=settings.dtype,
             head_key=head_key,
             **options,
         )
-    scan_layers = bool(settings.get("scan_layers", False))
-    dtype = settings.get("dtype")
-    model = load_model(settings.name, dtype=dtype, scan_layers=scan_layers, **options)
+    model = load_model(
+        settings.name, dtype=settings.dtype, scan_layers=settings.scan_layers, **options
+    )
     if model.kind != "causal-lm" or model.eos_token_id is None:
         lacks = f"is an {model.kind}" if model.kind != "causal-lm" else "has no end of text"
         raise RequestError(
@@ -242,27 +249,26 @@ def make_model(settings: Any, head_key: jax.Array, mesh: Mesh | None = None) -> 
     return model
 
 
-def accumulate_of(config: Any) -> int:
-    """Into how many parts a step cuts its batch; 1 where train.accumulate_steps is not there."""
-    parts = config.train.get("accumulate_steps", OPTIONAL["train.accumulate_steps"])
-    return check_accumulate(parts, config.data.batch_size)
+def accumulate_of(config: Settings) -> int:
+    """Into how many parts a step cuts its batch. Raises `RequestError` if they do not divide it."""
+    return check_accumulate(config.train.accumulate_steps, config.data.batch_size)
 
 
-def _quantized(settings: Any) -> dict[str, Any]:
-    """What `load_model` is told of four bits; nothing where model.quantize is "" or not there."""
+def _quantized(settings: ModelSettings) -> dict[str, Any]:
+    """What `load_model` is told of four bits; nothing where model.quantize is ""."""
     names = ("quantize", "quantize_targets", "double_quant")
-    found = {name: settings.get(name, OPTIONAL[f"model.{name}"]) for name in names}
+    found = {name: settings[name] for name in names}
     if found["quantize"]:
         return found
     for name in names[1:]:
-        if found[name] != OPTIONAL[f"model.{name}"]:
+        if found[name] != SETTINGS[f"model.{name}"].default:
             raise RequestError(
                 f"model.{name}={found[name]!r} means nothing without model.quantize='nf4'"
             )
     return {}
 
 
-def make_method(settings: Any, model: Model) -> Method:
+def make_method(settings: MethodSettings, model: Model) -> Method:
     """The method that the config's `method` section names, for the parameters of `model`.
 
     Raises `RequestError` for an unknown name or values the method refuses.
@@ -270,25 +276,16 @@ def make_method(settings: Any, model: Model) -> Method:
     return method_of(settings.name, dict(settings), axes=model.axes, aliases=model.aliases)
 
 
-def plan_steps(settings: Any, steps_per_epoch: int) -> dict[str, int]:
+def plan_steps(settings: TrainSettings, steps_per_epoch: int) -> dict[str, int]:
     """How long, how often to evaluate, save and log, and the patience, from the `train` section."""
-    num_steps = _at_least(settings, "num_steps", 0)
-    if not num_steps:
-        if not 0.0 < settings.num_epochs < math.inf:
-            raise RequestError(f"train.num_epochs={settings.num_epochs!r} must be above 0")
-        num_steps = math.ceil(settings.num_epochs * steps_per_epoch)
-    eval_every = _at_least(settings, "eval_every_steps", 0) or max(1, steps_per_epoch // 4)
+    settings.check()
+    if not settings.num_steps and not settings.num_epochs:
+        raise RequestError("train.num_epochs=0 must be above 0 where train.num_steps is 0")
+    eval_every = settings.eval_every_steps or max(1, steps_per_epoch // 4)
     return {
-        "num_steps": num_steps,
+        "num_steps": settings.num_steps or math.ceil(settings.num_epochs * steps_per_epoch),
         "eval_every": eval_every,
-        "checkpoint_every": _at_least(settings, "checkpoint_every_steps", 0) or eval_every,
-        "log_every": _at_least(settings, "log_every_steps", 1),
-        "patience": _at_least(settings, "patience", 0),
+        "checkpoint_every": settings.checkpoint_every_steps or eval_every,
+        "log_every": settings.log_every_steps,
+        "patience": settings.patience,
     }
-
-
-def _at_least(settings: Any, name: str, low: int) -> int:
-    value = settings[name]
-    if isinstance(value, bool) or not isinstance(value, int) or value < low:
-        raise RequestError(f"train.{name}={value!r} must be a whole number of at least {low}")
-    return value

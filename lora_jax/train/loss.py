@@ -8,10 +8,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from lora_jax.core.errors import RequestError
 from lora_jax.core.lift import lift
-from lora_jax.core.optional import OPTIONAL
-from lora_jax.models.remat import check_remat
+from lora_jax.settings import TrainSettings, check
 from lora_jax.train.task import CLASSIFICATION, Task
 from lora_jax.train.task import cross_entropy as cross_entropy
 
@@ -26,14 +24,10 @@ INPUTS = ("input_ids", "attention_mask", "token_type_ids")
 _OF_THE_MODEL = 2106_09685
 
 
-def loss_settings(settings: Any) -> dict[str, Any]:
+def loss_settings(settings: TrainSettings) -> dict[str, Any]:
     """The arguments of `make_loss` that a config's `train` section holds."""
-    return {
-        "label_smoothing": settings.label_smoothing,
-        "model_dropout": bool(settings.get("model_dropout", False)),
-        "loss_chunk": settings.get("loss_chunk", OPTIONAL["train.loss_chunk"]),
-        "remat": settings.get("remat", OPTIONAL["train.remat"]),
-    }
+    names = ("label_smoothing", "model_dropout", "loss_chunk", "remat")
+    return {name: settings[name] for name in names}
 
 
 def weighted_mean(values: jax.Array, weights: jax.Array) -> jax.Array:
@@ -64,9 +58,8 @@ def make_loss(
     policy.
     """
     task.check_smoothing(label_smoothing)
-    if loss_chunk < 0:
-        raise RequestError(f"train.loss_chunk={loss_chunk!r} must be at least 0")
-    check_remat(remat)
+    check("train.loss_chunk", loss_chunk)
+    check("train.remat", remat)
     settings: dict[str, Any] = {
         "smoothing": label_smoothing, "chunk": loss_chunk, "remat": remat, "constrain": constrain,
     }  # fmt: skip

@@ -10,36 +10,26 @@ import jax.numpy as jnp
 import optax
 
 from lora_jax.core.errors import RequestError
-from lora_jax.core.trees import nearest
-
-MOMENT_DTYPES = ("float32", "bfloat16")
-SCHEDULES = ("linear", "cosine", "constant")
+from lora_jax.settings import OptimizerSettings
 
 
-def make_schedule(settings: Any, num_steps: int) -> optax.Schedule:
+def make_schedule(settings: OptimizerSettings, num_steps: int) -> optax.Schedule:
     """Learning rate by step: rises from 0 over the warm-up, then linear, cosine or constant.
 
-    `settings` is the config's `optimizer` section (`lr`, `schedule`, `warmup_ratio`, and perhaps
-    `warmup_steps`). The warm-up takes `warmup_steps`, where that is there and not 0, or else
+    The warm-up takes `warmup_steps`, where that is not 0, or else
     `ceil(warmup_ratio * num_steps)` steps; step i of it has the rate `lr * i / warmup`, and
     linear and cosine reach 0 at `num_steps` (as `transformers.get_scheduler` has them).
     Raises `RequestError` for an unknown schedule or a value out of range.
     """
     if num_steps < 1:
         raise RequestError(f"num_steps={num_steps}: a training needs at least one step")
-    _check_range("lr", settings.lr, low=0.0)
-    _check_range("warmup_ratio", settings.warmup_ratio, low=0.0, high=1.0)
-    _warmup_steps(settings, num_steps)  # for its checks
-    if settings.schedule not in SCHEDULES:
-        raise RequestError(
-            f"optimizer.schedule={settings.schedule!r} is unknown; "
-            f"{nearest(settings.schedule, SCHEDULES)}"
-        )
+    settings.check()
+    _warmup_steps(settings, num_steps)  # for its check
     shape, peak = _shape_of_schedule(settings, num_steps), float(settings.lr)
     return lambda step: peak * shape(step)
 
 
-def _shape_of_schedule(settings: Any, num_steps: int) -> optax.Schedule:
+def _shape_of_schedule(settings: OptimizerSettings, num_steps: int) -> optax.Schedule:
     """The schedule of a learning rate whose peak is 1."""
     warmup = _warmup_steps(settings, num_steps)
     decay = max(1, num_steps - warmup)
@@ -53,10 +43,8 @@ def _shape_of_schedule(settings: Any, num_steps: int) -> optax.Schedule:
     return optax.join_schedules([optax.linear_schedule(0.0, 1.0, warmup), after], [warmup])
 
 
-def _warmup_steps(settings: Any, num_steps: int) -> int:
-    steps = getattr(settings, "warmup_steps", 0)
-    if isinstance(steps, bool) or not isinstance(steps, int) or steps < 0:
-        raise RequestError(f"optimizer.warmup_steps={steps!r} must be a whole number, 0 or more")
+def _warmup_steps(settings: OptimizerSettings, num_steps: int) -> int:
+    steps = settings.warmup_steps
     if steps and settings.warmup_ratio:
         raise RequestError(
             f"optimizer.warmup_steps={steps} and optimizer.warmup_ratio={settings.warmup_ratio} "
@@ -65,12 +53,12 @@ def _warmup_steps(settings: Any, num_steps: int) -> int:
     return steps or math.ceil(settings.warmup_ratio * num_steps)
 
 
-def make_optimizer(settings: Any, num_steps: int) -> optax.GradientTransformation:
+def make_optimizer(settings: OptimizerSettings, num_steps: int) -> optax.GradientTransformation:
     """Global-norm clipping, then AdamW on the schedule, all in float32 (Loshchilov & Hutter 2019).
 
-    `settings` is the config's `optimizer` section. What is clipped is the tree the gradients come
-    in, which is the trainable one. Weight decay reaches every trainable parameter, as in
-    `torch.optim.AdamW`. `moment_dtype`, where that is there, is what the moments are kept in.
+    What is clipped is the tree the gradients come in, which is the trainable one. Weight decay
+    reaches every trainable parameter, as in `torch.optim.AdamW`. `moment_dtype` is what the moments
+    are kept in.
     Raises `RequestError` for a value out of range.
     """
     clip, tx, dtype = _clip_and_adam(settings, num_steps)
@@ -79,7 +67,7 @@ def make_optimizer(settings: Any, num_steps: int) -> optax.GradientTransformatio
 
 
 def optimizer_parts(
-    settings: Any, num_steps: int
+    settings: OptimizerSettings, num_steps: int
 ) -> tuple[optax.GradientTransformation, optax.GradientTransformation]:
     """`make_optimizer` in two: the clipping, which sees all gradients, and what does to each
     parameter what it would do to it alone. Raises as that does."""
@@ -88,26 +76,16 @@ def optimizer_parts(
     return in_float32(clip), each if dtype == "float32" else _moments_in(each, jnp.dtype(dtype))
 
 
-def _clip_and_adam(settings: Any, num_steps: int):
+def _clip_and_adam(settings: OptimizerSettings, num_steps: int):
     """The clipping, what comes after it, and what moments are kept in; all checked."""
     make_schedule(settings, num_steps)  # for its checks
-    _check_range("beta1", settings.beta1, low=0.0, below=1.0)
-    _check_range("beta2", settings.beta2, low=0.0, below=1.0)
-    _check_range("eps", settings.eps, above=0.0)
-    _check_range("weight_decay", settings.weight_decay, low=0.0)
-    _check_range("clip_norm", settings.clip_norm, low=0.0)
     clip = optax.clip_by_global_norm(settings.clip_norm) if settings.clip_norm else optax.identity()
-    dtype = getattr(settings, "moment_dtype", "float32")
-    if dtype not in MOMENT_DTYPES:
-        raise RequestError(
-            f"optimizer.moment_dtype={dtype!r}; {nearest(str(dtype), MOMENT_DTYPES)}"
-        )
     adam = (
         optax.scale_by_adam(settings.beta1, settings.beta2, settings.eps),
         _decay_weights(float(settings.weight_decay)),
         _scale_by_rate(float(settings.lr), _shape_of_schedule(settings, num_steps)),
     )
-    return clip, adam, dtype
+    return clip, adam, settings.moment_dtype
 
 
 def _moments_in(tx: optax.GradientTransformation, dtype: Any) -> optax.GradientTransformation:
@@ -195,19 +173,3 @@ def _widened(tree):
         return leaf.astype(jnp.float32) if narrow else leaf
 
     return jax.tree.map(widen, tree)
-
-
-def _check_range(name: str, value, *, low=None, high=None, above=None, below=None) -> None:
-    bounds = []
-    good = isinstance(value, int | float) and math.isfinite(value)
-    for bound, holds, words in (
-        (low, lambda x, b: x >= b, "at least"),
-        (above, lambda x, b: x > b, "above"),
-        (high, lambda x, b: x <= b, "at most"),
-        (below, lambda x, b: x < b, "below"),
-    ):
-        if bound is not None:
-            bounds.append(f"{words} {bound:g}")
-            good = good and holds(value, bound)
-    if not good:
-        raise RequestError(f"optimizer.{name}={value!r} must be a number {' and '.join(bounds)}")

@@ -17,6 +17,7 @@ from lora_jax.core.draws import partitionable
 from lora_jax.core.errors import RequestError
 from lora_jax.formats.paths import at_home
 from lora_jax.parallel.mesh import mesh_text
+from lora_jax.settings import complete
 from lora_jax.train.bookkeeping import Bookkeeping
 from lora_jax.train.build import Base, Setup, build
 from lora_jax.train.callbacks import StopAtSignal, restored, train_on_disk, validate_on
@@ -24,7 +25,6 @@ from lora_jax.train.card import describe_program, read_card
 from lora_jax.train.cell import Schedule
 from lora_jax.train.checkpoint import Checkpoints
 from lora_jax.train.compilation import enable_compilation_cache
-from lora_jax.train.configs import complete
 from lora_jax.train.finish import write_results
 from lora_jax.train.loop import Callback, Diverged, Training
 from lora_jax.train.memory import StepMemory, device_limit_bytes
@@ -55,7 +55,7 @@ def train(
 ) -> dict[str, Any]:
     """Trains what `config` says into `workdir/cells/name` and returns the run's card.
 
-    Settings that `config` omits have their defaults (`train/configs.py`).
+    Settings that `config` omits have their defaults (`lora_jax/settings`).
     A run that was stopped, in whatever way, goes on from its last checkpoint and ends with the same
     weights, bit for bit, as one that was not; a finished one is not run again. `command` is what to
     tell the user to type after Ctrl-C; `config_file` ("FILE.py[:arg]") is noted in the card.

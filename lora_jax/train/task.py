@@ -13,9 +13,9 @@ from jax import lax
 
 from lora_jax.core.dtypes import float32_or_wider
 from lora_jax.core.errors import RequestError
-from lora_jax.core.trees import nearest
 from lora_jax.data import EncodedExamples, Examples, Splits, encode_completions, encode_examples
 from lora_jax.models import Model
+from lora_jax.settings import check
 
 # A number within this of its label counts as right.
 NEAR = 0.5
@@ -169,10 +169,7 @@ class Task:
 
     def check_smoothing(self, smoothing: float) -> None:
         """Raises `RequestError` if `smoothing` is not in [0, 1), or is of a number."""
-        if not 0.0 <= smoothing < 1.0:
-            raise RequestError(
-                f"train.label_smoothing={smoothing!r} must be at least 0 and below 1"
-            )
+        check("train.label_smoothing", smoothing)
         if smoothing and self.target == "number":
             raise RequestError(
                 f"train.label_smoothing={smoothing!r}, but numbers are not smoothed; set it to 0"
@@ -207,9 +204,7 @@ def head_of(settings: Any) -> str:
 
     Raises `RequestError` for an unknown one, or a regression of other than one output.
     """
-    head = settings.get("head") or "classification"
-    if head not in TASKS:
-        raise RequestError(f"model.head={head!r} is unknown; {nearest(str(head), TASKS)}")
+    head = check("model.head", settings.get("head") or "classification")
     num_labels = settings.get("num_labels")
     if head == "regression" and num_labels not in (None, 1):
         raise RequestError(

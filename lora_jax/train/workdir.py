@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
-import hashlib
-import json
 import os
 import re
 import shutil
@@ -16,11 +14,14 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from ml_collections import ConfigDict
-
 from lora_jax.core.errors import RequestError
 from lora_jax.formats.atomic import write_json
 from lora_jax.formats.untrusted import check_fields, read_json
+from lora_jax.settings import Settings
+from lora_jax.settings import config_hash as config_hash
+from lora_jax.settings import flat_config as flat_config
+from lora_jax.settings import hashed_settings as hashed_settings
+from lora_jax.settings import plain_config as plain_config
 
 # Temporary names of what a cell's folder holds, as formats/atomic.py makes them; a user's own files
 # (".notes.tmp") are not ours to remove.
@@ -28,57 +29,16 @@ _OUR_LEFTOVERS = re.compile(
     r"\.(config\.json|card\.json|failure\.json|metrics\.jsonl|test_predictions\.npz|adapter"
     r"|trainable\.safetensors|adapter\.json)\.[a-z0-9_]+\.tmp"
 )
-# What may change between two runs of the same mathematics: where, on what, how chatty.
-NOT_HASHED = ("workdir", "mesh", "logging", "train.log_every_steps")
 
 
-def flat_config(config: Mapping[str, Any]) -> dict[str, Any]:
-    """`{"method.rank": 8, ...}`: plain values by dotted name.
-
-    >>> flat_config({"seed": 0, "method": {"rank": 8}})
-    {'seed': 0, 'method.rank': 8}
-    """
-    flat = {}
-    for key, value in config.items():
-        if isinstance(value, Mapping):
-            flat |= {f"{key}.{inner}": leaf for inner, leaf in flat_config(value).items()}
-        else:
-            flat[key] = value
-    return flat
-
-
-def config_from(plain: Any, place: Any) -> ConfigDict:
-    """The config of plain values that the file at `place` holds. Raises `RequestError`."""
+def config_from(plain: Any, place: Any) -> Settings:
+    """The settings that the file at `place` holds, checked. Raises `RequestError`."""
     try:
-        return ConfigDict(plain, convert_dict=True)
-    except (TypeError, ValueError, AttributeError) as error:
+        settings = Settings.from_config(plain)
+        settings.check()
+    except (TypeError, ValueError) as error:
         raise RequestError(f"{place} holds no config: {error}; restore it") from error
-
-
-def plain_config(config: Any) -> dict[str, Any]:
-    """A config (`ml_collections.ConfigDict` or mapping) as plain dicts and JSON values."""
-    plain = config.to_dict() if hasattr(config, "to_dict") else dict(config)
-    return json.loads(json.dumps(plain))
-
-
-def config_hash(config: Mapping[str, Any]) -> str:
-    """Hex SHA-256 over the config's values in canonical JSON: their order does not count.
-
-    Workdir, mesh and logging are left out, and so is `train.log_every_steps`.
-    """
-    canonical = json.dumps(hashed_settings(config), sort_keys=True, separators=(",", ":"))
-    return hashlib.sha256(canonical.encode()).hexdigest()
-
-
-def hashed_settings(config: Mapping[str, Any]) -> dict[str, Any]:
-    """The settings that make a run what it is, by dotted name; without those in NOT_HASHED."""
-
-    def counts(name: str) -> bool:
-        return not any(
-            name == left_out or name.startswith(f"{left_out}.") for left_out in NOT_HASHED
-        )
-
-    return {name: value for name, value in flat_config(config).items() if counts(name)}
+    return settings
 
 
 @contextlib.contextmanager

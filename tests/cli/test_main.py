@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from lora_jax.cli.main import COMMANDS, main
-from lora_jax.core.optional import OPTIONAL
+from lora_jax.settings import SETTINGS
 
 ROOT = Path(__file__).resolve().parents[2]
 CONFIG = f"--config={ROOT}/experiments/reviews_minilm.py:lora,smoke"
@@ -35,7 +35,7 @@ def test_help_teaches_by_example(command, capsys):
     assert f"lora-jax {command}" in out
     assert "Example" in out
     if command in ("train", "sweep"):
-        assert all(f"  {key}=" in out for key in OPTIONAL)  # what no config shows
+        assert all(f"  {key}" in out for key in SETTINGS)
 
 
 def test_train_evaluate_merge_inspect_report(texts, tmp_path, capsys):

@@ -212,7 +212,7 @@ def test_every_sweep_has_a_smoke_size_and_five_rates(name):
     module.sweep_full_size(lambda cell, **settings: added.update({cell: settings}))
     assert added and all(len(settings["tune"][1]) >= 5 for settings in added.values())
     assert module.get_config("smoke").model.name.startswith("tiny-")
-    with pytest.raises(ValueError, match="give no size, or smoke"):
+    with pytest.raises(ValueError, match="no size 'large'"):
         module.get_config("large")
 
 

@@ -5,11 +5,11 @@ import os
 import time
 
 import pytest
-from ml_collections import ConfigDict
 
 from lora_jax.cli.main import main
 from lora_jax.core.errors import RequestError
 from lora_jax.formats.atomic import atomic_folder
+from lora_jax.settings import Settings
 from lora_jax.sweeps.cells import Cell
 from lora_jax.sweeps.groups import PackRecord, read_packs
 from lora_jax.train.workdir import claim_cell
@@ -19,7 +19,8 @@ CONFIG = {"seed": 0}
 
 @pytest.mark.parametrize("name", ["../../../../w6", "/tmp/w6", "..", ".hidden", "a\0b", "x" * 300])
 def test_a_packs_record_cannot_name_a_cell_outside_the_workdir(tmp_path, name):
-    record = PackRecord((Cell("one", ConfigDict(CONFIG)), Cell("two", ConfigDict(CONFIG))), 1)
+    settings = Settings.from_config({"seed": 0})
+    record = PackRecord((Cell("one", settings), Cell("two", settings)), 1)
     record.write(tmp_path)
     assert [pack.cells[0].name for pack in read_packs(tmp_path)] == ["one"]
     path = record.folder(tmp_path) / "pack.json"

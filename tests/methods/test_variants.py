@@ -10,6 +10,7 @@ import pytest
 
 import lora_jax as lj
 from lora_jax.methods.named import METHODS, method_of
+from lora_jax.settings import OptimizerSettings
 from lora_jax.train.optimizer import make_optimizer
 from tests.core.adapted import largest_difference
 from tests.methods.miss import MiSS
@@ -175,12 +176,7 @@ def test_make_optimizer_takes_a_variants_parts():
     """Clipping, decay and rates of the trainer act on what trains alone."""
     method = VARIANTS["lora_fa"]
     _, trainable, frozen = trained(method)
-    settings = type("Settings", (), {})()
-    for key, value in {
-        "lr": 1e-2, "schedule": "constant", "warmup_ratio": 0.0, "weight_decay": 0.1, "beta1": 0.9,
-        "beta2": 0.999, "eps": 1e-8, "clip_norm": 1.0,
-    }.items():  # fmt: skip
-        setattr(settings, key, value)
+    settings = OptimizerSettings(lr=1e-2, schedule="constant", weight_decay=0.1)
     tx = method.optimizer(make_optimizer(settings, 5))
     grads = jax.jit(jax.grad(loss_of(method, frozen)))(trainable)
     updates, _ = jax.jit(tx.update)(grads, tx.init(trainable), trainable)

@@ -25,7 +25,6 @@ from lora_jax.sweeps.ready import make_ready
 from lora_jax.sweeps.verify import verify
 from lora_jax.train import Interrupted, train
 from lora_jax.train.build import load_base
-from lora_jax.train.configs import put_settings
 from lora_jax.train.loop import Training
 from tests.sweeps.stored_problem import CELLS, sweep_of
 from tests.train.conftest import make_config, reviews_file
@@ -305,9 +304,7 @@ def test_what_a_mesh_does_not_divide_is_named(make_config, tmp_path, monkeypatch
     with pytest.raises(
         RequestError, match=r"batch_size=8 in 2 parts .* 8 places .* multiple of 16"
     ):
-        config = make_config()
-        with config.unlocked():
-            config.train.accumulate_steps = 2
+        config = make_config({"train.accumulate_steps": 2})
         train(config, tmp_path, progress=False, mesh=mesh_of("fsdp=8"))
     argv = ["--config=experiments/reviews_minilm.py:lora,smoke", f"--workdir={tmp_path}"]
     for text, says in (
@@ -340,8 +337,7 @@ def test_moments_in_the_hosts_memory_are_the_same_training(
     if lacks_host_memory(jax.devices()[0]):
         pytest.skip("this JAX has no memory of the host's own on CPU")
     mesh = mesh_of(text) if text else None
-    config = make_config({**RUN, "train.checkpoint_every_steps": 4})
-    put_settings(config, {"optimizer.offload": True})
+    config = make_config({**RUN, "train.checkpoint_every_steps": 4, "optimizer.offload": True})
     whole = train(config, tmp_path / "whole", progress=False, mesh=mesh)
     with monkeypatch.context() as patch:
         at_call(patch, Training, "_take_step", 7, interrupt)
@@ -368,8 +364,7 @@ def test_moments_in_the_hosts_memory_are_the_same_training(
 def test_a_backend_without_a_hosts_memory_says_so_and_goes_on(
     make_config, tmp_path, monkeypatch, capsys
 ):
-    config = make_config(RUN)
-    put_settings(config, {"optimizer.offload": True})
+    config = make_config({**RUN, "optimizer.offload": True})
     monkeypatch.setattr("lora_jax.parallel.offload.HOST", "no such kind")
     card = train(config, tmp_path, progress=False)
     assert "has no memory kind 'no such kind'" in capsys.readouterr().err

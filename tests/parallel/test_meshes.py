@@ -11,25 +11,20 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from ml_collections import ConfigDict
 
 import lora_jax as lj
 from lora_jax.core import trees
 from lora_jax.models import load_model, save_model
 from lora_jax.models.shapes import abstract_model
 from lora_jax.parallel import Placement, make_mesh, read_mesh
+from lora_jax.settings import OptimizerSettings
 from lora_jax.train.loss import make_loss
 from lora_jax.train.optimizer import make_optimizer
 from lora_jax.train.state import init_state
 from lora_jax.train.step import step_function
 from lora_jax.train.task import CLASSIFICATION, TASKS, readout_tokens
 
-SETTINGS = ConfigDict(
-    {
-        "lr": 1e-3, "schedule": "constant", "warmup_ratio": 0.0, "weight_decay": 0.01,
-        "beta1": 0.9, "beta2": 0.999, "eps": 1e-8, "clip_norm": 1.0,
-    }
-)  # fmt: skip
+SETTINGS = OptimizerSettings(lr=1e-3, schedule="constant")
 MESHES = ("data=2,fsdp=2,tensor=2", "fsdp=8", "tensor=2,fsdp=4")
 NUM_STEPS = 20
 

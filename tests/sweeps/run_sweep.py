@@ -3,15 +3,14 @@
 import json
 import sys
 
-from ml_collections import ConfigDict
-
+from lora_jax.settings import Settings
 from lora_jax.sweeps import Cell, Sweep, run_sweep
 
 
 def main(path: str, workdir: str) -> None:
     with open(path, encoding="utf-8") as file:
         configs = json.load(file)
-    cells = [Cell(name, ConfigDict(c, convert_dict=True)) for name, c in configs.items()]
+    cells = [Cell(name, Settings.from_config(c)) for name, c in configs.items()]
     run_sweep(Sweep("test", tuple(cells)), workdir, progress=False)
 
 

@@ -8,11 +8,11 @@ import re
 
 import numpy as np
 import pytest
-from ml_collections import ConfigDict
 
 from lora_jax.core.errors import RequestError
+from lora_jax.settings import Settings
 from lora_jax.sweeps import Sweep, plan_sweep, read_sweep, run_sweep
-from lora_jax.sweeps.cells import _check_name, overridden
+from lora_jax.sweeps.cells import _check_name
 from lora_jax.sweeps.groups import PackRecord
 from lora_jax.sweeps.run import note_sweep
 from lora_jax.sweeps.status import seconds_left, sweep_status
@@ -246,7 +246,7 @@ def test_a_name_that_no_file_system_holds_is_refused(name):
 
 
 def test_numpy_scalars_and_a_methods_own_settings_are_taken_as_plain_ones():
-    config = ConfigDict({"seed": 0, "method": {"name": "lora_plus", "rank": 8}}).lock()
-    made = overridden(config, {"method.rank": np.int64(4), "method.ratio": np.float64(8)})
+    config = Settings.from_config({"seed": 0, "method": {"name": "lora_plus", "rank": 8}})
+    made = config.replace({"method.rank": np.int64(4), "method.ratio": np.float64(8)})
     assert (made.method.rank, made.method.ratio) == (4, 8.0)
     assert type(made.method.rank) is int and type(made.method.ratio) is float

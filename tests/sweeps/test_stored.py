@@ -21,6 +21,7 @@ import pytest
 from lora_jax.core.errors import RequestError
 from lora_jax.data import EvalBatches
 from lora_jax.formats.adapter import load_trainable
+from lora_jax.settings import plain_config
 from lora_jax.sweeps import run_sweep, stored
 from lora_jax.sweeps import workdir as runner
 from lora_jax.sweeps.ready import PackBatches
@@ -331,7 +332,7 @@ def test_killed_at_twenty_random_moments(make_config, tmp_path):
         "full": {"method.name": "full", "optimizer.lr": 1e-3},
     }
     sweep = sweep_of(make_config, long, cells)
-    configs = {cell.name: json.loads(cell.config.to_json()) for cell in sweep.cells}
+    configs = {cell.name: plain_config(cell.config) for cell in sweep.cells}
     whole = tmp_path / "whole"
     results = run(sweep, whole)
     # Two stood still and one diverged: two of five went on, in a narrower program.

@@ -224,7 +224,13 @@ def test_wrong_setting_of_one_cell_is_its_error_and_the_others_train():
     loss = lambda p, batch: jnp.mean((batch @ p["w"] - 1.0) ** 2)  # noqa: E731
     found = lj.sweep(loss, base, [jnp.ones((2, 4))], cells, num_steps=1, progress=False)
     assert not found[0].error
-    reasons = ("lr is -1.0", "lr is None", "seed is 'a'", "'rnk'.*nearest: 'rank'", "'loraa'.*lora")
+    reasons = (
+        "lr=-1.0 must",
+        "lr=None must",
+        "seed='a'",
+        "'rnk'.*nearest: 'rank'",
+        "'loraa'.*lora",
+    )
     for row, why in zip(found[1:], reasons, strict=True):
         assert re.search(why, row.error) and row.trainable is None
     assert "array" not in repr(found.best()).lower()

@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from lora_jax.settings import Settings
+
 ROOT = Path(__file__).resolve().parents[2]
 GOOD = ["good", "great", "fine", "best", "lovely", "brilliant", "moving", "funny"]
 BAD = ["bad", "awful", "poor", "worst", "dull", "boring", "weak", "stupid"]
@@ -56,7 +58,6 @@ def make_config(reviews_file):
             "train.log_every_steps": 3,
             "train.eval_batch_size": 12,
         }
-        config.update_from_flattened_dict(settings | (changes or {}))
-        return config
+        return Settings.from_config(config).replace(settings | (changes or {}))
 
     return make

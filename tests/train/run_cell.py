@@ -3,14 +3,12 @@
 import json
 import sys
 
-from ml_collections import ConfigDict
-
 from lora_jax.train.run import train
 
 
 def main(config_path: str, workdir: str) -> None:
     with open(config_path, encoding="utf-8") as file:
-        config = ConfigDict(json.load(file), convert_dict=True)
+        config = json.load(file)
     train(config, workdir, progress=False)
 
 

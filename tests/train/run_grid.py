@@ -13,13 +13,13 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
-from ml_collections import ConfigDict
 
 import lora_jax as lj
 from lora_jax.core.errors import RequestError
 from lora_jax.core.hashes import hash_params
 from lora_jax.core.trees import flatten
 from lora_jax.data import TrainIterator
+from lora_jax.settings import Settings
 from lora_jax.sweeps.verify import verify
 from lora_jax.train import Interrupted, train
 from lora_jax.train.adapted import load_run_adapter as load_adapter
@@ -86,7 +86,7 @@ def fresh(config, folder: Path, name: str) -> str:
 
 def main(workdir: str, configs: str, what: str) -> None:
     configs = {
-        name: ConfigDict(config, convert_dict=True)
+        name: Settings.from_config(config)
         for name, config in json.loads(Path(configs).read_text()).items()
     }
     if what == "begin":

@@ -14,6 +14,7 @@ from lora_jax.report.rendering import to_markdown, to_records
 from lora_jax.report.runs import read_runs
 from lora_jax.report.tables import summarise
 from lora_jax.serve.adapters import load_adapter
+from lora_jax.settings import Settings
 from lora_jax.sweeps import Cell, Sweep, run_sweep
 from lora_jax.sweeps.verify import verify
 from lora_jax.train import Interrupted, train
@@ -27,8 +28,7 @@ CHANGES = {"train.eval_batch_size": 8, "optimizer.lr": 3e-3, "data.batch_size": 
 
 def make_config(own=None, *, file="e2e_smollm2.py", arg="smoke"):
     config = load_experiment(file).get_config(arg)
-    config.update_from_flattened_dict({**CHANGES, **(own or {})})
-    return config
+    return Settings.from_config(config).replace({**CHANGES, **(own or {})})
 
 
 @pytest.fixture(scope="module")
@@ -173,14 +173,13 @@ def test_cells_with_the_models_own_dropout_end_packed_where_they_end_alone(tmp_p
     changes = {"train.num_steps": 3, "train.eval_every_steps": 3}
     configs = {}
     for seed in (0, 1):
-        configs[f"s{seed}"] = make_config(file="paper/glue_roberta.py", arg="cola,smoke")
-        configs[f"s{seed}"].update_from_flattened_dict({**changes, "seed": seed})
+        own = {**changes, "seed": seed}
+        configs[f"s{seed}"] = make_config(own, file="paper/glue_roberta.py", arg="cola,smoke")
     sweep = Sweep("seeds", tuple(Cell(name, config) for name, config in configs.items()))
     results = run_sweep(sweep, tmp_path / "packed", progress=False)
     alone = train(configs["s1"], tmp_path / "alone", "s1", progress=False)
     assert results["s1"]["program"]["K"] == 2 and configs["s1"].train.model_dropout
-    off = make_config(file="paper/glue_roberta.py", arg="cola,smoke")
-    off.update_from_flattened_dict({**changes, "seed": 1, "train.model_dropout": False})
+    off = configs["s1"].replace({"train.model_dropout": False})
     off = train(off, tmp_path / "alone", "off", progress=False)
     of = lambda card: card["metrics"]["train"]["loss"]  # noqa: E731
     assert of(results["s1"]) == pytest.approx(of(alone), abs=1e-5)

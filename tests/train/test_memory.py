@@ -9,7 +9,6 @@ import pytest
 
 import lora_jax as lj
 from lora_jax.train import run as loop
-from lora_jax.train.configs import put_settings
 from lora_jax.train.memory import StepMemory, num_bytes
 from lora_jax.train.run import train
 
@@ -70,9 +69,8 @@ def test_training_says_it_first_and_writes_nothing_where_it_cannot(
 )
 def test_settings_that_a_config_may_lack_train_the_same_cells(change, make_config, tmp_path):
     """Parts, remat: the same losses; four bits: a run that is verified, merged and evaluated."""
-    plain, changed = (make_config({"method.dropout": 0.0}) for _ in range(2))
-    for key, value in change.items():
-        put_settings(changed, {key: value})
+    plain = make_config({"method.dropout": 0.0})
+    changed = plain.replace(change)
     cards = [train(c, tmp_path / n, progress=False) for n, c in (("a", plain), ("b", changed))]
     losses = [card["metrics"]["test"]["loss"] for card in cards]
     if "model.quantize" not in change:

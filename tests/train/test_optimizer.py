@@ -5,11 +5,11 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from ml_collections import ConfigDict
 
 from lora_jax.core.errors import RequestError
 from lora_jax.methods.parts import by_part
 from lora_jax.parallel.offload import leaf_by_leaf
+from lora_jax.settings import OptimizerSettings
 from lora_jax.train.optimizer import make_optimizer, make_schedule, optimizer_parts
 
 DEFAULTS = {
@@ -25,7 +25,7 @@ DEFAULTS = {
 
 
 def settings(**changes):
-    return ConfigDict(DEFAULTS | changes)
+    return OptimizerSettings(**DEFAULTS | changes)
 
 
 def reference_lr(step, *, lr, schedule, warmup_ratio, num_steps):

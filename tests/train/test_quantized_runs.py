@@ -8,18 +8,13 @@ from safetensors.numpy import load_file
 import lora_jax as lj
 from lora_jax.cli import evaluate, merge
 from lora_jax.core import trees
-from lora_jax.core.optional import OPTIONAL
 from lora_jax.models import load_model
-from lora_jax.sweeps.cells import overridden
 from lora_jax.train import train
-from lora_jax.train.configs import put_settings
 
 
 @pytest.mark.parametrize("dtype", ["float32", pytest.param("bfloat16", marks=pytest.mark.slow)])
 def test_a_quantised_run_is_evaluated_and_merged(dtype, make_config, tmp_path, capsys):
-    config = make_config({"method.dropout": 0.0})
-    config.model.dtype = dtype
-    put_settings(config, {"model.quantize": "nf4"})
+    config = make_config({"method.dropout": 0.0, "model.dtype": dtype, "model.quantize": "nf4"})
     train(config, tmp_path / "work", progress=False)
     cell = str(tmp_path / "work" / "cells" / "run")
     losses = []
@@ -45,18 +40,17 @@ def test_a_quantised_run_is_evaluated_and_merged(dtype, make_config, tmp_path, c
 
 def test_settings_that_a_config_may_lack_are_put_in_by_sweeps_and_flags(make_config):
     config = make_config({})
-    found = overridden(config, {"model.quantize": "nf4", "method.rank": 2})
+    found = config.replace({"model.quantize": "nf4", "method.rank": 2})
     assert (found.model.quantize, found.method.rank) == ("nf4", 2)
-    assert "quantize" not in config.model
+    assert "quantize" not in config.to_dict()["model"]
     with pytest.raises(
         lj.RequestError, match="no setting 'model.quantise'; nearest: 'model.quantize'"
     ):
-        overridden(config, {"model.quantise": "nf4"})
+        config.replace({"model.quantise": "nf4"})
     for key, value, says in [
         ("model.double_quant", "maybe", "must be True or False"),
         ("train.accumulate_steps", "two", "must be a whole number"),
         ("model.quantize", 4, "must be a text"),
     ]:
         with pytest.raises(lj.RequestError, match=says):
-            overridden(make_config({}), {key: value})
-    assert set(OPTIONAL) >= {"train.remat", "train.loss_chunk", "optimizer.moment_dtype"}
+            config.replace({key: value})

@@ -107,7 +107,7 @@ def test_finished_run_is_not_run_again(make_config, uninterrupted, monkeypatch):
 
 def start(config, workdir):
     path = workdir / "config_to_train.json"
-    path.write_text(config.to_json(), encoding="utf-8")
+    path.write_text(json.dumps(config.to_dict()), encoding="utf-8")
     command = [sys.executable, "-m", "tests.train.run_cell", str(path), str(workdir)]
     return subprocess.Popen(command, cwd=ROOT, stderr=subprocess.DEVNULL)
 

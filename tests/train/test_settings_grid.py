@@ -40,10 +40,7 @@ def write_configs(make_config, path, names):
         config = make_config(
             {"method.name": name, "train.num_steps": 6, "train.eval_every_steps": 6}
         )
-        with config.unlocked():
-            for key, value in OWN.get(name, {}).items():
-                config.method[key.removeprefix("method.")] = value
-        configs[name] = plain_config(config)
+        configs[name] = plain_config(config.replace(OWN.get(name, {})))
     path.write_text(json.dumps(configs))
     return path
 

@@ -3,26 +3,15 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from ml_collections import ConfigDict
 
 import lora_jax as lj
+from lora_jax.settings import OptimizerSettings
 from lora_jax.train.loss import make_loss
 from lora_jax.train.optimizer import make_optimizer
 from lora_jax.train.state import init_state
 from lora_jax.train.step import check_accumulate, make_train_step
 
-SETTINGS = ConfigDict(
-    {
-        "lr": 3e-2,
-        "schedule": "constant",
-        "warmup_ratio": 0.0,
-        "weight_decay": 0.0,
-        "beta1": 0.9,
-        "beta2": 0.999,
-        "eps": 1e-8,
-        "clip_norm": 0.1,
-    }
-)
+SETTINGS = OptimizerSettings(lr=3e-2, schedule="constant", weight_decay=0.0, clip_norm=0.1)
 METHODS = {
     "lora": lj.LoRA(targets="body/kernel", rank=2, alpha=2.0, train="head/.*"),
     "full": lj.FullFineTuning(),

@@ -12,6 +12,7 @@ import tokenizers
 from lora_jax.core.errors import RequestError
 from lora_jax.methods import FullFineTuning, LoRA
 from lora_jax.models import load_model
+from lora_jax.settings import ModelSettings
 from lora_jax.train.again import check_completion_format
 from lora_jax.train.finish import completion_format
 from lora_jax.train.loss import make_loss
@@ -233,7 +234,7 @@ def test_scores_of_numbers_are_squared_errors():
 )
 def test_head_that_cannot_be_is_refused(settings, words):
     with pytest.raises(RequestError, match=words):
-        task_of(settings)
+        task_of(ModelSettings(**settings))
 
 
 def test_numbers_are_not_smoothed():
@@ -242,7 +243,8 @@ def test_numbers_are_not_smoothed():
 
 
 def test_head_is_classification_where_the_config_is_silent():
-    assert task_of({}) is task_of({"head": "classification"}) is TASKS["classification"]
+    said = ModelSettings(head="classification")
+    assert task_of(ModelSettings()) is task_of(said) is TASKS["classification"]
 
 
 def test_run_of_the_first_completion_format_is_refused_where_its_ids_differ():

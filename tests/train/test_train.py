@@ -239,9 +239,8 @@ def test_name_that_is_no_folder_name_is_refused(name, make_config, tmp_path):
 
 
 def test_epochs_become_steps(make_config):
-    settings = make_config({"train.num_steps": 0, "train.num_epochs": 1.5}).train
-    settings.eval_every_steps = 0
-    plan = plan_steps(settings, 10)
+    changes = {"train.num_steps": 0, "train.num_epochs": 1.5, "train.eval_every_steps": 0}
+    plan = plan_steps(make_config(changes).train, 10)
     assert (plan["num_steps"], plan["eval_every"], plan["checkpoint_every"]) == (15, 2, 2)
 
 
