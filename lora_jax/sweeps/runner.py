@@ -6,7 +6,6 @@ import dataclasses
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import jax
 from jax.sharding import Mesh
@@ -23,12 +22,12 @@ from lora_jax.sweeps.stored import read_failure, train_pack, write_failure
 from lora_jax.sweeps.view import SweepView
 from lora_jax.train import train_cell
 from lora_jax.train.build import Base, load_base
-from lora_jax.train.card import read_card
+from lora_jax.train.record import Card
 from lora_jax.train.run import Diverged
 from lora_jax.train.signals import Interrupted, stop_requests
 from lora_jax.train.workdir import flat_config, plain_config
 
-Result = dict[str, Any] | RequestError
+Result = Card | RequestError
 
 
 @dataclasses.dataclass
@@ -89,7 +88,7 @@ class Runner:
         for cell in cells:
             folder = self.workdir / "cells" / cell.name
             if (folder / "card.json").exists():
-                self.results[cell.name] = read_card(folder / "card.json")
+                self.results[cell.name] = Card.read(folder / "card.json")
             elif (failure := read_failure(folder)) is not None:
                 self.results[cell.name] = failure
             else:
@@ -282,11 +281,11 @@ def _same_program(one: Group, other: Group) -> bool:
     )
 
 
-def _one_line(card: Mapping[str, Any]) -> str:
-    metrics = card["metrics"]
+def _one_line(card: Card) -> str:
+    metrics = card.metrics
     return (
-        f"test loss {metrics['test']['loss']:.4f}, accuracy {metrics['test']['accuracy']:.4f}; "
-        f"{metrics['steps']} steps, {metrics['stopped']}"
+        f"test loss {metrics.test.loss:.4f}, accuracy {metrics.test.accuracy:.4f}; "
+        f"{metrics.steps} steps, {metrics.stopped}"
     )
 
 

@@ -15,7 +15,7 @@ from lora_jax.formats.paths import at_home
 from lora_jax.parallel.mesh import mesh_text
 from lora_jax.train.bookkeeping import Bookkeeping
 from lora_jax.train.build import Base, Setup, build
-from lora_jax.train.card import describe_program, read_card
+from lora_jax.train.card import describe_program
 from lora_jax.train.checkpoint import Checkpoints
 from lora_jax.train.compilation import enable_compilation_cache
 from lora_jax.train.configs import complete
@@ -24,6 +24,7 @@ from lora_jax.train.memory import StepMemory, device_limit_bytes
 from lora_jax.train.metrics import MetricsWriter
 from lora_jax.train.numerics import check_resumed
 from lora_jax.train.progress import ShowWith, show_progress
+from lora_jax.train.record import Card
 from lora_jax.train.run import Run, StopRequested, copy_arrays
 from lora_jax.train.signals import Interrupted, stop_requests
 from lora_jax.train.state import TrainState
@@ -46,9 +47,11 @@ def train(
     command: str = "",
     config_file: str = "",
     mesh: Mesh | None = None,
-) -> dict[str, Any]:
+) -> Card:
     """Trains what `config` says into `workdir/cells/name` and returns the run's card.
 
+    The card's attributes are those of card.json: `card.metrics.test.loss`. (Indexing it as the dict
+    that it was, `card["metrics"]["test"]["loss"]`, is deprecated and goes in the next release.)
     Settings that `config` omits have their defaults (`train/configs.py`).
     A run that was stopped, in whatever way, goes on from its last checkpoint and ends with the same
     weights, bit for bit, as one that was not; a finished one is not run again. `command` is what to
@@ -80,7 +83,7 @@ def train_cell(
     base: Base | None = None,
     mesh: Mesh | None = None,
     show_with: ShowWith = show_progress,
-) -> dict[str, Any]:
+) -> Card:
     """`train` for the folder `cell` of a workdir whose lock the caller holds.
 
     `base` saves loading model and data again; `show_with` shows the way in place of a bar.
@@ -89,7 +92,7 @@ def train_cell(
     check_inside(cell)
     check_cell(cell, plain)
     if (cell / "card.json").exists():
-        return read_card(cell / "card.json")
+        return Card.read(cell / "card.json")
     started = time.perf_counter()
     enable_compilation_cache()
     # All that a request can have wrong shows itself here, before anything is written.
