@@ -28,7 +28,7 @@ from lora_jax import RequestError
 from lora_jax.core import trees
 from lora_jax.formats import atomic_path, write_json, write_text
 from lora_jax.report.quantities import rate_text
-from lora_jax.report.runs import Run
+from lora_jax.report.runs import FinishedRun, Run, finished_runs
 from lora_jax.report.statistics import Interval
 from lora_jax.train.card import device_description, git_commit
 from lora_jax.train.card import versions as package_versions
@@ -37,7 +37,7 @@ RESULTS = Path(__file__).parent / "results"
 COLOURS = ("#d9661f", "#2f86c9", "#159b78", "#8a5cc2", "#b8860b")
 
 
-def cell_record(run: Run) -> dict[str, Any]:
+def cell_record(run: FinishedRun) -> dict[str, Any]:
     """What is committed of a run: one line, with the hashes that its card has."""
     card = run.card
     return {
@@ -47,16 +47,16 @@ def cell_record(run: Run) -> dict[str, Any]:
         "rank": run.config["method"].get("rank"),
         "lr": run.config["optimizer"]["lr"],
         "seed": run.config["seed"],
-        "steps": card["metrics"]["steps"],
-        "adapter_parameters": card["counts"]["adapter"],
-        "validation_loss": run.metric("metrics.validation.loss"),
-        "test_loss": run.metric("metrics.test.loss"),
-        "test_accuracy": run.metric("metrics.test.accuracy"),
-        "config_hash": card["config_hash"],
-        "base_hash": card["base_hash"],
-        "data_hash": card["data_hash"],
-        "commit": card["commit"],
-        "weights_sha256": card["metrics"].get("weights_sha256"),
+        "steps": card.metrics.steps,
+        "adapter_parameters": card.counts.adapter,
+        "validation_loss": card.metrics.validation.loss,
+        "test_loss": card.metrics.test.loss,
+        "test_accuracy": card.metrics.test.accuracy,
+        "config_hash": card.config_hash,
+        "base_hash": card.base_hash,
+        "data_hash": card.data_hash,
+        "commit": card.commit,
+        "weights_sha256": card.metrics.weights_sha256,
     }
 
 
@@ -91,9 +91,9 @@ def contestant_table(contestants: Mapping[str, Contestant]) -> str:
         basin = " ".join(map(rate_text, near)) + (" (edge of the grid)" if one.at_edge else "")
         loss = one.test_loss
         lines.append(
-            f"| {one.name} | {one.runs[0].card['counts']['adapter']:,} | {rate_text(one.lr)} | "
+            f"| {one.name} | {one.runs[0].card.counts.adapter:,} | {rate_text(one.lr)} | "
             f"{basin} | {loss.estimate:.3f} [{loss.low:.3f}, {loss.high:.3f}] | "
-            f"{100 * one.mean('metrics.test.accuracy'):.1f} | {len(one.runs)}"
+            f"{100 * one.test_accuracy:.1f} | {len(one.runs)}"
             f"{f' ({one.num_failed} diverged)' if one.num_failed else ''} |"
         )
     return "\n".join(lines)
@@ -205,13 +205,13 @@ def draw_by_number(
     return figure
 
 
-def figure_file(figure, out: Path, name: str, runs: Sequence[Run] = ()) -> str:
+def figure_file(figure, out: Path, name: str, runs: Sequence[FinishedRun] = ()) -> str:
     """Writes `out`/NAME.png with the cards' hashes in its metadata; returns Markdown that shows it.
 
     White behind, so that it reads on a dark page too.
     """
     out.mkdir(parents=True, exist_ok=True)
-    hashes = " ".join(sorted({run.card["config_hash"][:12] for run in runs}))
+    hashes = " ".join(sorted({run.card.config_hash[:12] for run in runs}))
     with atomic_path(out / f"{name}.png") as temporary:
         figure.savefig(
             temporary, format="png", dpi=110, facecolor="white",
@@ -239,12 +239,13 @@ def write_findings(
     """
     out = Path(out)
     out.mkdir(parents=True, exist_ok=True)
-    records = [cell_record(run) for run in runs if run.finished]
+    finished = finished_runs(runs)
+    records = [cell_record(run) for run in finished]
     if records:
         write_text(out / "cells.jsonl", "".join(json.dumps(record) + "\n" for record in records))
         commits = sorted({record["commit"] for record in records})
-        devices = sorted({json.dumps(run.card["device"]) for run in runs if run.finished})
-        versions = next(run.card["versions"] for run in runs if run.finished)
+        devices = sorted({json.dumps(run.card.device) for run in finished})
+        versions = finished[0].card.versions
     else:  # of an experiment that keeps no cards: here and now
         commits, devices = [git_commit()], [json.dumps(device_description())]
         versions = package_versions()

@@ -89,7 +89,7 @@ def write(workdir, out) -> None:
         points = hypotheses.mean_of(lost[first] - lost[second]).scaled(100)
         return hypotheses.beyond(name, claim, points, 100 * MARGIN, form="+.1f", unit=" points")
 
-    losses = [run.metric("metrics.test.loss") for name in CONTESTANTS for run in runs[name]]
+    losses = [run.card.metrics.test.loss for name in CONTESTANTS for run in runs[name]]
     means = [row.mean() for name in CONTESTANTS for row in lost[name]]
     rho = _spearman(losses, means)
     verdicts = [
@@ -154,7 +154,7 @@ def _draw(found, runs, lost):
     figure = Figure(figsize=(6.5, 4), layout="constrained")
     axes = figure.subplots()
     for name, colour in zip(CONTESTANTS, ("#9fc9eb", "#2f86c9", "#12476f", "#d9661f"), strict=True):
-        x = [run.metric("metrics.test.loss") for run in runs[name]]
+        x = [run.card.metrics.test.loss for run in runs[name]]
         axes.plot(x, 100 * lost[name].mean(axis=1), "o", color=colour, label=name)
     axes.axhline(0, color="gray", linewidth=0.8)
     head = found["head"].test_loss.estimate

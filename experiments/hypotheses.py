@@ -12,7 +12,7 @@ import numpy as np
 
 from lora_jax import RequestError
 from lora_jax.data import load_splits
-from lora_jax.report.runs import Predictions, Run, read_runs
+from lora_jax.report.runs import FinishedRun, Predictions, Run, finished_runs, read_runs
 from lora_jax.report.statistics import (
     Interval,
     mean_interval,
@@ -38,8 +38,8 @@ class Contestant:
     name: str
     rates: Mapping[float, float]
     lr: float
-    runs: tuple[Run, ...]
-    all_runs: tuple[Run, ...]
+    runs: tuple[FinishedRun, ...]
+    all_runs: tuple[FinishedRun, ...]
     num_failed: int = 0
     units: np.ndarray | None = None
 
@@ -72,9 +72,10 @@ class Contestant:
         """Whether the chosen rate is the smallest or largest tried."""
         return len(self.rates) > 1 and self.lr in (min(self.rates), max(self.rates))
 
-    def mean(self, metric: str) -> float:
-        """Mean over seeds of a number of the cards: "metrics.test.accuracy"."""
-        return float(np.mean([run.metric(metric) for run in self.runs]))
+    @property
+    def test_accuracy(self) -> float:
+        """Mean test accuracy over seeds."""
+        return float(np.mean([run.card.metrics.test.accuracy for run in self.runs]))
 
 
 def _losses(predictions: Predictions, units: np.ndarray | None) -> np.ndarray:
@@ -141,16 +142,16 @@ def _contestant(name: str, runs: list[Run]) -> Contestant:
     rates = {lr: _validation_loss(run) for lr, run in sorted(first.items())}
     lr = best_rate(name, rates)
     chosen = [run for run in runs if run.config["optimizer"]["lr"] == lr]
-    own = [run for run in chosen if run.finished]
+    own = finished_runs(chosen)
     own.sort(key=lambda run: run.config["seed"])
-    tried = [run for run in runs if run.finished and run.config["seed"] == seed]
+    tried = [run for run in finished_runs(runs) if run.config["seed"] == seed]
     more = (run for run in own if run not in tried)
     failed = len(chosen) - len(own)
     return Contestant(name, rates, lr, tuple(own), (*tried, *more), failed)
 
 
 def _validation_loss(run: Run) -> float:
-    loss = run.metric("metrics.validation.loss") if run.finished else math.inf
+    loss = run.card.metrics.validation.loss if isinstance(run, FinishedRun) else math.inf
     return loss if math.isfinite(loss) else math.inf
 
 

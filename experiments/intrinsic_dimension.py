@@ -92,7 +92,7 @@ def write(workdir, out, beside) -> None:
     found = hypotheses.read_contestants(workdir)
     runs = [run for one in found.values() for run in one.all_runs]
     full = findings.seeds_of(beside, "full")
-    if other := {row["data_hash"] for row in full} - {run.card["data_hash"] for run in runs}:
+    if other := {row["data_hash"] for row in full} - {run.card.data_hash for run in runs}:
         raise RequestError(
             f"{beside} is of other data, {other.pop()[:12]}; sweep what_rank on these, and give "
             "its workdir as --beside"
@@ -104,8 +104,7 @@ def write(workdir, out, beside) -> None:
     }
     found = {f"{kind}-d{d}": found[f"{kind}-d{d}"] for kind, some in dims.items() for d in some}
     accuracies = {
-        name: [run.metric("metrics.test.accuracy") for run in one.runs]
-        for name, one in found.items()
+        name: [run.card.metrics.test.accuracy for run in one.runs] for name, one in found.items()
     }
     d90 = {
         kind: intrinsic_dimension(some, [accuracies[f"{kind}-d{d}"] for d in some], score)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shlex
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 from lora_jax.cli.requests import (
     ALL_SETTINGS,
@@ -18,6 +19,9 @@ from lora_jax.cli.requests import (
     needs_config,
     say,
 )
+
+if TYPE_CHECKING:
+    from lora_jax.train.record import Card
 
 EXAMPLES = f"""\
 {OVERRIDES}
@@ -74,22 +78,23 @@ def run(argv: Sequence[str]) -> int:
         config_file=config_name(argv),
         mesh=mesh,
     )
-    say(json.dumps(card) if options.json else summary(card, options.workdir, options.name))
+    say(
+        json.dumps(card.to_json()) if options.json else summary(card, options.workdir, options.name)
+    )
     return 0
 
 
-def summary(card, workdir: str, name: str) -> str:
+def summary(card: Card, workdir: str, name: str) -> str:
     """The result in three lines, and where to look next."""
     from lora_jax.train.task_metrics import describe_scores
 
-    metrics, counts = card["metrics"], card["counts"]
-    test, best = metrics["test"], metrics["validation"]["best_step"]
-    head = card["config"]["model"].get("head")
+    metrics, counts = card.metrics, card.counts
+    scores = describe_scores(metrics.test.to_json(), card.config["model"].get("head"))
     return "\n".join(
         [
-            f"{name}: test {describe_scores(test, head)}, with the weights of step {best}",
-            f"{counts['adapter']:,} adapter parameters and {counts['head']:,} of the head, "
-            f"{metrics['adapter_bytes']:,} bytes; {metrics['stopped']}",
+            f"{name}: test {scores}, with the weights of step {metrics.validation.best_step}",
+            f"{counts.adapter:,} adapter parameters and {counts.head:,} of the head, "
+            f"{metrics.adapter_bytes:,} bytes; {metrics.stopped}",
             f"in {workdir}/cells/{name}; see it: lora-jax report {shlex.quote(str(workdir))}",
         ]
     )

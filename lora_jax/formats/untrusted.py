@@ -108,7 +108,7 @@ def read_arrays(path: str | os.PathLike) -> dict[str, np.ndarray]:
 
 COUNT = "a count"
 NUMBER = "a number"
-_KINDS = {dict: "an object", list: "a list", str: "a text", int: "a whole number"}
+_KINDS = {dict: "an object", list: "a list", str: "a text", int: "a whole number of 64 bits"}
 
 
 def check_fields(value: Any, fields: Mapping[str, Any], place: Any, way_out: str) -> None:
@@ -116,8 +116,8 @@ def check_fields(value: Any, fields: Mapping[str, Any], place: Any, way_out: str
 
     Args:
       value: what was read.
-      fields: by dotted name ("metrics.test.loss") the kind: dict, list, str, int, COUNT (a whole
-        number from 0 to 2**63), NUMBER (a float can hold it). "?metrics.x" may be missing.
+      fields: by dotted name ("metrics.test.loss") the kind: dict, list, str, int, COUNT (from 0
+        to 2**63), NUMBER (a float can hold it). "?metrics.x" may be missing.
       place: the file.
       way_out: what to do about it, for the end of the message.
 
@@ -134,12 +134,17 @@ def check_fields(value: Any, fields: Mapping[str, Any], place: Any, way_out: str
             found = found[key] if is_there else None
         if optional and not is_there:
             continue
-        if not is_there or not _is_of_kind(found, kind):
-            shown = f"is {reprlib.repr(found)}" if is_there else "is missing"
-            wanted = kind if isinstance(kind, str) else _KINDS[kind]
-            raise RequestError(
-                f"{place}: {name.removeprefix('?')} {shown}, but must be {wanted}; {way_out}"
-            )
+        if not is_there:
+            raise RequestError(f"{place}: {name.removeprefix('?')} is missing; {way_out}")
+        check_kind(found, kind, name.removeprefix("?"), place, way_out)
+
+
+def check_kind(value: Any, kind: Any, name: str, place: Any, way_out: str) -> None:
+    """Checks one value as `check_fields` does. Raises `RequestError`."""
+    if not _is_of_kind(value, kind):
+        wanted = kind if isinstance(kind, str) else _KINDS[kind]
+        shown = reprlib.repr(value)
+        raise RequestError(f"{place}: {name} is {shown}, but must be {wanted}; {way_out}")
 
 
 def _is_of_kind(value: Any, kind: Any) -> bool:
@@ -147,7 +152,9 @@ def _is_of_kind(value: Any, kind: Any) -> bool:
         return value is not None and is_number_or_null(value)
     if kind is COUNT:
         return type(value) is int and 0 <= value < 2**63
-    return isinstance(value, kind) and not isinstance(value, bool)
+    if kind is int:
+        return type(value) is int and -(2**63) <= value < 2**63
+    return isinstance(value, kind)
 
 
 def is_number_or_null(value: Any) -> bool:

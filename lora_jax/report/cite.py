@@ -10,7 +10,8 @@ from pathlib import Path
 from lora_jax.core.errors import RequestError
 from lora_jax.formats.paths import at_home
 from lora_jax.methods.named import title_of
-from lora_jax.report.runs import Run, read_runs
+from lora_jax.report.runs import FinishedRun, finished_runs, read_runs
+from lora_jax.train.record import Card
 
 LORA_PAPER = r"""@inproceedings{hu2022lora,
   title     = {{LoRA}: Low-Rank Adaptation of Large Language Models},
@@ -30,42 +31,34 @@ def cite(folder: str | Path) -> str:
     """
     folder = at_home(folder).resolve()
     one = (folder / "card.json").exists()
-    runs = read_runs(folder.parent.parent if one else folder)
-    runs = [r for r in runs if r.finished and (not one or r.folder.name == folder.name)]
+    runs = finished_runs(read_runs(folder.parent.parent if one else folder))
+    runs = [run for run in runs if not one or run.folder.name == folder.name]
     if not runs:
         raise RequestError(f"no run in {folder} has finished; there is nothing to cite yet")
-    try:
-        entry = _entry(runs, folder)
-    except (KeyError, TypeError, AttributeError, ValueError) as error:
-        raise RequestError(
-            f"a card in {folder} is malformed ({type(error).__name__}: {error}); restore it or "
-            "rerun its cell"
-        ) from error
-    return f"{entry}\n\n{LORA_PAPER}\n"
+    return f"{_entry(runs, folder)}\n\n{LORA_PAPER}\n"
 
 
-def _entry(runs: Sequence[Run], folder: Path) -> str:
+def _entry(runs: Sequence[FinishedRun], folder: Path) -> str:
     cards = [run.card for run in runs]
     whole = combined_hash(cards)
-    versions = sorted({card["versions"].get("lora_jax", "unknown") for card in cards})
-    commits = sorted({card.get("commit", "unknown") for card in cards})
-    models = sorted({str(card["config"].get("model", {}).get("name")) for card in cards})
-    years = sorted({str(card.get("finished", ""))[:4] for card in cards} - {""})
+    versions = sorted({card.versions.get("lora_jax", "unknown") for card in cards})
+    commits = sorted({card.commit for card in cards})
+    models = sorted({str(card.config["model"].get("name")) for card in cards})
+    years = sorted({(card.finished or "")[:4] for card in cards} - {""})
     if len(runs) == 1:
-        name, config = runs[0].name, cards[0]["config"]
-        title = f"lora_jax run {name}: {_what(config)}"
-        test = cards[0]["metrics"]["test"]
-        result = f"test loss {test['loss']:.6g}, accuracy {test['accuracy']:.6g}"
+        title = f"lora_jax run {runs[0].name}: {_what(cards[0].config)}"
+        test = cards[0].metrics.test
+        result = f"test loss {test.loss:.6g}, accuracy {test.accuracy:.6g}"
         config_word = "config"
     else:
         title = f"lora_jax sweep {folder.name}: {len(runs)} runs"
         result, config_word = "", "configs"
     note = [
         f"{config_word} sha256 {whole}",
-        *(f"base sha256 {h}" for h in sorted({card["base_hash"] for card in cards})),
-        *(f"data sha256 {h}" for h in sorted({card["data_hash"] for card in cards})),
+        *(f"base sha256 {h}" for h in sorted({card.base_hash for card in cards})),
+        *(f"data sha256 {h}" for h in sorted({card.data_hash for card in cards})),
         f"model {', '.join(models)}",
-        *([f"seed {cards[0]['config'].get('seed')}"] if len(runs) == 1 else []),
+        *([f"seed {cards[0].config.get('seed')}"] if len(runs) == 1 else []),
         f"commit {', '.join(commits)}",
         *([result] if result else []),
     ]
@@ -80,9 +73,9 @@ def _entry(runs: Sequence[Run], folder: Path) -> str:
     return f"@misc{{lora_jax:{whole[:12]},\n{body}\n}}"
 
 
-def combined_hash(cards: Sequence[dict]) -> str:
+def combined_hash(cards: Sequence[Card]) -> str:
     """The config hash of one card; of several, sha256 (hex) over theirs, in sorted order."""
-    hashes = sorted(card["config_hash"] for card in cards)
+    hashes = sorted(card.config_hash for card in cards)
     if len(hashes) == 1:
         return hashes[0]
     return hashlib.sha256("\n".join(hashes).encode()).hexdigest()

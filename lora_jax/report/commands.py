@@ -5,11 +5,13 @@ from __future__ import annotations
 import functools
 import inspect
 import shlex
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from lora_jax.core.errors import RequestError
 from lora_jax.report.groups import flatten
-from lora_jax.report.runs import Run
+from lora_jax.report.runs import FinishedRun, Run
 from lora_jax.settings import Settings, config_hash
 from lora_jax.settings.config import run_file
 
@@ -21,18 +23,21 @@ def command(run: Run, *, workdir: str = "runs/again") -> str | None:
     """A shell command that trains the cell again, with every setting spelled out.
 
     None where the card names no config file and no config of this project has these settings.
+    """
+    source = config_of(run)
+    return None if source is None else train_command(source, run.name, run.config, workdir)
 
-    >>> cell = Run("r8", Path("x"), {"seed": 1, "data": {"path": "my file"}},
-    ...            {"config_file": "mine.py:lora"}, (), None)
-    >>> print(command(cell))
-    lora-jax train --config=mine.py:lora --name=r8 --workdir=runs/again \\
+
+def train_command(source: str, name: str, config: Mapping[str, Any], workdir: str) -> str:
+    """The shell command that trains `config`, whose file is `source` ("FILE.py[:arg]").
+
+    >>> print(train_command("my.py:lora", "r8", {"seed": 1, "data": {"path": "my file"}}, "runs"))
+    lora-jax train --config=my.py:lora --name=r8 --workdir=runs \\
       '--config.data.path=my file' \\
       --config.seed=1
     """
-    if (source := config_of(run)) is None:
-        return None
-    first = [f"--config={source}", f"--name={run.name}", f"--workdir={workdir}"]
-    settings = sorted(flatten(run.config).items())
+    first = [f"--config={source}", f"--name={name}", f"--workdir={workdir}"]
+    settings = sorted(flatten(config).items())
     lines = [shlex.join(["lora-jax", "train", *first])]
     lines += [shlex.quote(f"--config.{key}={value}") for key, value in settings]
     return " \\\n  ".join(lines)
@@ -40,9 +45,8 @@ def command(run: Run, *, workdir: str = "runs/again") -> str | None:
 
 def config_of(run: Run) -> str | None:
     """The config as `--config=` takes it: the card's own, or the one that has these settings."""
-    named = (run.card or {}).get("config_file")
-    if isinstance(named, str) and named:
-        return named
+    if isinstance(run, FinishedRun) and run.card.config_name:
+        return run.card.config_name
     folders = set(run.folder.resolve().parts)
     # Configs with the same settings are many: the folder's name tells which one was meant.
     files = sorted(

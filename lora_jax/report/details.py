@@ -10,12 +10,12 @@ import numpy as np
 from lora_jax.report.commands import command
 from lora_jax.report.groups import flatten
 from lora_jax.report.quantities import bytes_text, number_text, seconds_text
-from lora_jax.report.runs import Run
+from lora_jax.report.runs import FinishedRun, Run, finished_runs
 
 
 def setting_line(runs: tuple[Run, ...]) -> str:
     """Model, data, device and commit in one line."""
-    finished = [run for run in runs if run.finished]
+    finished = finished_runs(runs)
     commit = _values(finished, _short_commit)
     parts = [
         _values(runs, lambda run: _setting(run, "model.name")),
@@ -28,45 +28,44 @@ def setting_line(runs: tuple[Run, ...]) -> str:
 
 def what_was_run(runs: tuple[Run, ...]) -> str:
     """Model, data, hashes, device, commit and versions; where runs differ, each value once."""
-    finished = [run for run in runs if run.finished]
+    finished = finished_runs(runs)
     entries = {
         "model": _values(runs, lambda run: _setting(run, "model.name")),
-        "base weights": _values(finished, lambda run: f"sha256 {run.card['base_hash']}"),
+        "base weights": _values(finished, lambda run: f"sha256 {run.card.base_hash}"),
         "data": _values(runs, _data),
-        "data hash": _values(finished, lambda run: run.card["data_hash"]),
+        "data hash": _values(finished, lambda run: run.card.data_hash),
         "test examples": _values(finished, _test_examples),
         "device": _values(finished, _device),
-        "commit": _values(finished, lambda run: _plain(run.card.get("commit"))),
-        "versions": _values(finished, lambda run: _plain(run.card.get("versions"))),
+        "commit": _values(finished, lambda run: run.card.commit),
+        "versions": _values(finished, lambda run: _plain(run.card.versions)),
     }
     return _definitions(entries)
 
 
-def run_details(run: Run) -> str:
+def run_details(run: FinishedRun) -> str:
     """A finished run, folded: how it ended, its numbers, its settings, its command."""
     card = run.card
-    metrics = card["metrics"]
-    best = metrics["validation"].get("best_step")
+    metrics, counts, test = card.metrics, card.counts, card.metrics.test
+    best = metrics.validation
     entries = {
-        "how it ended": f"{metrics['stopped']}, after {metrics['steps']} steps",
-        "best validation loss": number_text(run.metric("metrics.validation.loss"), "{:.4f}")
-        + (f" at step {best}" if best is not None else ""),
-        "test loss": number_text(run.metric("metrics.test.loss"), "{:.4f}"),
-        "test accuracy": number_text(100 * run.metric("metrics.test.accuracy"), "{:.2f}%"),
-        "test tokens": f"{metrics['test']['tokens']:,}" if "tokens" in metrics["test"] else "",
-        **_task_metrics(metrics["test"]),
-        "trained parameters": "{adapter:,} adapter + {head:,} head".format(**card["counts"]),
-        "adapter file": bytes_text(metrics.get("adapter_bytes")),
-        "time": _plain({name: _seconds(value) for name, value in card["seconds"].items()}),
-        "seeds": _plain(card.get("seeds")),
+        "how it ended": f"{metrics.stopped}, after {metrics.steps} steps",
+        "best validation loss": f"{number_text(best.loss, '{:.4f}')} at step {best.best_step}",
+        "test loss": number_text(test.loss, "{:.4f}"),
+        "test accuracy": number_text(100 * test.accuracy, "{:.2f}%"),
+        "test tokens": "" if test.tokens is None else f"{test.tokens:,}",
+        **{f"test {name}": number_text(x, "{:.4f}") for name, x in test.task_metrics.items()},
+        "trained parameters": f"{counts.adapter:,} adapter + {counts.head:,} head",
+        "adapter file": bytes_text(metrics.adapter_bytes),
+        "time": _plain({name: _seconds(value) for name, value in card.seconds.to_json().items()}),
+        "seeds": _plain(card.seeds),
         "device": _device(run),
-        "program": json.dumps(card["program"]) if card.get("program") else "",
-        "commit": _plain(card.get("commit")),
-        "config_hash": card["config_hash"],
-        "base_hash": card["base_hash"],
-        "data_hash": card["data_hash"],
+        "program": json.dumps(card.program.to_json()),
+        "commit": card.commit,
+        "config_hash": card.config_hash,
+        "base_hash": card.base_hash,
+        "data_hash": card.data_hash,
     }
-    accuracy = number_text(100 * run.metric("metrics.test.accuracy"), "{:.1f}%")
+    accuracy = number_text(100 * test.accuracy, "{:.1f}%")
     config = json.dumps(run.config, indent=2, sort_keys=True)
     return (
         f"<details><summary><b>{escape(run.name)}</b><span>{escape(accuracy)}</span>"
@@ -85,18 +84,9 @@ def _its_command(run: Run) -> str:
     return f"<p>Its command:</p><pre>{escape(text)}</pre>"
 
 
-def _task_metrics(test: dict) -> dict[str, str]:
-    known = {"loss", "accuracy", "n", "tokens"}
-    return {
-        f"test {name}": number_text(value, "{:.4f}")
-        for name, value in test.items()
-        if name not in known and isinstance(value, float)
-    }
-
-
 def reproduction(runs: tuple[Run, ...], folder) -> str:
     """Commands for the commit and this page; each run's own command is in its details."""
-    commits = {_plain(run.card.get("commit")) for run in runs if run.finished} - {"", "unknown"}
+    commits = {run.card.commit for run in finished_runs(runs)} - {"", "unknown"}
     edited = [commit for commit in commits if commit.endswith("+dirty")]
     lines = [
         f"git checkout {shlex.quote(commit)}"
@@ -138,7 +128,7 @@ def _data(run: Run) -> str:
     return f"{text}, first {limit} training examples" if limit not in ("", "0") else text
 
 
-def _test_examples(run: Run) -> str:
+def _test_examples(run: FinishedRun) -> str:
     if run.predictions is None:
         return ""
     predictions = run.predictions
@@ -158,14 +148,14 @@ def _test_examples(run: Run) -> str:
     return number + (balance if labels == 2 else f", {labels} labels")
 
 
-def _short_commit(run: Run) -> str:
-    commit = _plain(run.card.get("commit"))
+def _short_commit(run: FinishedRun) -> str:
+    commit = run.card.commit
     return commit[:12] + ("+dirty" if commit.endswith("+dirty") else "")
 
 
-def _device(run: Run) -> str:
-    device = run.card.get("device")
-    if not isinstance(device, dict) or "kind" not in device:
+def _device(run: FinishedRun) -> str:
+    device = run.card.device
+    if "kind" not in device:
         return _plain(device)
     count = f"{device['count']} × " if device.get("count", 1) != 1 else ""
     threads = f"{device['threads']} threads" if device.get("threads") else ""

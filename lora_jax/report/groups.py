@@ -1,12 +1,15 @@
 """Which runs are repeats of one another, and which learning rate speaks for each method."""
 
 import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 
 from lora_jax.methods.named import METHODS, settings_of, title_of
-from lora_jax.report.runs import Run
+from lora_jax.report.runs import FinishedRun, Run, finished_runs
+from lora_jax.settings import flat_config
 
 BASIN_MARGIN = 0.01  # nats of validation loss within which a rate counts as good as the best
 
@@ -27,8 +30,8 @@ _NAMED = ("method.name", "method.targets", "method.rank", "optimizer.lr")
 class Group:
     """Finished runs that differ by seed only, in order of seed."""
 
-    settings: dict[str, object]
-    runs: tuple[Run, ...]
+    settings: dict[str, Any]
+    runs: tuple[FinishedRun, ...]
     label: str = ""
 
     @property
@@ -55,11 +58,12 @@ class Group:
     def data(self) -> tuple[str, str]:
         """Hashes of the base weights and of the data: only runs that share both compare."""
         card = self.runs[0].card
-        return card["base_hash"], card["data_hash"]
+        return card.base_hash, card.data_hash
 
-    def mean(self, metric: str) -> float:
-        """Mean over seeds of a number of the card; inf where a run diverged."""
-        return _mean(self.runs, metric)
+    @property
+    def validation_loss(self) -> float:
+        """Mean over seeds of the best validation loss; inf where a run diverged."""
+        return _validation_loss(self.runs)
 
 
 @dataclass(frozen=True)
@@ -86,19 +90,14 @@ class Basin:
         return self.chosen in (self.rates[0], self.rates[-1])
 
 
-def flatten(config: dict, prefix: str = "") -> dict[str, object]:
+def flatten(config: Mapping[str, Any]) -> dict[str, Any]:
     """Nested settings as {"optimizer.lr": value}, lists as tuples.
 
     >>> flatten({"a": {"b": 1}, "c": [2]})
     {'a.b': 1, 'c': (2,)}
     """
-    flat = {}
-    for key, value in config.items():
-        if isinstance(value, dict):
-            flat.update(flatten(value, f"{prefix}{key}."))
-        else:
-            flat[f"{prefix}{key}"] = tuple(value) if isinstance(value, list) else value
-    return flat
+    flat = flat_config(config)
+    return {key: tuple(value) if isinstance(value, list) else value for key, value in flat.items()}
 
 
 def group_runs(runs: list[Run]) -> tuple[list[Group], list[str]]:
@@ -106,13 +105,11 @@ def group_runs(runs: list[Run]) -> tuple[list[Group], list[str]]:
 
     Runs on different data or base weights never share a group.
     """
-    groups: dict[str, list[Run]] = {}
+    groups: dict[str, list[FinishedRun]] = {}
     settings, warnings = {}, []
-    for run in runs:
-        if not run.finished:
-            continue
+    for run in finished_runs(runs):
         kept = _settings(run.config)
-        key = repr((sorted(kept.items()), run.card["base_hash"], run.card["data_hash"]))
+        key = repr((sorted(kept.items()), run.card.base_hash, run.card.data_hash))
         settings[key] = kept
         twin = next((r for r in groups.get(key, []) if _seed(r) == _seed(run)), None)
         if twin is None:
@@ -143,7 +140,7 @@ def choose_rates(groups: list[Group]) -> tuple[list[Group], list[Basin]]:
         family = sorted(family, key=lambda group: math.inf if group.lr is None else group.lr)
         shared = set.intersection(*(set(group.seeds) for group in family))
         losses = [
-            _mean([r for r in group.runs if not shared or _seed(r) in shared], "validation.loss")
+            _validation_loss([r for r in group.runs if not shared or _seed(r) in shared])
             for group in family
         ]
         best = int(np.argmin(losses))
@@ -168,7 +165,7 @@ def differing_settings(groups: list[Group]) -> list[str]:
     )
 
 
-def _settings(config: dict) -> dict[str, object]:
+def _settings(config: Mapping[str, Any]) -> dict[str, Any]:
     flat = flatten(config)
     dropped = {*_SEEDS, *_BOOKKEEPING}
     if kind := METHODS.get(flat.get("method.name")):
@@ -186,15 +183,14 @@ def _seed(run: Run) -> tuple[int, int]:
     return tuple(flat.get(key) or 0 for key in _SEEDS)
 
 
-def _mean(runs, metric: str) -> float:
-    values = [run.metric(f"metrics.{metric}") for run in runs]
-    mean = float(np.mean(values))
+def _validation_loss(runs: Sequence[FinishedRun]) -> float:
+    mean = float(np.mean([run.card.metrics.validation.loss for run in runs]))
     return mean if math.isfinite(mean) else math.inf
 
 
 def _order(groups: list[Group]) -> list[int]:
     """Positions by trained parameters, from the head to everything; a method's ranks together."""
-    counts = [group.runs[0].card["counts"]["adapter"] for group in groups]
+    counts = [group.runs[0].card.counts.adapter for group in groups]
     kinds = [(group.method, str(group.settings.get("method.targets"))) for group in groups]
     smallest = {
         kind: min(c for c, k in zip(counts, kinds, strict=True) if k == kind) for kind in kinds
@@ -219,7 +215,7 @@ def _basin(label: str, family, losses, best: int) -> Basin:
         rates=rates,
         losses=tuple(losses),
         seed_losses=tuple(
-            tuple(run.metric("metrics.validation.loss") for run in group.runs) for group in family
+            tuple(run.card.metrics.validation.loss for run in group.runs) for group in family
         ),
         chosen=rates[best],
         low=rates[low],

@@ -13,7 +13,7 @@ from lora_jax.report.groups import BASIN_MARGIN
 from lora_jax.report.html import html_figure, html_page, html_warnings
 from lora_jax.report.quantities import count_text, number_text, rate_text
 from lora_jax.report.rendering import columns, to_csv, to_latex, to_markdown
-from lora_jax.report.runs import read_runs
+from lora_jax.report.runs import finished_runs, read_runs
 from lora_jax.report.tables import Row, Summary, score_names, summarise
 
 
@@ -89,7 +89,7 @@ def to_page(summary: Summary, folder, beside: Beside | None = None) -> str:
         '<h2 id="what">What was run</h2>',
         what_was_run(summary.runs),
         '<h2 id="runs">Runs</h2>',
-        *(run_details(run) for run in summary.runs if run.finished),
+        *(run_details(run) for run in finished_runs(summary.runs)),
         _unfinished(summary),
         '<h2 id="reproduce">Reproduce</h2>',
         reproduction(summary.runs, folder),

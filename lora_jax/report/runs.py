@@ -1,20 +1,25 @@
 """Reads the runs of a working folder: finished ones whole, unfinished ones as far as they got."""
 
-import math
+from __future__ import annotations
+
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from lora_jax.core.errors import RequestError
 from lora_jax.formats.paths import at_home
 from lora_jax.formats.untrusted import (
+    check_fields,
     is_number_or_null,
     parse_json,
     read_arrays,
-    read_json,
     read_regular,
 )
+from lora_jax.train.record import RESTORE, Card
+from lora_jax.train.workdir import read_json_file
 
 
 @dataclass(frozen=True)
@@ -39,25 +44,21 @@ class Predictions:
 
 @dataclass(frozen=True)
 class Run:
-    """One cell of a working folder; `card` is None until the run has ended."""
+    """One cell of a working folder, under way or ended before its time."""
 
     name: str
     folder: Path
-    config: dict
-    card: dict | None
-    history: tuple[dict, ...]
-    predictions: Predictions | None
+    config: dict[str, Any]
+    history: tuple[dict[str, Any], ...]
 
     @property
     def finished(self) -> bool:
         """Whether the run has ended and written its card."""
-        return self.card is not None
+        return isinstance(self, FinishedRun)
 
     @property
     def status(self) -> str:
         """Why the run ended, in its own words, or how far it has got."""
-        if self.card is not None:
-            return self.card["metrics"]["stopped"]
         return (
             f"unfinished, at step {self.last_step}" if self.history else "unfinished, no step yet"
         )
@@ -77,10 +78,23 @@ class Run:
         steps, values = zip(*points, strict=True) if points else ((), ())
         return np.array(steps, np.int64), np.array(values, np.float64)
 
-    def metric(self, path: str) -> float:
-        """A number of a finished run's card by dotted path, "metrics.test.loss"; null is nan."""
-        value = _lookup(self.card, path)
-        return math.nan if value is None else float(value)
+
+@dataclass(frozen=True)
+class FinishedRun(Run):
+    """A cell that has ended and written its card; `predictions` are None if their file is gone."""
+
+    card: Card
+    predictions: Predictions | None
+
+    @property
+    def status(self) -> str:
+        """Why the run ended."""
+        return self.card.metrics.stopped
+
+
+def finished_runs(runs: Iterable[Run]) -> list[FinishedRun]:
+    """Those of the runs that have a card."""
+    return [run for run in runs if isinstance(run, FinishedRun)]
 
 
 def read_runs(folder) -> list[Run]:
@@ -113,80 +127,16 @@ def read_runs(folder) -> list[Run]:
 
 
 def _read_run(cell: Path) -> Run:
-    card_path = cell / "card.json"
-    card = _read_card(card_path) if card_path.exists() else None
-    if card is not None:
-        config = card["config"]
-    else:
-        config_path = cell / "config.json"
-        config = _read_object(config_path) if config_path.exists() else {}
+    card_path, config_path = cell / "card.json", cell / "config.json"
     predictions_path = cell / "test_predictions.npz"
-    return Run(
-        name=cell.name,
-        folder=cell,
-        config=config,
-        card=card,
-        history=_read_history(cell / "metrics.jsonl"),
-        predictions=_read_predictions(predictions_path) if predictions_path.exists() else None,
-    )
-
-
-_CARD_TEXTS = ("config_hash", "base_hash", "data_hash", "metrics.stopped")
-_CARD_COUNTS = ("counts.adapter", "counts.head", "metrics.steps")
-_CARD_NUMBERS = (
-    "metrics.validation.loss",
-    "metrics.test.loss",
-    "metrics.test.accuracy",
-    "seconds.total",
-)
-
-
-def _read_card(path: Path) -> dict:
-    """A card with everything the report relies on in place and of the right kind."""
-    card = _read_object(path)
-    if not isinstance(card.get("config"), dict):
-        raise _malformed(path, "'config' is not an object")
-    if not isinstance(_lookup(card, "config.method.name"), str):
-        raise _malformed(path, "'config.method.name' is not a text")
-    for key in ("config.seed", "config.data.seed"):
-        value = _lookup(card, key, missing=0)
-        if isinstance(value, bool) or not isinstance(value, int) or not -(2**63) <= value < 2**63:
-            raise _malformed(path, f"'{key}' is not a whole number of 64 bits")
-    if not is_number_or_null(_lookup(card, "config.optimizer.lr")):
-        raise _malformed(path, "'config.optimizer.lr' is not a number")
-    for key in _CARD_TEXTS:
-        if not isinstance(_lookup(card, key), str):
-            raise _malformed(path, f"'{key}' is not a text")
-    for key in _CARD_COUNTS:
-        value = _lookup(card, key)
-        if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value < 2**63:
-            raise _malformed(path, f"'{key}' is not a count")
-    for key in _CARD_NUMBERS:
-        # A diverged run's loss may have been written as null; a missing key is an error.
-        if not is_number_or_null(_lookup(card, key, missing="")):
-            raise _malformed(path, f"'{key}' is not a number")
-    if not is_number_or_null(_lookup(card, "metrics.adapter_bytes")):
-        raise _malformed(path, "'metrics.adapter_bytes' is not a number")
-    for key in ("program.memory_bytes", "program.K", "metrics.test.tokens"):
-        value = _lookup(card, key, missing=1)
-        if value is None or not is_number_or_null(value):
-            raise _malformed(path, f"'{key}' is not a number")
-    for key in ("program", "device", "versions", "metrics.test", "seconds", "config.model"):
-        if not isinstance(_lookup(card, key, missing={}), dict | type(None)):
-            raise _malformed(path, f"'{key}' is not an object")
-    return card
-
-
-def _read_object(path: Path) -> dict:
-    try:
-        value = read_json(path)
-    except OSError as error:
-        raise RequestError(f"cannot read {path}: {error.strerror or error}") from error
-    except ValueError as error:
-        raise _malformed(path, f"not JSON ({error})") from error
-    if not isinstance(value, dict):
-        raise _malformed(path, "not a JSON object")
-    return value
+    history = _read_history(cell / "metrics.jsonl")
+    if card_path.exists():
+        card = Card.read(card_path)
+        predictions = _read_predictions(predictions_path) if predictions_path.exists() else None
+        return FinishedRun(cell.name, cell, card.config, history, card, predictions)
+    config = read_json_file(config_path) if config_path.exists() else {}
+    check_fields(config, {}, config_path, RESTORE)
+    return Run(cell.name, cell, config, history)
 
 
 def _bytes_of(path: Path) -> bytes:
@@ -255,11 +205,3 @@ def _as_it_is(array: np.ndarray, dtype) -> np.ndarray:
 
 def _malformed(path: Path, reason: str) -> RequestError:
     return RequestError(f"{path} is malformed: {reason}; rerun this cell or remove its folder")
-
-
-def _lookup(tree, path: str, *, missing=None):
-    for part in path.split("."):
-        if not isinstance(tree, dict) or part not in tree:
-            return missing
-        tree = tree[part]
-    return tree

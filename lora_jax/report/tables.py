@@ -1,6 +1,5 @@
 """What a working folder's runs amount to: one row per method, with intervals and differences."""
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -11,7 +10,7 @@ from lora_jax.core.errors import RequestError
 from lora_jax.methods.lora import LoRA
 from lora_jax.methods.named import METHODS
 from lora_jax.report.groups import Basin, Group, choose_rates, differing_settings, group_runs
-from lora_jax.report.runs import Run
+from lora_jax.report.runs import FinishedRun, Run, finished_runs
 from lora_jax.report.statistics import (
     NUM_RESAMPLES,
     Interval,
@@ -67,7 +66,7 @@ class Row:
     seconds: float
     memory_bytes: int | None
     cells: tuple[int, ...]
-    runs: tuple[Run, ...]
+    runs: tuple[FinishedRun, ...]
 
     @property
     def test_loss(self) -> float:
@@ -146,7 +145,7 @@ def summarise(runs: list[Run], *, seed: int = 0, num_resamples: int = NUM_RESAMP
             "runs on different data or base weights stand in one table; differences are given "
             "only between runs that share both"
         )
-    for run in runs:
+    for run in finished_runs(runs):
         warnings.extend(_disagreements(run))
     return Summary(rows, tuple(basins), tuple(runs), tuple(warnings), num_resamples)
 
@@ -161,7 +160,7 @@ def _row(group: Group, groups, differing, rates_tried: int, seed: int, num_resam
         other = _reference(name, group, groups)
         versus[name] = None if other is None else _difference("correct", group, other, **drawn)
     lora = _lora_beside(group, groups)
-    adapter_bytes = card["metrics"].get("adapter_bytes")
+    measured = [run.card.metrics.test.task_metrics for run in group.runs]
     return Row(
         label=group.label,
         method=group.method,
@@ -172,34 +171,34 @@ def _row(group: Group, groups, differing, rates_tried: int, seed: int, num_resam
         rates_tried=rates_tried,
         differing={key: group.settings[key] for key in differing if key in group.settings},
         seeds=tuple(seed for seed, _ in group.seeds),
-        adapter_count=card["counts"]["adapter"],
-        head_count=card["counts"]["head"],
-        adapter_bytes=None if adapter_bytes is None else int(adapter_bytes),
-        validation_loss=group.mean("validation.loss"),
+        adapter_count=card.counts.adapter,
+        head_count=card.counts.head,
+        adapter_bytes=card.metrics.adapter_bytes,
+        validation_loss=group.validation_loss,
         loss=None if loss is None else mean_interval(loss, **drawn),
         accuracy=None if accuracy is None else mean_interval(accuracy, **drawn),
-        seed_losses=tuple(run.metric("metrics.test.loss") for run in group.runs),
-        seed_accuracies=tuple(run.metric("metrics.test.accuracy") for run in group.runs),
+        seed_losses=tuple(run.card.metrics.test.loss for run in group.runs),
+        seed_accuracies=tuple(run.card.metrics.test.accuracy for run in group.runs),
         versus=versus,
         loss_vs_lora=None if lora is None else _difference("loss", group, lora, **drawn),
         task_metrics={
-            name: float(np.mean([run.metric(f"metrics.test.{name}") for run in group.runs]))
+            name: float(np.mean([one[name] for one in measured]))
             for name in TASK_METRICS
-            if all(name in run.card["metrics"]["test"] for run in group.runs)
+            if all(name in one for one in measured)
         },
         is_regression=group.settings.get("model.head") == "regression",
         num_examples=0 if accuracy is None else accuracy.shape[1],
-        steps=tuple(run.card["metrics"]["steps"] for run in group.runs),
-        stopped=tuple(run.card["metrics"]["stopped"] for run in group.runs),
-        seconds=float(np.mean([run.metric("seconds.total") for run in group.runs])),
+        steps=tuple(run.card.metrics.steps for run in group.runs),
+        stopped=tuple(run.card.metrics.stopped for run in group.runs),
+        seconds=float(np.mean([run.card.seconds.total for run in group.runs])),
         memory_bytes=_memory_bytes(group.runs),
-        cells=tuple((run.card.get("program") or {}).get("K", 1) for run in group.runs),
+        cells=tuple(run.card.program.K for run in group.runs),
         runs=group.runs,
     )
 
 
-def _memory_bytes(runs: tuple[Run, ...]) -> int | None:
-    known = [(run.card.get("program") or {}).get("memory_bytes") for run in runs]
+def _memory_bytes(runs: tuple[FinishedRun, ...]) -> int | None:
+    known = [run.card.program.memory_bytes for run in runs]
     return max((value for value in known if value), default=None)
 
 
@@ -227,7 +226,7 @@ def _reference(name: str, group: Group, groups) -> Group | None:
     if group.method == name:
         return None
     candidates = [g for g in groups if g.method == name and g.data == group.data]
-    return min(candidates, key=lambda g: g.mean("validation.loss"), default=None)
+    return min(candidates, key=lambda g: g.validation_loss, default=None)
 
 
 def _lora_beside(group: Group, groups) -> Group | None:
@@ -260,20 +259,18 @@ def _difference(
     )
 
 
-def _disagreements(run: Run) -> list[str]:
+def _disagreements(run: FinishedRun) -> list[str]:
     """Says where a card's test metrics are not the mean of the predictions beside it."""
-    if not run.finished:
-        return []
     if run.predictions is None:
         return [f"{run.name}: no test_predictions.npz, so no intervals for its row"]
-    found = {
-        "loss": run.predictions.mean("loss"),
-        "accuracy": run.predictions.mean("correct"),
+    test = run.card.metrics.test
+    pairs = {
+        "loss": (test.loss, run.predictions.mean("loss")),
+        "accuracy": (test.accuracy, run.predictions.mean("correct")),
     }
     return [
-        f"{run.name}: card.json says test {name} {run.metric(f'metrics.test.{name}'):.6g}, "
-        f"its predictions say {value:.6g}; the table follows the predictions"
-        for name, value in found.items()
-        if not math.isclose(run.metric(f"metrics.test.{name}"), value, rel_tol=1e-4, abs_tol=1e-6)
-        and not (math.isnan(value) and math.isnan(run.metric(f"metrics.test.{name}")))
+        f"{run.name}: card.json says test {name} {told:.6g}, its predictions say {value:.6g}; the "
+        "table follows the predictions"
+        for name, (told, value) in pairs.items()
+        if not np.isclose(told, value, rtol=1e-4, atol=1e-6, equal_nan=True)
     ]

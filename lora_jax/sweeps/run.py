@@ -161,7 +161,7 @@ def _more_cells(
             view.say(f"{tuning.name}: nothing chosen, since {cell.name} was not run")
             return []
         bad = isinstance(result, RequestError)
-        losses.append(math.inf if bad else result["metrics"]["validation"]["loss"])
+        losses.append(math.inf if bad else result.metrics.validation.loss)
     if not any(map(math.isfinite, losses)):
         view.say(f"{tuning.name}: no {tuning.key} gave a number; nothing chosen")
         return []

@@ -5,12 +5,12 @@ from __future__ import annotations
 import dataclasses
 import os
 from pathlib import Path
-from typing import Any
 
 from lora_jax.core.errors import RequestError
 from lora_jax.formats.paths import at_home
 from lora_jax.sweeps.record import SWEEP, read_record
 from lora_jax.train.metrics import read_metrics
+from lora_jax.train.record import Card
 from lora_jax.train.workdir import is_folder_name, is_locked, read_json_file
 
 STATES = ("done", "running", "stopped", "failed", "waiting")
@@ -48,7 +48,7 @@ def sweep_status(workdir: str | os.PathLike) -> list[CellStatus]:
     except (KeyError, TypeError, AttributeError, ValueError) as error:
         raise RequestError(
             f"a file of the sweep in {workdir} is malformed ({type(error).__name__}: {error}); "
-            "restore sweep.json, card.json and metrics.jsonl, or remove the cell's folder"
+            "restore sweep.json and metrics.jsonl, or remove the cell's folder"
         ) from error
 
 
@@ -86,10 +86,9 @@ def _status(folder: Path, num_steps: int | None, refused: str, at_work: bool) ->
     state, note = ("running" if at_work else "stopped") if begun else "waiting", ""
     step = max((row["step"] for row in rows), default=0)
     if (folder / "card.json").exists():
-        card: dict[str, Any] = read_json_file(folder / "card.json")
-        metrics = card["metrics"]
-        state, step = "done", metrics["steps"]
-        note = f"test loss {metrics['test']['loss']:.4f}, {metrics['stopped']}"
+        metrics = Card.read(folder / "card.json").metrics
+        state, step = "done", metrics.steps
+        note = f"test loss {metrics.test.loss:.4f}, {metrics.stopped}"
     elif (folder / "failure.json").exists():
         state, note = "failed", read_json_file(folder / "failure.json")["error"]
     elif refused and not begun:

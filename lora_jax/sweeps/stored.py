@@ -6,7 +6,6 @@ import dataclasses
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 from lora_jax.core.draws import partitionable
 from lora_jax.core.errors import RequestError
@@ -21,7 +20,7 @@ from lora_jax.sweeps.program import Use
 from lora_jax.sweeps.ready import Ready
 from lora_jax.train.build import plan_steps
 from lora_jax.train.callbacks import StopAtSignal, restored, train_on_disk, validate_on
-from lora_jax.train.card import describe_program, read_card
+from lora_jax.train.card import describe_program
 from lora_jax.train.cell import Schedule
 from lora_jax.train.checkpoint import Checkpoints
 from lora_jax.train.evaluate import Evaluation
@@ -29,6 +28,7 @@ from lora_jax.train.finish import write_results
 from lora_jax.train.loop import Callback, Diverged
 from lora_jax.train.optimizer import make_schedule
 from lora_jax.train.progress import ShowWith
+from lora_jax.train.record import Card
 from lora_jax.train.signals import stop_requests
 from lora_jax.train.workdir import claim_cell, plain_config, read_json_file
 
@@ -52,7 +52,7 @@ def train_pack(
     show_with: ShowWith,
     config_file: str = "",
     callbacks: Sequence[Callback] = (),
-) -> dict[str, dict[str, Any] | RequestError]:
+) -> dict[str, Card | RequestError]:
     """Trains the cells of a group as one pack; `{name: card, or its failure}`.
 
     A cell whose loss is no number leaves `failure.json` where others leave their card. Raises
@@ -127,13 +127,13 @@ def _write_results(
     home: Path,
     use: Use,
     config_file: str,
-) -> dict[str, dict[str, Any] | RequestError]:
+) -> dict[str, Card | RequestError]:
     cells = ready.group.cells
     union = training.plan.pack.union.table(ready.base.model.params)
-    results: dict[str, dict[str, Any] | RequestError] = {}
+    results: dict[str, Card | RequestError] = {}
     for k, (cell, folder) in enumerate(zip(cells, folders, strict=True)):
         if (folder / "card.json").exists():
-            results[cell.name] = read_card(folder / "card.json")
+            results[cell.name] = Card.read(folder / "card.json")
         elif k not in tests:
             results[cell.name] = write_failure(folder, training.cells[k].error, [folder, home])
         else:

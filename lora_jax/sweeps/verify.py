@@ -15,7 +15,7 @@ from jax.sharding import Mesh
 from lora_jax.core.errors import RequestError
 from lora_jax.formats.adapter import load_trainable
 from lora_jax.formats.paths import at_home
-from lora_jax.formats.untrusted import COUNT, check_fields, read_arrays
+from lora_jax.formats.untrusted import read_arrays
 from lora_jax.parallel.mesh import make_mesh, read_mesh
 from lora_jax.settings import Settings
 from lora_jax.sweeps.cells import Cell
@@ -27,15 +27,15 @@ from lora_jax.train import enable_compilation_cache, train_cell
 from lora_jax.train.again import check_completion_format
 from lora_jax.train.bookkeeping import CHANGED_TO
 from lora_jax.train.build import load_base
-from lora_jax.train.card import RESTORE, device_description, read_card, versions
+from lora_jax.train.card import device_description, versions
 from lora_jax.train.finish import hash_trainable
 from lora_jax.train.loop import Diverged
 from lora_jax.train.numerics import differences
+from lora_jax.train.record import Card, Section
 from lora_jax.train.signals import Interrupted
 from lora_jax.train.workdir import (
     config_from,
     config_hash,
-    is_folder_name,
     lock_workdir,
     read_json_file,
 )
@@ -54,12 +54,6 @@ _SHOWN_AS = {
     "xla_flags": "XLA_FLAGS",
     "matmul_precision": "matmul precision",
 }
-
-# What is compared or says how to train again, of a card.
-_COMPARED = {
-    "program.K": COUNT, "device": dict, "versions": dict, "?program.mesh": str,
-    "?program.numerics": dict, "?program.numerics_changes": list,
-}  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True)
@@ -93,16 +87,16 @@ def verify(
     """
     run = at_home(run).resolve()
     card = _read_card(run)
-    packed = card["program"]["K"] > 1 and not alone
-    names = card["program"]["cells"] if packed else [run.name]
+    packed = card.program.K > 1 and not alone
+    names = card.program.cells if packed else [run.name]
     folders = [run.parent / name for name in names]
     cells = [Cell(folder.name, _config_of(folder)) for folder in folders]
     enable_compilation_cache()
     conditions = tuple(_conditions(card))
     base = load_base(cells[0].config, _mesh_of(card))
     for what, there, here in (
-        ("data", card["data_hash"], base.splits.data_hash),
-        ("base model's weights", card["base_hash"], base.model.base_hash),
+        ("data", card.data_hash, base.splits.data_hash),
+        ("base model's weights", card.base_hash, base.model.base_hash),
     ):
         if there != here:
             raise RequestError(
@@ -114,18 +108,18 @@ def verify(
             continue
         description = load_trainable(folder / "adapter")[1]
         check_completion_format(description, base.model, cell.config.model, folder.name)
-    exact = not conditions and (packed or card["program"]["K"] == 1)
+    exact = not conditions and (packed or card.program.K == 1)
     with (
         tempfile.TemporaryDirectory(prefix="lora-jax-verify-") as home,
         lock_workdir(home),
         SweepView(enabled=progress) as view,
     ):
         again = Path(home)
-        view.expect(len(cells), card["metrics"]["steps"] * len(cells))
-        with view.running(len(cells), card["metrics"]["steps"]):
+        view.expect(len(cells), card.metrics.steps * len(cells))
+        with view.running(len(cells), card.metrics.steps):
             try:
                 if packed:
-                    _train_pack(cells, base, card["program"]["at_once"], again, view)
+                    _train_pack(cells, base, card.program.at_once, again, view)
                 else:
                     folder = again / "cells" / run.name
                     train_cell(cells[0].config, folder, base=base, show_with=view.show_with)
@@ -151,21 +145,15 @@ def _train_pack(cells, base, at_once: int, workdir: Path, view: SweepView) -> No
     train_pack(ready, workdir, memory_bytes=0, command="", show_with=view.show_with)
 
 
-def _read_card(cell: Path) -> dict[str, Any]:
-    if not (cell / "card.json").exists():
+def _read_card(cell: Path) -> Card:
+    path = cell / "card.json"
+    if not path.exists():
         raise RequestError(f"{cell} has no card.json; give a finished run's WORKDIR/cells/NAME")
-    card = read_card(cell / "card.json")
-    check_fields(card, _COMPARED, cell / "card.json", RESTORE)
-    if card["program"]["K"] > 1:
-        of_pack = {"program.cells": list, "program.at_once": COUNT}
-        check_fields(card, of_pack, cell / "card.json", RESTORE)
-        for name in card["program"]["cells"]:
-            if not is_folder_name(name):
-                raise RequestError(f"{cell / 'card.json'} names a cell {name!r}; {RESTORE}")
-    if config_hash(card["config"]) != card["config_hash"]:
+    card = Card.read(path)
+    if config_hash(card.config) != card.config_hash:
         raise RequestError(
-            f"the config in {cell / 'card.json'} does not have the hash {card['config_hash'][:12]} "
-            "that stands beside it: one of them was changed"
+            f"the config in {path} does not have the hash {card.config_hash[:12]} that stands "
+            "beside it: one of them was changed"
         )
     return card
 
@@ -173,7 +161,7 @@ def _read_card(cell: Path) -> dict[str, Any]:
 def _config_of(cell: Path) -> Settings:
     """The config of a cell of the pack, finished or failed."""
     if (cell / "card.json").exists():
-        return config_from(_read_card(cell)["config"], cell / "card.json")
+        return config_from(_read_card(cell).config, cell / "card.json")
     if not (cell / "config.json").exists():
         raise RequestError(
             f"{cell} is missing, and its pack cannot be trained without it; put it back, or use "
@@ -182,42 +170,41 @@ def _config_of(cell: Path) -> Settings:
     return config_from(read_json_file(cell / "config.json"), cell / "config.json")
 
 
-def _conditions(card: Mapping[str, Any]) -> list[str]:
+def _conditions(card: Card) -> list[str]:
     """What is different here from where the card was made, of what decides about rounding."""
     here = device_description()
     found = [
         (f"device {key}", there, here.get(key))
-        for key, there in card["device"].items()
+        for key, there in card.device.items()
         if there != here.get(key)
     ]
     now = versions()
     found += [
-        (name, card["versions"].get(name), now[name])
+        (name, card.versions.get(name), now[name])
         for name in COMPARED_VERSIONS
-        if card["versions"].get(name) != now[name]
+        if card.versions.get(name) != now[name]
     ]
-    program = card["program"]
-    # Cards from before the whole record have these two of it.
-    old = {n: program[n] for n in ("xla_flags", "matmul_precision") if n in program}
-    record = program.get("numerics", old)
+    program = card.program
+    record = program.numerics
+    if record is None:  # cards from before the whole record have these two of it
+        record = {"xla_flags": program.xla_flags, "matmul_precision": program.matmul_precision}
     found += [
         (_SHOWN_AS.get(name, name), repr(was), repr(now))
         for name, (was, now) in differences(record).items()
         if name not in (*COMPARED_VERSIONS, "backend")  # versions and device are above
     ]
-    mesh = card["program"].get("mesh", "")
-    if CHANGED_TO in mesh:
-        found.append(("mesh", mesh, "one device"))
+    if program.mesh and CHANGED_TO in program.mesh:
+        found.append(("mesh", program.mesh, "one device"))
     told = [f"{what} was {there}, is {now}" for what, there, now in found]
-    changes = program.get("numerics_changes", ())
+    changes = program.numerics_changes or ()
     return [*told, *(f"in the middle of training, {change}" for change in changes)]
 
 
-def _mesh_of(card: Mapping[str, Any]) -> Mesh | None:
+def _mesh_of(card: Card) -> Mesh | None:
     """The mesh that the card names; None where this machine has not as many devices, or the
     training went on on another, which are conditions."""
-    text = card["program"].get("mesh", "")
-    same = card["device"].get("count") == jax.device_count() and CHANGED_TO not in text
+    text = card.program.mesh or ""
+    same = card.device.get("count") == jax.device_count() and CHANGED_TO not in text
     return make_mesh(read_mesh(text)) if text and same else None
 
 
@@ -231,12 +218,12 @@ def _compare(
         differences = () if ends[0] == ends[1] else (f"failure was: {told[0]}; is: {told[1]}",)
         allowed = 0.0 if exact else tolerance
         return Verdict(first.name, same, exact, allowed, differences, conditions, {})
-    cards = [read_card(path / "card.json") for path in (first, second)]
-    metrics = [card["metrics"] for card in cards]
+    was, now = (Card.read(path / "card.json").metrics for path in (first, second))
+    pairs = {name: (getattr(was, name), getattr(now, name)) for name in COMPARED_METRICS}
     differences = [
-        f"metrics.{name} was {metrics[0].get(name)}, is {metrics[1].get(name)}"
-        for name in COMPARED_METRICS
-        if metrics[0].get(name) != metrics[1].get(name)
+        f"metrics.{name} was {_shown(one)}, is {_shown(other)}"
+        for name, (one, other) in pairs.items()
+        if one != other
     ]
     both = [_predictions(path / "test_predictions.npz") for path in (first, second)]
     differences += [
@@ -246,11 +233,11 @@ def _compare(
     ]
     if (first / "adapter").exists():
         found = hash_trainable(load_trainable(first / "adapter")[0])
-        if found != metrics[1]["weights_sha256"]:
+        if found != now.weights_sha256:
             differences.append(f"the adapter's weights have the hash {found[:12]}, not those now")
     losses = {
-        split: abs(metrics[0][split]["loss"] - metrics[1][split]["loss"])
-        for split in ("validation", "test")
+        "validation": abs(was.validation.loss - now.validation.loss),
+        "test": abs(was.test.loss - now.test.loss),
     }
     within = all(difference <= tolerance for difference in losses.values())
     return Verdict(
@@ -262,6 +249,10 @@ def _compare(
         conditions=conditions,
         loss_differences=losses,
     )
+
+
+def _shown(value: Any) -> Any:
+    return value.to_json() if isinstance(value, Section) else value
 
 
 def _failure(cell: Path) -> str:

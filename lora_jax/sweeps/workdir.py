@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import jax
 from jax.sharding import Mesh
@@ -22,11 +21,11 @@ from lora_jax.sweeps.stored import read_failure, train_pack, write_failure
 from lora_jax.sweeps.view import SweepView
 from lora_jax.train import train_cell
 from lora_jax.train.build import Base, load_base
-from lora_jax.train.card import read_card
 from lora_jax.train.loop import Callback, Diverged
+from lora_jax.train.record import Card
 from lora_jax.train.signals import Interrupted, stop_requests
 
-Result = dict[str, Any] | RequestError
+Result = Card | RequestError
 
 
 class Workdir(Spec):
@@ -71,7 +70,7 @@ class Workdir(Spec):
         for cell in cells:
             folder = self._folder / "cells" / cell.name
             if (folder / "card.json").exists():
-                results[cell.name] = read_card(folder / "card.json")
+                results[cell.name] = Card.read(folder / "card.json")
             elif (failure := read_failure(folder)) is not None:
                 results[cell.name] = failure
             else:
@@ -230,11 +229,11 @@ def _same_program(one: Group, other: Group) -> bool:
     )
 
 
-def _one_line(card: Mapping[str, Any]) -> str:
-    metrics = card["metrics"]
+def _one_line(card: Card) -> str:
+    metrics = card.metrics
     return (
-        f"test loss {metrics['test']['loss']:.4f}, accuracy {metrics['test']['accuracy']:.4f}; "
-        f"{metrics['steps']} steps, {metrics['stopped']}"
+        f"test loss {metrics.test.loss:.4f}, accuracy {metrics.test.accuracy:.4f}; "
+        f"{metrics.steps} steps, {metrics.stopped}"
     )
 
 

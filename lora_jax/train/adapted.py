@@ -23,8 +23,9 @@ from lora_jax.models.load import redraw_head
 from lora_jax.models.save import label_fields
 from lora_jax.train.build import keys_of, make_method, make_model
 from lora_jax.train.finish import hash_trainable
+from lora_jax.train.record import Card
 from lora_jax.train.task import head_of
-from lora_jax.train.workdir import config_from, read_json_file
+from lora_jax.train.workdir import config_from
 
 
 @dataclasses.dataclass(frozen=True)
@@ -127,28 +128,22 @@ def _check_drawn(here: dict[str, list[float]], there: Any, folder: str | os.Path
             )
 
 
-def _check_against_card(
-    folder: Path, trainable: Any, description: Mapping[str, Any] | None = None
-) -> None:
+def _check_against_card(folder: Path, trainable: Any, description: Mapping[str, Any]) -> None:
     """Raises `RequestError` if the run's card, next to the folder, is of other weights, or of
     another model, method, seed or data than the folder's description."""
     path = folder.resolve().parent / "card.json"
     if folder.resolve().name != "adapter" or not path.exists():
         return
-    card = read_json_file(path)
-    metrics = card.get("metrics") if isinstance(card, dict) else None
-    if not isinstance(metrics, dict):
-        raise RequestError(f"{path} is no card of a run; restore it, or remove it")
-    wanted = metrics.get("weights_sha256")
+    card = Card.read(path)
+    wanted = card.metrics.weights_sha256
     if wanted is not None and wanted != (found := hash_trainable(trainable)):
         raise RequestError(
             f"the weights in {folder}/{TENSORS} are not those that {path} names "
-            f"(weights_sha256 {str(wanted)[:12]!r}, here {found[:12]!r}): one of the files was "
+            f"(weights_sha256 {wanted[:12]!r}, here {found[:12]!r}): one of the files was "
             "changed or damaged; copy the run again"
         )
-    config = card.get("config")
-    said = {**(config if isinstance(config, dict) else {}), **card}
-    for name in ("model", "method", "seed", "base_hash", "data_hash") if description else ():
+    said = {**card.config, "base_hash": card.base_hash, "data_hash": card.data_hash}
+    for name in ("model", "method", "seed", "base_hash", "data_hash"):
         if name in said and said[name] != description.get(name):
             raise RequestError(
                 f"{folder}/{DESCRIPTION} and {path} have different {name}: one of the files was "

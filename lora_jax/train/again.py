@@ -16,10 +16,10 @@ from lora_jax.models import Model
 from lora_jax.parallel.placement import Placement, place
 from lora_jax.settings import Settings
 from lora_jax.train.adapted import Adapted, load_run_adapter
-from lora_jax.train.card import RESTORE, read_card
 from lora_jax.train.compilation import CompiledByShape
 from lora_jax.train.evaluate import Evaluation, evaluate, make_scores
 from lora_jax.train.finish import completion_format
+from lora_jax.train.record import RESTORE, Card
 from lora_jax.train.task import task_of
 from lora_jax.train.workdir import config_from, config_hash, read_json_file
 
@@ -49,7 +49,7 @@ def config_of(cell: Path) -> dict[str, Any]:
     config = read_json_file(path)
     sections = {"model": dict, "data": dict, "train.eval_batch_size": COUNT}
     check_fields(config, sections, path, RESTORE)
-    if card.exists() and config_hash(config) != read_card(card)["config_hash"]:
+    if card.exists() and config_hash(config) != Card.read(card).config_hash:
         raise RequestError(
             f"{path} does not have the hash that {card} names: one of them was changed; {RESTORE}"
         )

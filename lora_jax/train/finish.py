@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime
 import os
 import re
 import shutil
@@ -15,13 +16,24 @@ from lora_jax.core.hashes import hash_params
 from lora_jax.data import Splits
 from lora_jax.data.completions import COMPLETION_FORMAT, differs_from_first_format
 from lora_jax.formats.adapter import TENSORS, save_trainable
-from lora_jax.formats.atomic import atomic_path, write_json
+from lora_jax.formats.atomic import atomic_path
 from lora_jax.methods import Method
 from lora_jax.methods.table import MethodTable
 from lora_jax.models import Model
 from lora_jax.train.bookkeeping import Bookkeeping
-from lora_jax.train.card import device_description, make_card
+from lora_jax.train.card import device_description, git_commit, versions
 from lora_jax.train.evaluate import Evaluation
+from lora_jax.train.record import (
+    BestScores,
+    Card,
+    Counts,
+    FinalScores,
+    Metrics,
+    Program,
+    Seconds,
+    TrainLoss,
+    config_parts,
+)
 from lora_jax.train.task import head_of
 from lora_jax.train.task_metrics import TASK_METRICS
 from lora_jax.train.workdir import config_hash
@@ -42,22 +54,20 @@ def write_results(
     books: Bookkeeping,
     trainable: Any,
     test: Evaluation,
-    program: dict[str, Any],
+    program: Program,
     *,
     config_file: str = "",
-) -> dict[str, Any]:
+) -> Card:
     """Writes adapter/, test_predictions.npz and card.json into `cell`; returns the card.
 
-    `program` is what `describe_program` gave, `config_file` is for `make_card`. The card
-    comes last: where it is, all is. What a killed process left of the others is replaced.
+    `config_file` is the config as `--config=` had it, "FILE.py[:arg]". The card comes last: where
+    it is, all is. What a killed process left of the others is replaced.
     """
     shutil.rmtree(cell / "adapter", ignore_errors=True)
     save_trainable(cell / "adapter", trainable, describe_adapter(config, subject, trainable))
     write_predictions(cell / "test_predictions.npz", test)
-    table = subject.method.table(subject.model.params)
-    seconds = books.seconds
-    card = make_card(
-        config_file=config_file,
+    card = Card(
+        **config_parts(config_file),
         config=config,
         config_hash=config_hash(config),
         base_hash=subject.model.base_hash,
@@ -65,36 +75,49 @@ def write_results(
         seeds={"seed": config["seed"], "data": config["data"]["seed"]},
         device=device_description(),
         program=program,
-        counts=count_trainable(table, subject.model.head_pattern),
-        seconds={
-            **seconds,
-            "total": sum(seconds.values()),
-            "per_step": seconds.get("train", 0.0) / max(1, books.step),
-            "compile": seconds.get("compile", 0.0),
-            # Of a packed cell they are its share of the pack's.
-            "shared_by": program["K"],
-        },
-        metrics={
-            "train": {"loss": books.train_loss},
-            "validation": {
-                "loss": books.best_loss,
-                "accuracy": books.best_accuracy,
-                "best_step": books.best_step,
-            },
-            "test": {
-                "loss": test.loss,
-                "accuracy": test.accuracy,
-                "n": test.num_examples,
-                **measure(test, subject.splits.metrics),
-            },
-            "stopped": books.stopped,
-            "steps": books.step,
-            "adapter_bytes": os.path.getsize(cell / "adapter" / TENSORS),
-            "weights_sha256": hash_trainable(trainable),
-        },
+        counts=count_trainable(
+            subject.method.table(subject.model.params), subject.model.head_pattern
+        ),
+        seconds=_seconds(books, program),
+        metrics=Metrics(
+            train=TrainLoss(loss=books.train_loss),
+            validation=BestScores(
+                loss=books.best_loss, accuracy=books.best_accuracy, best_step=books.best_step
+            ),
+            test=_test_scores(test, subject.splits.metrics),
+            stopped=books.stopped,
+            steps=books.step,
+            adapter_bytes=os.path.getsize(cell / "adapter" / TENSORS),
+            weights_sha256=hash_trainable(trainable),
+        ),
+        versions=versions(),
+        commit=git_commit(),
+        finished=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
     )
-    write_json(cell / "card.json", card)
+    card.write(cell / "card.json")
     return card
+
+
+def _seconds(books: Bookkeeping, program: Program) -> Seconds:
+    kinds = {name: value for name, value in books.seconds.items() if name != "compile"}
+    return Seconds(
+        total=sum(books.seconds.values()),
+        per_step=kinds.get("train", 0.0) / max(1, books.step),
+        compile=books.seconds.get("compile", 0.0),
+        shared_by=program.K,
+        others=kinds,
+    )
+
+
+def _test_scores(test: Evaluation, names: Sequence[str]) -> FinalScores:
+    found = measure(test, names)
+    return FinalScores(
+        loss=test.loss,
+        accuracy=test.accuracy,
+        n=test.num_examples,
+        tokens=found.pop("tokens", None),
+        others=found,
+    )
 
 
 def measure(test: Evaluation, names: Sequence[str]) -> dict[str, float]:
@@ -138,10 +161,10 @@ def completion_format(model: Model, settings: Any) -> dict[str, int]:
     return {"completions": COMPLETION_FORMAT}
 
 
-def count_trainable(table: MethodTable, head_pattern: str) -> dict[str, int]:
+def count_trainable(table: MethodTable, head_pattern: str) -> Counts:
     """Trained parameters: those of the task head, the others (the adapter), and both together."""
     head = sum(row.num_trainable for row in table if re.fullmatch(head_pattern, row.path))
-    return {"adapter": table.num_trainable - head, "head": head, "total": table.num_trainable}
+    return Counts(adapter=table.num_trainable - head, head=head, total=table.num_trainable)
 
 
 def write_predictions(path: Path, evaluation: Evaluation) -> None:

@@ -21,7 +21,7 @@ from lora_jax.settings import complete
 from lora_jax.train.bookkeeping import Bookkeeping
 from lora_jax.train.build import Base, Setup, build
 from lora_jax.train.callbacks import StopAtSignal, restored, train_on_disk, validate_on
-from lora_jax.train.card import describe_program, read_card
+from lora_jax.train.card import describe_program
 from lora_jax.train.cell import Schedule
 from lora_jax.train.checkpoint import Checkpoints
 from lora_jax.train.compilation import enable_compilation_cache
@@ -30,6 +30,7 @@ from lora_jax.train.loop import Callback, Diverged, Training
 from lora_jax.train.memory import StepMemory, device_limit_bytes
 from lora_jax.train.program import SingleProgram, copy_arrays
 from lora_jax.train.progress import ShowWith, show_progress
+from lora_jax.train.record import Card
 from lora_jax.train.signals import stop_requests
 from lora_jax.train.state import TrainState
 from lora_jax.train.workdir import (
@@ -52,9 +53,11 @@ def train(
     config_file: str = "",
     mesh: Mesh | None = None,
     callbacks: Sequence[Callback] = (),
-) -> dict[str, Any]:
+) -> Card:
     """Trains what `config` says into `workdir/cells/name` and returns the run's card.
 
+    The card's attributes are those of card.json: `card.metrics.test.loss`. (Indexing it as the dict
+    that it was, `card["metrics"]["test"]["loss"]`, is deprecated and goes in the next release.)
     Settings that `config` omits have their defaults (`lora_jax/settings`).
     A run that was stopped, in whatever way, goes on from its last checkpoint and ends with the same
     weights, bit for bit, as one that was not; a finished one is not run again. `command` is what to
@@ -89,7 +92,7 @@ def train_cell(
     mesh: Mesh | None = None,
     show_with: ShowWith = show_progress,
     callbacks: Sequence[Callback] = (),
-) -> dict[str, Any]:
+) -> Card:
     """`train` for the folder `cell` of a workdir whose lock the caller holds.
 
     `base` saves loading model and data again; `show_with` shows the way in place of a bar.
@@ -98,7 +101,7 @@ def train_cell(
     check_inside(cell)
     check_cell(cell, plain)
     if (cell / "card.json").exists():
-        return read_card(cell / "card.json")
+        return Card.read(cell / "card.json")
     started = time.perf_counter()
     enable_compilation_cache()
     # All that a request can have wrong shows itself here, before anything is written.

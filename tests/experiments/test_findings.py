@@ -12,8 +12,10 @@ import pytest
 
 from experiments import findings, hypotheses, index
 from lora_jax.core.errors import RequestError
-from lora_jax.report.runs import Predictions, Run
+from lora_jax.report.runs import FinishedRun, Predictions
 from lora_jax.report.statistics import Interval
+from lora_jax.train.record import Card
+from tests.cards import card_json
 
 ROOT = Path(__file__).parents[2]
 # Those with a sweep of their own.
@@ -27,15 +29,11 @@ def run_of(name, seed, losses, lr=1e-3, validation=1.0):
     losses = np.asarray(losses, np.float64)
     index = np.arange(len(losses))
     ones = np.ones(len(losses))
-    card = {
-        "metrics": {
-            "validation": {"loss": validation},
-            "test": {"loss": float(losses.mean()), "accuracy": 0.5},
-        }
-    }
+    scores = {"metrics.validation.loss": validation, "metrics.test.loss": float(losses.mean())}
+    card = Card.from_json(card_json(scores))
     config = {"seed": seed, "optimizer": {"lr": lr}, "method": {"name": "lora"}}
     predictions = Predictions(losses, index > 3, index, index, ones)
-    return Run(f"{name}-lr{lr}-s{seed}", Path(name), config, card, (), predictions)
+    return FinishedRun(f"{name}-lr{lr}-s{seed}", Path(name), config, (), card, predictions)
 
 
 def contestant(name, rows):
@@ -92,26 +90,17 @@ def write_cell(folder, name, *, lr, seed, validation, test, failed=False):
         "method": {"name": "lora", "targets": "q", "rank": 2},
         "optimizer": {"lr": lr},
         "data": {"seed": 0},
+        "model": {"name": "tiny-bert"},
     }
     (cell / "config.json").write_text(json.dumps(config))
     if failed:
         (cell / "failure.json").write_text("{}")
         return
-    card = {
-        "config": config,
+    card = card_json(
+        {"metrics.validation.loss": validation, "metrics.test.loss": test, "metrics.steps": 3},
+        config=config,
         **dict.fromkeys(("config_hash", "base_hash", "data_hash"), "ab" * 32),
-        "commit": "c" * 40,
-        "device": {"kind": "cpu"},
-        "versions": {"jax": "0"},
-        "counts": {"adapter": 7, "head": 1, "total": 8},
-        "seconds": {"total": 1.0},
-        "metrics": {
-            "steps": 3,
-            "stopped": "ended",
-            "validation": {"loss": validation},
-            "test": {"loss": test, "accuracy": 0.5},
-        },
-    }
+    )
     (cell / "card.json").write_text(json.dumps(card))
     index = np.arange(5)
     with open(cell / "test_predictions.npz", "wb") as file:

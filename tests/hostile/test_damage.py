@@ -14,6 +14,7 @@ from lora_jax.sweeps.status import sweep_status
 from lora_jax.train.adapted import _check_against_card
 from lora_jax.train.finish import hash_trainable
 from lora_jax.train.metrics import MetricsWriter, read_metrics
+from tests.cards import card_json
 
 
 def test_deeply_nested_json_is_a_value_error():
@@ -68,12 +69,13 @@ def test_one_flipped_bit_of_an_adapter_is_found_by_the_card_next_to_it(tmp_path)
     folder = tmp_path / "adapter"
     folder.mkdir()
     write_tensors(folder / "trainable.safetensors", {"w:a": weights["w"]["a"]})
-    card = {"metrics": {"weights_sha256": hash_trainable(weights)}}
+    card = card_json({"metrics.weights_sha256": hash_trainable(weights)})
     (tmp_path / "card.json").write_text(json.dumps(card))
-    _check_against_card(folder, weights)
+    said = {**card["config"], "base_hash": card["base_hash"], "data_hash": card["data_hash"]}
+    _check_against_card(folder, weights, said)
     weights["w"]["a"].view(np.uint32)[1, 1] ^= 1
     with pytest.raises(RequestError, match="weights_sha256"):
-        _check_against_card(folder, weights)
+        _check_against_card(folder, weights, said)
 
 
 @pytest.mark.parametrize(

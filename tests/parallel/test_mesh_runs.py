@@ -83,7 +83,7 @@ def test_a_run_on_a_mesh_has_the_losses_of_one_device(
     card = train(config, tmp_path, progress=False, mesh=mesh_of(text))
     found, expected = (losses_of(where, "run") for where in (tmp_path, on_one_device(method)))
     np.testing.assert_allclose(found, expected, atol=2e-5)
-    assert card["program"]["mesh"] == text
+    assert card.program.mesh == text
     assert max(expected) - min(expected) > 1e-3
 
 
@@ -101,10 +101,8 @@ def test_a_run_goes_on_on_its_mesh_bit_for_bit_and_elsewhere_to_rounding(
                 train(config, tmp_path / where, progress=False, mesh=mesh_of(text))
     again = train(config, tmp_path / "same", progress=False, mesh=mesh_of(text))
     other = train(config, tmp_path / "one", progress=False)
-    assert again["metrics"]["weights_sha256"] == whole["metrics"]["weights_sha256"]
-    assert other["metrics"]["test"]["loss"] == pytest.approx(
-        whole["metrics"]["test"]["loss"], abs=2e-5
-    )
+    assert again.metrics.weights_sha256 == whole.metrics.weights_sha256
+    assert other.metrics.test.loss == pytest.approx(whole.metrics.test.loss, abs=2e-5)
     (verdict,) = verify(tmp_path / "whole" / "cells" / "run", progress=False)
     assert verdict.exact and verdict.same
 
@@ -137,7 +135,7 @@ def test_a_pack_on_a_mesh_has_the_losses_of_one_device(make_config, tmp_path, te
     for name in cells:
         found, expected = (losses_of(tmp_path / where, name) for where in ("mesh", "one"))
         np.testing.assert_allclose(found, expected, atol=2e-5)
-        assert cards[name]["program"]["mesh"] == text and cards[name]["program"]["K"] == 5
+        assert cards[name].program.mesh == text and cards[name].program.K == 5
 
 
 @pytest.mark.slow
@@ -238,12 +236,10 @@ def test_cells_alone_in_a_sweep_share_their_batch(make_config, tmp_path):
     base = load_base(sweep.first[0].config, mesh_of("cell=4,fsdp=2"))
     cards = run_sweep(sweep, tmp_path / "mesh", progress=False, mesh=mesh_of("cell=4,fsdp=2"))
     assert not _failed(cards)
-    assert cards["whole"]["program"]["mesh"] == "data=4,fsdp=2"
-    assert cards["parts"]["program"]["mesh"] == "cell=4,fsdp=2"
+    assert cards["whole"].program.mesh == "data=4,fsdp=2"
+    assert cards["parts"].program.mesh == "cell=4,fsdp=2"
     one = train(sweep.first[0].config, tmp_path / "one", progress=False)
-    assert cards["whole"]["metrics"]["test"]["loss"] == pytest.approx(
-        one["metrics"]["test"]["loss"], abs=2e-5
-    )
+    assert cards["whole"].metrics.test.loss == pytest.approx(one.metrics.test.loss, abs=2e-5)
     assert base.placement.alone(8).mesh.shape["data"] == 4
 
 
@@ -294,7 +290,7 @@ def test_going_on_on_another_mesh_is_on_the_card_and_no_false_alarm(
         with pytest.raises(Interrupted):
             train(config, tmp_path, progress=False, mesh=mesh_of("fsdp=4,tensor=2"))
     card = train(config, tmp_path, progress=False, mesh=mesh_of("data=8"))
-    assert card["program"]["mesh"] == "fsdp=4,tensor=2, then data=8"
+    assert card.program.mesh == "fsdp=4,tensor=2, then data=8"
     (verdict,) = verify(tmp_path / "cells" / "run", progress=False)
     assert verdict.same and not verdict.exact
     assert verdict.conditions == ("mesh was fsdp=4,tensor=2, then data=8, is one device",)
@@ -354,7 +350,7 @@ def test_moments_in_the_hosts_memory_are_the_same_training(
     monkeypatch.setattr(Training, "__init__", noted)
     again = train(config, tmp_path / "again", progress=False, mesh=mesh)
     assert kinds.count("pinned_host") == 2 * len(kinds) // 3  # two moments a parameter
-    assert again["metrics"]["weights_sha256"] == whole["metrics"]["weights_sha256"]
+    assert again.metrics.weights_sha256 == whole.metrics.weights_sha256
     plain = on_one_device("lora")
     found, expected = (losses_of(where, "run") for where in (tmp_path / "whole", plain))
     np.testing.assert_allclose(found, expected, atol=2e-5)
@@ -368,4 +364,4 @@ def test_a_backend_without_a_hosts_memory_says_so_and_goes_on(
     monkeypatch.setattr("lora_jax.parallel.offload.HOST", "no such kind")
     card = train(config, tmp_path, progress=False)
     assert "has no memory kind 'no such kind'" in capsys.readouterr().err
-    assert card["metrics"]["stopped"]
+    assert card.metrics.stopped

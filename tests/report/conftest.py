@@ -9,6 +9,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from tests.cards import card_json
+
 CONFIG = {
     "seed": 0,
     "model": {"name": "minilm", "num_labels": 2, "dtype": "float32"},
@@ -66,20 +68,14 @@ def _write_run(workdir: Path, name: str, **options) -> Path:
             file.write(json.dumps(entry) + "\n")
     if not options.get("finished", True):
         return cell
-    card = {
-        "config": config,
-        "config_file": "experiments/reviews_minilm.py:lora",
-        "config_hash": f"{zlib.crc32(name.encode()):08x}",
-        "base_hash": "b" * 64,
-        "data_hash": "d" * 64,
-        "seeds": {"seed": config["seed"]},
-        "versions": {"jax": "0.10.2", "flax": "0.12.8"},
-        "commit": "0123456789abcdef+dirty",
-        "device": {"platform": "cpu", "kind": "cpu", "count": 1, "threads": 2, "machine": "x86_64"},
-        "program": {"K": 1, "ranks": [8], "batch_shapes": [[32, 16], [32, 24]], "threads": 2},
-        "counts": {"adapter": adapter, "head": 770, "total": 770 + adapter},
-        "seconds": {"total": 41.0, "per_step": 0.11, "compile": 6.5},
-        "metrics": {
+    card = card_json(
+        config=config,
+        config_file="experiments/reviews_minilm.py:lora",
+        config_hash=f"{zlib.crc32(name.encode()):08x}",
+        seeds={"seed": config["seed"]},
+        commit="0123456789abcdef+dirty",
+        counts={"adapter": adapter, "head": 770, "total": 770 + adapter},
+        metrics={
             "train": {"loss": 0.4},
             "validation": {"loss": validation_loss, "accuracy": 0.7, "best_step": 75},
             "test": {
@@ -91,7 +87,7 @@ def _write_run(workdir: Path, name: str, **options) -> Path:
             "steps": num_steps,
             "adapter_bytes": 4 * adapter + 900,
         },
-    }
+    )
     card.update(options.get("card", {}))
     (cell / "card.json").write_text(json.dumps(card))
     labels = np.arange(len(correct), dtype=np.int32) % 2

@@ -7,8 +7,9 @@ from pathlib import Path
 import pytest
 
 from lora_jax.cli.requests import Parser
-from lora_jax.report.commands import EXPERIMENTS, command
-from lora_jax.report.runs import Run
+from lora_jax.report.commands import EXPERIMENTS, command, train_command
+from lora_jax.report.runs import FinishedRun, Run
+from lora_jax.train.record import Card
 from lora_jax.train.workdir import config_hash, plain_config
 
 CARDS = sorted((EXPERIMENTS / "results").rglob("card.json"))
@@ -25,8 +26,8 @@ def parse(text):
 
 
 def run_of(path, **changes):
-    card = {**json.loads(path.read_text()), **changes}
-    return Run(path.parent.name, path.parent, card["config"], card, (), None)
+    card = Card.from_json({**json.loads(path.read_text()), **changes})
+    return FinishedRun(path.parent.name, path.parent, card.config, (), card, None)
 
 
 def test_every_committed_run_has_a_command_that_gives_the_config_of_its_card(monkeypatch):
@@ -36,7 +37,7 @@ def test_every_committed_run_has_a_command_that_gives_the_config_of_its_card(mon
         run = run_of(path)
         options, config = parse(command(run))
         assert options.name == run.name
-        assert config_hash(plain_config(config)) == run.card["config_hash"], path
+        assert config_hash(plain_config(config)) == run.card.config_hash, path
 
 
 def test_a_card_that_names_its_config_is_believed_and_its_file_not_executed(tmp_path):
@@ -47,16 +48,13 @@ def test_a_card_that_names_its_config_is_believed_and_its_file_not_executed(tmp_
 
 
 def test_settings_that_no_config_has_give_no_command():
-    run = Run("x", Path("x"), {"seed": 1, "unheard": {"of": 2}}, {"metrics": {}}, (), None)
-    assert command(run) is None
+    assert command(Run("x", Path("x"), {"seed": 1, "unheard": {"of": 2}}, ())) is None
 
 
 @pytest.mark.parametrize("key", ["a=1; touch x #", "b $(touch x)", "c`x`'"])
 def test_no_part_of_a_setting_is_a_word_of_its_own_to_the_shell(key):
-    card = {"config_file": "m.py; touch x"}
-    run = Run("n; touch x", Path("x"), {key: "v; touch x"}, card, (), None)
-    words = shlex.split(command(run).replace("\\\n", " "))
-    assert words == [
-        "lora-jax", "train", "--config=m.py; touch x", "--name=n; touch x", "--workdir=runs/again",
+    text = train_command("m.py; touch x", "n; touch x", {key: "v; touch x"}, "runs")
+    assert shlex.split(text.replace("\\\n", " ")) == [
+        "lora-jax", "train", "--config=m.py; touch x", "--name=n; touch x", "--workdir=runs",
         f"--config.{key}=v; touch x",
     ]  # fmt: skip

@@ -1,7 +1,5 @@
 """Reading a working folder: whole runs, runs still going, and files that are broken."""
 
-import json
-
 import numpy as np
 import pytest
 
@@ -16,7 +14,7 @@ def test_runs_come_back_by_name_with_what_was_written(tmp_path, write_run):
     assert (a.name, b.name) == ("a", "b")
     assert a.finished and a.config["method"]["rank"] == 4
     assert b.predictions.loss.tolist() == [0.5, 0.25]
-    assert b.metric("metrics.test.accuracy") == 0.5
+    assert b.card.metrics.test.accuracy == 0.5
     steps, losses = b.curve("validation")
     assert steps.tolist() == list(range(0, 81, 10)) and losses.shape == (9,)
     assert b.curve("test")[0].shape == (0,)
@@ -87,38 +85,13 @@ def test_a_broken_line_amid_the_metrics_is_named(tmp_path, write_run):
         read_runs(tmp_path)
 
 
-@pytest.mark.parametrize(
-    ("change", "reason"),
-    [
-        (lambda card: card.pop("config"), "'config'"),
-        (lambda card: card["config"].pop("method"), "'config.method.name'"),
-        (lambda card: card["config"].update(seed="one"), "'config.seed'"),
-        (lambda card: card["config"]["optimizer"].update(lr="fast"), "'config.optimizer.lr'"),
-        (lambda card: card.update(data_hash=None), "'data_hash'"),
-        (lambda card: card["counts"].update(adapter=-1), "'counts.adapter'"),
-        (lambda card: card["counts"].update(head=True), "'counts.head'"),
-        (lambda card: card["metrics"].pop("test"), "'metrics.test.loss'"),
-        (lambda card: card["metrics"].update(steps=1.5), "'metrics.steps'"),
-        (lambda card: card.update(seconds=[]), "'seconds.total'"),
-    ],
-)
-def test_a_malformed_card_is_named_with_its_fault(tmp_path, write_run, change, reason):
-    path = write_run(tmp_path, "run") / "card.json"
-    card = json.loads(path.read_text())
-    change(card)
-    path.write_text(json.dumps(card))
-    with pytest.raises(RequestError) as caught:
-        read_runs(tmp_path)
-    assert str(path) in str(caught.value) and reason in str(caught.value)
-    assert "\n" not in str(caught.value)
-
-
 @pytest.mark.parametrize("text", ["", "{", "[]", '{"config": {}', b"\xff\xfe".decode("latin1")])
-def test_a_card_that_is_no_json_object_is_named(tmp_path, write_run, text):
+def test_a_card_that_is_none_is_named(tmp_path, write_run, text):
     path = write_run(tmp_path, "run") / "card.json"
     path.write_text(text)
-    with pytest.raises(RequestError, match=r"card\.json is malformed"):
+    with pytest.raises(RequestError, match=str(path)) as caught:
         read_runs(tmp_path)
+    assert "\n" not in str(caught.value)
 
 
 def test_malformed_predictions_are_named(tmp_path, write_run):

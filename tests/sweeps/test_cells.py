@@ -88,7 +88,7 @@ def test_tuning_chooses_on_validation_and_runs_more_seeds_with_it(make_config, t
     body = f"add('t', tune=('optimizer.lr', {(*RATES, 1e30)}), more_seeds=(5, 6))"
     sweep = sweep_in(tmp_path, make_config(QUICK), body)
     results = run(sweep, tmp_path / "w")
-    losses = [results[f"t-lr{rate:g}-s0"]["metrics"]["validation"]["loss"] for rate in RATES]
+    losses = [results[f"t-lr{rate:g}-s0"].metrics.validation.loss for rate in RATES]
     best = RATES[losses.index(min(losses))]
     tuned = json.loads((tmp_path / "w" / "tuned.json").read_text())["t"]
     assert tuned["chosen"] == best and tuned["validation_losses"][:3] == losses
@@ -147,13 +147,13 @@ def test_a_memory_budget_narrows_packs_and_a_cell_too_large_is_told(make_config,
     small = run(few, tmp_path / "none", memory_bytes=1000)
     assert all("one cell alone needs" in str(result) for result in small.values())
     wide = run(sweep, tmp_path / "wide")
-    assert {result["program"]["K"] for result in wide.values()} == {3}
-    budget = int(0.99 * wide["s0"]["program"]["memory_bytes"])
+    assert {result.program.K for result in wide.values()} == {3}
+    budget = int(0.99 * wide["s0"].program.memory_bytes)
     narrow = run(sweep, tmp_path / "narrow", memory_bytes=budget)
-    assert [result["program"]["K"] for result in narrow.values()] == [2, 2, 1]
+    assert [result.program.K for result in narrow.values()] == [2, 2, 1]
     for name, result in narrow.items():
-        same = result["metrics"]["test"]["loss"]
-        assert same == pytest.approx(wide[name]["metrics"]["test"]["loss"], abs=1e-5)
+        same = result.metrics.test.loss
+        assert same == pytest.approx(wide[name].metrics.test.loss, abs=1e-5)
 
 
 def test_a_workdir_is_of_one_sweep_unless_told_otherwise(make_config, tmp_path):

@@ -89,7 +89,7 @@ def test_a_sweep_on_disk_runs_end_to_end(known, make_config, tmp_path):
     cells = {"q-r1": {"method.rank": 1, "method.targets": "q"}, "qv-r4": {"method.rank": 4}}
     results = run_sweep(sweep_of(make_config, changes, cells), tmp_path, progress=False)
     for name, own in cells.items():
-        assert results[name]["program"]["K"] == 2
+        assert results[name].program.K == 2
         train(make_config({**changes, **own}), tmp_path / "alone", name, progress=False)
         folders = [tmp_path / "cells" / name, tmp_path / "alone" / "cells" / name]
         (ours, _), (theirs, _) = (load_trainable(folder / "adapter") for folder in folders)

@@ -132,11 +132,11 @@ def test_a_frozen_new_head_is_that_of_the_packs_own_seed(make_config, tmp_path):
         for part, alpha in (("a", 4.0), ("b", 8.0))
     }
     results = run(sweep_of(make_config, DECAY, cells), tmp_path / "packed")
-    assert [result["program"]["K"] for result in results.values()] == [2] * 4
+    assert [result.program.K for result in results.values()] == [2] * 4
     for name in ("s1-a", "s2-a"):
         config = make_config({**DECAY, **cells[name]})
         alone = train(config, tmp_path / "alone", name, progress=False)
-        losses = [card["metrics"]["test"]["loss"] for card in (alone, results[name])]
+        losses = [card.metrics.test.loss for card in (alone, results[name])]
         assert losses[0] == pytest.approx(losses[1], abs=1e-6)
         again, _ = evaluate_cell(tmp_path / "packed" / "cells" / name)
         assert again.loss == pytest.approx(losses[1], abs=1e-6)
@@ -150,7 +150,7 @@ def test_how_often_a_run_logs_does_not_break_up_a_begun_pack(make_config, packed
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(PackBatches, "at", crash)  # nothing is trained again
         results = run(sweep_of(make_config, {**DECAY, "train.log_every_steps": 6}), tmp_path)
-    assert [result["program"]["K"] for result in results.values()] == [4] * 4
+    assert [result.program.K for result in results.values()] == [4] * 4
 
 
 @pytest.mark.slow
@@ -201,7 +201,7 @@ def test_a_pack_keeps_its_cells_and_slots(make_config, packed, tmp_path):
     cells = {"new": {"method.rank": 3}, "up-r8": CELLS["up-r8"]}
     results = run(sweep_of(make_config, DECAY, cells), tmp_path)
     assert set(results) == {*CELLS, "new"}
-    assert results["new"]["program"]["K"] == 1
+    assert results["new"].program.K == 1
     whole = everything(packed)
     assert {name: everything(tmp_path)[name] for name in CELLS} == {n: whole[n] for n in CELLS}
 
@@ -240,7 +240,7 @@ STOPPED = {
 def test_an_early_stop_and_a_repacked_pack_survive_a_crash(make_config, tmp_path):
     whole = tmp_path / "whole"
     results = run(sweep_of(make_config, STOPPING, STOPPED), whole)
-    steps = [result["metrics"]["steps"] for result in results.values()]
+    steps = [result.metrics.steps for result in results.values()]
     assert steps[:2] == [12, 12] and min(steps[2:]) >= 16
     cut = tmp_path / "cut"
     for number in (10, 5, 3):
@@ -336,7 +336,7 @@ def test_killed_at_twenty_random_moments(make_config, tmp_path):
     whole = tmp_path / "whole"
     results = run(sweep, whole)
     # Two stood still and one diverged: two of five went on, in a narrower program.
-    assert [results[name]["metrics"]["steps"] for name in list(STOPPED)[:2]] == [24, 24]
+    assert [results[name].metrics.steps for name in list(STOPPED)[:2]] == [24, 24]
     moments, kills, cards_seen = random.Random(0), 0, 0
     for number in itertools.count():
         workdir = tmp_path / f"killed-{number}"

@@ -37,7 +37,7 @@ def workdir(tmp_path_factory):
     folder = tmp_path_factory.mktemp("completions")
     cells = [Cell(f"r{rank}", make_config({"method.rank": rank})) for rank in (1, 4)]
     results = run_sweep(Sweep("ranks", tuple(cells)), folder, progress=False)
-    assert [results[name]["program"]["K"] for name in ("r1", "r4")] == [2, 2]
+    assert [results[name].program.K for name in ("r1", "r4")] == [2, 2]
     return folder
 
 
@@ -82,8 +82,8 @@ def test_report_has_the_card_numbers_with_intervals(workdir):
     assert not [words for words in summary.warnings if "predictions" in words]
     for row in summary.rows:
         run = row.runs[0]
-        assert row.test_loss == pytest.approx(run.metric("metrics.test.loss"), rel=1e-9)
-        assert row.test_accuracy == pytest.approx(run.metric("metrics.test.accuracy"), rel=1e-9)
+        assert row.test_loss == pytest.approx(run.card.metrics.test.loss, rel=1e-9)
+        assert row.test_accuracy == pytest.approx(run.card.metrics.test.accuracy, rel=1e-9)
         assert row.loss.low < row.loss.estimate < row.loss.high
 
 
@@ -132,7 +132,7 @@ def test_prompts_and_fused_kernels_of_gpt2_train(tmp_path):
     config = make_config(file="paper/e2e_gpt2.py", arg="gpt2-large,smoke")
     card = train(config, tmp_path, progress=False)
     # Two layers of width 32: query and value are slices of one kernel, rank 4 each.
-    assert card["counts"] == {"adapter": 2 * 2 * 4 * (32 + 32), "head": 0, "total": 1024}
+    assert card.counts.to_json() == {"adapter": 2 * 2 * 4 * (32 + 32), "head": 0, "total": 1024}
     rows = (tmp_path / "cells" / "run" / "metrics.jsonl").read_text().splitlines()
     assert all("tokens_per_s" in json.loads(r) for r in rows if '"train"' in r)
 
@@ -143,7 +143,7 @@ def test_prompts_and_fused_kernels_of_gpt2_train(tmp_path):
 def test_task_metric_is_that_of_the_predictions_and_shown(tmp_path, capsys, task, metric, kind):
     config = make_config(file="paper/glue_roberta.py", arg=f"{task},smoke")
     card = train(config, tmp_path, progress=False)
-    test = card["metrics"]["test"]
+    test = card.metrics.test.to_json()
     with np.load(tmp_path / "cells" / "run" / "test_predictions.npz") as saved:
         label, predicted = saved["label"], saved["prediction"]
         assert predicted.dtype.name == kind and "weight" not in saved
@@ -178,10 +178,10 @@ def test_cells_with_the_models_own_dropout_end_packed_where_they_end_alone(tmp_p
     sweep = Sweep("seeds", tuple(Cell(name, config) for name, config in configs.items()))
     results = run_sweep(sweep, tmp_path / "packed", progress=False)
     alone = train(configs["s1"], tmp_path / "alone", "s1", progress=False)
-    assert results["s1"]["program"]["K"] == 2 and configs["s1"].train.model_dropout
+    assert results["s1"].program.K == 2 and configs["s1"].train.model_dropout
     off = configs["s1"].replace({"train.model_dropout": False})
     off = train(off, tmp_path / "alone", "off", progress=False)
-    of = lambda card: card["metrics"]["train"]["loss"]  # noqa: E731
+    of = lambda card: card.metrics.train.loss  # noqa: E731
     assert of(results["s1"]) == pytest.approx(of(alone), abs=1e-5)
     assert abs(of(off) - of(alone)) > 1e-4
 

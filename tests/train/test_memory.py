@@ -72,13 +72,13 @@ def test_settings_that_a_config_may_lack_train_the_same_cells(change, make_confi
     plain = make_config({"method.dropout": 0.0})
     changed = plain.replace(change)
     cards = [train(c, tmp_path / n, progress=False) for n, c in (("a", plain), ("b", changed))]
-    losses = [card["metrics"]["test"]["loss"] for card in cards]
+    losses = [card.metrics.test.loss for card in cards]
     if "model.quantize" not in change:
         assert losses[1] == pytest.approx(losses[0], abs=2e-5)
-        assert cards[0]["base_hash"] == cards[1]["base_hash"]
+        assert cards[0].base_hash == cards[1].base_hash
         return
     assert losses[1] != losses[0] and losses[1] == pytest.approx(losses[0], abs=0.2)
-    assert cards[0]["base_hash"] != cards[1]["base_hash"]
+    assert cards[0].base_hash != cards[1].base_hash
 
 
 def test_what_lies_in_the_hosts_memory_is_none_of_the_devices():

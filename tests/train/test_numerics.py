@@ -1,5 +1,6 @@
 """What decides about the bits is recorded, compared on resuming and named by `verify`."""
 
+import dataclasses
 import json
 
 import jax
@@ -59,7 +60,7 @@ def test_a_run_resumed_with_another_prng_has_the_same_bits(
     card = train(make_config(), tmp_path / "stopped", progress=False)
     runs = [results_of(tmp_path / name / "cells" / "run") for name in ("whole", "stopped")]
     assert runs[0] == runs[1]
-    (note,) = card["program"]["numerics_changes"]
+    (note,) = card.program.numerics_changes
     assert note.startswith("xla_flags was ") and note.endswith("then '--other'")
     assert any(note in condition for condition in _conditions(card))
 
@@ -76,5 +77,5 @@ def test_verify_names_the_setting_that_differs(make_config, tmp_path, restored):
     assert _conditions(card) == []
     jax.config.update("jax_enable_x64", True)
     assert _conditions(card) == ["JAX_ENABLE_X64 was False, is True"]
-    del card["program"]["numerics"]  # an earlier version's card
-    assert _conditions(card) == []
+    earlier = dataclasses.replace(card, program=dataclasses.replace(card.program, numerics=None))
+    assert _conditions(earlier) == []

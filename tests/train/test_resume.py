@@ -93,7 +93,7 @@ def test_stopped_again_and_again_ends_with_the_same_bits(
     assert not (tmp_path / "cells" / "run" / "card.json").exists()
     card = train(make_config(), tmp_path, progress=False)
     assert results_of(tmp_path / "cells" / "run") == results_of(uninterrupted)
-    assert card["metrics"]["steps"] == 12
+    assert card.metrics.steps == 12
     assert "Traceback" not in capfd.readouterr().err
 
 
@@ -101,7 +101,7 @@ def test_finished_run_is_not_run_again(make_config, uninterrupted, monkeypatch):
     monkeypatch.setattr(loop_module, "build", crash)
     before = (uninterrupted / "card.json").read_bytes()
     card = train(make_config(), uninterrupted.parent.parent, progress=False)
-    assert card == json.loads(before)
+    assert card.to_json() == json.loads(before)
     assert (uninterrupted / "card.json").read_bytes() == before
 
 

@@ -32,17 +32,17 @@ def finished(make_config, tmp_path_factory):
 
 def test_card_says_what_ran(finished):
     cell, card = finished
-    assert json.loads((cell / "card.json").read_text()) == card
-    assert card.keys() == CARD_KEYS
+    assert json.loads((cell / "card.json").read_text()) == card.to_json()
+    assert card.to_json().keys() == CARD_KEYS
     # tiny-bert: width 32, two layers, query and value, rank 8; a head of 32 x 2 + 2.
-    assert card["counts"] == {"adapter": 2 * 2 * 2 * 32 * 8, "head": 66, "total": 2048 + 66}
-    assert card["program"]["ranks"] == [8]
-    assert len(card["program"]["targets"]) == 4
-    assert card["program"]["batch_shapes"] == [[8, 16]]
-    assert card["metrics"]["stopped"] == "budget of 12 steps ended"
-    assert {"total", "per_step", "compile"} <= card["seconds"].keys()
+    assert card.counts.to_json() == {"adapter": 2 * 2 * 2 * 32 * 8, "head": 66, "total": 2048 + 66}
+    assert card.program.ranks == [8]
+    assert len(card.program.targets) == 4
+    assert card.program.batch_shapes == [[8, 16]]
+    assert card.metrics.stopped == "budget of 12 steps ended"
+    assert 0 < card.seconds.compile < card.seconds.total and card.seconds.per_step > 0
     adapter_file = cell / "adapter" / "trainable.safetensors"
-    assert card["metrics"]["adapter_bytes"] == adapter_file.stat().st_size
+    assert card.metrics.adapter_bytes == adapter_file.stat().st_size
 
 
 def test_metrics_hold_what_was_logged_and_evaluated(finished):
@@ -53,12 +53,12 @@ def test_metrics_hold_what_was_logged_and_evaluated(finished):
     assert steps == {
         "train": [3, 6, 9, 12],
         "validation": [4, 8, 12],
-        "test": [card["metrics"]["validation"]["best_step"]],
+        "test": [card.metrics.validation.best_step],
     }
     validation = {row["step"]: row["loss"] for row in rows if row["split"] == "validation"}
     best = min(validation, key=validation.get)
-    assert card["metrics"]["validation"]["best_step"] == best
-    assert card["metrics"]["validation"]["loss"] == validation[best]
+    assert card.metrics.validation.best_step == best
+    assert card.metrics.validation.loss == validation[best]
 
 
 def test_predictions_are_those_of_the_card(finished):
@@ -70,10 +70,10 @@ def test_predictions_are_those_of_the_card(finished):
             "label": "int32",
             "index": "int64",
         }
-        test = card["metrics"]["test"]
-        np.testing.assert_array_equal(saved["index"], np.arange(test["n"]))
-        assert float(np.mean(saved["loss"], dtype=np.float64)) == pytest.approx(test["loss"])
-        assert float(np.mean(saved["correct"])) == pytest.approx(test["accuracy"])
+        test = card.metrics.test
+        np.testing.assert_array_equal(saved["index"], np.arange(test.n))
+        assert float(np.mean(saved["loss"], dtype=np.float64)) == pytest.approx(test.loss)
+        assert float(np.mean(saved["correct"])) == pytest.approx(test.accuracy)
 
 
 def test_saved_adapter_gives_the_predictions_again(finished, make_config):
@@ -132,7 +132,7 @@ def test_each_method_trains_what_it_names(name, pattern, make_config, tmp_path):
     card = train(make_config(changes), tmp_path, progress=False)
     base = dict(trees.flatten(lj.load_model("tiny-bert").params).items())
     adapter = sum(leaf.size for path, leaf in base.items() if re.fullmatch(pattern, path))
-    assert card["counts"] == {"adapter": adapter, "head": 66, "total": adapter + 66}
+    assert card.counts.to_json() == {"adapter": adapter, "head": 66, "total": adapter + 66}
     trained = load_adapter(tmp_path / "cells" / "run" / "adapter").trainable
     started = load_model_and_head(make_config(changes))
     changed = {
@@ -147,7 +147,7 @@ def test_each_method_trains_what_it_names(name, pattern, make_config, tmp_path):
 def test_bfloat16_model_trains_whole(make_config, tmp_path):
     changes = {"method.name": "full", "model.dtype": "bfloat16", "train.num_steps": 2}
     card = train(make_config(changes), tmp_path, progress=False)
-    assert np.isfinite(card["metrics"]["test"]["loss"])
+    assert np.isfinite(card.metrics.test.loss)
     trainable = load_adapter(tmp_path / "cells" / "run" / "adapter").trainable
     dtypes = {str(entry["value"].dtype) for entry in trainable.values()}
     assert dtypes == {"bfloat16", "float32"}  # the base, and the head
@@ -158,9 +158,9 @@ def test_stops_when_validation_stops_improving(make_config, tmp_path):
     changes = {"optimizer.lr": 0.0, "train.patience": 2, "train.num_steps": 100}
     changes |= {"train.eval_every_steps": 2, "train.log_every_steps": 50}
     card = train(make_config(changes), tmp_path, progress=False)
-    assert card["metrics"]["stopped"] == STOPPED_IMPROVING
-    assert card["metrics"]["steps"] == 6
-    assert card["metrics"]["validation"]["best_step"] == 2
+    assert card.metrics.stopped == STOPPED_IMPROVING
+    assert card.metrics.steps == 6
+    assert card.metrics.validation.best_step == 2
 
 
 def test_best_weights_are_kept_not_the_last(make_config, tmp_path):
@@ -168,7 +168,7 @@ def test_best_weights_are_kept_not_the_last(make_config, tmp_path):
     changes = {"optimizer.lr": 0.3, "optimizer.schedule": "constant", "optimizer.warmup_ratio": 0.0}
     changes |= {"train.eval_every_steps": 1, "train.num_steps": 6}
     card = train(make_config(changes), tmp_path, "long", progress=False)
-    best = card["metrics"]["validation"]["best_step"]
+    best = card.metrics.validation.best_step
     assert 0 < best < 6
     train(make_config(changes | {"train.num_steps": best}), tmp_path, "short", progress=False)
     long, short = (

@@ -38,7 +38,7 @@ def test_a_variant_trains_resumes_saves_loads_and_merges(name, make_config, tmp_
     adapted = load_adapter(cell / "adapter")
     assert type(adapted.method) is METHODS[name]
     lifted, merged = (evaluate_cell(cell, merged=merged)[0] for merged in (False, True))
-    assert lifted.loss == card["metrics"]["test"]["loss"]
+    assert lifted.loss == card.metrics.test.loss
     np.testing.assert_allclose(merged.loss, lifted.loss, rtol=1e-5)
     before = dict(trees.flatten(adapted.frozen).items())
     after = dict(trees.flatten(adapted.method.merge(adapted.trainable, adapted.frozen)).items())

@@ -1,0 +1,273 @@
+"""The record of a finished run, card.json: what was asked, where it ran, and what came out."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import os
+import reprlib
+import types
+import typing
+import warnings
+from collections.abc import Mapping
+from typing import Any
+
+from lora_jax.core.errors import RequestError
+from lora_jax.formats.atomic import write_json
+from lora_jax.formats.untrusted import COUNT, NUMBER, check_fields, check_kind
+from lora_jax.train.workdir import is_folder_name, read_json_file
+
+RESTORE = "restore it, or remove the cell's folder to train it again"
+# Settings that reports and sweeps read; the rest of a card's config is checked where it is used.
+_SETTINGS: Mapping[str, Any] = {
+    "config.model": dict, "config.method.name": str, "?config.seed": int, "?config.data.seed": int,
+    "?config.optimizer.lr": NUMBER,
+}  # fmt: skip
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Section:
+    """A JSON object of a card, with an attribute per key.
+
+    A field without a default is in every card; the others are None in cards of versions that had
+    not got them. `others` holds the keys that are no field, so that a card of a later version
+    comes back unchanged from `to_json`.
+    """
+
+    others: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+
+    def to_json(self) -> dict[str, Any]:
+        """The JSON object, keys in order."""
+        own = {name: getattr(self, name) for name in _fields_of(type(self))}
+        found = {**self.others, **{name: x for name, x in own.items() if x is not None}}
+        return {
+            name: x.to_json() if isinstance(x, Section) else x for name, x in sorted(found.items())
+        }
+
+    def __getitem__(self, name: str) -> Any:
+        """Deprecated, for one release: cards were dicts."""
+        warnings.warn(
+            f"{type(self).__name__}[{name!r}] is deprecated; use its attribute {name}",
+            DeprecationWarning,
+            stacklevel=2,
+        )
+        value = getattr(self, name, None) if name in _fields_of(type(self)) else None
+        return self.others[name] if value is None else value
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Counts(Section):
+    """Trained parameters: of the task head, of all else, and of both."""
+
+    adapter: int
+    head: int
+    total: int
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Seconds(Section):
+    """Seconds that the run took, by kind of work; of a packed run its share of the pack's.
+
+    `total` includes `compile`; `shared_by` counts the runs of the pack. Other kinds ("train",
+    "evaluate") are in `others`.
+    """
+
+    total: float
+    per_step: float
+    compile: float
+    shared_by: int | None = None
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Program(Section):
+    """The compiled program, and the pack if the run was one of several.
+
+    `K` runs shared the program, this one in lane `slot`; `cells` names them by lane, `at_once` is
+    how many were computed side by side (0: all), `pack` the pack's folder. `memory_bytes` are those
+    of one device. `mesh` is as `--mesh` has it. `numerics` are the settings that change bits,
+    `numerics_changes` those that a resumed run found changed.
+    """
+
+    K: int
+    slot: int
+    ranks: list[int]
+    targets: list[str]
+    batch_shapes: list[list[int]]
+    threads: int
+    xla_flags: str
+    matmul_precision: str
+    pack: str | None = None
+    cells: list[str] | None = None
+    at_once: int | None = None
+    memory_bytes: int | None = None
+    mesh: str | None = None
+    numerics: dict[str, Any] | None = None
+    numerics_changes: list[str] | None = None
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TrainLoss(Section):
+    """The mean training loss of the last entry of metrics.jsonl."""
+
+    loss: float
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class BestScores(Section):
+    """Of the best step on the validation split, whose weights were kept."""
+
+    loss: float
+    accuracy: float
+    best_step: int
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class FinalScores(Section):
+    """Of the kept weights on the `n` examples of the test split; `tokens` counts those of texts."""
+
+    loss: float
+    accuracy: float
+    n: int
+    tokens: int | None = None
+
+    @property
+    def task_metrics(self) -> dict[str, float]:
+        """What else the data set is judged by (`train/task_metrics.py`), such as "matthews"."""
+        return {name: value for name, value in self.others.items() if isinstance(value, float)}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Metrics(Section):
+    """What came out: scores by split, why and when training stopped, and what was saved."""
+
+    train: TrainLoss
+    validation: BestScores
+    test: FinalScores
+    stopped: str
+    steps: int
+    adapter_bytes: int
+    weights_sha256: str | None = None
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Card(Section):
+    """The record of a finished run.
+
+    The hashes (sha256, hex) are of the config's settings, the base model's weights and the data.
+    `config_file` and `config_arg` are the file that made the config and what stood after its colon
+    (None: nothing); they are no settings and not hashed. `commit` is this package's, `finished` the
+    time in ISO 8601.
+
+    Indexing (`card["metrics"]["test"]["loss"]`) works for one more release with a
+    `DeprecationWarning`; write `card.metrics.test.loss`.
+    """
+
+    config: dict[str, Any]
+    config_hash: str
+    base_hash: str
+    data_hash: str
+    seeds: dict[str, int]
+    device: dict[str, Any]
+    program: Program
+    counts: Counts
+    seconds: Seconds
+    metrics: Metrics
+    versions: dict[str, str]
+    commit: str
+    finished: str | None = None
+    config_file: str | None = None
+    config_arg: str | None = None
+
+    @classmethod
+    def read(cls, path: str | os.PathLike) -> Card:
+        """The card in the file at `path`. Raises `RequestError` for what is no card."""
+        return cls.from_json(read_json_file(path), path)
+
+    def write(self, path: str | os.PathLike) -> None:
+        """Writes the card to `path`, atomically. Raises `RequestError` if the disk refuses it."""
+        write_json(path, self.to_json())
+
+    @classmethod
+    def from_json(cls, values: Any, place: str | os.PathLike = "the card") -> Card:
+        """The card of a JSON object.
+
+        Args:
+          values: as `to_json` gives it, of this or an earlier version.
+          place: where it was read, for messages.
+
+        Raises:
+          RequestError: a field is missing or of another kind, or a packed run's cells have names
+            that are no folders.
+        """
+        check_fields(values, {}, place, RESTORE)
+        card = _section(cls, values, place)
+        check_fields(values, _SETTINGS, place, RESTORE)
+        if card.program.K > 1:
+            of_pack = {"program.cells": list, "program.at_once": COUNT}
+            check_fields(values, of_pack, place, RESTORE)
+        for name in card.program.cells or ():
+            if not is_folder_name(name):
+                raise RequestError(f"{place} names a cell {reprlib.repr(name)}; {RESTORE}")
+        if card.config_arg is None:  # as earlier versions had it, in one
+            return dataclasses.replace(card, **config_parts(card.config_file or ""))
+        return card
+
+    @property
+    def config_name(self) -> str | None:
+        """The config as `--config=` takes it, "FILE.py[:arg]"; None if the card has no file."""
+        arg = "" if self.config_arg is None else f":{self.config_arg}"
+        return f"{self.config_file}{arg}" if self.config_file else None
+
+
+def config_parts(name: str) -> dict[str, str | None]:
+    """A card's `config_file` and `config_arg` of what `--config=` had, "" if there was no file.
+
+    >>> config_parts("my.py:lora")
+    {'config_file': 'my.py', 'config_arg': 'lora'}
+    """
+    file, colon, arg = name.partition(":")
+    return {"config_file": file or None, "config_arg": arg if colon else None}
+
+
+_S = typing.TypeVar("_S", bound=Section)
+
+
+@functools.cache
+def _fields_of(section: type[Section]) -> dict[str, tuple[Any, bool]]:
+    """`{name: (type, whether every card has it)}` of a section's own fields."""
+    hints = typing.get_type_hints(section)
+    found = {}
+    for field in dataclasses.fields(section):
+        hint = hints[field.name]
+        if isinstance(hint, types.UnionType):
+            hint = typing.get_args(hint)[0]
+        if field.name != "others":
+            found[field.name] = (hint, field.default is dataclasses.MISSING)
+    return found
+
+
+def _section(section: type[_S], values: Mapping[str, Any], place: Any, prefix: str = "") -> _S:
+    found = {}
+    for name, (hint, always) in _fields_of(section).items():
+        if name in values:
+            found[name] = _typed(hint, values[name], f"{prefix}{name}", place)
+        elif always:
+            raise RequestError(f"{place}: {prefix}{name} is missing; {RESTORE}")
+    others = {name: value for name, value in values.items() if name not in found}
+    return section(**found, others=others)
+
+
+def _typed(hint: Any, value: Any, name: str, place: Any) -> Any:
+    """The JSON value of a field of type `hint`. Raises `RequestError` if it is another kind."""
+    if hint is Any:
+        return value
+    kind = typing.get_origin(hint) or hint
+    is_section = issubclass(kind, Section)
+    wanted = dict if is_section else {int: COUNT, float: NUMBER}.get(kind, kind)
+    check_kind(value, wanted, name, place, RESTORE)
+    if is_section:
+        return _section(kind, value, place, f"{name}.")
+    items = value.items() if kind is dict else enumerate(value) if kind is list else ()
+    for key, item in items:
+        _typed(typing.get_args(hint)[-1], item, f"{name}[{reprlib.repr(key)}]", place)
+    return value
