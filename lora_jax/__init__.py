@@ -30,7 +30,7 @@ from lora_jax.methods import arithmetic as arithmetic
 from lora_jax.methods import bind_all as bind_all
 from lora_jax.methods import merge_all as merge_all
 from lora_jax.methods.masked import masked_optimizer as masked_optimizer
-from lora_jax.methods.named import register_method as register_method
+from lora_jax.methods.registry import register_method as register_method
 from lora_jax.quant import merge_and_requantize as merge_and_requantize
 from lora_jax.quant import quantize as quantize
 

@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from lora_jax.methods.named import METHODS, settings_of, title_of
+from lora_jax.methods.registry import METHODS, settings_of, title_of
 from lora_jax.report.runs import Run
 
 BASIN_MARGIN = 0.01  # nats of validation loss within which a rate counts as good as the best

@@ -14,7 +14,7 @@ from ml_collections import ConfigDict
 from lora_jax.core.errors import RequestError
 from lora_jax.core.trees import nearest
 from lora_jax.data.tables import EXTENSIONS
-from lora_jax.methods.named import kind_of, settings_of
+from lora_jax.methods.registry import kind_of, settings_of
 from lora_jax.train.schema import ABSENT, REQUIRED, SECTIONS, SETTINGS, typed
 
 

@@ -11,7 +11,7 @@ from ml_collections import ConfigDict
 from lora_jax.cli.main import main
 from lora_jax.cli.requests import read_config
 from lora_jax.core.errors import RequestError
-from lora_jax.methods.named import all_settings
+from lora_jax.methods.registry import all_settings
 from lora_jax.train.configs import complete, fill
 from lora_jax.train.schema import SETTINGS, may_be_none
 from lora_jax.train.workdir import config_hash, flat_config, plain_config

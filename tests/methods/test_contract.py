@@ -14,7 +14,7 @@ import pytest
 
 import lora_jax as lj
 from lora_jax.methods.lora import LoRASettings
-from lora_jax.methods.named import METHODS
+from lora_jax.methods.registry import METHODS
 from tests.core.adapted import random_like
 
 PARAMS = {"w": jax.random.normal(jax.random.key(0), (6, 4)), "head": jnp.ones((4, 2))}
