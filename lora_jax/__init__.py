@@ -45,7 +45,7 @@ if TYPE_CHECKING:
     from lora_jax.methods import bind_all as bind_all
     from lora_jax.methods import merge_all as merge_all
     from lora_jax.methods.masked import masked_optimizer as masked_optimizer
-    from lora_jax.methods.named import register_method as register_method
+    from lora_jax.methods.registry import register_method as register_method
     from lora_jax.models import Model as Model
     from lora_jax.models import load_model as load_model
     from lora_jax.models import save_model as save_model
@@ -77,7 +77,7 @@ else:
             "LoRAFA LoRAPlus LoRAXS Method PiSSA RsLoRA Rule UniLoRA VeRA arithmetic bind_all "
             "merge_all",
             "methods.masked": "masked_optimizer",
-            "methods.named": "register_method",
+            "methods.registry": "register_method",
             "models": "Model load_model save_model",
             "quant": "merge_and_requantize quantize",
             "serve.adapters": "Adapted load_adapter",

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 import lora_jax as lj
-from lora_jax.methods.named import METHODS
+from lora_jax.methods.registry import METHODS
 from tests.core.adapted import random_like
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -13,7 +13,7 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-import lora_jax.methods.named  # noqa: F401  (the methods' own settings join)
+import lora_jax.methods.registry  # noqa: F401  (the methods' own settings join)
 from lora_jax.core.errors import RequestError
 from lora_jax.core.trees import nearest
 from lora_jax.formats.paths import at_home

@@ -2,6 +2,9 @@
 
 from lora_jax.core.rules import Rule as Rule
 from lora_jax.methods.base import Method as Method
+from lora_jax.methods.combined import Combined as Combined
+from lora_jax.methods.combined import bind_all as bind_all
+from lora_jax.methods.combined import merge_all as merge_all
 from lora_jax.methods.dora import DoRA as DoRA
 from lora_jax.methods.full import BitFit as BitFit
 from lora_jax.methods.full import FullFineTuning as FullFineTuning
@@ -13,8 +16,5 @@ from lora_jax.methods.lora_plus import LoRAPlus as LoRAPlus
 from lora_jax.methods.lora_xs import LoRAXS as LoRAXS
 from lora_jax.methods.pissa import PiSSA as PiSSA
 from lora_jax.methods.rslora import RsLoRA as RsLoRA
-from lora_jax.methods.several import Combined as Combined
-from lora_jax.methods.several import bind_all as bind_all
-from lora_jax.methods.several import merge_all as merge_all
 from lora_jax.methods.uni_lora import UniLoRA as UniLoRA
 from lora_jax.methods.vera import VeRA as VeRA

@@ -25,11 +25,11 @@ from lora_jax.core.hashes import hash_params
 from lora_jax.core.rules import Rule
 from lora_jax.core.values import is_adapted, is_bound
 from lora_jax.methods.base import Method, PyTree, Trainable
-from lora_jax.methods.changes import Changes, side_by_side
 from lora_jax.methods.lora import LoRA
 from lora_jax.methods.rows import rows_name
 from lora_jax.methods.sites import Site
 from lora_jax.methods.starts import from_matrices, to_matrices
+from lora_jax.methods.sums import Changes, side_by_side
 
 
 @dataclasses.dataclass(frozen=True)

@@ -20,7 +20,7 @@ import jax.numpy as jnp
 from lora_jax.core.errors import RequestError
 from lora_jax.core.trees import flatten, nearest
 from lora_jax.methods import Method
-from lora_jax.methods.named import method_of
+from lora_jax.methods.registry import method_of
 from lora_jax.models import Model
 from lora_jax.models.families import CAUSAL_LM
 from lora_jax.models.shapes import abstract_model

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from lora_jax.methods.named import METHODS, settings_of, title_of
+from lora_jax.methods.registry import METHODS, settings_of, title_of
 from lora_jax.report.runs import FinishedRun, Run, finished_runs
 from lora_jax.settings import flat_config
 

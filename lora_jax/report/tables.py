@@ -8,7 +8,7 @@ import numpy as np
 
 from lora_jax.core.errors import RequestError
 from lora_jax.methods.lora import LoRA
-from lora_jax.methods.named import METHODS
+from lora_jax.methods.registry import METHODS
 from lora_jax.report.groups import Basin, Group, choose_rates, differing_settings, group_runs
 from lora_jax.report.runs import FinishedRun, Run, finished_runs
 from lora_jax.report.statistics import (

@@ -11,7 +11,7 @@ from lora_jax.core import trees
 from lora_jax.core.errors import RequestError
 from lora_jax.core.rules import Rule
 from lora_jax.methods import LoRA, Method, UniLoRA
-from lora_jax.methods.named import METHODS, all_settings, settings_of
+from lora_jax.methods.registry import METHODS, all_settings, settings_of
 from lora_jax.settings import SETTINGS
 from lora_jax.settings.fields import check_range
 from lora_jax.sweeps.cells import read_tune, value_text

@@ -26,7 +26,7 @@ from lora_jax.data import (
 )
 from lora_jax.formats import matching  # noqa: F401  (rules then match within a time limit)
 from lora_jax.methods import Method
-from lora_jax.methods.named import method_of
+from lora_jax.methods.registry import method_of
 from lora_jax.models import Model, load_model
 from lora_jax.models.load import redraw_head
 from lora_jax.parallel.offload import lacks_host_memory, offload

@@ -11,7 +11,7 @@ from ml_collections import ConfigDict
 from lora_jax.cli.main import main
 from lora_jax.cli.requests import read_config
 from lora_jax.core.errors import RequestError
-from lora_jax.methods.named import all_settings
+from lora_jax.methods.registry import all_settings
 from lora_jax.settings import SETTINGS, Settings, complete, flat_config, plain_config
 
 EXPERIMENTS = Path(__file__).parents[2] / "experiments"

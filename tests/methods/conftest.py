@@ -3,7 +3,7 @@
 import pytest
 
 import lora_jax as lj
-from lora_jax.methods.named import METHODS
+from lora_jax.methods.registry import METHODS
 
 
 @pytest.fixture

@@ -14,7 +14,7 @@ import pytest
 
 import lora_jax as lj
 from lora_jax.methods.lora import LoRASettings
-from lora_jax.methods.named import METHODS
+from lora_jax.methods.registry import METHODS
 from tests.core.adapted import random_like
 
 PARAMS = {"w": jax.random.normal(jax.random.key(0), (6, 4)), "head": jnp.ones((4, 2))}
@@ -117,7 +117,7 @@ def test_old_names_work_and_say_the_new_ones():
     with pytest.warns(DeprecationWarning, match="LoRAFA.FIXED is now called FROZEN_PARTS"):
         assert {"a"} == lj.LoRAFA(targets="w").FIXED
     with pytest.warns(DeprecationWarning, match="is now in lora_jax.methods.starts"):
-        from lora_jax.methods.singular import times_ranks  # noqa: F401
+        from lora_jax.methods.starts import times_ranks  # noqa: F401
 
 
 @pytest.mark.parametrize("table", ["FROZEN_PARTS", "RATE_MULTIPLIERS", "DECAY_MULTIPLIERS"])

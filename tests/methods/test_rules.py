@@ -9,7 +9,7 @@ import pytest
 
 import lora_jax as lj
 from lora_jax.core import trees
-from lora_jax.methods.named import method_of
+from lora_jax.methods.registry import method_of
 from tests.core.adapted import random_like
 from tests.methods.test_methods import X, model_params
 from tests.methods.variants import AXES, TARGETS, trained

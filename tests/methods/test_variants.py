@@ -9,7 +9,7 @@ import optax
 import pytest
 
 import lora_jax as lj
-from lora_jax.methods.named import METHODS, method_of
+from lora_jax.methods.registry import METHODS, method_of
 from lora_jax.settings import OptimizerSettings
 from lora_jax.train.optimizer import make_optimizer
 from tests.core.adapted import largest_difference

@@ -9,7 +9,7 @@ import pytest
 import lora_jax as lj
 import lora_jax.settings
 from lora_jax.core.errors import RequestError
-from lora_jax.methods.named import METHODS
+from lora_jax.methods.registry import METHODS
 from lora_jax.settings import SETTINGS, OptimizerSettings, Settings, check, schema
 from lora_jax.settings.described import table
 

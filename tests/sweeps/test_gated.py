@@ -12,7 +12,7 @@ import pytest
 
 import lora_jax as lj
 from lora_jax.formats.adapter import load_trainable
-from lora_jax.methods.named import METHODS
+from lora_jax.methods.registry import METHODS
 from lora_jax.serve.adapters import load_adapter
 from lora_jax.sweeps import run_sweep
 from lora_jax.sweeps.pack import make_pack

@@ -8,7 +8,7 @@ import sys
 
 import pytest
 
-from lora_jax.methods.named import METHODS
+from lora_jax.methods.registry import METHODS
 from lora_jax.train.workdir import plain_config
 from tests.train.conftest import ROOT
 

@@ -6,7 +6,7 @@ import pytest
 import lora_jax as lj
 from lora_jax.core import trees
 from lora_jax.data import TrainIterator
-from lora_jax.methods.named import METHODS
+from lora_jax.methods.registry import METHODS
 from lora_jax.train import train
 from lora_jax.train.adapted import load_run_adapter as load_adapter
 from lora_jax.train.again import evaluate_cell

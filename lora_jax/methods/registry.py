@@ -147,7 +147,7 @@ def _fields_of(kind: type[Method]) -> list[dataclasses.Field]:
 
 
 for _name, _kind in METHODS.items():
-    join_method(_name, _fields_of(_kind), moves_all=_kind.ALONE)
+    join_method(_name, _fields_of(_kind), moves_all=_kind.EXCLUSIVE)
 
 
 def kind_of(name: Any) -> type[Method]:
