@@ -16,7 +16,6 @@ from lora_jax.settings import SETTINGS
 from lora_jax.settings.fields import check_range
 from lora_jax.sweeps.cells import read_tune, value_text
 
-OF_METHODS = all_settings()
 # Settings of a rule that a table shows even where they have their default.
 SHOWN = ("targets", "rank", "alpha", "dropout", "init")
 OF_ANY = ("name", "method", "train", "rows", "lr", "weight_decay", "seed")
@@ -66,9 +65,10 @@ def read_cells(
 def _read_cell(name: str, given: Mapping[str, Any], axes: Any, aliases: Any) -> CellSettings:
     """One cell; where a setting is wrong, `refused` says why and what was given stands as it is."""
     try:
+        known = (*OF_ANY, *all_settings())
         for key in given:
-            if key not in (*OF_ANY, *OF_METHODS):
-                near = trees.nearest(str(key), (*OF_ANY, *OF_METHODS))
+            if key not in known:
+                near = trees.nearest(str(key), known)
                 raise RequestError(f"cell {name!r} has an unknown setting {key!r}; {near}")
         rates = {
             key: float(_checked(name, f"optimizer.{key}", given.get(key, default)))
@@ -113,7 +113,7 @@ def tuned_cells(
 def _method_of(given: Mapping[str, Any], axes, aliases) -> Method:
     kind = given.get("method", "lora")
     if isinstance(kind, Method):
-        useless = [key for key in (*OF_METHODS, "train", "rows") if key in given]
+        useless = [key for key in (*all_settings(), "train", "rows") if key in given]
         if useless:
             raise RequestError(
                 f"{useless[0]!r} stands beside a ready method, which has its own; remove it, or "
@@ -124,7 +124,7 @@ def _method_of(given: Mapping[str, Any], axes, aliases) -> Method:
         near = trees.nearest(str(kind), METHODS)
         raise RequestError(f"method {kind!r} is no name and no Method made ready; {near}")
     own = settings_of(METHODS[kind])
-    useless = next((key for key in OF_METHODS if key in given and key not in own), None)
+    useless = next((key for key in all_settings() if key in given and key not in own), None)
     if useless is not None:
         raise RequestError(f"{useless!r} means nothing to method {kind!r}; remove it")
     settings = {key: given[key] for key in (*own, "train", "rows") if key in given}
