@@ -10,6 +10,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from lora_jax.core.errors import RequestError
+from lora_jax.settings import check
 
 # What a model learns to give for a text: one of some classes, a number, or another text.
 TARGETS = ("class", "number", "text")
@@ -160,8 +161,7 @@ def limit_examples(
     Which ones depends on the texts alone, and a smaller limit takes a subset of a larger one's.
     Raises `RequestError` if the limit is negative or, with `every_class`, leaves a class out.
     """
-    if limit < 0:
-        raise RequestError(f"data.limit is {limit}; give a positive number, or 0 for all examples")
+    check("data.limit", limit)
     if limit == 0 or limit >= len(examples):
         return examples
     order = sorted(range(len(examples)), key=lambda i: hash_order("limit", examples.text(i)))
@@ -192,7 +192,8 @@ def limit_evaluation(examples: Examples, limit: int, *, target: str) -> Examples
     order that depends on them alone, while they fit into `limit` pairs (one prompt at least). A
     rare class may be left out.
     """
-    if target != "text" or limit <= 0 or limit >= len(examples):
+    check("data.eval_limit", limit)
+    if target != "text" or limit == 0 or limit >= len(examples):
         return limit_examples(examples, limit, target=target, every_class=False)
     groups: dict[str, list[int]] = {}
     for i, prompt in enumerate(examples.texts):

@@ -6,6 +6,7 @@ from typing import NamedTuple
 import numpy as np
 
 from lora_jax.core.errors import RequestError
+from lora_jax.settings import check
 
 
 class ScheduledBatch(NamedTuple):
@@ -58,10 +59,9 @@ def epoch_schedule(
     Raises `RequestError` for no examples, a batch size below 1 or a length above the last bucket.
     """
     lengths = np.asarray(lengths)
-    if batch_size < 1:
-        raise RequestError(f"data.batch_size={batch_size}; give 1 or more")
-    if min(seed, order_seed or 0) < 0:
-        raise RequestError(f"data.seed={min(seed, order_seed or 0)}; give 0 or more")
+    check("data.batch_size", batch_size)
+    check("data.seed", seed)
+    check("seed", order_seed or 0)
     if len(lengths) == 0:
         raise RequestError("there are no training examples to make batches of")
     bucket_of = _bucket_numbers(lengths, buckets)

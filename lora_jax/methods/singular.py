@@ -9,7 +9,7 @@ from lora_jax.methods import starts
 def __getattr__(name: str) -> Any:
     found = getattr(starts, name)
     warnings.warn(
-        f"lora_jax.methods.starts.{name} is now in lora_jax.methods.starts",
+        f"lora_jax.methods.singular.{name} is now in lora_jax.methods.starts",
         DeprecationWarning,
         stacklevel=2,
     )

@@ -87,7 +87,7 @@ class DataSettings(Section):
     max_length: int = setting(128, "longer texts are truncated", unit="tokens", low=1)
     buckets: tuple[int, ...] = setting((16, 32, 64, 128, 256, 512), "padded lengths", unit="tokens")
     batch_size: int = setting(32, "of a training step", unit="examples", low=1, high=2**20)
-    seed: int = setting(0, "decides the shapes of batches and their order")
+    seed: int = setting(0, "decides the shapes of batches and their order", low=0)
     limit: int = setting(0, "of the training data; 0: all", unit="examples", low=0)
     eval_limit: int = optional(0, "of validation and test; 0: all", unit="examples", low=0)
 
@@ -169,7 +169,7 @@ SECTIONS = tuple(kind.NAME for kind in SECTION_TYPES)
 # Every setting by dotted name; `join_method` adds to it.
 SETTINGS: dict[str, Setting] = {
     "seed": Setting(
-        kind="whole", default=0, role=LANE, low=-(2**63), high=2**63 - 1,
+        kind="whole", default=0, role=LANE, low=0, high=2**63 - 1,
         help="decides a new head, the adapters, dropout and the order of examples",
     ),
     **{

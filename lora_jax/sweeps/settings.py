@@ -65,8 +65,9 @@ def read_cells(
 def _read_cell(name: str, given: Mapping[str, Any], axes: Any, aliases: Any) -> CellSettings:
     """One cell; where a setting is wrong, `refused` says why and what was given stands as it is."""
     try:
+        known = (*OF_ANY, *all_settings())
         for key in given:
-            if key not in (known := (*OF_ANY, *all_settings())):
+            if key not in known:
                 near = trees.nearest(str(key), known)
                 raise RequestError(f"cell {name!r} has an unknown setting {key!r}; {near}")
         rates = {

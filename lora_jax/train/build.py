@@ -115,7 +115,8 @@ class Base:
 def load_base(config: Settings, mesh: Mesh | None = None) -> Base:
     """Loads what the `model` and `data` sections of `config` name, the model onto `mesh` if there
     is one. Raises `RequestError`."""
-    config.check()
+    config.model.check()
+    config.data.check()  # the rest is each cell's own
     splits = load_splits(config.data, target=task_of(config.model).target)
     task = task_of(config.model, splits)
     model = make_model(config.model, keys_of(config.seed)[0], mesh)

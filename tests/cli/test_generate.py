@@ -30,7 +30,12 @@ def adapters(tmp_path_factory):
     drawn = [0.5 * jax.random.normal(k, x.shape) for k, x in zip(keys, leaves, strict=True)]
     trainable = jax.tree.unflatten(treedef, drawn)
     description = {
-        "model": {"name": "tiny-llama", "head": "causal-lm", "num_labels": None, "dtype": None},
+        "model": {
+            "name": "tiny-llama",
+            "head": "causal-lm",
+            "num_labels": None,
+            "dtype": "float32",
+        },
         "method": settings,
         "seed": 0,
         "base_hash": model.base_hash,

@@ -267,7 +267,8 @@ def test_mistakes_in_source_and_path_are_named(write_jsonl, tmp_path, source, pa
 
 
 @pytest.mark.parametrize(
-    ("limit", "message"), [(-1, r"data\.limit is -1"), (1, r"data\.limit=1 leaves 1 of 2 labels")]
+    ("limit", "message"),
+    [(-1, r"data\.limit=-1 must be"), (1, r"data\.limit=1 leaves 1 of 2 labels")],
 )
 def test_a_limit_that_cannot_be_is_an_error(write_jsonl, limit, message):
     with pytest.raises(RequestError, match=message):

@@ -117,7 +117,7 @@ def test_old_names_work_and_say_the_new_ones():
     with pytest.warns(DeprecationWarning, match="LoRAFA.FIXED is now called FROZEN_PARTS"):
         assert {"a"} == lj.LoRAFA(targets="w").FIXED
     with pytest.warns(DeprecationWarning, match="is now in lora_jax.methods.starts"):
-        from lora_jax.methods.starts import times_ranks  # noqa: F401
+        from lora_jax.methods.singular import times_ranks  # noqa: F401
 
 
 @pytest.mark.parametrize("table", ["FROZEN_PARTS", "RATE_MULTIPLIERS", "DECAY_MULTIPLIERS"])

@@ -128,6 +128,18 @@ def test_the_plan_says_what_shares_a_program_and_who_is_refused(make_config, tmp
     assert not (tmp_path / "w").exists()
 
 
+def test_a_first_cell_with_a_setting_out_of_range_does_not_take_the_others_with_it(
+    make_config, tmp_path
+):
+    cells = {"bad": {"optimizer.lr": -1.0}, "worse": {"train.patience": -1}, "good": {"seed": 1}}
+    lines = plan_sweep(sweep_of(make_config, QUICK, cells), tmp_path)
+    assert sorted(lines) == [
+        "alone: good",
+        "refused: bad: optimizer.lr=-1.0 must be a number, at least 0",
+        "refused: worse: train.patience=-1 must be a whole number, at least 0",
+    ]
+
+
 def test_cells_of_different_seeds_with_a_frozen_new_head_do_not_share(make_config, tmp_path):
     own = {"method.rank": 2, "method.train": ""}
     cells = {
