@@ -264,28 +264,29 @@ class Training:
     def _validate_cells(self) -> None:
         trainable, lanes = self.state.trainable, self.going()
         scores = self._validate(trainable, self._frozen, self._watched)
-        # The time goes to all that took part, those that end with it too.
-        self._end_section("evaluate")
+        # Without validation the last step is the best: nothing chooses among them.
+        values = scores or [{"loss": -float(self.step)}] * len(self.lanes)
         self.check_weights()
         better = np.zeros(len(self.lanes), bool)
         for lane in lanes:
-            cell = self._at(lane)
-            # Without validation the last step is the best: nothing chooses among them.
-            values = {"loss": -float(self.step)} if scores is None else scores[lane]
-            if not cell.error and not math.isfinite(values["loss"]):
-                self._fail(lane, "validation loss", values["loss"], self.step)
-            if cell.error:
-                continue
-            cell.evaluate(values, self.schedule)
-            better[lane] = cell.progress.best_step == self.step
-            if cell.progress.stopped and cell.progress.window:
-                self._notify("logged", self.lanes[lane], cell.log())
-            if scores is not None:
-                self._notify("evaluated", self.lanes[lane], values)
+            cell, loss = self._at(lane), values[lane]["loss"]
+            if not cell.error and not math.isfinite(loss):
+                self._fail(lane, "validation loss", loss, self.step)
+            if not cell.error:
+                cell.evaluate(values[lane], self.schedule)
+                better[lane] = cell.progress.best_step == self.step
         # Beyond the last: what is kept of an empty lane goes nowhere.
         count = self._program.padded(len(self.cells))
         cells = [count if k == EMPTY else k for k in self.lanes]
         self.best = self._program.keep(self.best, trainable, cells, better, count)
+        # The time goes to all that took part, those that end with it too.
+        self._end_section("evaluate", [self._at(lane) for lane in lanes])
+        for lane in lanes:
+            cell = self._at(lane)
+            if cell.progress.stopped and cell.progress.window:
+                self._notify("logged", self.lanes[lane], cell.log())
+            if scores and not cell.error:
+                self._notify("evaluated", self.lanes[lane], values[lane])
 
     def _fail(self, lane: int, what: str, value: float, step: int) -> None:
         cell = self._at(lane)
