@@ -4,32 +4,26 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 
 from lora_jax.core import trees
 from lora_jax.core.errors import RequestError
 from lora_jax.core.lift import lift
-from lora_jax.settings import OptimizerSettings
-from lora_jax.sweeps.batches import OwnBatches, SharedBatches, num_elements
-from lora_jax.sweeps.curves import Curves
-from lora_jax.sweeps.memory import DoesNotFit, device_memory_bytes
-from lora_jax.sweeps.pack import Pack
-from lora_jax.sweeps.packed import PackTraining
-from lora_jax.sweeps.plan import Planned, make_plan
-from lora_jax.sweeps.program import PackedProgram, default_at_once
+from lora_jax.sweeps.batches import OwnBatches, SharedBatches
+from lora_jax.sweeps.in_memory import InMemory
+from lora_jax.sweeps.memory import device_memory_bytes
+from lora_jax.sweeps.program import default_at_once
 from lora_jax.sweeps.results import CellResult, SweepResults
-from lora_jax.sweeps.runner import Runner, Spec
+from lora_jax.sweeps.runner import Runner
 from lora_jax.sweeps.settings import CellSettings, read_cells, tuned_cells
 from lora_jax.train.cell import Schedule
 from lora_jax.train.loop import Callback, StopRequested
-from lora_jax.train.optimizer import make_optimizer
-from lora_jax.train.progress import show_progress
 
 
 def sweep(
@@ -41,6 +35,7 @@ def sweep(
     num_steps: int,
     tune: tuple[str, Sequence[Any]] | None = None,
     validation: Sequence[Any] = (),
+    metrics: Callable[[Any, Any], Mapping[str, jax.Array]] | None = None,
     eval_every: int = 0,
     patience: int = 0,
     schedule: str = "constant",
@@ -49,6 +44,7 @@ def sweep(
     beta1: float = 0.9,
     beta2: float = 0.999,
     eps: float = 1e-8,
+    tx: Callable[[Any], optax.GradientTransformation] | None = None,
     axes: Mapping[str, Any] | None = None,
     aliases: Mapping[str, str] | None = None,
     memory_bytes: int | None = None,
@@ -56,7 +52,7 @@ def sweep(
     progress: bool = True,
     callbacks: Sequence[Callback] = (),
 ) -> SweepResults:
-    """Trains every cell with AdamW; cells whose shapes agree train as one compiled program.
+    """Trains every cell with AdamW or `tx`; cells whose shapes agree train as one compiled program.
 
     Args:
       loss_fn: `loss_fn(params, batch) -> ()` of any JAX model; it need know nothing of adapters.
@@ -72,10 +68,15 @@ def sweep(
       tune: a setting and its values, `("lr", (1e-4, 1e-3))`: each cell runs once for each, and
         `results.tuned()` says which is best on validation, with the basin.
       validation: batches for all; the mean of their losses chooses the trainable that is kept.
+      metrics: `metrics(params, batch) -> {name: ()}`, more numbers of the validation batches; their
+        means are each result's `metrics`.
       eval_every: steps between evaluations on `validation`; 0 for one, after the last step.
       patience: evaluations without a better loss after which a cell stops; 0 for never.
       schedule, warmup_ratio, clip_norm, beta1, beta2, eps: as in `train.make_optimizer`; clipping
         is by the norm of each cell's own gradients, 0 for none.
+      tx: another optimizer than AdamW, as a function of the learning rate (`optax.lion`, or `lambda
+        rate: optax.sgd(rate, momentum=0.9)`), after clipping and with the schedule's rate. Weight
+        decay is its own then.
       axes, aliases: as in `LoRA`.
       memory_bytes: what a program may hold; packs are narrowed until they fit, and a cell that does
         not fit alone fails. By default what the device has, or half of the host's memory.
@@ -117,12 +118,16 @@ def sweep(
         "beta2": beta2,
         "eps": eps,
     }
-    spec = _InMemory(
+    if tx is not None:
+        _check_own_optimizer(tx, named, (beta1, beta2, eps))
+    spec = InMemory(
         lift(_of_shown(loss_fn)),
+        None if metrics is None else lift(_of_shown(metrics)),
         trees.hide_static(params),
         source,
         [jax.tree.map(jnp.asarray, batch) for batch in validation],
         optimizer,
+        tx,
         Schedule(num_steps, eval_every, patience),
         at_once=default_at_once() if at_once is None else at_once,
         progress=progress,
@@ -143,103 +148,20 @@ def sweep(
     return SweepResults(rows, "\n".join(spec.lines), tune[0] if tune else "")
 
 
-@dataclasses.dataclass(frozen=True)
-class _Ready:
-    """What trains a group, as `Spec.ready` says."""
-
-    plan: Planned
-    program: PackedProgram
-    frozen: Any
-    batches: SharedBatches | OwnBatches
-    params_of: Callable[[CellSettings], Any]
-    evaluation: Any
-
-
-@dataclasses.dataclass
-class _InMemory(Spec):
-    """Cells of dicts on one model in memory; their results stay there too."""
-
-    loss: Callable[[Any, Any], jax.Array]
-    params: Any
-    source: SharedBatches | OwnBatches
-    validation: Sequence[Any]
-    optimizer: Mapping[str, Any]
-    schedule: Schedule
-    at_once: int
-    progress: bool
-    callbacks: Sequence[Callback]
-    lines: list[str] = dataclasses.field(default_factory=list)
-    trained: bool = False
-    stopped: str = ""
-    _program: tuple[Any, PackedProgram] | None = None
-
-    def groups(self, cells):
-        planned, refused = make_plan(cells, self.params)
-        yield planned, refused
-
-    def ready(self, group):
-        # The parts of a group share its program; one of another group goes.
-        if self._program is None or self._program[0] is not group.pack.union:
-            program = PackedProgram(
-                *_loss_and_scores(group.pack, self.loss),
-                self._tx_of,
-                self._tx_of(group.cells[0]),
-                batch_axis=self.source.axis,
-                at_once=self.at_once,
-            )
-            self._program = (group.pack.union, program)
-        frozen = group.cells[0].method.init(jax.random.key(0), self.params)[1]
-        largest = max(self.validation, key=num_elements, default=None)
-        return _Ready(
-            group, self._program[1], frozen, self.source, lambda cell: self.params, largest
+def _check_own_optimizer(tx: Any, cells: Sequence[CellSettings], adam: tuple) -> None:
+    if not callable(tx):
+        raise RequestError(
+            f"tx is a {type(tx).__name__}; give a function of the learning rate, such as "
+            "tx=optax.lion, so that cells of different rates may share a program"
         )
-
-    def _tx_of(self, cell: CellSettings):
-        own = {"lr": cell.lr, "weight_decay": cell.weight_decay}
-        settings = OptimizerSettings(**self.optimizer, **own)
-        return cell.method.optimizer(make_optimizer(settings, self.schedule.num_steps))
-
-    def divide(self, group, parts):
-        return [group.take(part) for part in parts]
-
-    def train(self, group, ready, needed):
-        number = len(self.lines) + 1
-        self.lines.append(f"pack {number}: {group} ({needed / 2**20:,.4g} MiB)")
-        if self.progress:
-            print(self.lines[-1])
-        num_steps = self.schedule.num_steps
-        with show_progress(f"pack {number}", num_steps, enabled=self.progress) as show:
-            curves = Curves(group, show)
-            training = PackTraining(
-                group,
-                ready.program,
-                [self.params] * len(group.cells),
-                ready.frozen,
-                self.source,
-                _validation(ready.program, self.validation),
-                self.schedule,
-                [curves, *self.callbacks],
+    if adam != (0.9, 0.999, 1e-8):
+        raise RequestError("beta1, beta2 and eps are AdamW's; give them to the optimizer in tx")
+    for cell in cells:
+        if cell.weight_decay > 0:
+            raise RequestError(
+                f"cell {cell.name!r} gives weight_decay={cell.weight_decay:g}, which is AdamW's; "
+                "give it to the optimizer in tx"
             )
-            try:
-                training.run()
-            except StopRequested as why:
-                self.stopped = str(why)
-                for lane in training.going():
-                    training.cells[training.lanes[lane]].error = f"stopped by {why}"
-        self.trained = True
-        return {row.name: row for row in curves.results(training, number)}
-
-    def between(self, results):
-        if self.stopped:
-            raise StopRequested(self.stopped)
-
-    def failure(self, error):
-        if isinstance(error, DoesNotFit):
-            return str(error)
-        # What is wrong for all shows in the first pack; later, what is finished must not go.
-        if not self.trained or isinstance(error, StopRequested):
-            return None
-        return f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
 
 
 def _of_shown(loss_fn: Callable[[Any, Any], jax.Array]):
@@ -250,32 +172,6 @@ def _of_shown(loss_fn: Callable[[Any, Any], jax.Array]):
         return loss_fn(trees.show_static(params), batch)
 
     return of_shown
-
-
-def _loss_and_scores(pack: Pack, loss: Callable[[Any, Any], jax.Array]):
-    """The user's loss as `PackedProgram` takes it: the batch counts as one example."""
-
-    def loss_of(trainable, frozen, batch, key=None):
-        value = loss(pack.bind(trainable, frozen, key=key), batch)
-        return value, {"correct": jnp.zeros(()), "weight": jnp.ones(())}
-
-    def scores_of(trainable, frozen, batch):
-        return loss_of(trainable, frozen, batch)[0]
-
-    return loss_of, scores_of
-
-
-def _validation(program: PackedProgram, batches: Sequence[Any]):
-    """Each cell's mean loss over `batches`, as `PackTraining` asks for it."""
-
-    def validate(trainable, frozen, watched):
-        if not batches:
-            return None
-        scores = [program.scores(trainable, frozen, batch) for batch in batches]
-        means = np.mean(np.asarray(jax.device_get(scores), np.float64), axis=0)
-        return [(float(loss), math.nan) for loss in means]
-
-    return validate
 
 
 def _refused(cell: CellSettings, why: str) -> CellResult:

@@ -18,8 +18,9 @@ class CellResult:
     """One cell: its settings with their defaults, its curves, and what it trained.
 
     `losses` (steps,) float32: the training loss of each step that was taken. `validation`: pairs of
-    step and loss, in order. `best_step`, `best_loss`: of the lowest validation loss (of the last
-    step, where there is no validation; then `best_loss` is None). `trainable`: the cell's own tree
+    step and loss, in order; `metrics`: pairs of step and the sweep's own metrics. `best_step`,
+    `best_loss`: of the lowest validation loss (of the last step, where there is no validation;
+    then `best_loss` is None). `trainable`: the cell's own tree
     at that step, true ranks and targets; None if there never was a good one. `method` binds and
     merges it. `num_trainable` counts its parameters, those trained whole included. `stopped` says
     why it ended; `error`, "" if all went well, what went wrong. `seconds` is the cell's share of
@@ -42,6 +43,7 @@ class CellResult:
     compile_seconds: float
     pack: int
     width: int
+    metrics: tuple[tuple[int, Mapping[str, float]], ...] = ()
     group: str = ""
 
     def __repr__(self) -> str:
@@ -151,6 +153,7 @@ def _record(row: CellResult) -> dict[str, Any]:
         **row.settings,
         "best_loss": row.best_loss,
         "best_step": row.best_step,
+        **{f"best_{name}": x for name, x in dict(row.metrics).get(row.best_step, {}).items()},
         "last_train_loss": float(row.losses[-1]) if len(row.losses) else None,
         "steps": len(row.losses),
         "num_trainable": row.num_trainable,

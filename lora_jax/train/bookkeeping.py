@@ -1,4 +1,4 @@
-"""What a training knows about itself beside its arrays; saved with every checkpoint."""
+"""The training progress of a cell, apart from its arrays; saved with every checkpoint."""
 
 from __future__ import annotations
 
@@ -43,13 +43,13 @@ class Bookkeeping:
         return cls(**{**values, "window": window, **lists})
 
     def with_changes(self, changes: tuple[str, ...]) -> Bookkeeping:
-        """The books of a training that goes on with other `numerics`."""
+        """The progress of a training that goes on with other `numerics`."""
         if not changes:
             return self
         return dataclasses.replace(self, numerics_changes=(*self.numerics_changes, *changes))
 
     def on_mesh(self, mesh: str) -> Bookkeeping:
-        """The books of a training that goes on on `mesh`, "" for one device."""
+        """The progress of a training that goes on on `mesh`, "" for one device."""
         if self.meshes[-1:] == (mesh,):
             return self
         return dataclasses.replace(self, meshes=(*self.meshes, mesh))
@@ -62,7 +62,7 @@ class Bookkeeping:
         return CHANGED_TO.join(mesh or "one device" for mesh in self.meshes)
 
     def after_logging(self) -> tuple[Bookkeeping, dict[str, float]]:
-        """The books with the window emptied, and what it came to: loss, accuracy, grad_norm.
+        """The progress with the window emptied, and its means: loss, accuracy, grad_norm.
 
         Loss and accuracy are means over examples, the norm over steps.
         """
@@ -78,19 +78,19 @@ class Bookkeeping:
     def after_evaluation(
         self, loss: float, accuracy: float, *, patience: int, num_steps: int
     ) -> Bookkeeping:
-        """The books after a validation at the current step: best so far, and whether to stop.
+        """The progress after an evaluation at the current step: best so far, and whether to stop.
 
         `patience` counts evaluations without a better loss, 0 for no limit.
         """
         if self.best_loss is None or loss < self.best_loss:
             better = {"best_step": self.step, "best_loss": loss, "best_accuracy": accuracy}
-            books = dataclasses.replace(self, evaluations_since_best=0, **better)
+            after = dataclasses.replace(self, evaluations_since_best=0, **better)
         else:
             since = self.evaluations_since_best + 1
-            books = dataclasses.replace(self, evaluations_since_best=since)
+            after = dataclasses.replace(self, evaluations_since_best=since)
         stopped = ""
-        if patience and books.evaluations_since_best >= patience:
+        if patience and after.evaluations_since_best >= patience:
             stopped = STOPPED_IMPROVING
         elif self.step >= num_steps:
             stopped = f"budget of {num_steps} steps ended"
-        return dataclasses.replace(books, evaluated_step=self.step, stopped=stopped)
+        return dataclasses.replace(after, evaluated_step=self.step, stopped=stopped)

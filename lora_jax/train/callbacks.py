@@ -42,13 +42,12 @@ class MetricsFiles(Callback):
             seconds=sum(progress.seconds.values()),
         )
 
-    def evaluated(self, training, k, loss, accuracy):
+    def evaluated(self, training, k, values):
         progress = training.cells[k].progress
         self._writers[k].write(
             step=progress.step,
             split="validation",
-            loss=loss,
-            accuracy=accuracy,
+            **values,
             seconds=sum(progress.seconds.values()),
         )
 
@@ -98,11 +97,11 @@ class StopAtSignal(Callback):
 
 
 def validate_on(program: Program, batches: Iterable[Any]) -> Validate:
-    """Each lane's loss and accuracy on `batches`."""
+    """Evaluates each lane's loss and accuracy on `batches`."""
 
     def validate(trainable, frozen, watched):
         found = program.evaluate(trainable, frozen, watched(batches))
-        return [(one.loss, one.accuracy) for one in found]
+        return [{"loss": one.loss, "accuracy": one.accuracy} for one in found]
 
     return validate
 

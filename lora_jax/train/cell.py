@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -69,3 +70,12 @@ class TrainingCell:
         self.rate = self._weight / elapsed if elapsed > 0 else None
         self._logged_at, self._weight = seconds, 0.0
         return values
+
+    def evaluate(self, values: dict[str, float], schedule: Schedule) -> None:
+        """Notes an evaluation: the best so far, and whether to stop."""
+        self.progress = self.progress.after_evaluation(
+            values["loss"],
+            values.get("accuracy", math.nan),
+            patience=schedule.patience,
+            num_steps=schedule.num_steps,
+        )

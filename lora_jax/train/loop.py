@@ -45,8 +45,8 @@ class Callback:
     def logged(self, training: Training, k: int, values: dict[str, float]) -> None:
         """The means over a cell's steps since the last log."""
 
-    def evaluated(self, training: Training, k: int, loss: float, accuracy: float) -> None:
-        """A cell was evaluated on the validation split."""
+    def evaluated(self, training: Training, k: int, values: dict[str, float]) -> None:
+        """A cell was evaluated on the validation split: its loss and other metrics."""
 
     def tested(self, training: Training, k: int, test: Evaluation) -> None:
         """The best trainable of a cell was evaluated on the test split."""
@@ -65,10 +65,10 @@ class Callback:
         return ""
 
 
-# (trainable, frozen, watched) -> (loss, accuracy) of each lane, or None without a validation split.
+# (trainable, frozen, watched) -> {"loss": …, …} of each lane, or None without a validation split.
 # `watched(batches)` yields the batches as long as nothing asks to stop.
 Watched = Callable[[Iterable[Any]], Iterator[Any]]
-Validate = Callable[[Any, Any, Watched], Sequence[tuple[float, float]] | None]
+Validate = Callable[[Any, Any, Watched], Sequence[dict[str, float]] | None]
 
 
 class Training:
@@ -264,30 +264,29 @@ class Training:
     def _validate_cells(self) -> None:
         trainable, lanes = self.state.trainable, self.going()
         scores = self._validate(trainable, self._frozen, self._watched)
-        # The time goes to all that took part, those that end with it too.
-        self._end_section("evaluate")
+        # Without validation the last step is the best: nothing chooses among them.
+        values = scores or [{"loss": -float(self.step)}] * len(self.lanes)
         self.check_weights()
         better = np.zeros(len(self.lanes), bool)
         for lane in lanes:
-            cell = self._at(lane)
-            # Without validation the last step is the best: nothing chooses among them.
-            loss, accuracy = (-float(self.step), math.nan) if scores is None else scores[lane]
+            cell, loss = self._at(lane), values[lane]["loss"]
             if not cell.error and not math.isfinite(loss):
                 self._fail(lane, "validation loss", loss, self.step)
-            if cell.error:
-                continue
-            cell.progress = cell.progress.after_evaluation(
-                loss, accuracy, patience=self.schedule.patience, num_steps=self.schedule.num_steps
-            )
-            better[lane] = cell.progress.best_step == self.step
-            if cell.progress.stopped and cell.progress.window:
-                self._notify("logged", self.lanes[lane], cell.log())
-            if scores is not None:
-                self._notify("evaluated", self.lanes[lane], loss, accuracy)
+            if not cell.error:
+                cell.evaluate(values[lane], self.schedule)
+                better[lane] = cell.progress.best_step == self.step
         # Beyond the last: what is kept of an empty lane goes nowhere.
         count = self._program.padded(len(self.cells))
         cells = [count if k == EMPTY else k for k in self.lanes]
         self.best = self._program.keep(self.best, trainable, cells, better, count)
+        # The time goes to all that took part, those that end with it too.
+        self._end_section("evaluate", [self._at(lane) for lane in lanes])
+        for lane in lanes:
+            cell = self._at(lane)
+            if cell.progress.stopped and cell.progress.window:
+                self._notify("logged", self.lanes[lane], cell.log())
+            if scores and not cell.error:
+                self._notify("evaluated", self.lanes[lane], values[lane])
 
     def _fail(self, lane: int, what: str, value: float, step: int) -> None:
         cell = self._at(lane)

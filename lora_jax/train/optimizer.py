@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -64,6 +65,30 @@ def make_optimizer(settings: OptimizerSettings, num_steps: int) -> optax.Gradien
     clip, tx, dtype = _clip_and_adam(settings, num_steps)
     whole = in_float32(optax.chain(clip, *tx))
     return whole if dtype == "float32" else _moments_in(whole, jnp.dtype(dtype))
+
+
+def make_own_optimizer(
+    of_rate: Callable[[Any], optax.GradientTransformation], settings: Any, num_steps: int
+) -> optax.GradientTransformation:
+    """As `make_optimizer`, with `of_rate(learning_rate)` in the place of AdamW.
+
+    The rate is traced, and its peak is kept in the state, so that runs which differ in it share a
+    program. Raises `RequestError` for a value out of range.
+    """
+    clip, _, _ = _clip_and_adam(settings, num_steps)
+    shape = _shape_of_schedule(settings, num_steps)
+
+    def init(params):
+        peak = jnp.asarray(settings.lr, jnp.float32)
+        return RateState(jnp.zeros((), jnp.int32), peak), of_rate(peak).init(params)
+
+    def update(updates, state, params=None):
+        rate, own = state
+        tx = of_rate(rate.peak * shape(rate.count))
+        updates, own = tx.update(updates, own, params)
+        return updates, (RateState(optax.safe_increment(rate.count), rate.peak), own)
+
+    return in_float32(optax.chain(clip, optax.GradientTransformation(init, update)))
 
 
 def optimizer_parts(

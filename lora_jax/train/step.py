@@ -28,7 +28,7 @@ def make_train_step(
 
     Gradients are taken with respect to `state.trainable` alone: the tree was split before, so no
     gradient of a frozen parameter is ever computed. `metrics` are scalars on the device: the mean
-    `loss`, `grad_norm` before clipping, and what `loss_fn` gives beside (`correct` and `weight`,
+    `loss`, `grad_norm` before clipping, and what else `loss_fn` returns (`correct` and `weight`,
     sums over the batch). `accumulate` is into how many parts the batch is cut, one after the other
     with the memory of one: the same step but for rounding and what dropout draws. `out_shardings`
     are of its results on a mesh.
@@ -40,7 +40,7 @@ def make_train_step(
 def step_function(
     loss_fn: LossFunction, tx: optax.GradientTransformation, *, accumulate: int = 1
 ) -> TrainStep:
-    """The step itself, for whoever maps it over many states before compiling."""
+    """The unjitted step, for callers that `vmap` it over several states."""
     grad_of = jax.value_and_grad(loss_fn, has_aux=True)
     if accumulate > 1:
         grad_of = _accumulated(grad_of, accumulate)

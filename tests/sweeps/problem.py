@@ -9,7 +9,7 @@ import optax
 
 import lora_jax as lj
 from lora_jax.core.lift import lift
-from lora_jax.sweeps import api
+from lora_jax.sweeps import api, in_memory
 from lora_jax.train.build import keys_of
 from tests.core.adapted import normal
 
@@ -89,12 +89,12 @@ def alone(cell, batches, tx=None):
 def training_of(cells, *, batches=batches_of, **options):
     """The one pack of these cells, as `sweep` trains it, and its results."""
     made = []
-    original = api.PackTraining
+    original = in_memory.PackTraining
     options = {"num_steps": STEPS, "axes": AXES, "progress": False, **options}
     try:
-        api.PackTraining = lambda *args: made.append(original(*args)) or made[-1]
+        in_memory.PackTraining = lambda *args: made.append(original(*args)) or made[-1]
         results = api.sweep(loss_fn, base(), batches, cells, **options)
     finally:
-        api.PackTraining = original
+        in_memory.PackTraining = original
     assert len(made) == 1
     return made[0], results

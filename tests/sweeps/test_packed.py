@@ -263,3 +263,30 @@ def test_the_base_has_no_axis_of_cells_and_arguments_grow_by_the_adapters_only(a
         # Adapters and their two moments, and some scalars a cell: keys, counts, rates, scales.
         added, cells_only = bytes_of[count] - bytes_of[1], 3 * (grown[count] - grown[1])
         assert 0 <= added - cells_only <= 100 * (count - 1)
+
+
+def test_another_optimizer_trains_each_cell_at_its_own_rate_and_with_the_schedule():
+    """Lion with momentum at two rates and ranks in one pack, and alone in a plain loop."""
+    cells = [{**CELLS[1], "lr": 1e-3}, {**CELLS[2], "lr": 3e-3}]
+    cells = [{k: v for k, v in cell.items() if k != "weight_decay"} for cell in cells]
+    _, results = training_of(cells, tx=optax.lion, num_steps=6, schedule="linear")
+    assert [row.width for row in results] == [2, 2]
+    for cell, row in zip(cells, results, strict=True):
+        lion = optax.lion(optax.linear_schedule(cell["lr"], 0.0, 6), weight_decay=1e-3)
+        expected = alone(cell, batches_of(cell["seed"])[:6], lion)
+        assert max(differences(row, expected)) < 1e-5
+        assert np.ptp(row.losses) > 1e-3
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"tx": optax.lion(1e-3)}, "tx=optax.lion"),
+        ({"tx": optax.lion, "beta1": 0.5}, "beta1, beta2 and eps are AdamW's"),
+        ({"tx": optax.lion, "cells": [{**CELLS[0], "weight_decay": 0.1}]}, "weight_decay=0.1"),
+    ],
+)
+def test_settings_that_another_optimizer_does_not_take_are_refused(options, words):
+    cells = options.pop("cells", [{k: v for k, v in CELLS[0].items() if k != "weight_decay"}])
+    with pytest.raises(lj.RequestError, match=words):
+        training_of(cells, **options)

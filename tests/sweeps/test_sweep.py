@@ -15,7 +15,7 @@ import lora_jax as lj
 from lora_jax.sweeps.api import sweep
 from lora_jax.sweeps.pack import _pad
 from lora_jax.sweeps.settings import read_cells
-from tests.sweeps.problem import AXES, CELLS, VALIDATION, base, batches_of, loss_fn
+from tests.sweeps.problem import AXES, CELLS, VALIDATION, base, batches_of, logits, loss_fn
 
 
 def test_plain_jax_in_a_few_lines():
@@ -191,6 +191,29 @@ def test_tuning_chooses_within_each_contestant_and_keeps_the_basin():
     with pytest.raises(lj.RequestError, match="gives lr=0.1"):
         cells = [{**cells[0], "lr": 0.1}]
         sweep(loss_fn, base(), batches_of, cells, tune=("lr", rates), validation=VALIDATION, **arguments)  # fmt: skip  # noqa: E501
+
+
+def test_own_metrics_are_means_over_the_validation_batches_of_the_merged_model():
+    def metrics(params, batch):
+        return {"spread": jnp.std(logits(params, batch["x"]))}
+
+    cells = [{"targets": "up", "rank": rank, "lr": 1e-2, "train": "head"} for rank in (1, 3)]
+    found = sweep(
+        loss_fn, base(), batches_of(0), cells, num_steps=4, eval_every=2, axes=AXES,
+        validation=VALIDATION, metrics=metrics, progress=False,
+    )  # fmt: skip
+    plain = sweep(
+        loss_fn, base(), batches_of(0), cells, num_steps=4, eval_every=2, axes=AXES,
+        validation=VALIDATION, progress=False,
+    )  # fmt: skip
+    for row, other in zip(found, plain, strict=True):
+        assert row.validation == other.validation and [step for step, _ in row.metrics] == [2, 4]
+        merged = row.method.merge(row.trainable, row.method.init(jax.random.key(0), base())[1])
+        expected = np.mean([np.std(logits(merged, batch["x"])) for batch in VALIDATION])
+        at_best = dict(row.metrics)[row.best_step]["spread"]
+        np.testing.assert_allclose(at_best, expected, rtol=1e-5)
+    table = found.to_pandas()
+    assert list(table["best_spread"]) == [dict(r.metrics)[r.best_step]["spread"] for r in found]
 
 
 def test_tree_with_functions_booleans_and_strings_sweeps_as_its_arrays_do():

@@ -24,7 +24,7 @@ class Noted(Callback):
     def logged(self, training, k, values):
         self.note(training, k, "logged")
 
-    def evaluated(self, training, k, loss, accuracy):
+    def evaluated(self, training, k, values):
         self.note(training, k, "evaluated")
 
     def tested(self, training, k, test):
