@@ -48,7 +48,9 @@ def test_type_checkers_see_the_names_that_there_are_at_run_time():
             assert found is getattr(importlib.import_module(module), name)
 
 
-@pytest.mark.parametrize("name", ["generate", "predict", "sweep", "load_adapter", "save_adapter"])
+@pytest.mark.parametrize(
+    "name", ["generate", "predict", "sweep", "load_adapter", "save_adapter", "load_model"]
+)
 def test_public_functions_have_explicit_keywords_and_sections(name):
     function = getattr(lj, name)
     if isinstance(function, types.ModuleType):

@@ -121,12 +121,14 @@ def shard_map_in_specs(eqn) -> tuple[Any, ...]:
 def shard_map(eqn, body, in_specs):
     """The equation's shard_map around another body of the same results."""
     params = eqn.params
+    # JAX 0.10.0 calls them manual_axes.
+    axes = params["newly_manual_axes" if "newly_manual_axes" in params else "manual_axes"]
     return jax.shard_map(
         body,
         mesh=params["mesh"],
         in_specs=in_specs,
         out_specs=tuple(params["out_specs"]),
-        axis_names=set(params["newly_manual_axes"]),
+        axis_names=set(axes),
         check_vma=params["check_vma"],
     )
 

@@ -46,20 +46,30 @@ def load_model(
 ) -> Model:
     """Loads a model from a Hugging Face folder, a `.gguf` file, a name, or a hub id.
 
-    Names: "minilm", "smollm2-135m" (of packages), "tiny-bert", "tiny-roberta", "tiny-gpt2",
-    "tiny-llama" (random). `head=None` gives an encoder's hidden states, a decoder's logits.
-    `head="classification"` or `"regression"` puts a task's head on it: the folder's own if it has
-    one, else a new one of `num_labels` outputs (1 for regression) drawn with `head_key`
-    (`jax.random.key(0)` if None). `dtype` converts the weights; None keeps the file's. The head is
-    float32 or wider whatever the dtype: it is trained, and bfloat16 loses small updates.
+    Args:
+      path_or_name: the folder, file or hub id, or a name: "minilm", "smollm2-135m" (of packages),
+        "tiny-bert", "tiny-roberta", "tiny-gpt2", "tiny-llama" (random).
+      head: None gives an encoder's hidden states, a decoder's logits. "classification" and
+        "regression" put a task's head on it: the folder's own if it has one, else a new one. It is
+        float32 or wider whatever `dtype` is: it is trained, and bfloat16 loses small updates.
+      num_labels: outputs of a new head (1 for regression).
+      dtype: of the weights; None keeps the file's.
+      head_key: what a new head is drawn with, `jax.random.key(0)` if None.
+      scan_layers: stack a decoder's layers, for models that are deep.
+      untie: give a tied embedding's other use, the head, a copy of its own.
+      tokenizer: False does without one.
+      quantize: "nf4" keeps the kernels that `quantize_targets` names in four bits, quantised one by
+        one as they are read (see `lora_jax.quantize`); a folder that bitsandbytes quantised so
+        stays as it is.
+      quantize_targets, double_quant: as in `lora_jax.quantize`.
+      sharding_of: `sharding_of(path, array)` says where each parameter lies on many devices (see
+        `lora_jax.parallel.Placement.leaf`), and they go there one by one.
 
-    `scan_layers` stacks a decoder's layers, for models that are deep; `untie` gives a tied
-    embedding's other use, the head, a copy of its own; `tokenizer=False` does without one.
-    `quantize="nf4"` keeps the kernels that `quantize_targets` names in four bits, quantised one by
-    one as they are read (see `lora_jax.quantize`); a folder that bitsandbytes quantised so stays
-    as it is. `sharding_of(path, array)` says where each parameter lies on many devices (see
-    `lora_jax.parallel.Placement.leaf`), and they go there one by one. Raises `RequestError` for
-    whatever is missing, damaged or inconsistent.
+    Returns:
+      A `Model`: `apply(params, input_ids, attention_mask)` is a pure function of `params`.
+
+    Raises:
+      RequestError: something is missing, damaged or inconsistent.
 
     >>> model = load_model("tiny-bert", head="classification", num_labels=2)
     >>> encoded = model.tokenizer.encode("a lovely film")

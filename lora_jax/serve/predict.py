@@ -197,9 +197,10 @@ def _outputs(adapted, config, texts, places, merged, on_progress) -> np.ndarray:
         seconds=tuple(own[1] for own in texts) if paired else None,
     )
     encoded = task_of(config.model).encode(model, examples, max_length=config.data.max_length)
+    # A few texts need not fill a batch of the run's evaluation; powers of two compile few shapes.
     batches = eval_batches(
         encoded,
-        batch_size=config.train.eval_batch_size,
+        batch_size=min(config.train.eval_batch_size, 1 << (len(texts) - 1).bit_length()),
         buckets=bucket_lengths(config.data.buckets, config.data.max_length),
     )
     trainable, frozen = adapted.trainable, adapted.frozen

@@ -90,11 +90,11 @@ def load_run_adapter(
 def _checked_base(model: Model, settings: Any, folder: Path) -> Model:
     """`model`. Raises `RequestError` unless it has the head and the layers of the run's model."""
     head = head_of(settings)
-    wanted = (None if head == "causal-lm" else head, settings.get("num_labels"))
-    if (model.head, model.num_labels) not in (wanted, (wanted[0], wanted[1] or 1)):
+    head, count = None if head == "causal-lm" else head, settings.get("num_labels")
+    if model.head != head or count not in (None, model.num_labels):
         raise RequestError(
-            f"the run in {folder} has head={wanted[0]!r}, num_labels={wanted[1]}, and the model "
-            f"given has head={model.head!r}, num_labels={model.num_labels}; load it with those"
+            f"the run in {folder} has head={head!r}, num_labels={count}, and the model given has "
+            f"head={model.head!r}, num_labels={model.num_labels}; load it with those"
         )
     stacked = bool(getattr(model.config, "scan_layers", False))
     if stacked != bool(settings.get("scan_layers", False)):

@@ -37,7 +37,7 @@ def test_a_panic_of_the_tokenizers_library_is_a_request_error(tmp_path, monkeypa
         raise PanicException("no entry found for key")
 
     fake = type("Tokenizer", (), {"from_file": staticmethod(panics)})
-    monkeypatch.setattr(tokenizers_here, "Tokenizer", fake)
+    monkeypatch.setattr("tokenizers.Tokenizer", fake)
     with pytest.raises(RequestError, match="not a readable tokenizer"):
         tokenizers_here.read_tokenizer(tmp_path / "t.json", vocab_size=3, pad_token_id=0)
 

@@ -162,6 +162,30 @@ def test_a_regression_gives_the_numbers_of_the_merged_model(make_config, tmp_pat
     assert list(found.rows())[0] == {"text": "good film", "prediction": found[0]}
 
 
+def test_pairs_of_a_glue_task_are_read_as_in_training(make_config, tmp_path, capsys):
+    config = make_config({"data.source": "tiny-glue", "data.path": "", "train.num_steps": 3})
+    with config.unlocked():
+        config.data.task, config.model.num_labels = "mrpc", 2
+    lj.train(config, tmp_path, progress=False)
+    cell, test = tmp_path / "cells" / "run", load_splits(config.data).test
+    pairs = list(zip(test.texts, test.seconds, strict=True))
+    with np.load(cell / "test_predictions.npz") as saved:
+        loss, label = saved["loss"], saved["label"]
+    found = lj.predict(cell, pairs)
+    at_label = found.probabilities[np.arange(len(label)), label]
+    np.testing.assert_allclose(-np.log(at_label), loss, atol=1e-5)
+    data, out = tmp_path / "pairs.jsonl", tmp_path / "out.jsonl"
+    rows = [dict(zip(("#1 String", "#2 String"), pair, strict=True)) for pair in pairs[:3]]
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert main(["predict", str(cell), f"--data={data}", f"--out={out}"]) == 0
+    read = [json.loads(line) for line in out.read_text().splitlines()]
+    for row, wanted in zip(read, found.probabilities, strict=False):
+        np.testing.assert_allclose([row["probability_0"], row["probability_1"]], wanted, atol=1e-6)
+    capsys.readouterr()
+    assert main(["predict", str(cell), "--texts", "one text"]) == 2
+    assert "this run reads a pair of texts" in capsys.readouterr().err
+
+
 def test_a_language_model_gives_the_completions_of_the_merged_model(tmp_path):
     lj.train(completion_config({"train.num_steps": 4}), tmp_path, progress=False)
     cell, prompts = tmp_path / "cells" / "run", ["a film", "the story is"]
