@@ -61,7 +61,8 @@ def parse_json(text: str | bytes, *, halves: bool = False) -> Any:
         if depth > DEEPEST:
             raise ValueError("nested too deep")
     # A half can come from an escape alone: UTF-8 has none.
-    if not halves and (b"\\u" if isinstance(text, bytes) else "\\u") in text:
+    has_escape = b"\\u" in text if isinstance(text, bytes) else "\\u" in text
+    if has_escape and not halves:
         json.dumps(value, ensure_ascii=False).encode()
     return value
 
@@ -128,8 +129,8 @@ def check_fields(value: Any, fields: Mapping[str, Any], place: Any, way_out: str
     for name, kind in fields.items():
         found, is_there, optional = value, True, name.startswith("?")
         for key in name.removeprefix("?").split("."):
-            is_there = isinstance(found, dict) and key in found
-            found = found[key] if is_there else None
+            known = found if isinstance(found, dict) else {}
+            is_there, found = key in known, known.get(key)
         if optional and not is_there:
             continue
         if not is_there:

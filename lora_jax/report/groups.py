@@ -186,7 +186,7 @@ def differing_settings(groups: list[Group]) -> list[str]:
 def _settings(config: Mapping[str, Any]) -> dict[str, Any]:
     flat = flatten(config)
     dropped = {*_SEEDS, *_BOOKKEEPING}
-    dropped |= {*_MEANINGLESS.get(flat.get("method.name"), ())}
+    dropped |= {*_MEANINGLESS.get(flat["method.name"], ())}
     return {
         key: value
         for key, value in flat.items()
@@ -196,7 +196,7 @@ def _settings(config: Mapping[str, Any]) -> dict[str, Any]:
 
 def _seed(run: Run) -> tuple[int, int]:
     flat = flatten(run.config)
-    return tuple(flat.get(key) or 0 for key in _SEEDS)
+    return flat.get("seed") or 0, flat.get("data.seed") or 0
 
 
 def _validation_loss(runs: Sequence[FinishedRun]) -> float:

@@ -88,7 +88,7 @@ def verify(
     run = at_home(run).resolve()
     card = _read_card(run)
     packed = card.program.K > 1 and not alone
-    names = card.program.cells if packed else [run.name]
+    names = (packed and card.program.cells) or [run.name]
     folders = [run.parent / name for name in names]
     cells = [Cell(folder.name, _config_of(folder)) for folder in folders]
     enable_compilation_cache()
@@ -119,7 +119,7 @@ def verify(
         with view.running(len(cells), card.metrics.steps):
             try:
                 if packed:
-                    _train_pack(cells, base, card.program.at_once, again, view)
+                    _train_pack(cells, base, card.program.at_once or 0, again, view)
                 else:
                     folder = again / "cells" / run.name
                     train_cell(cells[0].config, folder, base=base, show_with=view.show_with)
