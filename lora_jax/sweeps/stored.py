@@ -24,8 +24,8 @@ from lora_jax.sweeps.keeping import Keeper, PackedCell, Schedule
 from lora_jax.sweeps.program import Use
 from lora_jax.sweeps.ready import Ready
 from lora_jax.train.build import plan_steps
-from lora_jax.train.card import describe_program
 from lora_jax.train.checkpoint import Checkpoints
+from lora_jax.train.environment import describe_program
 from lora_jax.train.evaluate import Evaluation, evaluate_stacked
 from lora_jax.train.finish import write_results
 from lora_jax.train.metrics import MetricsWriter

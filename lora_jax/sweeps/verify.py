@@ -27,7 +27,7 @@ from lora_jax.train import enable_compilation_cache, train_cell
 from lora_jax.train.again import check_completion_format
 from lora_jax.train.bookkeeping import CHANGED_TO
 from lora_jax.train.build import load_base
-from lora_jax.train.card import device_description, versions
+from lora_jax.train.environment import device_description, versions
 from lora_jax.train.finish import hash_trainable
 from lora_jax.train.numerics import differences
 from lora_jax.train.record import Card, Section

@@ -21,7 +21,7 @@ from lora_jax.methods import Method
 from lora_jax.methods.table import MethodTable
 from lora_jax.models import Model
 from lora_jax.train.bookkeeping import Bookkeeping
-from lora_jax.train.card import device_description, git_commit, versions
+from lora_jax.train.environment import device_description, git_commit, versions
 from lora_jax.train.evaluate import Evaluation
 from lora_jax.train.record import (
     BestScores,

@@ -57,13 +57,6 @@ def _readable(path: Path, step: int) -> list[dict[str, Any]]:
     return rows
 
 
-def cut_metrics(path: str | os.PathLike, num_lines: int) -> None:
-    """Keeps the first `num_lines` lines, in one atomic rewrite; what they were after is redone."""
-    path = Path(path)
-    if path.exists():
-        write_text(path, "".join(_line(row) for row in read_metrics(path)[:num_lines]))
-
-
 class MetricsWriter:
     """Appends metrics to `folder/metrics.jsonl` and `folder/tensorboard/`; a context manager.
 
