@@ -30,8 +30,8 @@ from lora_jax.formats import atomic_path, write_json, write_text
 from lora_jax.report.quantities import rate_text
 from lora_jax.report.runs import FinishedRun, Run, finished_runs
 from lora_jax.report.statistics import Interval
-from lora_jax.train.card import device_description, git_commit
-from lora_jax.train.card import versions as package_versions
+from lora_jax.train.environment import device_description, git_commit
+from lora_jax.train.environment import versions as package_versions
 
 RESULTS = Path(__file__).parent / "results"
 COLOURS = ("#d9661f", "#2f86c9", "#159b78", "#8a5cc2", "#b8860b")

@@ -18,7 +18,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 from lora_jax.formats import write_json, write_text
-from lora_jax.train.card import git_commit, versions
+from lora_jax.train.environment import git_commit, versions
 
 GPT3 = "--model=gpt3-175b --batch=16"
 GPT3_SLICE = f"{GPT3} --topology=v5p:4x4x8 --mesh=fsdp=16,tensor=8"

@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from lora_jax.formats import write_json
-from lora_jax.train.card import device_description, git_commit, versions
+from lora_jax.train.environment import device_description, git_commit, versions
 
 
 def in_turn(functions: Mapping[str, Callable[[], object]], *, times: int) -> dict:

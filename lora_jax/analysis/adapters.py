@@ -25,6 +25,7 @@ from lora_jax.methods.intrinsic import IntrinsicDimension
 from lora_jax.methods.sites import Site, path_of
 from lora_jax.methods.sums import Changes
 from lora_jax.methods.uni_lora import UniLoRA
+from lora_jax.quant.weight import NF4Weight
 
 # φ is shown of so many directions at most: the grid of r = 256 has 65,536 cells.
 NUM_DIRECTIONS = 64
@@ -152,7 +153,7 @@ def kernels_of(method: Method, trainable: Trainable, params: PyTree) -> Kernels:
             )
         site, layer = places[module]
         kernel = flat[site.path]
-        kernel = kernel.dequantize() if isinstance(kernel, trees.Stored) else kernel
+        kernel = kernel.dequantize() if isinstance(kernel, NF4Weight) else kernel
         whole = np.asarray(site.cut(kernel), np.float32)
         order = [n for role in "sio" for n, own in enumerate(site.roles) if own == role]
         sizes = tuple(site.size(role) for role in "sio")
@@ -291,17 +292,17 @@ def _compare(module: str, one: Factors, other: Factors, num_directions: int) -> 
     svds = [delta_svd(_float(x.a), _float(x.b), x.scale) for x in (one, other)]
     grids = {}
     for space in ("input", "output"):
-        bases = (svd.basis(space)[:, :num_directions] for svd in svds)
-        grids[space] = np.asarray(basis_similarity(*bases))
-    (k, other_k), (d_in, d_out) = grids["input"].shape, one.shape
+        first, second = (svd.basis(space)[:, :num_directions] for svd in svds)
+        grids[space] = np.asarray(basis_similarity(first, second))
+    (r1, r2), (d_in, d_out) = grids["input"].shape, one.shape
     return PairProfile(
         module=module,
         shape=one.shape,
         input=grids["input"],
         output=grids["output"],
-        expected=np.asarray(expected_similarity(k, other_k, d_in)),
-        expected_output=np.asarray(expected_similarity(k, other_k, d_out)),
-        highest=np.maximum(_highest(k, other_k, d_in), _highest(k, other_k, d_out)),
+        expected=np.asarray(expected_similarity(r1, r2, d_in)),
+        expected_output=np.asarray(expected_similarity(r1, r2, d_out)),
+        highest=np.maximum(_highest(r1, r2, d_in), _highest(r1, r2, d_out)),
     )
 
 

@@ -130,8 +130,8 @@ def check_fields(value: Any, fields: Mapping[str, Any], place: Any, way_out: str
         found: Any = value
         is_there, optional = True, name.startswith("?")
         for key in name.removeprefix("?").split("."):
-            is_there = isinstance(found, dict) and key in found
-            found = found[key] if is_there else None
+            known = found if isinstance(found, dict) else {}
+            is_there, found = key in known, known.get(key)
         if optional and not is_there:
             continue
         if not is_there:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import jax
 import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
@@ -109,9 +110,9 @@ def draw_amplification(named: dict[str, list[MatrixProfile]]) -> Drawing:
         figure = Figure(figsize=(WIDTH, 3.6), layout="constrained")
         left, right = figure.subplots(1, 2)
         for n, profiles in enumerate(named.values()):
-            places = np.arange(len(profiles))
             colour = _HUES[n % len(_HUES)]
-            found = [p.amplification for p in profiles]
+            found = [p.amplification for p in profiles if p.amplification is not None]
+            places = np.arange(len(found))
             shares = {
                 "v": [_positive(one.from_kernel, one.kernel_norm) for one in found],
                 "o": [_positive(one.from_delta, one.kernel_norm) for one in found],
@@ -178,9 +179,9 @@ def _heat_maps(panels: list[tuple[str, np.ndarray]], name: str, first: str, seco
         return to_svg(figure, name)
 
 
-def _positive(part: float, whole: float) -> float:
+def _positive(part: jax.Array | float, whole: jax.Array | float) -> float:
     """part / whole where it has a place on a logarithmic axis, else nan."""
-    value = part / whole if whole else np.nan
+    value = float(part / whole) if whole else np.nan
     return value if value > 0 and np.isfinite(value) else np.nan
 
 
@@ -197,7 +198,7 @@ def _of_one_size(profiles: list) -> list:
 
 def _size(profile: PairProfile | MatrixProfile) -> tuple[int, ...]:
     grid = profile.input if isinstance(profile, PairProfile) else profile.kernel_similarity
-    return (*grid.shape, *profile.shape)
+    return (*(() if grid is None else grid.shape), *profile.shape)
 
 
 def _legend(figure: Figure, axes, colours: dict[str, str]) -> None:

@@ -124,9 +124,8 @@ def headline(analysis: Analysis) -> list[str]:
             f"{'matrices' if len(profiles) > 1 else 'matrix'} at rank {ranks_text}; the median "
             f"stable rank of its ΔW is {stable:.1f}"
         )
-        if profiles[0].amplification is not None:
-            factor = np.median([profile.amplification.factor for profile in profiles])
-            line += f", the median amplification {_shown(factor, '.1f')}"
+        if factors := _factors(profiles):
+            line += f", the median amplification {_shown(float(np.median(factors)), '.1f')}"
         lines.append(f"{line}.")
     for pair in analysis.pairs:
         if pair.profiles:
@@ -191,8 +190,8 @@ def _row(profile: MatrixProfile) -> tuple[str, ...]:
         return found
     return (
         *found,
-        _shown(_ratio(one.delta_norm, one.kernel_norm)),
-        _shown(one.factor),
+        _shown(_ratio(float(one.delta_norm), float(one.kernel_norm))),
+        _shown(float(one.factor)),
         f"{one.from_delta:.3g}",
         f"{one.from_kernel:.3g}",
         f"{one.from_random:.3g}",
@@ -212,6 +211,11 @@ def _pair_row(profile: PairProfile) -> tuple[str, ...]:
     return tuple(found)
 
 
+def _factors(profiles: Sequence[MatrixProfile]) -> list[float]:
+    """How much ΔW amplifies in each matrix, where the base is known."""
+    return [float(p.amplification.factor) for p in profiles if p.amplification is not None]
+
+
 def summary_rows(profiles: Sequence[MatrixProfile]) -> list[tuple[str, ...]]:
     """Texts for a terminal: a line for each kind of matrix, means over its layers."""
     by_name = {profile.module: profile for profile in profiles}
@@ -229,8 +233,8 @@ def summary_rows(profiles: Sequence[MatrixProfile]) -> list[tuple[str, ...]]:
             f"{mean(p.entropy_rank for p in some):.2f}",
             f"{mean(p.energy_rank for p in some):.1f}",
         ]
-        if some[0].amplification is not None:
-            row.append(_shown(mean(p.amplification.factor for p in some)))
+        if factors := _factors(some):
+            row.append(_shown(mean(factors)))
             row.append(f"{mean(p.intruders for p in some):.1f}")
         rows.append(tuple(row))
     return rows
@@ -269,7 +273,7 @@ def _profile_json(profile: MatrixProfile) -> dict[str, Any]:
         "entropy_rank": profile.entropy_rank,
         "energy_rank": profile.energy_rank,
     }
-    if profile.amplification is not None:
+    if profile.amplification is not None and profile.kernel_similarity is not None:
         # JSON has no infinity: where W holds nothing, nothing is what it is amplified from.
         found["amplification"] = {
             name: value if math.isfinite(value) else None

@@ -3,6 +3,7 @@
 import io
 import re
 from dataclasses import dataclass
+from typing import Any
 
 import matplotlib
 import numpy as np
@@ -25,7 +26,7 @@ _OTHER_STYLES = (
     ("#b5483f", "h"), ("#6f9a24", ">"), ("#96703c", "d"), ("#cf63d6", "p"),
 )  # fmt: skip
 LINES = ("-", (0, (5, 1.5)), (0, (1.5, 1.2)), (0, (6, 1.5, 1.5, 1.5)))
-_STYLE_SHEET = {
+_STYLE_SHEET: dict[Any, Any] = {
     "svg.fonttype": "none",
     "font.family": ["DejaVu Sans"],
     "font.size": 9,

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from lora_jax.core.errors import RequestError
 from lora_jax.formats.paths import at_home
@@ -81,10 +82,11 @@ def combined_hash(cards: Sequence[Card]) -> str:
     return hashlib.sha256("\n".join(hashes).encode()).hexdigest()
 
 
-def _what(config: dict) -> str:
+def _what(config: Mapping[str, Any]) -> str:
     method = config["method"]
-    words = [title_of(method["name"])]
-    if method["name"] == "lora":
+    name: str = method["name"]
+    words = [title_of(name)]
+    if name == "lora":
         words += [f"rank {method.get('rank')}", f"targets {method.get('targets')}"]
     return ", ".join(words)
 

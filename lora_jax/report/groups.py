@@ -180,7 +180,7 @@ def _settings(config: Mapping[str, Any]) -> dict[str, Any]:
 
 def _seed(run: Run) -> tuple[int, int]:
     flat = flatten(run.config)
-    return tuple(flat.get(key) or 0 for key in _SEEDS)
+    return flat.get("seed") or 0, flat.get("data.seed") or 0
 
 
 def _validation_loss(runs: Sequence[FinishedRun]) -> float:

@@ -11,28 +11,28 @@ from lora_jax.report.tables import Row, score_names
 _HUES = ("#2f86c9", "#159b78", "#c2699a", "#d1940a", "#7a6fd0", "#4aa3c7")
 
 
-def ranks_by_targets(rows: tuple[Row, ...]) -> dict[tuple, list[Row]]:
-    """Rows that differ by rank only (and its rate), by what they share, in order of rank.
+def ranks_by_targets(rows: tuple[Row, ...]) -> dict[tuple, list[tuple[int, Row]]]:
+    """Ranks and rows that differ by rank only (and its rate), by what they share, ascending.
 
     Only those with two ranks or more.
     """
-    found: dict[tuple, list[Row]] = {}
+    found: dict[tuple, list[tuple[int, Row]]] = {}
     for row in rows:
         if row.rank is not None:
             rest = tuple((k, str(v)) for k, v in row.differing.items())
-            found.setdefault((row.method_name, row.targets, rest), []).append(row)
+            found.setdefault((row.method_name, row.targets, rest), []).append((row.rank, row))
     return {
-        key: sorted(series, key=lambda row: row.rank)
+        key: sorted(series, key=lambda one: one[0])
         for key, series in found.items()
-        if len({row.rank for row in series}) > 1
+        if len({rank for rank, _ in series}) > 1
     }
 
 
-def draw_ranks(rows: tuple[Row, ...], series: dict[tuple, list[Row]]) -> Drawing:
+def draw_ranks(rows: tuple[Row, ...], series: dict[tuple, list[tuple[int, Row]]]) -> Drawing:
     """Loss and accuracy against rank, a line per choice of targets, references as bands."""
     figure = Figure(figsize=(WIDTH, 3.9), layout="constrained")
     both, names = figure.subplots(1, 2), score_names(rows)
-    ranks = sorted({row.rank for some in series.values() for row in some})
+    ranks = sorted({rank for some in series.values() for rank, _ in some})
     shift = 0.06 * math.log2(max(ranks) / min(ranks) * 2)
     measures = (
         (both[0], "Test loss", names.loss, _loss),
@@ -50,8 +50,8 @@ def draw_ranks(rows: tuple[Row, ...], series: dict[tuple, list[Row]]) -> Drawing
             colour = _HUES[number % len(_HUES)]
             # Side by side, or their intervals would lie on one another.
             move = 2 ** (shift * (number - (len(series) - 1) / 2) / 2)
-            places = [row.rank * move for row in some]
-            points = [measure(row) for row in some]
+            places = [rank * move for rank, _ in some]
+            points = [measure(row) for _, row in some]
             extra = "".join(f", {key.rpartition('.')[2]}={value}" for key, value in rest)
             axes.plot(
                 places,

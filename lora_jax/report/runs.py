@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import reprlib
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,13 +12,8 @@ import numpy as np
 
 from lora_jax.core.errors import RequestError
 from lora_jax.formats.paths import at_home
-from lora_jax.formats.untrusted import (
-    check_fields,
-    is_number_or_null,
-    parse_json,
-    read_arrays,
-    read_regular,
-)
+from lora_jax.formats.untrusted import check_fields, is_number_or_null, read_arrays
+from lora_jax.train.metrics import read_metrics
 from lora_jax.train.record import RESTORE, Card
 from lora_jax.train.workdir import read_json_file
 
@@ -139,34 +135,20 @@ def _read_run(cell: Path) -> Run:
     return Run(cell.name, cell, config, history)
 
 
-def _bytes_of(path: Path) -> bytes:
-    try:
-        return read_regular(path)
-    except OSError as error:
-        raise RequestError(f"cannot read {path}: {error.strerror or error}") from error
-
-
-def _read_history(path: Path) -> tuple[dict, ...]:
+def _read_history(path: Path) -> tuple[dict[str, Any], ...]:
     """The entries by step; of a step logged twice (before and after a resume) the later one."""
-    if not path.exists():
-        return ()
-    lines = _bytes_of(path).split(b"\n")
     entries = {}
-    for number, line in enumerate(lines, start=1):
-        if not line.strip():
-            continue
+    for entry in read_metrics(path):
         try:
-            entry = parse_json(line)
             key = (int(entry["step"]), str(entry["split"]))
             if not all(is_number_or_null(entry.get(k)) for k in ("loss", "accuracy", "lr")):
                 raise TypeError("not a number")
             if not 0 <= key[0] < 2**53:
                 raise ValueError("no step")
         except (ValueError, TypeError, KeyError, OverflowError) as error:
-            if number == len(lines):
-                break  # no newline yet: the run is writing it, or was killed while it did
             raise RequestError(
-                f"{path} line {number} is no metrics entry; remove that line or rerun the cell"
+                f"{path}: {reprlib.repr(entry)} is no metrics entry; remove that line or rerun the "
+                "cell"
             ) from error
         entries[key] = {**entry, "step": key[0]}
     return tuple(entries[key] for key in sorted(entries))

@@ -10,7 +10,7 @@ from lora_jax.core.errors import RequestError
 from lora_jax.methods.lora import LoRA
 from lora_jax.methods.registry import METHODS
 from lora_jax.report.groups import Basin, Group, choose_rates, differing_settings, group_runs
-from lora_jax.report.runs import FinishedRun, Run, finished_runs
+from lora_jax.report.runs import FinishedRun, Predictions, Run, finished_runs
 from lora_jax.report.statistics import (
     NUM_RESAMPLES,
     Interval,
@@ -153,8 +153,14 @@ def summarise(runs: list[Run], *, seed: int = 0, num_resamples: int = NUM_RESAMP
 def _row(group: Group, groups, differing, rates_tried: int, seed: int, num_resamples: int) -> Row:
     card = group.runs[0].card
     targets = group.settings.get("method.targets")
-    loss, accuracy = (_scores(group, "loss"), _scores(group, "correct"))
+    predictions = _predictions(group)
     drawn = {"seed": seed, "num_resamples": num_resamples}
+
+    def interval(quantity: str) -> Interval | None:
+        if predictions is None:
+            return None
+        return mean_interval(_scores(predictions, quantity), **drawn)
+
     versus = {}
     for name in REFERENCES:
         other = _reference(name, group, groups)
@@ -175,8 +181,8 @@ def _row(group: Group, groups, differing, rates_tried: int, seed: int, num_resam
         head_count=card.counts.head,
         adapter_bytes=card.metrics.adapter_bytes,
         validation_loss=group.validation_loss,
-        loss=None if loss is None else mean_interval(loss, **drawn),
-        accuracy=None if accuracy is None else mean_interval(accuracy, **drawn),
+        loss=interval("loss"),
+        accuracy=interval("correct"),
         seed_losses=tuple(run.card.metrics.test.loss for run in group.runs),
         seed_accuracies=tuple(run.card.metrics.test.accuracy for run in group.runs),
         versus=versus,
@@ -187,7 +193,7 @@ def _row(group: Group, groups, differing, rates_tried: int, seed: int, num_resam
             if all(name in one for one in measured)
         },
         is_regression=group.settings.get("model.head") == "regression",
-        num_examples=0 if accuracy is None else accuracy.shape[1],
+        num_examples=len(predictions[0].index) if predictions else 0,
         steps=tuple(run.card.metrics.steps for run in group.runs),
         stopped=tuple(run.card.metrics.stopped for run in group.runs),
         seconds=float(np.mean([run.card.seconds.total for run in group.runs])),
@@ -202,23 +208,23 @@ def _memory_bytes(runs: tuple[FinishedRun, ...]) -> int | None:
     return max((value for value in known if value), default=None)
 
 
-def _scores(group: Group, quantity: str) -> np.ndarray | None:
-    """(S, N) scores on the test examples, or None where a run has no predictions."""
-    if any(run.predictions is None for run in group.runs):
+def _predictions(group: Group) -> list[Predictions] | None:
+    """Each run's predictions of the same test examples, or None where a run has none."""
+    found = [run.predictions for run in group.runs if run.predictions is not None]
+    if len(found) < len(group.runs):
         return None
-    first = group.runs[0]
-    for run in group.runs[1:]:
-        if not np.array_equal(run.predictions.index, first.predictions.index):
+    for run, one in zip(group.runs, found, strict=True):
+        if not np.array_equal(one.index, found[0].index):
             raise RequestError(
-                f"{run.folder} and {first.folder} have one data hash and different test examples; "
-                "evaluate one of them again"
+                f"{run.folder} and {group.runs[0].folder} have one data hash and different test "
+                "examples; evaluate one of them again"
             )
-    return np.stack(
-        [
-            spread_over_weights(getattr(run.predictions, quantity), run.predictions.weight)
-            for run in group.runs
-        ]
-    )
+    return found
+
+
+def _scores(predictions: Sequence[Predictions], quantity: str) -> np.ndarray:
+    """(S, N) scores on the test examples."""
+    return np.stack([spread_over_weights(getattr(p, quantity), p.weight) for p in predictions])
 
 
 def _reference(name: str, group: Group, groups) -> Group | None:
@@ -244,14 +250,14 @@ def _lora_beside(group: Group, groups) -> Group | None:
 def _difference(
     quantity: str, group: Group, other: Group, *, seed: int, num_resamples: int
 ) -> Interval | None:
-    ours, theirs = _scores(group, quantity), _scores(other, quantity)
+    ours, theirs = _predictions(group), _predictions(other)
     if ours is None or theirs is None:
         return None
     return paired_difference(
-        ours,
-        theirs,
-        first_index=group.runs[0].predictions.index,
-        second_index=other.runs[0].predictions.index,
+        _scores(ours, quantity),
+        _scores(theirs, quantity),
+        first_index=ours[0].index,
+        second_index=theirs[0].index,
         first_seeds=group.seeds,
         second_seeds=other.seeds,
         seed=seed,

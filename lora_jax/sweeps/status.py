@@ -73,10 +73,12 @@ def _statuses(workdir: Path) -> list[CellStatus]:
 
 def seconds_left(cells: list[CellStatus]) -> float | None:
     """What the cells that are under way still need, at their pace so far; None if unknown."""
-    running = [c for c in cells if c.state == "running" and c.num_steps and c.step and c.seconds]
-    if not running:
-        return None
-    return sum(c.seconds / c.step * (c.num_steps - c.step) for c in running)
+    left = [
+        c.seconds / c.step * (c.num_steps - c.step)
+        for c in cells
+        if c.state == "running" and c.num_steps and c.step and c.seconds
+    ]
+    return sum(left) if left else None
 
 
 def _status(folder: Path, num_steps: int | None, refused: str, at_work: bool) -> CellStatus:

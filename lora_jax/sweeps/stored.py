@@ -20,9 +20,9 @@ from lora_jax.sweeps.program import Use
 from lora_jax.sweeps.ready import Ready
 from lora_jax.train.build import plan_steps
 from lora_jax.train.callbacks import StopAtSignal, restored, train_on_disk, validate_on
-from lora_jax.train.card import describe_program
 from lora_jax.train.cell import Schedule
 from lora_jax.train.checkpoint import Checkpoints
+from lora_jax.train.environment import describe_program
 from lora_jax.train.evaluate import Evaluation
 from lora_jax.train.finish import write_results
 from lora_jax.train.loop import Callback, Diverged

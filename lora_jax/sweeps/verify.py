@@ -27,7 +27,7 @@ from lora_jax.train import enable_compilation_cache, train_cell
 from lora_jax.train.again import check_completion_format
 from lora_jax.train.bookkeeping import CHANGED_TO
 from lora_jax.train.build import load_base
-from lora_jax.train.card import device_description, versions
+from lora_jax.train.environment import device_description, versions
 from lora_jax.train.finish import hash_trainable
 from lora_jax.train.loop import Diverged
 from lora_jax.train.numerics import differences
@@ -88,7 +88,7 @@ def verify(
     run = at_home(run).resolve()
     card = _read_card(run)
     packed = card.program.K > 1 and not alone
-    names = card.program.cells if packed else [run.name]
+    names = (packed and card.program.cells) or [run.name]
     folders = [run.parent / name for name in names]
     cells = [Cell(folder.name, _config_of(folder)) for folder in folders]
     enable_compilation_cache()
@@ -119,7 +119,7 @@ def verify(
         with view.running(len(cells), card.metrics.steps):
             try:
                 if packed:
-                    _train_pack(cells, base, card.program.at_once, again, view)
+                    _train_pack(cells, base, card.program.at_once or 0, again, view)
                 else:
                     folder = again / "cells" / run.name
                     train_cell(cells[0].config, folder, base=base, show_with=view.show_with)

@@ -21,7 +21,7 @@ from lora_jax.methods import Method
 from lora_jax.methods.table import MethodTable
 from lora_jax.models import Model
 from lora_jax.train.bookkeeping import Bookkeeping
-from lora_jax.train.card import device_description, git_commit, versions
+from lora_jax.train.environment import device_description, git_commit, versions
 from lora_jax.train.evaluate import Evaluation
 from lora_jax.train.record import (
     BestScores,
@@ -66,8 +66,10 @@ def write_results(
     shutil.rmtree(cell / "adapter", ignore_errors=True)
     save_trainable(cell / "adapter", trainable, describe_adapter(config, subject, trainable))
     write_predictions(cell / "test_predictions.npz", test)
+    file, arg = config_parts(config_file)
     card = Card(
-        **config_parts(config_file),
+        config_file=file,
+        config_arg=arg,
         config=config,
         config_hash=config_hash(config),
         base_hash=subject.model.base_hash,
@@ -111,11 +113,12 @@ def _seconds(books: Bookkeeping, program: Program) -> Seconds:
 
 def _test_scores(test: Evaluation, names: Sequence[str]) -> FinalScores:
     found = measure(test, names)
+    tokens = found.pop("tokens", None)
     return FinalScores(
         loss=test.loss,
         accuracy=test.accuracy,
         n=test.num_examples,
-        tokens=found.pop("tokens", None),
+        tokens=None if tokens is None else int(tokens),
         others=found,
     )
 
@@ -174,7 +177,7 @@ def write_predictions(path: Path, evaluation: Evaluation) -> None:
     are means over; of numbers the labels are float32. prediction (N,), like the labels, is there
     where a metric is taken of it.
     """
-    arrays = {
+    arrays: dict[str, Any] = {
         "loss": evaluation.losses,
         "correct": evaluation.correct,
         "label": evaluation.labels,

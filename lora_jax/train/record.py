@@ -209,7 +209,8 @@ class Card(Section):
             if not is_folder_name(name):
                 raise RequestError(f"{place} names a cell {reprlib.repr(name)}; {RESTORE}")
         if card.config_arg is None:  # as earlier versions had it, in one
-            return dataclasses.replace(card, **config_parts(card.config_file or ""))
+            file, arg = config_parts(card.config_file or "")
+            return dataclasses.replace(card, config_file=file, config_arg=arg)
         return card
 
     @property
@@ -219,14 +220,14 @@ class Card(Section):
         return f"{self.config_file}{arg}" if self.config_file else None
 
 
-def config_parts(name: str) -> dict[str, str | None]:
+def config_parts(name: str) -> tuple[str | None, str | None]:
     """A card's `config_file` and `config_arg` of what `--config=` had, "" if there was no file.
 
-    >>> config_parts("my.py:lora")
-    {'config_file': 'my.py', 'config_arg': 'lora'}
+    >>> config_parts("my.py:lora"), config_parts("my.py")
+    (('my.py', 'lora'), ('my.py', None))
     """
     file, colon, arg = name.partition(":")
-    return {"config_file": file or None, "config_arg": arg if colon else None}
+    return file or None, arg if colon else None
 
 
 _S = typing.TypeVar("_S", bound=Section)

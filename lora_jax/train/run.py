@@ -21,10 +21,10 @@ from lora_jax.settings import complete
 from lora_jax.train.bookkeeping import Bookkeeping
 from lora_jax.train.build import Base, Setup, build
 from lora_jax.train.callbacks import StopAtSignal, restored, train_on_disk, validate_on
-from lora_jax.train.card import describe_program
 from lora_jax.train.cell import Schedule
 from lora_jax.train.checkpoint import Checkpoints
 from lora_jax.train.compilation import enable_compilation_cache
+from lora_jax.train.environment import describe_program
 from lora_jax.train.finish import write_results
 from lora_jax.train.loop import Callback, Diverged, Training
 from lora_jax.train.memory import StepMemory, device_limit_bytes

@@ -81,7 +81,7 @@ def test_a_broken_line_amid_the_metrics_is_named(tmp_path, write_run):
     lines = (cell / "metrics.jsonl").read_text().splitlines()
     lines[3] = lines[3][:10]
     (cell / "metrics.jsonl").write_text("\n".join(lines) + "\n")
-    with pytest.raises(RequestError, match=r"metrics\.jsonl line 4"):
+    with pytest.raises(RequestError, match=r"metrics\.jsonl:4 is damaged"):
         read_runs(tmp_path)
 
 

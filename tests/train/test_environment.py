@@ -2,8 +2,8 @@ import subprocess
 
 import jax
 
-from lora_jax.train import card as card_module
-from lora_jax.train.card import git_commit, versions
+from lora_jax.train import environment
+from lora_jax.train.environment import git_commit, versions
 
 
 def test_versions_are_those_that_run():
@@ -17,10 +17,10 @@ def test_commit_is_that_of_the_package_or_unknown(tmp_path, monkeypatch):
         command = ["git", "-C", str(tmp_path), *identity, *arguments]
         return subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()
 
-    file = tmp_path / "lora_jax" / "train" / "card.py"
+    file = tmp_path / "lora_jax" / "train" / "environment.py"
     file.parent.mkdir(parents=True)
     file.write_text("one")
-    monkeypatch.setattr(card_module, "__file__", str(file))
+    monkeypatch.setattr(environment, "__file__", str(file))
     git("init")
     assert git_commit() == "unknown"  # in a repository, but none of its files
     git("add", ".")
