@@ -46,7 +46,8 @@ def checked_names(setting: str, value: Any) -> str | tuple[str, ...]:
     """A text, or several as a tuple. Raises `RequestError` for anything else."""
     if isinstance(value, str):
         return value
-    names = tuple(value) if isinstance(value, Iterable) and not isinstance(value, bytes) else (0,)
-    if not all(isinstance(name, str) for name in names):
-        raise RequestError(f"{setting} is {value!r}; it must be a text or a sequence of texts")
-    return names
+    if isinstance(value, Iterable) and not isinstance(value, bytes):
+        names = tuple(value)
+        if all(isinstance(name, str) for name in names):
+            return names
+    raise RequestError(f"{setting} is {value!r}; it must be a text or a sequence of texts")

@@ -2,20 +2,32 @@
 
 from __future__ import annotations
 
+import jax
 from jax import lax
 
 
-def contract(x, x_axes, y, y_axes, keep, *, precision=None, preferred=None, transpose=True):
+def contract(x, x_axes, y, y_axes, keep, *, precision=None, preferred=None) -> jax.Array:
     """Multiplies `x` by `y` and sums over each label that both hold and `keep` does not.
 
     Labels are hashable names, one per axis. A label in both arrays and in `keep` is a batch axis.
-    Returns the result with its axes in the order of `keep`; with `transpose=False`, the pair
-    (result, its labels) as `dot_general` leaves it: batch, then the rest of `x`, then of `y`.
+    Returns the result with its axes in the order of `keep`.
 
     >>> import jax.numpy as jnp
     >>> contract(jnp.ones((2, 3)), "ij", jnp.ones((3, 4)), "jk", "ik").shape
     (2, 4)
     """
+    keep = list(keep)
+    result, labels = contracted(
+        x, x_axes, y, y_axes, keep, precision=precision, preferred=preferred
+    )
+    order = [labels.index(label) for label in keep]
+    return result if order == sorted(order) else result.transpose(order)
+
+
+def contracted(
+    x, x_axes, y, y_axes, keep, *, precision=None, preferred=None
+) -> tuple[jax.Array, list]:
+    """`contract` as `dot_general` leaves it, with its labels: batch, the rest of `x`, of `y`."""
     x_axes, y_axes, keep = list(x_axes), list(y_axes), list(keep)
     both = [label for label in x_axes if label in y_axes]
     batch = [label for label in both if label in keep]
@@ -26,7 +38,4 @@ def contract(x, x_axes, y, y_axes, keep, *, precision=None, preferred=None, tran
     )
     result = lax.dot_general(x, y, numbers, precision=precision, preferred_element_type=preferred)
     labels = batch + [n for n in x_axes if n not in both] + [n for n in y_axes if n not in both]
-    if not transpose:
-        return result, labels
-    order = [labels.index(label) for label in keep]
-    return result if order == sorted(order) else result.transpose(order)
+    return result, labels

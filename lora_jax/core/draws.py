@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
+from typing import Any
 
 import jax
 import numpy as np
@@ -22,7 +23,7 @@ def key_from_seed(seed: int) -> jax.Array:
     The default settings keep the lower 32 bits of the seed; so does this with x64 enabled.
     """
     # Under a trace the words stay a constant: a NumPy array.
-    words = np.array([0, int(seed) & 0xFFFFFFFF], np.uint32)
+    words: Any = np.array([0, int(seed) & 0xFFFFFFFF], np.uint32)
     return jax.random.wrap_key_data(words, impl=KEY_IMPL)
 
 

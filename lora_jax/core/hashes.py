@@ -26,5 +26,5 @@ def hash_params(flat: Mapping[str, Any]) -> str:
     for path in sorted(plain):
         array = np.asarray(plain[path], order="C")
         digest.update(f"{path} {array.dtype} {array.shape}\n".encode())
-        digest.update(array.reshape(-1).view(np.uint8))
+        digest.update(array.reshape(-1).view(np.uint8).data)
     return digest.hexdigest()

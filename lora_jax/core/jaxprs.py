@@ -11,6 +11,7 @@ import threading
 from typing import Any, NamedTuple
 
 import jax
+import jax.core
 import numpy as np
 from jax._src import source_info_util
 from jax._src.core import ShardingTypeError as ShardingTypeError  # explicit sharding
@@ -257,6 +258,7 @@ def instantiated(x):
     """A tangent as an array; those of integers and keys are NumPy's `float0`."""
     if not isinstance(x, SymbolicZero):
         return x
-    if x.aval.dtype == jax.dtypes.float0:
-        return np.zeros(x.aval.shape, jax.dtypes.float0)
-    return jax.numpy.zeros(x.aval.shape, x.aval.dtype)
+    aval: Any = x.aval
+    if aval.dtype == jax.dtypes.float0:
+        return np.zeros(aval.shape, jax.dtypes.float0)
+    return jax.numpy.zeros(aval.shape, aval.dtype)

@@ -7,7 +7,7 @@ one `LoRAWeight`, zeros where another has its rows or columns: as exact as the p
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -42,7 +42,7 @@ class Join:
         if not kinds:
             return self.bind(list(parts))
         kind = GainWeight if GainWeight in kinds else LoRAWeight
-        mine = {n: part for n, part in enumerate(parts) if type(part) is kind}
+        mine: dict[int, Any] = {n: part for n, part in enumerate(parts) if type(part) is kind}
         if not kinds <= {GainWeight, LoRAWeight} or len(_roles(mine)) > 1:
             return None
         beneath = self.of([part.kernel if n in mine else part for n, part in enumerate(parts)])
@@ -101,19 +101,20 @@ class Join:
 
     def _laid(self, n: int, x, x_axes):
         """A factor of part n in the shape of the whole: zeros where the other parts are."""
-        if self.axis not in x_axes:
+        axis = self.axis
+        if axis is None or axis not in x_axes:
             return x
-        sizes = [shape[self.axis] for shape in self.shapes]
+        sizes = [shape[axis] for shape in self.shapes]
         around = [(0, 0, 0)] * x.ndim
-        around[x_axes.index(self.axis)] = (sum(sizes[:n]), sum(sizes[n + 1 :]), 0)
+        around[x_axes.index(axis)] = (sum(sizes[:n]), sum(sizes[n + 1 :]), 0)
         return lax.pad(x, jnp.zeros((), x.dtype), around)
 
 
-def _roles(parts: dict[int, AdaptedValue]) -> set[str]:
+def _roles(parts: Mapping[int, AdaptedValue]) -> set[str]:
     return {part.current_roles for part in parts.values()}
 
 
-def _path(parts: dict[int, AdaptedValue]) -> str:
+def _path(parts: Mapping[int, AdaptedValue]) -> str:
     return ", ".join(dict.fromkeys(part.path for part in parts.values()))
 
 

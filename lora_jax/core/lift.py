@@ -116,11 +116,11 @@ class Interpreter:
             mine = jaxprs.variables_of(jaxpr)
             lost = list(dict.fromkeys(a for a in atoms if a in mine and a not in known))
             if lost:
-                known |= zip(lost, self._computed_again(lost, eqn), strict=True)
+                known |= zip(lost, self._computed_again(lost, eqn, self._whole), strict=True)
         return [known.get(atom, const) for atom, const in zip(atoms, consts, strict=True)]
 
-    def _computed_again(self, variables, eqn) -> list[Any]:
-        jaxpr, constants, args = self._whole
+    def _computed_again(self, variables, eqn, whole) -> list[Any]:
+        jaxpr, constants, args = whole
         cause = "adapter dropout would draw another mask for it"
         try:
             if not any(is_adapted(arg) and arg.is_random for arg in args):
@@ -190,7 +190,7 @@ RULES: dict[str, Callable[[Interpreter, Any, list[Any]], list[Any] | None]] = {}
 def rule_for(*names: str):
     """Registers a rule for the primitives of these names."""
 
-    def register(rule):
+    def register(rule: Callable[..., Any]):
         RULES.update(dict.fromkeys(names, rule))
         return rule
 

@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from lora_jax.core.contract import contract
+from lora_jax.core.contract import contracted
 from lora_jax.core.dtypes import float32_or_wider
 from lora_jax.core.thin import is_thin_case, thin_products
 from lora_jax.core.values import RANK, cast, permute, times_side
@@ -26,6 +26,10 @@ from lora_jax.core.weights import LoRAWeight
 
 class _KeepsOutputs:
     """A use whose result has the kernel's own outputs as axes: a gain goes onto them as it is."""
+
+    @property
+    def out_axes(self) -> list:
+        raise NotImplementedError
 
     def gain_on_outputs(self, gain, axes):
         return (gain, axes) if all(axis in self.out_axes for axis in axes) else None
@@ -125,10 +129,7 @@ class DotUse(_KeepsOutputs):
     def _product(self, factor, other, keep, preferred):
         """Contracts, the factor on its kernel's side; returns the result and its axes unsorted."""
         (x, x_axes), (y, y_axes) = (factor, other) if self.on_left else (other, factor)
-        return contract(
-            x, x_axes, y, y_axes, keep, precision=self.precision, preferred=preferred,
-            transpose=False,
-        )  # fmt: skip
+        return contracted(x, x_axes, y, y_axes, keep, precision=self.precision, preferred=preferred)
 
 
 def _only_second_is_complex(x, y) -> bool:

@@ -14,7 +14,10 @@ def reshape_roles(old_shape, new_shape, roles) -> list[tuple[str, int]] | None:
     for size in new_shape:
         if size == 1:
             # A new axis of size one belongs to any role; "o" puts it into b alone.
-            (pending if pending else segments).append(1 if pending else ("o", 1))
+            if pending:
+                pending.append(1)
+            else:
+                segments.append(("o", 1))
             continue
         pending.append(size)
         product *= size

@@ -87,7 +87,7 @@ class Rule(NamedSettings):
 
     def _check_slice(self):
         try:
-            axis, start, stop = (operator.index(n) for n in self.slice)
+            axis, start, stop = (operator.index(n) for n in self.slice or ())
         except (TypeError, ValueError) as error:
             raise RequestError(
                 f"slice is {self.slice!r}; it must be (axis, start, stop), as (-1, 0, 768)"
@@ -99,7 +99,7 @@ class Rule(NamedSettings):
             )
         object.__setattr__(self, "slice", (axis, start, stop))
 
-    def takes(self, path: str, aliases: Mapping[str, str] | None = None) -> bool:
+    def takes(self, path: str, aliases: Aliases | None = None) -> bool:
         """Whether this rule is for the parameter at `path`."""
         if not pattern_of(self.targets, aliases).fullmatch(path):
             return False
@@ -173,9 +173,7 @@ def match_with(engine: Callable[[str], re.Pattern[str]]) -> None:
     _engine = engine
 
 
-def pattern_of(
-    targets: str | Sequence[str], aliases: Mapping[str, str] | None = None
-) -> re.Pattern[str]:
+def pattern_of(targets: str | Sequence[str], aliases: Aliases | None = None) -> re.Pattern[str]:
     """The compiled expression of a target: aliases resolved, alternatives joined.
 
     Raises `RequestError` for an expression that does not compile.
@@ -188,7 +186,7 @@ def pattern_of(
 
 
 def patterns_of(
-    targets: str | Sequence[str], aliases: Mapping[str, str] | None = None
+    targets: str | Sequence[str], aliases: Aliases | None = None
 ) -> list[re.Pattern[str]]:
     """The compiled expression of each member of a target; together they are `pattern_of`."""
     aliases = aliases or {}
@@ -233,7 +231,7 @@ def check_each_matches(
     what: str,
     targets: str | Sequence[str],
     paths: Sequence[str],
-    aliases: Mapping[str, str] | None = None,
+    aliases: Aliases | None = None,
 ) -> None:
     """Raises `RequestError` for a member of `targets` that matches none of the paths."""
     for pattern in patterns_of(targets, aliases):
@@ -248,7 +246,7 @@ def match_rules(
     rules: Sequence[Rule],
     candidates: Sequence[str],
     everything: Sequence[str],
-    aliases: Mapping[str, str] | None = None,
+    aliases: Aliases | None = None,
 ) -> list[tuple[str, Rule]]:
     """`(path, rule)` for each path that can be adapted, in their order: the first rule that takes
     it, and where that takes a slice, further rules with other slices of the same axis.
@@ -284,18 +282,18 @@ def match_rules(
 
 
 def _check_apart(path: str, earlier: Sequence[Rule], rule: Rule) -> None:
-    for other in earlier:
-        if other.slice[0] != rule.slice[0] or (
-            other.slice[1] < rule.slice[2] and rule.slice[1] < other.slice[2]
-        ):
+    axis, start, stop = rule.slice or (0, 0, 0)
+    for theirs in (other.slice for other in earlier if other.slice):
+        if theirs[0] != axis or (theirs[1] < stop and start < theirs[2]):
             raise RequestError(
-                f"slices {other.slice} and {rule.slice} of {path!r} overlap; let each rule take "
+                f"slices {theirs} and {rule.slice} of {path!r} overlap; let each rule take "
                 "a part of its own of one axis"
             )
 
 
 def _layers_of(paths: Sequence[str]) -> list[int]:
-    return sorted({layer_of(path) for path in paths} - {None})
+    layers = {layer_of(path) for path in paths}
+    return sorted(layer for layer in layers if layer is not None)
 
 
 def _why_unused(rule: Rule, candidates, everything, aliases) -> str:

@@ -13,6 +13,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
+import jax.core
 import jax.numpy as jnp
 import numpy as np
 
@@ -77,6 +78,13 @@ class Stored:
     It has the `shape`, `dtype`, `ndim` and `size` of the array it stands for, and never trains;
     `arrays()` are those that are kept, by name.
     """
+
+    # What the class beside it in the bases has.
+    shape: Any
+    dtype: Any
+    base: Any
+    dequantize: Any
+    marked: Any
 
     def arrays(self) -> dict[str, Any]:
         raise NotImplementedError

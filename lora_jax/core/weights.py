@@ -9,7 +9,7 @@ slices, is in `core/values.py`.
 from __future__ import annotations
 
 import dataclasses
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Self
 
 import jax
 import jax.numpy as jnp
@@ -79,26 +79,26 @@ class LoRAWeight(AdaptedValue):
     def use(self, use: Use) -> jax.Array | None:
         region = region_of(self)
         arrays = _arrays_of(use) if region.mesh is not None else {}
-        delta = region.run(_low_rank, use, arrays, self)
+        delta: Any = region.run(_low_rank, use, arrays, self)
         if delta is None:
             return None
         # The frozen product comes as it was: only so is a fresh adapter bit-equal to the base.
         base = use_beneath(self.kernel, use)
         return None if base is None else lax.add(base, cast(region.back(delta, base), base.dtype))
 
-    def times(self, factor, bind) -> LoRAWeight | None:
+    def times(self, factor, bind) -> Self | None:
         scale = jnp.asarray(self.scale)
         times = super().times(factor, bind)
         if not jnp.iscomplexobj(factor):  # only a kernel that is complex meets such a number
             factor = factor.astype(scale.dtype)
         return times and dataclasses.replace(times, scale=scale * factor)
 
-    def moved(self, sign: int, bind) -> LoRAWeight | None:
+    def moved(self, sign: int, bind) -> Self | None:
         beneath = self.kernel
         kernel = beneath.moved(sign, bind) if is_adapted(beneath) else bind(beneath)
         return self._followed(kernel, {"scale": sign * jnp.asarray(self.scale)})
 
-    def pad(self, value, config) -> LoRAWeight | None:
+    def pad(self, value, config) -> Self | None:
         # ΔW is zero in every row and column that is added, so either factor may hold the zeros.
         if any(tuple(config[axis]) != (0, 0, 0) for axis in self.axes("s")):
             return None
@@ -133,7 +133,7 @@ def _arrays_of(use: Use) -> dict[str, Any]:
     return {name: x for name, x in vars(use).items() if isinstance(x, jax.Array)}
 
 
-def _low_rank(use: Use, arrays: dict[str, Any], weight: LoRAWeight) -> jax.Array | None:
+def _low_rank(use: Any, arrays: dict[str, Any], weight: LoRAWeight) -> jax.Array | None:
     return (dataclasses.replace(use, **arrays) if arrays else use).low_rank(weight)
 
 

@@ -16,7 +16,7 @@ import optax
 
 from lora_jax.core import trees
 from lora_jax.core.errors import RequestError, not_a_parameter
-from lora_jax.core.rules import check_each_matches, pattern_of
+from lora_jax.core.rules import Aliases, check_each_matches, pattern_of
 from lora_jax.core.values import is_adapted, is_bound
 from lora_jax.methods.contract import Contract
 from lora_jax.methods.merging import merged
@@ -46,7 +46,7 @@ class Method(Contract):
     # Lists and mappings are compared but not hashed, so that every method can be hashed.
     train: str | Sequence[str] = dataclasses.field(default=(), hash=False)
     rows: Mapping[str, Sequence[int]] = dataclasses.field(default_factory=dict, hash=False)
-    aliases: Mapping[str, str] | None = dataclasses.field(default=None, repr=False, hash=False)
+    aliases: Aliases | None = dataclasses.field(default=None, repr=False, hash=False)
 
     def init(self, key: jax.Array, params: PyTree) -> tuple[Trainable, PyTree]:
         """Splits `params` into `(trainable, frozen)`; `params` is untouched.

@@ -207,7 +207,7 @@ class LoRA(Method):
             for name, site in self._sites(params, whole).items()
         }
 
-    def _start(self, kernel, site: Site):
+    def _start(self, kernel, site: Site) -> Any:
         """What `init_parts` sees of the kernel: the part that is adapted."""
         if not isinstance(kernel, trees.Stored):
             return site.cut(kernel)

@@ -128,7 +128,7 @@ class Changes:
         found, beside = self.whole[path], self._beside[path]
         if len(found) == 1 and found[0][0] == 1.0 and not beside:
             return found[0][1]  # bit for bit; base + (value - base) would not be
-        total = sum(beside) + sum(_change(*one, self.base[path]) for one in found)
+        total: Any = sum(beside) + sum(_change(*one, self.base[path]) for one in found)
         dtype = jnp.result_type(*(value for _, value in found))
         return (self.base[path].astype(total.dtype) + total).astype(dtype)
 

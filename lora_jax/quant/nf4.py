@@ -70,7 +70,7 @@ def encode(x: jax.Array) -> tuple[jax.Array, jax.Array]:
     return _encode(x, CODEBOOK, BLOCK)
 
 
-def _encode(x, table, block):
+def _encode(x, table, block) -> tuple[Any, Any]:
     if x.shape[-1] % block:
         raise ValueError(f"{x.shape[-1]} numbers are no whole blocks of {block}; pad with zeros")
     xp = np if isinstance(x, np.ndarray) else jnp
