@@ -115,7 +115,7 @@ class Method(Contract):
                 )
             kernel = values.get(path, kernels[path])
             if "rows" in entry:
-                values[path] = bind_rows(path, kernel, entry["rows"], self._indices_of(path))
+                values[path] = bind_rows(path, kernel, entry["rows"], self.indices_of(path))
             else:
                 self._check_beneath(name, beneath.get(path, ()))
                 values[path] = self._bind_adapter(name, kernel, entry, key, data)
@@ -177,7 +177,7 @@ class Method(Contract):
         """Whether an adapter of this name (see `table`) is this method's."""
         return False
 
-    def _owner_of(self, name: str) -> Method:
+    def owner_of(self, name: str) -> Method:
         """The method that an adapter belongs to; of several that were combined, one."""
         return self
 
@@ -243,7 +243,8 @@ class Method(Contract):
                 found[path] = leaves[path], row_indices(path, leaves[path], indices)
         return found
 
-    def _indices_of(self, path: str) -> tuple[int, ...]:
+    def indices_of(self, path: str) -> tuple[int, ...]:
+        """The rows of the parameter at `path` that train. Raises `RequestError` for none."""
         indices = self._own_indices(path)
         if indices is None:
             raise RequestError(f"no rows= of this method names {path!r}; use its own method")
