@@ -35,7 +35,7 @@ class Region:
         with jax.sharding.use_abstract_mesh(auto):
             return fun(*jax.tree.map(enter, args))
 
-    def back(self, x, like):
+    def back(self, x, like) -> Any:
         """A result of `run` with the sharding of `like`, an array of its shape."""
         if self.mesh is None or x is None:
             return x

@@ -67,7 +67,7 @@ def sides_split(value: Any, spec: PartitionSpec) -> Any:
 
 def typed_as(value: Any, aval: Any) -> Any:
     """The value with the sharding that this type of its array names, if it names explicit axes."""
-    sharding = getattr(aval, "sharding", None)
+    sharding: Any = getattr(aval, "sharding", None)
     if not getattr(getattr(sharding, "mesh", None), "explicit_axes", ()):
         return value
     array = value.base if is_adapted(value) else value

@@ -144,19 +144,19 @@ class AdaptedValue:
         found = {name: getattr(self, name) for name in self.SIDES}
         return {name: x for name, x in found.items() if x is not None}
 
-    def on_base(self, change: Callable[[jax.Array], jax.Array]) -> AdaptedValue:
+    def on_base(self, change: Callable[[jax.Array], jax.Array]) -> Self:
         """The value with `change` applied to the frozen array, its shape kept."""
         beneath = self.kernel
         changed = beneath.on_base(change) if is_adapted(beneath) else change(beneath)
         return dataclasses.replace(self, kernel=changed)
 
-    def marked(self, mark: Callable[[jax.Array], jax.Array]) -> AdaptedValue:
+    def marked(self, mark: Callable[[jax.Array], jax.Array]) -> Self:
         """The value with a mark (a placement, a name) on the frozen array."""
         beneath = self.kernel
         changed = beneath.marked(mark) if is_adapted(beneath) else mark(beneath)
         return dataclasses.replace(self, kernel=changed)
 
-    def convert(self, dtype) -> AdaptedValue | None:
+    def convert(self, dtype) -> Self | None:
         # Side arrays keep their precision: they are cast once, at the product.
         if not jnp.issubdtype(dtype, jnp.floating):
             return None
@@ -177,7 +177,7 @@ class AdaptedValue:
         roles = self.roles if roles is None else roles
         return dataclasses.replace(self, kernel=kernel, roles=roles, **sides)
 
-    def transpose(self, permutation) -> AdaptedValue | None:
+    def transpose(self, permutation) -> Self | None:
         """The value with its axes in this order."""
         permutation = list(permutation)
 
@@ -201,7 +201,7 @@ class AdaptedValue:
         sides = {name: permute(x, order(name)) for name, x in self.sides().items()}
         return self._followed(kernel, sides, "".join(self.current_roles[n] for n in permutation))
 
-    def reshape(self, shape) -> AdaptedValue | None:
+    def reshape(self, shape) -> Self | None:
         """Follows a reshape that merges or splits axes of one role."""
         segments = reshape_roles(self.shape, shape, self.current_roles)
         if segments is None:
@@ -221,7 +221,7 @@ class AdaptedValue:
         sides = {name: reshaped(name, x) for name, x in self.sides().items()}
         return self._followed(kernel, sides, "".join(role for role, _ in segments))
 
-    def slice_axes(self, starts, sizes, strides=None) -> AdaptedValue | None:
+    def slice_axes(self, starts, sizes, strides=None) -> Self | None:
         """A slice, each array cut where it holds the axis: static if `strides` is given, else
         dynamic."""
 
@@ -246,7 +246,7 @@ class AdaptedValue:
             kernel, {name: cut(x, self.side_axes(name)) for name, x in self.sides().items()}
         )
 
-    def reverse(self, dimensions) -> AdaptedValue | None:
+    def reverse(self, dimensions) -> Self | None:
         """The value with these axes the other way round."""
 
         def flipped(x, x_axes):

@@ -106,7 +106,7 @@ def split(
                 f"{name!r} are single trained rows, which this version does not write for PEFT; "
                 "merge them and save the model, or train the table whole"
             )
-        path, owner = path_of(name), method._owner_of(name)
+        path, owner = path_of(name), method.owner_of(name)
         _check_owner(name, owner)
         if path not in by_path:
             raise RequestError(
@@ -118,7 +118,7 @@ def split(
                 f"{name!r} is tied to the head here, so its adapter changes both, while PEFT's "
                 "changes lookups alone; train it on load_model(…, untie=True), or merge it"
             )
-        site = owner._site(path, owner._rule_of(name), flat[path].shape)
+        site = owner.site_of(name, flat[path].shape)
         sites[path].append((owner, site, entry))
     use_dora = _all_or_none(sites, DoRA)
     use_rslora = not use_dora and _all_or_none(sites, RsLoRA, strict=False)

@@ -22,7 +22,7 @@ from lora_jax.core.axes import KernelAxes
 from lora_jax.core.dtypes import float32_or_wider
 from lora_jax.core.errors import RequestError
 from lora_jax.core.hashes import hash_params
-from lora_jax.core.rules import Rule
+from lora_jax.core.rules import Aliases, Rule
 from lora_jax.core.values import is_adapted, is_bound
 from lora_jax.methods.base import Method, PyTree, Trainable
 from lora_jax.methods.lora import LoRA
@@ -178,7 +178,7 @@ def difference(
     rank: int,
     axes: Mapping[str, KernelAxes] | None = None,
     train: str | Sequence[str] = (),
-    aliases: Mapping[str, str] | None = None,
+    aliases: Aliases | None = None,
 ) -> Approximated:
     """The LoRA adapter nearest to what separates two models: from full fine-tuning, or a merge.
 

@@ -16,7 +16,7 @@ import optax
 
 from lora_jax.core import trees
 from lora_jax.core.errors import RequestError, not_a_parameter
-from lora_jax.core.rules import check_each_matches, pattern_of
+from lora_jax.core.rules import Aliases, check_each_matches, pattern_of
 from lora_jax.core.values import is_adapted, is_bound
 from lora_jax.methods.contract import Contract
 from lora_jax.methods.merging import merged
@@ -46,7 +46,7 @@ class Method(Contract):
     # Lists and mappings are compared but not hashed, so that every method can be hashed.
     train: str | Sequence[str] = dataclasses.field(default=(), hash=False)
     rows: Mapping[str, Sequence[int]] = dataclasses.field(default_factory=dict, hash=False)
-    aliases: Mapping[str, str] | None = dataclasses.field(default=None, repr=False, hash=False)
+    aliases: Aliases | None = dataclasses.field(default=None, repr=False, hash=False)
 
     def init(self, key: jax.Array, params: PyTree) -> tuple[Trainable, PyTree]:
         """Splits `params` into `(trainable, frozen)`; `params` is untouched.
@@ -115,7 +115,7 @@ class Method(Contract):
                 )
             kernel = values.get(path, kernels[path])
             if "rows" in entry:
-                values[path] = bind_rows(path, kernel, entry["rows"], self._indices_of(path))
+                values[path] = bind_rows(path, kernel, entry["rows"], self.indices_of(path))
             else:
                 self._check_beneath(name, beneath.get(path, ()))
                 values[path] = self._bind_adapter(name, kernel, entry, key, data)
@@ -177,7 +177,7 @@ class Method(Contract):
         """Whether an adapter of this name (see `table`) is this method's."""
         return False
 
-    def _owner_of(self, name: str) -> Method:
+    def owner_of(self, name: str) -> Method:
         """The method that an adapter belongs to; of several that were combined, one."""
         return self
 
@@ -243,7 +243,8 @@ class Method(Contract):
                 found[path] = leaves[path], row_indices(path, leaves[path], indices)
         return found
 
-    def _indices_of(self, path: str) -> tuple[int, ...]:
+    def indices_of(self, path: str) -> tuple[int, ...]:
+        """The rows of the parameter at `path` that train. Raises `RequestError` for none."""
         indices = self._own_indices(path)
         if indices is None:
             raise RequestError(f"no rows= of this method names {path!r}; use its own method")

@@ -7,7 +7,7 @@ import functools
 import warnings
 from collections.abc import Mapping
 from types import MappingProxyType
-from typing import Any, ClassVar
+from typing import Any, ClassVar, cast
 
 from lora_jax.core.arguments import NamedSettings
 from lora_jax.core.errors import RequestError
@@ -92,14 +92,14 @@ def _extended_init(cls: type[Contract]) -> Any:
 
     `dataclass` generates none where a class has its own, so `init=False` makes no difference.
     """
-    inherited: Any = super(cls, cls).__init__
-    before: Mapping[str, Any] = super(cls, cls).__dataclass_fields__
+    parent, decorated = cast(Any, super(cls, cls)), cast(Any, cls)
+    inherited, before = parent.__init__, parent.__dataclass_fields__
 
     @functools.wraps(inherited)
     def __init__(self: Contract, **settings: Any):
         is_decorated = "__dataclass_fields__" in vars(cls)
         values = {}
-        for field in dataclasses.fields(cls) if is_decorated else ():
+        for field in dataclasses.fields(decorated) if is_decorated else ():
             name = field.name
             if field is not before.get(name):
                 value = settings.pop(name) if name in settings else _default(cls, field)

@@ -207,7 +207,7 @@ class LoRA(Method):
             for name, site in self._sites(params, whole).items()
         }
 
-    def _start(self, kernel, site: Site):
+    def _start(self, kernel, site: Site) -> Any:
         """What `init_parts` sees of the kernel: the part that is adapted."""
         if not isinstance(kernel, trees.Stored):
             return site.cut(kernel)
@@ -217,7 +217,7 @@ class LoRA(Method):
 
     def _bind_adapter(self, name, kernel, parts, key, data):
         base = kernel.base if is_adapted(kernel) else kernel
-        site = self._site(path_of(name), self._rule_of(name), base.shape)
+        site = self.site_of(name, base.shape)
         self._check_parts(name, parts, site)
         # No gradient of what is fixed is computed.
         fixed = {part: jax.lax.stop_gradient(parts[part]) for part in self.FROZEN_PARTS}
@@ -260,13 +260,15 @@ class LoRA(Method):
                 return rule
         return None
 
-    def _rule_of(self, name: str) -> Rule:
+    def site_of(self, name: str, shape: Sequence[int]) -> Site:
+        """The site of the adapter of this name, on a kernel of this shape. Raises `RequestError`
+        where no rule matches."""
         rule = self._rule_for(name)
-        if rule is not None:
-            return rule
-        raise RequestError(
-            f"no rule of this method matches the adapter {name!r}; use its own method"
-        )
+        if rule is None:
+            raise RequestError(
+                f"no rule of this method matches the adapter {name!r}; use its own method"
+            )
+        return self._site(path_of(name), rule, shape)
 
     def _check_parts(self, name: str, parts, site: Site) -> None:
         if parts.keys() != self.PARTS.keys():

@@ -46,7 +46,8 @@ def by_part(
     def update(updates, state, params=None, **extra):
         own = None if params is None else trained(params, decayed)
         with implicit_promotion():
-            new, state = inner.update(trained(updates), state, own, **extra)
+            found, state = inner.update(trained(updates), state, own, **extra)
+        new: Any = found
 
         def whole(name: str, part: str, old: Any) -> Any:
             rate = rate_of(name, part)

@@ -145,7 +145,7 @@ class Site:
     def widen(self, x, spec: str, fill: float = 0.0):
         """A part whose axes have these roles, as the whole kernel has it: `fill` outside."""
         at = self._sliced_axis(spec)
-        if at is None:
+        if at is None or self.rule.slice is None:
             return x
         axis, start, stop = self.rule.slice
         more = [(0, 0)] * x.ndim
@@ -154,8 +154,8 @@ class Site:
 
     def narrow(self, x, spec: str):
         """What `widen` put into the whole kernel's part."""
-        at = self._sliced_axis(spec)
-        return x if at is None else lax.slice_in_dim(x, *self.rule.slice[1:], axis=at)
+        at, window = self._sliced_axis(spec), self.rule.slice
+        return x if at is None or not window else lax.slice_in_dim(x, *window[1:], axis=at)
 
     def _sliced_axis(self, spec: str) -> int | None:
         """Which axis of a part is the one that is sliced, if any."""

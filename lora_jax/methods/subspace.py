@@ -9,6 +9,7 @@ import zlib
 from collections.abc import Callable, Mapping
 
 import jax
+import jax.core
 import jax.numpy as jnp
 import numpy as np
 

@@ -66,12 +66,12 @@ class Changes:
         if "value" in entry:
             self.whole[path].append((weight, entry["value"]))
         elif "rows" in entry:
-            self.rows[path].append((weight, method._indices_of(path), entry["rows"]))
+            self.rows[path].append((weight, method.indices_of(path), entry["rows"]))
         else:
             self.low_rank[name].append(self._low_rank_of(method, name, entry, weight))
 
     def _low_rank_of(self, method: Method, name: str, entry, weight: float) -> LowRank:
-        method = method._owner_of(name)
+        method = method.owner_of(name)
         method.check_merges()
         if not isinstance(method, LoRA) or type(method).weight is not LoRA.weight:
             raise RequestError(
@@ -79,8 +79,7 @@ class Changes:
                 "has no weighted sum; merge it, and take `difference` of the merged model and the "
                 "base"
             )
-        path = path_of(name)
-        site = method._site(path, method._rule_of(name), self.base[path].shape)
+        site = method.site_of(name, self.base[path_of(name)].shape)
         a, b = method.factors(entry, site)
         return LowRank(site, a, b * jnp.asarray(weight * method.scale(site.rule), b.dtype))
 
@@ -128,7 +127,7 @@ class Changes:
         found, beside = self.whole[path], self._beside[path]
         if len(found) == 1 and found[0][0] == 1.0 and not beside:
             return found[0][1]  # bit for bit; base + (value - base) would not be
-        total = sum(beside) + sum(_change(*one, self.base[path]) for one in found)
+        total: Any = sum(beside) + sum(_change(*one, self.base[path]) for one in found)
         dtype = jnp.result_type(*(value for _, value in found))
         return (self.base[path].astype(total.dtype) + total).astype(dtype)
 

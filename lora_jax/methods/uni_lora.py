@@ -8,6 +8,7 @@ intrinsic dimension of a task measured inside LoRA's parameters, and a method of
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 from collections.abc import Mapping, Sequence
 from types import MappingProxyType
@@ -91,9 +92,10 @@ class UniLoRA(Method):
             raise RequestError("UniLoRA has no rows=; train them whole (train=), or use LoRA")
         if not self.targets:
             raise RequestError("UniLoRA needs targets=…, the kernels that it adapts")
-        object.__setattr__(self, "_lora", self._inner())
+        self._lora  # noqa: B018  (for its checks)
 
-    def _inner(self) -> LoRA:
+    @functools.cached_property
+    def _lora(self) -> LoRA:
         return LoRA(
             targets=self.targets,
             rank=self.rank,
