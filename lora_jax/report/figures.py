@@ -16,7 +16,7 @@ from lora_jax.report.canvas import (
     style_sheet,
     to_svg,
 )
-from lora_jax.report.groups import Basin
+from lora_jax.report.groups import Basin, flatten
 from lora_jax.report.quantities import count_text, rate_text
 from lora_jax.report.ranks import draw_ranks, ranks_by_targets
 from lora_jax.report.runs import Run
@@ -197,7 +197,7 @@ def _draw_curves(summary: Summary) -> Drawing | None:
         (row.label, row.method, row.runs) for row in summary.rows
     ]
     panels += [
-        (f"{run.name} (unfinished)", str(run.config.get("method", {}).get("name", "")), (run,))
+        (f"{run.name} (unfinished)", str(flatten(run.config).get("method.name", "")), (run,))
         for run in summary.unfinished
     ]
     panels = [p for p in panels if any(len(run.curve("train")[0]) for run in p[2])]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from html import escape
 from importlib.resources import files
 
@@ -33,17 +33,30 @@ def html_warnings(lines: Sequence[str]) -> str:
     return f'<div class="warnings" role="note">{paragraphs}</div>'
 
 
-def html_table(label: str, head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A table of texts that scrolls sideways where it must: the first column says what a row is."""
-    first, *rest = (escape(text) for text in head)
-    heading = f'<th scope="col" class="text">{first}</th>'
-    heading += "".join(f'<th scope="col" class="number">{text}</th>' for text in rest)
-    lines = [
-        f'<tr><th scope="row" class="text">{escape(row[0])}</th>'
-        + "".join(f'<td class="number">{escape(text)}</td>' for text in row[1:])
-        + "</tr>"
-        for row in rows
-    ]
+def html_table(
+    label: str,
+    head: Sequence[str],
+    rows: Sequence[Sequence[str | tuple[str, str]]],
+    texts: Collection[int] = (0,),
+) -> str:
+    """A table that scrolls sideways where it must; the first column says what a row is.
+
+    A cell is a text, or a text and what stands small beneath it; `texts` are the columns of words.
+    """
+    kinds = ["text" if number in texts else "number" for number in range(len(head))]
+    heading = "".join(
+        f'<th scope="col" class="{kind}">{escape(text)}</th>'
+        for kind, text in zip(kinds, head, strict=True)
+    )
+    lines = []
+    for row in rows:
+        line = ""
+        for kind, cell in zip(kinds, row, strict=True):
+            value, detail = (cell, "") if isinstance(cell, str) else cell
+            content = escape(value) + (f"<small>{escape(detail)}</small>" if detail else "")
+            tag, scope = ("td", "") if line else ("th", ' scope="row"')
+            line += f'<{tag}{scope} class="{kind}">{content}</{tag}>'
+        lines.append(f"<tr>{line}</tr>")
     return (
         f'<div class="scroll" tabindex="0" role="region" aria-label="{escape(label)}"><table>'
         f"<thead><tr>{heading}</tr></thead>\n<tbody>\n"

@@ -10,7 +10,7 @@ from lora_jax.formats.paths import at_home
 from lora_jax.report.details import reproduction, run_details, setting_line, what_was_run
 from lora_jax.report.figures import draw_figures
 from lora_jax.report.groups import BASIN_MARGIN
-from lora_jax.report.html import html_figure, html_page, html_warnings
+from lora_jax.report.html import html_figure, html_page, html_table, html_warnings
 from lora_jax.report.quantities import count_text, number_text, rate_text
 from lora_jax.report.rendering import columns, to_csv, to_latex, to_markdown
 from lora_jax.report.runs import finished_runs, read_runs
@@ -161,26 +161,9 @@ def _table(summary: Summary) -> str:
     if not summary.rows:
         return ""
     shown = columns(summary)
-    kinds = ["number" if column.numeric else "text" for column in shown]
-    head = "".join(
-        f'<th scope="col" class="{kind}">{escape(column.heading)}</th>'
-        for kind, column in zip(kinds, shown, strict=True)
-    )
-    lines = []
-    for row in summary.rows:
-        cells = []
-        for kind, column in zip(kinds, shown, strict=True):
-            value, detail = column.cell(row)
-            content = escape(value) + (f"<small>{escape(detail)}</small>" if detail else "")
-            tag = 'th scope="row"' if not cells else "td"
-            cells.append(f'<{tag} class="{kind}">{content}</{tag.split()[0]}>')
-        lines.append(f"<tr>{''.join(cells)}</tr>")
-    return (
-        '<div class="scroll" tabindex="0" role="region" '
-        f'aria-label="results"><table>\n<thead><tr>{head}</tr></thead>\n<tbody>\n'
-        + "\n".join(lines)
-        + "\n</tbody></table></div>"
-    )
+    rows = [[column.cell(row) for column in shown] for row in summary.rows]
+    texts = [number for number, column in enumerate(shown) if not column.numeric]
+    return html_table("results", [column.heading for column in shown], rows, texts)
 
 
 def _reading_notes(summary: Summary) -> str:
@@ -210,25 +193,16 @@ def _reading_notes(summary: Summary) -> str:
 
 
 def _rates(summary: Summary) -> str:
-    lines = []
+    rows = []
     for basin in summary.basins:
-        loss = number_text(min(basin.losses), "{:.4f}")
         width = f"{rate_text(basin.low)} to {rate_text(basin.high)}"
         if basin.low > 0:
             width += f" (×{basin.high / basin.low:.3g})"
-        lines.append(
-            f'<tr><th scope="row" class="text">{escape(basin.label)}</th>'
-            f'<td class="text">{", ".join(map(rate_text, basin.rates))}</td>'
-            f"<td>{rate_text(basin.chosen)}</td><td>{loss}</td><td>{width}</td></tr>"
-        )
-    return (
-        '<div class="scroll" tabindex="0" role="region" aria-label="learning rates"><table>'
-        '<thead><tr><th scope="col" class="text">method</th><th scope="col" class="text">rates '
-        'tried</th><th scope="col">chosen</th><th scope="col">validation loss</th>'
-        f'<th scope="col">within {BASIN_MARGIN:g} nats of it</th></tr></thead>\n<tbody>'
-        + "\n".join(lines)
-        + "</tbody></table></div>"
-    )
+        tried, loss = map(rate_text, basin.rates), number_text(min(basin.losses), "{:.4f}")
+        rows.append((basin.label, ", ".join(tried), rate_text(basin.chosen), loss, width))
+    width = f"within {BASIN_MARGIN:g} nats of it"
+    head = ("method", "rates tried", "chosen", "validation loss", width)
+    return html_table("learning rates", head, rows, texts=(0, 1))
 
 
 def _unfinished(summary: Summary) -> str:

@@ -160,8 +160,8 @@ def _more_cells(
         if isinstance(result, RequestError) and not isinstance(result, Diverged):
             view.say(f"{tuning.name}: nothing chosen, since {cell.name} was not run")
             return []
-        bad = isinstance(result, RequestError)
-        losses.append(math.inf if bad else result.metrics.validation.loss)
+        failed = isinstance(result, RequestError)
+        losses.append(math.inf if failed else result.metrics.validation.loss)
     if not any(map(math.isfinite, losses)):
         view.say(f"{tuning.name}: no {tuning.key} gave a number; nothing chosen")
         return []

@@ -158,6 +158,12 @@ def test_a_page_is_made_of_whatever_there_is(tmp_path, write_run):
     assert "diverged" in text and "50.0" in text
 
 
+def test_an_unfinished_run_with_another_kind_of_config_is_drawn_by_its_name(tmp_path, write_run):
+    cell = write_run(tmp_path, "odd", finished=False)
+    (cell / "config.json").write_text('{"method": 3}')
+    assert "odd (unfinished)" in to_page(summarise(read_runs(tmp_path)), tmp_path)
+
+
 def test_the_headline_speaks_of_the_adapter_best_on_validation(tmp_path, write_run):
     few, many = [True, False, False, False], [True, True, True, False]
     write_run(tmp_path, "r1", settings={"method.rank": 1}, validation_loss=0.4, correct=few)

@@ -1,6 +1,7 @@
 """The record of a run as a type: what is written comes back; cards of any version are read."""
 
 import dataclasses
+import json
 from pathlib import Path
 
 import pytest
@@ -93,3 +94,22 @@ def test_what_is_no_card_is_one_line_with_its_place(tmp_path):
         with pytest.raises(RequestError, match=r"card\.json") as caught:
             Card.read(tmp_path / "card.json")
         assert "\n" not in str(caught.value)
+
+
+def places_of(values, above=()):
+    for key, value in values.items():
+        yield (*above, key)
+        yield from places_of(value, (*above, key)) if isinstance(value, dict) else ()
+
+
+def test_another_value_in_any_place_comes_back_or_is_one_line():
+    others = [None, True, -1, 2**63, 1.5, float("inf"), "x\ny", [], [[1]], {}, {"a\n": 1}]
+    for place in places_of(card_json(config_file="my.py:lora", finished="2026")):
+        for value in others:
+            values = card_json({".".join(place): value})
+            try:
+                card = Card.from_json(values, "card.json")
+            except RequestError as error:
+                assert str(error).startswith("card.json") and "\n" not in str(error)
+                continue
+            assert json.dumps(card.to_json(), sort_keys=True) == json.dumps(values, sort_keys=True)
