@@ -11,7 +11,7 @@ The argument is a size: `mine.py:smoke` is a tiny model for four steps, a minute
 
 from ml_collections import ConfigDict
 
-from lora_jax.settings.config import make_config
+from lora_jax.settings import make_config
 
 SIZES = {
     "": {},

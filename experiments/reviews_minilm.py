@@ -23,7 +23,7 @@ test snippets of other movies): accuracy 0.727 for the probe, 0.815 for LoRA r =
 from ml_collections import ConfigDict
 
 from experiments.shared import REVIEWS, read_argument
-from lora_jax.settings.config import make_config
+from lora_jax.settings import make_config
 
 # Settings that belong together: a method and its learning rate, tuned at ranks 1 and 8 (sweep
 # `full_size`: the same rate for both). BitFit's is a guess: it is in no sweep.

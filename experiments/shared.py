@@ -7,9 +7,9 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from lora_jax.core.errors import RequestError
+from lora_jax import RequestError
 from lora_jax.core.trees import nearest
-from lora_jax.settings.config import make_config
+from lora_jax.settings import make_config
 
 Changes = Mapping[str, Any]
 

@@ -26,7 +26,7 @@ Measured: experiments/results/variants/README.md.
 from ml_collections import ConfigDict
 
 from experiments.shared import REVIEWS, read_argument
-from lora_jax.settings.config import make_config
+from lora_jax.settings import make_config
 
 # Ranks, and the middle of the rates: LoRA's is known from `reviews_minilm`, the others' are guesses
 # from what their update is beside LoRA's; the grids reach a factor of 16 or more to either side.

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from lora_jax import models as models
     from lora_jax import parallel as parallel
     from lora_jax import quant as quant
+    from lora_jax import settings as settings
     from lora_jax.core.apply import lora_apply as lora_apply
     from lora_jax.core.axes import KernelAxes as KernelAxes
     from lora_jax.core.axes import kernel_axes as kernel_axes
@@ -85,5 +86,5 @@ else:
             "sweeps.api": "sweep",
         },
         # `train` and `generate` are folders, and called they are their functions (`call_as`).
-        submodules="analysis data formats generate methods models parallel quant train",
+        submodules="analysis data formats generate methods models parallel quant settings train",
     )

@@ -146,18 +146,24 @@ def run(code: str) -> str:
 # What README, notebooks and experiments may import beyond one dot, by file, and why.
 ALLOWED = {
     # Benchmarks time and compare the parts themselves.
-    "experiments/bench/": ["models", "parallel.topology", "train.card", "train.loss", "train.task"],
+    "experiments/bench/": [
+        "models",
+        "parallel.topology",
+        "train.environment",
+        "train.loss",
+        "train.task",
+    ],
+    # It writes the table of settings into their README.
+    "experiments/index.py": ["settings.described"],
     # Verdicts are computed from cards and intervals as the report reads them.
-    "experiments/findings.py": ["core", "report", "train.card"],
+    "experiments/findings.py": ["core", "report", "train.environment"],
     "experiments/hypotheses.py": ["report", "train.task"],
     "experiments/forgetting.py": ["report.statistics"],
     "experiments/learned.py": ["report.runs"],
     "experiments/subspace_ranks.py": ["report.runs"],
     # Errors of configs name the nearest preset, as those of the package do.
-    "experiments/e2e_smollm2.py": ["core.trees"],
     "experiments/paper/": ["core.trees"],
-    "experiments/reviews_minilm.py": ["core.trees"],
-    "experiments/variants.py": ["core.trees"],
+    "experiments/shared.py": ["core.trees"],
     # Texts of a run are decoded in a loop of its own, with its data.
     "experiments/what_rank_e2e.py": ["generate.score", "train.again", "train.task"],
     # It begins where a run of seed 0 begins.

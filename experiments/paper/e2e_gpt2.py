@@ -34,7 +34,7 @@ Measured here: not yet.
 from ml_collections import ConfigDict
 
 from experiments.shared import E2E, TINY_PAIRS, read_argument
-from lora_jax.settings.config import make_config
+from lora_jax.settings import make_config
 
 MODELS = ("gpt2-medium", "gpt2-large")
 DECODING = {

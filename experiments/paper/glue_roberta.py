@@ -43,7 +43,7 @@ from experiments.shared import LORA
 from lora_jax import RequestError
 from lora_jax.core.trees import nearest
 from lora_jax.data import glue_task
-from lora_jax.settings.config import make_config
+from lora_jax.settings import make_config
 
 # Training examples of each task: what an epoch is, to look once in each.
 NUM_TRAIN = {

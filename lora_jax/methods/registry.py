@@ -59,13 +59,15 @@ class _Registry(Mapping[str, type[Method]]):
 
     def add(self, name: str, kind: type[Method]) -> None:
         self._kinds[name] = kind
+        _join(name, kind)  # its own settings are settings of configs from now on
 
     def _complete(self) -> dict[str, type[Method]]:
         if not self._is_complete:
             self._is_complete = True
             for point in importlib.metadata.entry_points(group=ENTRY_POINTS):
                 try:
-                    self._kinds.setdefault(point.name, _checked(point.name, point.load()))
+                    if point.name not in self._kinds:
+                        self.add(point.name, _checked(point.name, point.load()))
                 except Exception as error:  # a package that cannot be imported stops no other
                     self.broken[point.name] = f"{point.value}: {type(error).__name__}: {error}"
         return self._kinds
@@ -146,8 +148,12 @@ def _fields_of(kind: type[Method]) -> list[dataclasses.Field]:
     return [fields[name] for name in settings_of(kind)]
 
 
-for _name, _kind in METHODS.items():
-    join_method(_name, _fields_of(_kind), moves_all=_kind.EXCLUSIVE)
+def _join(name: str, kind: type[Method]) -> None:
+    join_method(name, _fields_of(kind), moves_all=kind.EXCLUSIVE)
+
+
+for _name, _kind in _OURS.items():
+    _join(_name, _kind)
 
 
 def kind_of(name: Any) -> type[Method]:

@@ -1,5 +1,6 @@
 """Every setting of a run, in one typed schema."""
 
+from lora_jax.settings.config import make_config as make_config
 from lora_jax.settings.fields import BOOKKEEPING as BOOKKEEPING
 from lora_jax.settings.fields import IDENTITY as IDENTITY
 from lora_jax.settings.fields import LANE as LANE

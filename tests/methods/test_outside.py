@@ -60,7 +60,7 @@ def test_a_registered_method_is_named_in_a_config_packed_verified_and_reported(
         "outside", tuple(Cell(name, make_config({**shared, **own})) for name, own in cells.items())
     )
     results = run_sweep(sweep, tmp_path, progress=False)
-    assert [results[name]["program"]["K"] for name in cells] == [2, 2, 1]
+    assert [results[name].program.K for name in cells] == [2, 2, 1]
     assert all(verdict.exact for verdict in verify(tmp_path / "cells/first", progress=False))
     chosen, _ = choose_rates(group_runs(read_runs(tmp_path))[0])
     assert {group.label.partition(" ")[0] for group in chosen} == {"MiSS", "LoRA"}

@@ -152,8 +152,7 @@ def test_a_regression_gives_the_numbers_of_the_merged_model(make_config, tmp_pat
     rows = [{"text": f"{words[n % 4]} film {n}", "label": n / 7} for n in range(60)]
     data.write_text("".join(json.dumps(row) + "\n" for row in rows))
     changes = {"data.path": str(data), "train.num_steps": 4}
-    config = make_config(changes)
-    config.model.head, config.model.num_labels = "regression", 1
+    config = make_config({**changes, "model.head": "regression", "model.num_labels": 1})
     lj.train(config, tmp_path, progress=False)
     cell, texts = tmp_path / "cells" / "run", ["good film", "dull story"]
     found = lj.predict(cell, texts)
@@ -163,9 +162,8 @@ def test_a_regression_gives_the_numbers_of_the_merged_model(make_config, tmp_pat
 
 
 def test_pairs_of_a_glue_task_are_read_as_in_training(make_config, tmp_path, capsys):
-    config = make_config({"data.source": "tiny-glue", "data.path": "", "train.num_steps": 3})
-    with config.unlocked():
-        config.data.task, config.model.num_labels = "mrpc", 2
+    data = {"data.source": "tiny-glue", "data.path": "", "data.task": "mrpc"}
+    config = make_config({**data, "model.num_labels": 2, "train.num_steps": 3})
     lj.train(config, tmp_path, progress=False)
     cell, test = tmp_path / "cells" / "run", load_splits(config.data).test
     pairs = list(zip(test.texts, test.seconds, strict=True))

@@ -111,7 +111,7 @@ class Mine(lj.LoRA):
     """A variant outside the package."""
 
     strength: float = dataclasses.field(default=2.0, metadata={"help": "of it", "above": 0})
-    FIXED: ClassVar = frozenset()
+    FROZEN_PARTS: ClassVar = frozenset()
 
 
 def test_a_variants_own_setting_joins_by_its_class(monkeypatch):
