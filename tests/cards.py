@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 from typing import Any
 
-from lora_jax.train.workdir import config_hash
+from lora_jax.settings import config_hash
 
 _CONFIG = {
     "seed": 0,

@@ -11,7 +11,6 @@ import threading
 from typing import Any, NamedTuple
 
 import jax
-import jax.core
 import numpy as np
 from jax._src import source_info_util
 from jax._src.core import ShardingTypeError as ShardingTypeError  # explicit sharding

@@ -111,12 +111,12 @@ class Interpreter:
         atoms = [jaxprs.variable_of(const) for const in consts]
         pairs = zip(eqn.invars, operands, strict=True)
         known = {atom: value for atom, value in pairs if not jaxprs.is_literal(atom)}
-        if self._whole is not None:
-            jaxpr, constants, args = self._whole
-            mine = jaxprs.variables_of(jaxpr)
-            lost = list(dict.fromkeys(a for a in atoms if a in mine and a not in known))
-            if lost:
-                known |= zip(lost, self._computed_again(lost, eqn), strict=True)
+        lost = dict.fromkeys(atom for atom in atoms if atom is not None and atom not in known)
+        if lost and self._whole is not None:
+            own = jaxprs.variables_of(self._whole[0])
+            mine = [atom for atom in lost if atom in own]
+            if mine:
+                known |= zip(mine, self._computed_again(mine, eqn), strict=True)
         return [known.get(atom, const) for atom, const in zip(atoms, consts, strict=True)]
 
     def _computed_again(self, variables, eqn) -> list[Any]:

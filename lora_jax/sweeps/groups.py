@@ -13,19 +13,13 @@ from lora_jax.core import trees
 from lora_jax.core.errors import RequestError
 from lora_jax.formats.atomic import write_json
 from lora_jax.models import Model
-from lora_jax.settings import Settings
+from lora_jax.settings import Settings, flat_config, plain_config
 from lora_jax.sweeps.cells import Cell
 from lora_jax.sweeps.plan import Planned, make_plan
 from lora_jax.sweeps.settings import CellSettings
 from lora_jax.train.build import Base, make_method, plan_steps
 from lora_jax.train.optimizer import make_optimizer
-from lora_jax.train.workdir import (
-    check_inside,
-    flat_config,
-    is_folder_name,
-    plain_config,
-    read_json_file,
-)
+from lora_jax.train.workdir import check_inside, is_folder_name, read_json_file
 
 
 @dataclasses.dataclass(frozen=True)

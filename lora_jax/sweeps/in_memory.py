@@ -154,7 +154,7 @@ def _validation(program: PackedProgram, batches: Sequence[Any]):
     def validate(trainable, frozen, watched):
         if not batches:
             return None
-        scores = [program.scores(trainable, frozen, batch) for batch in batches]
+        scores = [program.scores(trainable, frozen, batch) for batch in watched(batches)]
         values = {
             name: np.mean([np.asarray(one[name], np.float64) for one in scores], axis=0)
             for name in scores[0]

@@ -13,6 +13,7 @@ from lora_jax.core.errors import RequestError
 from lora_jax.formats.atomic import write_json
 from lora_jax.formats.paths import at_home
 from lora_jax.formats.untrusted import check_fields
+from lora_jax.settings import plain_config
 from lora_jax.sweeps.cells import Cell, Sweep, Tuning, choose_value
 from lora_jax.sweeps.memory import device_memory_bytes
 from lora_jax.sweeps.record import SWEEP, read_record
@@ -23,7 +24,7 @@ from lora_jax.train import enable_compilation_cache
 from lora_jax.train.build import load_base
 from lora_jax.train.loop import Callback, Diverged
 from lora_jax.train.signals import stop_requests
-from lora_jax.train.workdir import check_cell, lock_workdir, plain_config, read_json_file
+from lora_jax.train.workdir import check_cell, lock_workdir, read_json_file
 
 
 def run_sweep(

@@ -14,6 +14,7 @@ from lora_jax.formats.atomic import write_json
 from lora_jax.formats.untrusted import check_fields
 from lora_jax.methods import Method
 from lora_jax.models import Model
+from lora_jax.settings import plain_config
 from lora_jax.sweeps.groups import PackRecord
 from lora_jax.sweeps.packed import PackTraining
 from lora_jax.sweeps.program import Use
@@ -30,7 +31,7 @@ from lora_jax.train.optimizer import make_schedule
 from lora_jax.train.progress import ShowWith
 from lora_jax.train.record import Card
 from lora_jax.train.signals import stop_requests
-from lora_jax.train.workdir import claim_cell, plain_config, read_json_file
+from lora_jax.train.workdir import claim_cell, read_json_file
 
 FAILURE = "failure.json"
 

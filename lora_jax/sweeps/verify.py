@@ -17,7 +17,7 @@ from lora_jax.formats.adapter import load_trainable
 from lora_jax.formats.paths import at_home
 from lora_jax.formats.untrusted import read_arrays
 from lora_jax.parallel.mesh import make_mesh, read_mesh
-from lora_jax.settings import Settings
+from lora_jax.settings import Settings, config_hash
 from lora_jax.sweeps.cells import Cell
 from lora_jax.sweeps.groups import make_groups
 from lora_jax.sweeps.ready import make_ready
@@ -33,12 +33,7 @@ from lora_jax.train.loop import Diverged
 from lora_jax.train.numerics import differences
 from lora_jax.train.record import Card, Section
 from lora_jax.train.signals import Interrupted
-from lora_jax.train.workdir import (
-    config_from,
-    config_hash,
-    lock_workdir,
-    read_json_file,
-)
+from lora_jax.train.workdir import config_from, lock_workdir, read_json_file
 
 # Largest difference of validation and of test loss, in nats, that rounding may make between a cell
 # in its pack and the same cell alone, or on another kind of device.

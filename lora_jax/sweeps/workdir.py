@@ -238,7 +238,7 @@ def _one_line(card: Card) -> str:
 
 
 def note_steps(workdir: Path, groups: Sequence[Group]) -> None:
-    """Notes in `sweep.json` how many steps each cell will take, for whoever asks for the status."""
+    """Notes in `sweep.json` how many steps each cell will take, for `sweep --status`."""
     path = workdir / SWEEP
     told = read_record(workdir)
     steps = {cell.name: group.num_steps for group in groups for cell in group.cells}

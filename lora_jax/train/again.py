@@ -14,14 +14,14 @@ from lora_jax.data import Splits, bucket_lengths, eval_batches, load_splits
 from lora_jax.formats.untrusted import COUNT, check_fields
 from lora_jax.models import Model
 from lora_jax.parallel.placement import Placement, place
-from lora_jax.settings import Settings
+from lora_jax.settings import Settings, config_hash
 from lora_jax.train.adapted import Adapted, load_run_adapter
 from lora_jax.train.compilation import CompiledByShape
 from lora_jax.train.evaluate import Evaluation, evaluate, make_scores
 from lora_jax.train.finish import completion_format
 from lora_jax.train.record import RESTORE, Card
 from lora_jax.train.task import task_of
-from lora_jax.train.workdir import config_from, config_hash, read_json_file
+from lora_jax.train.workdir import config_from, read_json_file
 
 
 def load_cell(cell: Path, mesh: Mesh | None = None) -> tuple[Settings, Adapted, Splits]:

@@ -20,6 +20,7 @@ from lora_jax.formats.atomic import atomic_path
 from lora_jax.methods import Method
 from lora_jax.methods.table import MethodTable
 from lora_jax.models import Model
+from lora_jax.settings import config_hash
 from lora_jax.train.bookkeeping import Bookkeeping
 from lora_jax.train.environment import device_description, git_commit, versions
 from lora_jax.train.evaluate import Evaluation
@@ -36,7 +37,6 @@ from lora_jax.train.record import (
 )
 from lora_jax.train.task import head_of
 from lora_jax.train.task_metrics import TASK_METRICS
-from lora_jax.train.workdir import config_hash
 
 
 class Subject(Protocol):

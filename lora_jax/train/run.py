@@ -17,7 +17,7 @@ from lora_jax.core.draws import partitionable
 from lora_jax.core.errors import RequestError
 from lora_jax.formats.paths import at_home
 from lora_jax.parallel.mesh import mesh_text
-from lora_jax.settings import complete
+from lora_jax.settings import complete, plain_config
 from lora_jax.train.bookkeeping import Bookkeeping
 from lora_jax.train.build import Base, Setup, build
 from lora_jax.train.callbacks import StopAtSignal, restored, train_on_disk, validate_on
@@ -39,7 +39,6 @@ from lora_jax.train.workdir import (
     claim_cell,
     is_folder_name,
     lock_workdir,
-    plain_config,
 )
 
 

@@ -17,11 +17,7 @@ from typing import Any
 from lora_jax.core.errors import RequestError
 from lora_jax.formats.atomic import write_json
 from lora_jax.formats.untrusted import check_fields, read_json
-from lora_jax.settings import Settings
-from lora_jax.settings import config_hash as config_hash
-from lora_jax.settings import flat_config as flat_config
-from lora_jax.settings import hashed_settings as hashed_settings
-from lora_jax.settings import plain_config as plain_config
+from lora_jax.settings import Settings, config_hash, hashed_settings
 
 # Temporary names of what a cell's folder holds, as formats/atomic.py makes them; a user's own files
 # (".notes.tmp") are not ours to remove.

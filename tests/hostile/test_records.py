@@ -21,6 +21,7 @@ from lora_jax.formats.untrusted import DEEPEST, check_fields, parse_json, read_a
 from lora_jax.generate.text import encode_prompts
 from lora_jax.models import load_model
 from lora_jax.report.keep import keep_runs
+from lora_jax.settings import config_hash
 from lora_jax.sweeps.record import read_record
 from lora_jax.sweeps.verify import verify
 from lora_jax.train import again
@@ -28,7 +29,7 @@ from lora_jax.train.adapted import _check_against_card
 from lora_jax.train.checkpoint import Checkpoints
 from lora_jax.train.finish import hash_trainable
 from lora_jax.train.record import Card
-from lora_jax.train.workdir import check_cell, check_inside, config_from, config_hash
+from lora_jax.train.workdir import check_cell, check_inside, config_from
 from tests.cards import card_json
 
 CARD = card_json({"program.K": 2, "program.cells": ["a", "b"], "program.at_once": 0})

@@ -9,8 +9,8 @@ import pytest
 from lora_jax.cli.requests import Parser
 from lora_jax.report.commands import EXPERIMENTS, command, train_command
 from lora_jax.report.runs import FinishedRun, Run
+from lora_jax.settings import config_hash, plain_config
 from lora_jax.train.record import Card
-from lora_jax.train.workdir import config_hash, plain_config
 
 CARDS = sorted((EXPERIMENTS / "results").rglob("card.json"))
 

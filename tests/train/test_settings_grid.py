@@ -9,7 +9,7 @@ import sys
 import pytest
 
 from lora_jax.methods.registry import METHODS
-from lora_jax.train.workdir import plain_config
+from lora_jax.settings import plain_config
 from tests.train.conftest import ROOT
 
 SAME_BITS = {

@@ -8,7 +8,8 @@ import pytest
 from ml_collections import ConfigDict
 
 from lora_jax.core.errors import RequestError
-from lora_jax.train.workdir import claim_cell, config_hash, lock_workdir, plain_config
+from lora_jax.settings import config_hash, plain_config
+from lora_jax.train.workdir import claim_cell, lock_workdir
 
 CONFIG = {"seed": 0, "method": {"rank": 8, "name": "lora"}, "data": {"buckets": [16, 32]}}
 
