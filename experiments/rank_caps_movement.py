@@ -6,7 +6,7 @@
 
 The argument is a size: none, or `smoke` (a tiny model on 64 reviews; sweep `smoke`, a minute).
 
-Compared: MiniLM on two tasks made hard (`data/hard.py`). *labels*: 1,024 of WordNet's glosses with
+Compared: MiniLM on two tasks made hard (`data/random_labels.py`). *labels*: 1,024 of WordNet's glosses with
 labels drawn at random from 26, 8 epochs; the loss is on those glosses themselves, so it is what
 was memorised (log 26 = 3.258 is nothing). q,v of all layers memorise as much at any rank, so here
 they are those of the last layer only, with r = 1 of all layers, full fine-tuning and the frozen

@@ -145,7 +145,7 @@ def _decode(found):
     from lora_jax.data import load_splits
     from lora_jax.generate import Decoding
     from lora_jax.generate.score import Questions, answer, score
-    from lora_jax.train.again import load_cell
+    from lora_jax.train.evaluate_run import load_cell
     from lora_jax.train.task import task_of
 
     config, one, _ = load_cell(next(iter(found.values())).runs[0].folder)

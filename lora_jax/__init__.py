@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from lora_jax.core.lift import MaterialisedWarning as MaterialisedWarning
     from lora_jax.core.lift import lift as lift
     from lora_jax.core.lift import watch_materialised as watch_materialised
-    from lora_jax.formats.peft_save import save_adapter as save_adapter
+    from lora_jax.peft.save import save_adapter as save_adapter
     from lora_jax.generate.settings import Decoding as Decoding
     from lora_jax.generate.text import generate_text
     from lora_jax.methods import BitFit as BitFit

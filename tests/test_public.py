@@ -80,7 +80,7 @@ def test_an_old_name_works_and_names_the_new_one(package, old, new):
         assert callable(getattr(getattr(lj, package), old))
 
 
-BEFORE = ["", "lj.load_model; import lora_jax.formats.safetensors", "import lora_jax.train.loop"]
+BEFORE = ["", "lj.load_model; import lora_jax.io.safetensors", "import lora_jax.train.loop"]
 
 
 @pytest.mark.parametrize("before", BEFORE)

@@ -34,7 +34,7 @@ def main(arguments: list[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     where = None
     if options.tpu:
-        from lora_jax.parallel.topology import describe_topology
+        from lora_jax.plan.topology import describe_topology
 
         where = jax.sharding.SingleDeviceSharding(describe_topology(options.tpu).devices[0])
     shape = (options.tokens, options.width, options.vocabulary)

@@ -7,7 +7,7 @@ from typing import Any
 import jax
 from flax import nnx
 
-from lora_jax.models.bert import Bert, BertConfig
+from lora_jax.models.bert.modeling import Bert, BertConfig
 from lora_jax.models.functional import functional, unflatten
 
 

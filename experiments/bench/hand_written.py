@@ -18,7 +18,7 @@ from flax import nnx
 import lora_jax as lj
 from experiments.bench.encoder import encoder_config, random_encoder
 from experiments.bench.record import in_turn, write_record
-from lora_jax.models.bert import ALIASES, Bert, BertConfig
+from lora_jax.models.bert.modeling import ALIASES, Bert, BertConfig
 from lora_jax.models.functional import functional, unflatten
 from lora_jax.models.layers import Linear
 

@@ -24,7 +24,7 @@ import optax
 import lora_jax as lj
 from experiments.bench.encoder import encoder_config, random_encoder
 from experiments.bench.record import ratio_of, write_record
-from lora_jax.models.bert import ALIASES
+from lora_jax.models.bert.modeling import ALIASES
 
 VOCABULARY = 30522
 

@@ -19,7 +19,7 @@ from lora_jax.analysis.subspaces import basis_similarity, expected_similarity, s
 from lora_jax.core import trees
 from lora_jax.core.errors import RequestError
 from lora_jax.core.values import is_adapted
-from lora_jax.formats.peft_factors import AdapterFactors, Factors
+from lora_jax.peft.factors import AdapterFactors, Factors
 from lora_jax.methods.base import Method, PyTree, Trainable
 from lora_jax.methods.intrinsic import IntrinsicDimension
 from lora_jax.methods.sites import Site, path_of

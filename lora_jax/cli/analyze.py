@@ -14,7 +14,7 @@ from lora_jax.core.errors import RequestError
 
 if TYPE_CHECKING:
     from lora_jax.analysis.adapters import Kernels
-    from lora_jax.formats.peft_factors import AdapterFactors
+    from lora_jax.peft.factors import AdapterFactors
     from lora_jax.report.adapters import Analysis
 
 EXAMPLES = """\
@@ -90,7 +90,7 @@ def _analyse(paths, base, modules, directions) -> Analysis:
         profile_adapter,
         select,
     )
-    from lora_jax.formats.peft_factors import plain_text
+    from lora_jax.peft.factors import plain_text
     from lora_jax.report.adapters import Analysis
 
     names = [plain_text(name) for name in distinct_names(paths)]
@@ -153,7 +153,7 @@ def _load(path: str, name: str, base: str | None) -> tuple[AdapterFactors, Kerne
     import dataclasses
 
     from lora_jax.analysis.adapters import factors_of, kernels_of
-    from lora_jax.formats.peft_factors import BaseKernels, read_factors
+    from lora_jax.peft.factors import BaseKernels, read_factors
     from lora_jax.serve.adapters import load_adapter
 
     if not _is_run(path):

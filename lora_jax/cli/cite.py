@@ -6,7 +6,7 @@ import json
 from collections.abc import Sequence
 
 from lora_jax.cli.requests import Parser, add_json, say
-from lora_jax.formats.untrusted import printable
+from lora_jax.io.untrusted import printable
 
 EXAMPLES = """\
 Examples:

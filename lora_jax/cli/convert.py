@@ -9,7 +9,7 @@ from typing import Any
 
 from lora_jax.cli.requests import Parser, add_json, say
 from lora_jax.core.errors import RequestError
-from lora_jax.formats.atomic import check_new
+from lora_jax.io.atomic import check_new
 
 EXAMPLES = """\
 Examples:
@@ -54,7 +54,7 @@ def run(argv: Sequence[str]) -> int:
     if is_peft(options.adapter):
         _check_names(options.adapter, model)
 
-    from lora_jax.formats.peft import save_adapter
+    from lora_jax.peft.load import save_adapter
 
     save_adapter(options.out, method, trainable, model, plain=options.plain, dtype=dtype)
     names = (
@@ -75,8 +75,8 @@ def _check_names(adapter: str, model: Any) -> None:
 
     What is written is named for `model`'s own class, where peft on the other would find nothing.
     """
-    from lora_jax.formats.peft_keys import read_keys
-    from lora_jax.formats.peft_names import Names
+    from lora_jax.peft.keys import read_keys
+    from lora_jax.peft.names import Names
 
     keys = read_keys(Path(adapter))
     if cut := Names.of(model).view_of(keys.parts).cut:

@@ -71,8 +71,8 @@ def run(argv: Sequence[str]) -> int:
             raise RequestError("--mesh is for losses; texts are decoded on one device")
         return _texts(cell, options, given)
 
-    from lora_jax.train.again import evaluate_cell
-    from lora_jax.train.finish import measure
+    from lora_jax.train.evaluate_run import evaluate_cell
+    from lora_jax.train.write_results import measure
     from lora_jax.train.task_metrics import describe_scores
     from lora_jax.train.workdir import read_json_file
 
@@ -98,11 +98,11 @@ def run(argv: Sequence[str]) -> int:
 def _texts(cell: Path, options: Any, given: dict[str, Any]) -> int:
     if options.texts < 0:
         raise RequestError(f"--texts={options.texts}; give a number of prompts, or 0 for all")
-    from lora_jax.formats.atomic import write_json
+    from lora_jax.io.atomic import write_json
     from lora_jax.generate import Decoding
     from lora_jax.generate.score import Questions, answer, score
     from lora_jax.train import enable_compilation_cache
-    from lora_jax.train.again import load_cell
+    from lora_jax.train.evaluate_run import load_cell
     from lora_jax.train.workdir import check_inside
 
     check_inside(cell)  # the texts are written there

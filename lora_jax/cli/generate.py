@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from lora_jax.cli.requests import Parser, add_json, say
 from lora_jax.core.errors import RequestError
-from lora_jax.formats.untrusted import printable
+from lora_jax.io.untrusted import printable
 
 if TYPE_CHECKING:
     from lora_jax.generate import Decoding
@@ -208,7 +208,7 @@ def _load_run(folder: Path) -> Adapted:
     Raises `RequestError` for a run of another task, and for one whose texts were encoded otherwise.
     """
     from lora_jax.train.adapted import load_run_adapter
-    from lora_jax.train.again import check_completion_format
+    from lora_jax.train.evaluate_run import check_completion_format
 
     adapted = load_run_adapter(folder)
     if adapted.model.head is not None or adapted.model.kind != "causal-lm":

@@ -66,7 +66,7 @@ def usage() -> str:
 
 def _in_one_line(error: Exception) -> str:
     """What an error says. A name or value in it may be a stranger's: escape codes and line ends."""
-    from lora_jax.formats.untrusted import escaped
+    from lora_jax.io.untrusted import escaped
 
     return escaped(" ".join(str(error).splitlines()))
 

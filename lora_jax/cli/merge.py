@@ -13,7 +13,7 @@ import numpy as np
 from lora_jax.cli.requests import Parser, add_json, say
 from lora_jax.core.errors import RequestError
 from lora_jax.core.trees import Stored, flatten, is_float
-from lora_jax.formats.atomic import check_new
+from lora_jax.io.atomic import check_new
 
 DTYPES = ("bfloat16", "float16", "float32")
 EXAMPLES = """\

@@ -66,7 +66,7 @@ def run(argv: Sequence[str]) -> int:
     if not jax.config.jax_platforms:
         # Nothing runs on a device: none is waited for, and none complains that it is not there.
         jax.config.update("jax_platforms", "cpu")
-    from lora_jax.parallel.plan import find_smallest, make_plan
+    from lora_jax.plan.plan import find_smallest, make_plan
 
     request = _request(options)
     methods = [options.method, *([options.compare] if options.compare else [])]
@@ -98,8 +98,8 @@ def _show(text: str) -> None:
 
 def _request(options: Any):
     from lora_jax.parallel.mesh import read_mesh
-    from lora_jax.parallel.plan import Request
-    from lora_jax.parallel.topology import chips_of
+    from lora_jax.plan.plan import Request
+    from lora_jax.plan.topology import chips_of
     from lora_jax.settings import check
 
     for name in ("batch", "length", "rank", "accumulate"):

@@ -40,7 +40,7 @@ def run(argv: Sequence[str]) -> int:
 
     from rich.console import Console
 
-    from lora_jax.report.keep import keep_runs
+    from lora_jax.report.export import keep_runs
     from lora_jax.report.page import Beside, write_figures, write_report
     from lora_jax.report.rendering import to_json, to_terminal
     from lora_jax.report.runs import read_runs

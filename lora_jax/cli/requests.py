@@ -16,9 +16,9 @@ from ml_collections import ConfigDict
 import lora_jax.methods.registry  # noqa: F401  (the methods' own settings join)
 from lora_jax.core.errors import RequestError
 from lora_jax.core.trees import nearest
-from lora_jax.formats.paths import at_home
-from lora_jax.formats.paths import cell_of as cell_of
-from lora_jax.formats.untrusted import printable
+from lora_jax.io.paths import at_home
+from lora_jax.io.paths import cell_of as cell_of
+from lora_jax.io.untrusted import printable
 from lora_jax.settings import SECTIONS, SETTINGS, Settings, flat_config
 from lora_jax.settings.config import put_settings, run_file
 from lora_jax.settings.described import described

@@ -22,7 +22,7 @@ from lora_jax.cli.requests import (
     say,
 )
 from lora_jax.core.errors import RequestError
-from lora_jax.formats.untrusted import printable
+from lora_jax.io.untrusted import printable
 
 EXAMPLES = f"""\
 {OVERRIDES}; it then holds for every cell that the sweep does not set.

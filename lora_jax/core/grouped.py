@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from lora_jax.core.dtypes import float32_or_wider
-from lora_jax.core.products import ConvUse
+from lora_jax.core.uses import ConvUse
 from lora_jax.core.values import RANK, AdaptedValue, Use
 from lora_jax.core.weights import LoRAWeight
 

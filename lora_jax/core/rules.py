@@ -169,7 +169,7 @@ def layer_of(path: str) -> int | None:
 def match_with(engine: Callable[[str], Any]) -> None:
     """Makes `pattern_of` compile by `engine` in place of `re.compile`.
 
-    `formats/matching.py` gives one with a time limit: targets may come with a stranger's adapter.
+    `io/matching.py` gives one with a time limit: targets may come with a stranger's adapter.
     """
     global _engine
     _engine = engine

@@ -34,7 +34,7 @@ RANK = "r"
 
 
 class Use(Protocol):
-    """One equation that is linear in an adapted kernel; see `core/products.py`."""
+    """One equation that is linear in an adapted kernel; see `core/uses.py`."""
 
     out_axes: list  # for each axis of the result, the kernel's axis it is; or another label
 

@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from lora_jax.core.errors import RequestError
-from lora_jax.formats.atomic import atomic_path
-from lora_jax.formats.untrusted import parse_json
+from lora_jax.io.atomic import atomic_path
+from lora_jax.io.untrusted import parse_json
 
 EXTENSIONS = {
     "jsonl": (".jsonl", ".ndjson", ".json"),

@@ -5,12 +5,12 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from lora_jax.formats import peft as peft
-    from lora_jax.formats.atomic import atomic_path as atomic_path
-    from lora_jax.formats.atomic import write_json as write_json
-    from lora_jax.formats.atomic import write_text as write_text
-    from lora_jax.formats.peft_factors import Factors as Factors
-    from lora_jax.formats.peft_factors import read_factors as read_factors
+    from lora_jax.peft import load as peft
+    from lora_jax.io.atomic import atomic_path as atomic_path
+    from lora_jax.io.atomic import write_json as write_json
+    from lora_jax.io.atomic import write_text as write_text
+    from lora_jax.peft.factors import Factors as Factors
+    from lora_jax.peft.factors import read_factors as read_factors
 else:
     # PEFT's files know models, and models read files: imported when they are asked for.
     from lora_jax._public import lazy_names

@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from lora_jax.core.errors import RequestError
-from lora_jax.formats.bitsandbytes import Nf4Tensors, is_quantized_config
-from lora_jax.formats.safetensors import read_tensors
+from lora_jax.io.bitsandbytes import Nf4Tensors, is_quantized_config
+from lora_jax.io.safetensors import read_tensors
 from lora_jax.models.config_fields import Fields, read_json
 from lora_jax.models.families import CAUSAL_LM, ENCODER, Family, find_family, functional_model
 from lora_jax.models.hf_names import Entry, params_from_tensors

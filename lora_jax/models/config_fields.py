@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from lora_jax.core.errors import RequestError
-from lora_jax.formats import untrusted
+from lora_jax.io import untrusted
 
 _REQUIRED = object()
 _LARGEST = float(np.finfo(np.float32).max)

@@ -11,7 +11,7 @@ import ml_dtypes
 import numpy as np
 
 from lora_jax.core.errors import RequestError
-from lora_jax.formats.bitsandbytes import Nf4Matrix, to_tensors
+from lora_jax.io.bitsandbytes import Nf4Matrix, to_tensors
 from lora_jax.models.placing import OnHost, Placing
 from lora_jax.quant.weight import NF4Weight
 

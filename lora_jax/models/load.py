@@ -16,7 +16,7 @@ from lora_jax.core.errors import RequestError
 from lora_jax.models.checkpoint import HEAD_FILE, Checkpoint, Request, read_checkpoint
 from lora_jax.models.families import CAUSAL_LM, functional_model
 from lora_jax.models.functional import flatten, unflatten
-from lora_jax.models.gguf_checkpoint import is_gguf, read_gguf_checkpoint
+from lora_jax.models.gguf.checkpoint import is_gguf, read_gguf_checkpoint
 from lora_jax.models.model import NO_HEAD, Model
 from lora_jax.models.placing import OnDevice, Quantization
 from lora_jax.models.sources import checked_path, find_source

@@ -10,9 +10,9 @@ from typing import Any
 import numpy as np
 
 from lora_jax.core.errors import RequestError
-from lora_jax.formats.atomic import atomic_folder, write_json, write_text
-from lora_jax.formats.bitsandbytes import quantization_config
-from lora_jax.formats.safetensors import write_tensors
+from lora_jax.io.atomic import atomic_folder, write_json, write_text
+from lora_jax.io.bitsandbytes import quantization_config
+from lora_jax.io.safetensors import write_tensors
 from lora_jax.models.checkpoint import HEAD_ENTRIES, HEAD_FILE
 from lora_jax.models.families import CAUSAL_LM
 from lora_jax.models.functional import flatten

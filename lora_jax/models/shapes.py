@@ -21,11 +21,11 @@ from lora_jax.core.errors import RequestError
 from lora_jax.core.trees import nearest
 from lora_jax.models.families import CAUSAL_LM, family_of, functional_model
 from lora_jax.models.functional import unflatten
-from lora_jax.models.gpt2 import GPT2Config
-from lora_jax.models.llama_config import LlamaConfig
+from lora_jax.models.gpt2.modeling import GPT2Config
+from lora_jax.models.llama.config import LlamaConfig
 from lora_jax.models.model import NO_HEAD, Model
 from lora_jax.models.pooling import FAMILY
-from lora_jax.models.roberta import RobertaConfig
+from lora_jax.models.roberta.modeling import RobertaConfig
 
 
 def _gpt(layers: int, width: int, heads: int, positions: int) -> GPT2Config:

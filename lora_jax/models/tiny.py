@@ -11,14 +11,14 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from lora_jax.models.bert import BertConfig
+from lora_jax.models.bert.modeling import BertConfig
 from lora_jax.models.checkpoint import Checkpoint, Request, change_config
 from lora_jax.models.families import CAUSAL_LM, family_of, functional_model
-from lora_jax.models.gpt2 import GPT2Config
+from lora_jax.models.gpt2.modeling import GPT2Config
 from lora_jax.models.hf_names import params_from_tensors, tensors_from_params
-from lora_jax.models.llama_config import LlamaConfig
+from lora_jax.models.llama.config import LlamaConfig
 from lora_jax.models.pooling import FAMILY
-from lora_jax.models.roberta import RobertaConfig
+from lora_jax.models.roberta.modeling import RobertaConfig
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from lora_jax.core.errors import RequestError
-from lora_jax.formats.safetensors import LazyTensors
+from lora_jax.io.safetensors import LazyTensors
 from lora_jax.models.config_fields import read_json
 from lora_jax.models.sources import is_plain_name
 

@@ -22,8 +22,8 @@ from lora_jax.analysis.adapters import (
     group_by_kind,
 )
 from lora_jax.core.errors import RequestError
-from lora_jax.formats.atomic import write_text
-from lora_jax.formats.paths import at_home
+from lora_jax.io.atomic import write_text
+from lora_jax.io.paths import at_home
 from lora_jax.report.adapter_figures import (
     draw_against_kernel,
     draw_amplification,

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from lora_jax.core.errors import RequestError
-from lora_jax.formats.paths import at_home
+from lora_jax.io.paths import at_home
 from lora_jax.methods.registry import title_of
 from lora_jax.report.runs import FinishedRun, finished_runs, read_runs
 from lora_jax.train.record import Card

@@ -5,8 +5,8 @@ from html import escape
 from pathlib import Path
 
 from lora_jax.core.errors import RequestError
-from lora_jax.formats.atomic import write_text
-from lora_jax.formats.paths import at_home
+from lora_jax.io.atomic import write_text
+from lora_jax.io.paths import at_home
 from lora_jax.report.details import reproduction, run_details, setting_line, what_was_run
 from lora_jax.report.figures import draw_figures
 from lora_jax.report.groups import BASIN_MARGIN

@@ -12,7 +12,7 @@ from rich import box
 from rich.table import Table
 from rich.text import Text
 
-from lora_jax.formats.untrusted import printable
+from lora_jax.io.untrusted import printable
 from lora_jax.report.quantities import (
     ABSENT,
     MINUS,

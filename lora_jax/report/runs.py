@@ -11,8 +11,8 @@ from typing import Any
 import numpy as np
 
 from lora_jax.core.errors import RequestError
-from lora_jax.formats.paths import at_home
-from lora_jax.formats.untrusted import check_fields, is_number_or_null, read_arrays
+from lora_jax.io.paths import at_home
+from lora_jax.io.untrusted import check_fields, is_number_or_null, read_arrays
 from lora_jax.train.metrics import read_metrics
 from lora_jax.train.record import RESTORE, Card
 from lora_jax.train.workdir import read_json_file

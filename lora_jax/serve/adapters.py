@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from lora_jax.core.errors import RequestError
-from lora_jax.formats.adapter import DESCRIPTION
-from lora_jax.formats.paths import at_home, cell_of
+from lora_jax.io.run_adapter import DESCRIPTION
+from lora_jax.io.paths import at_home, cell_of
 from lora_jax.models import Model
 from lora_jax.models.sources import find_adapter
 from lora_jax.train.adapted import Adapted as Adapted
@@ -89,7 +89,7 @@ def load_adapter(
 
 def base_of(folder: Path) -> str:
     """The base model that a PEFT folder names. Raises `RequestError` if it names none."""
-    from lora_jax.formats.peft_config import check_is_peft
+    from lora_jax.peft.config import check_is_peft
     from lora_jax.models.config_fields import read_json
 
     raw = read_json(folder / PEFT_CONFIG, kind=dict)
@@ -122,8 +122,8 @@ def _load_peft(
     adapter_name: str | None,
     untie: bool,
 ) -> Adapted:
-    from lora_jax.formats import peft
-    from lora_jax.formats.peft_save import read_labels
+    from lora_jax.peft import load as peft
+    from lora_jax.peft.save import read_labels
 
     folder = find_adapter(path, adapter_name)
     if isinstance(base, Model):
@@ -140,7 +140,7 @@ def _load_peft(
 
 def _load_base(folder: Path, base: str | os.PathLike | None, untie: bool) -> Model:
     """The base of a PEFT folder, with a head if the adapter is of a classifier."""
-    from lora_jax.formats.peft_keys import read_keys
+    from lora_jax.peft.keys import read_keys
     from lora_jax.models import load_model
 
     base = base or _base_here(folder)
@@ -155,7 +155,7 @@ def _load_base(folder: Path, base: str | os.PathLike | None, untie: bool) -> Mod
 
 def _num_labels(folder: Path, whole: Mapping[str, Any]) -> int | None:
     """Outputs of the classifier that the adapter brings; None if it brings none."""
-    from lora_jax.formats.safetensors import read_tensors
+    from lora_jax.io.safetensors import read_tensors
     from lora_jax.models.checkpoint import HEAD_FILE
 
     if (folder / HEAD_FILE).is_file():

@@ -11,7 +11,7 @@ from typing import Any
 
 from lora_jax.core import trees
 from lora_jax.core.errors import RequestError
-from lora_jax.formats.atomic import write_json
+from lora_jax.io.atomic import write_json
 from lora_jax.models import Model
 from lora_jax.settings import Settings, flat_config, plain_config
 from lora_jax.sweeps.cells import Cell

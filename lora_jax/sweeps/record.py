@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from lora_jax.core.errors import RequestError
-from lora_jax.formats.untrusted import check_fields
+from lora_jax.io.untrusted import check_fields
 from lora_jax.train.workdir import is_folder_name, read_json_file
 
 SWEEP = "sweep.json"

@@ -10,9 +10,9 @@ from pathlib import Path
 from jax.sharding import Mesh
 
 from lora_jax.core.errors import RequestError
-from lora_jax.formats.atomic import write_json
-from lora_jax.formats.paths import at_home
-from lora_jax.formats.untrusted import check_fields
+from lora_jax.io.atomic import write_json
+from lora_jax.io.paths import at_home
+from lora_jax.io.untrusted import check_fields
 from lora_jax.settings import plain_config
 from lora_jax.sweeps.cells import Cell, Sweep, Tuning, choose_value
 from lora_jax.sweeps.memory import device_memory_bytes

@@ -7,7 +7,7 @@ import os
 from pathlib import Path
 
 from lora_jax.core.errors import RequestError
-from lora_jax.formats.paths import at_home
+from lora_jax.io.paths import at_home
 from lora_jax.sweeps.record import SWEEP, read_record
 from lora_jax.train.metrics import read_metrics
 from lora_jax.train.record import Card

@@ -11,7 +11,7 @@ from typing import TextIO
 import rich.console
 import rich.progress
 
-from lora_jax.formats.untrusted import escaped
+from lora_jax.io.untrusted import escaped
 from lora_jax.train.progress import EVALUATING, clock_time
 
 

@@ -24,7 +24,7 @@ from lora_jax.data import (
     load_splits,
     train_batches,
 )
-from lora_jax.formats import matching  # noqa: F401  (rules then match within a time limit)
+from lora_jax.io import matching  # noqa: F401  (rules then match within a time limit)
 from lora_jax.methods import Method
 from lora_jax.methods.registry import method_of
 from lora_jax.models import Model, load_model

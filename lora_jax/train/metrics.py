@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from lora_jax.core.errors import RequestError
-from lora_jax.formats.atomic import write_text
-from lora_jax.formats.untrusted import parse_json, read_regular
+from lora_jax.io.atomic import write_text
+from lora_jax.io.untrusted import parse_json, read_regular
 from lora_jax.train.events import EventFile
 
 

@@ -13,8 +13,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from lora_jax.core.errors import RequestError
-from lora_jax.formats.atomic import write_json
-from lora_jax.formats.untrusted import COUNT, NUMBER, check_fields, check_kind
+from lora_jax.io.atomic import write_json
+from lora_jax.io.untrusted import COUNT, NUMBER, check_fields, check_kind
 from lora_jax.train.workdir import is_folder_name, read_json_file
 
 RESTORE = "restore it, or remove the cell's folder to train it again"

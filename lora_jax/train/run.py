@@ -15,7 +15,7 @@ from jax.sharding import Mesh
 
 from lora_jax.core.draws import partitionable
 from lora_jax.core.errors import RequestError
-from lora_jax.formats.paths import at_home
+from lora_jax.io.paths import at_home
 from lora_jax.parallel.mesh import mesh_text
 from lora_jax.settings import complete, plain_config
 from lora_jax.train.bookkeeping import Bookkeeping
@@ -25,7 +25,7 @@ from lora_jax.train.cell import Schedule
 from lora_jax.train.checkpoint import Checkpoints
 from lora_jax.train.compilation import enable_compilation_cache
 from lora_jax.train.environment import describe_program
-from lora_jax.train.finish import write_results
+from lora_jax.train.write_results import write_results
 from lora_jax.train.loop import Callback, Diverged, Training
 from lora_jax.train.memory import StepMemory, device_limit_bytes
 from lora_jax.train.program import SingleProgram, copy_arrays

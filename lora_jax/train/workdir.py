@@ -15,11 +15,11 @@ from pathlib import Path
 from typing import Any
 
 from lora_jax.core.errors import RequestError
-from lora_jax.formats.atomic import write_json
-from lora_jax.formats.untrusted import check_fields, read_json
+from lora_jax.io.atomic import write_json
+from lora_jax.io.untrusted import check_fields, read_json
 from lora_jax.settings import Settings, config_hash, hashed_settings
 
-# Temporary names of what a cell's folder holds, as formats/atomic.py makes them; a user's own files
+# Temporary names of what a cell's folder holds, as io/atomic.py makes them; a user's own files
 # (".notes.tmp") are not ours to remove.
 _OUR_LEFTOVERS = re.compile(
     r"\.(config\.json|card\.json|failure\.json|metrics\.jsonl|test_predictions\.npz|adapter"

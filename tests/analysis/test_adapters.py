@@ -20,7 +20,7 @@ from lora_jax.analysis.adapters import (
     select,
 )
 from lora_jax.core.errors import RequestError
-from lora_jax.formats.peft_factors import BaseKernels, read_factors
+from lora_jax.peft.factors import BaseKernels, read_factors
 
 FIXTURES = Path(__file__).parents[1] / "fixtures" / "peft"
 ADAPTERS, BASES = FIXTURES / "adapters", FIXTURES / "bases"

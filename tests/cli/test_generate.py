@@ -9,8 +9,8 @@ import pytest
 
 import lora_jax as lj
 from lora_jax.cli.main import main
-from lora_jax.formats import peft
-from lora_jax.formats.adapter import save_trainable
+from lora_jax.peft import load as peft
+from lora_jax.io.run_adapter import save_trainable
 from lora_jax.generate import Decoding, generate_text
 from lora_jax.models import load_model
 

@@ -15,7 +15,7 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 import lora_jax as lj
-from lora_jax.formats.peft import load_adapter, save_adapter
+from lora_jax.peft.load import load_adapter, save_adapter
 
 FOLDER = Path(__file__).resolve().parent.parent / "fixtures" / "peft"
 QUERY = "base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight"

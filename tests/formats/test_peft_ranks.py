@@ -11,7 +11,7 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 import lora_jax as lj
-from lora_jax.formats.peft import load_adapter, save_adapter
+from lora_jax.peft.load import load_adapter, save_adapter
 
 FOLDER = Path(__file__).resolve().parent.parent / "fixtures" / "peft"
 

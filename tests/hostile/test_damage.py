@@ -7,12 +7,12 @@ import numpy as np
 import pytest
 
 from lora_jax.core.errors import RequestError
-from lora_jax.formats.safetensors import write_tensors
-from lora_jax.formats.untrusted import parse_json, read_regular
+from lora_jax.io.safetensors import write_tensors
+from lora_jax.io.untrusted import parse_json, read_regular
 from lora_jax.models import tokenizer as tokenizers_here
 from lora_jax.sweeps.status import sweep_status
 from lora_jax.train.adapted import _check_against_card
-from lora_jax.train.finish import hash_trainable
+from lora_jax.train.write_results import hash_trainable
 from lora_jax.train.metrics import MetricsWriter, read_metrics
 from tests.cards import card_json
 

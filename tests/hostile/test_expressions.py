@@ -7,8 +7,8 @@ import pytest
 
 from lora_jax.core.errors import RequestError
 from lora_jax.core.rules import pattern_of
-from lora_jax.formats import matching
-from lora_jax.formats.peft_config import PeftConfig
+from lora_jax.io import matching
+from lora_jax.peft.config import PeftConfig
 
 MODULE = "base_model.model.model.layers.11.self_attn.q_proj.default_of_many"
 HANGING = ["(.|[a-z._0-9])*X", ".*" * 30 + "X", "(.?){60}X", "((.{0,9}){0,9}){0,9}X", "(a|b|.)+Z"]

@@ -16,18 +16,18 @@ from lora_jax.cli import generate
 from lora_jax.cli.main import main
 from lora_jax.core.errors import RequestError
 from lora_jax.core.rules import Rule
-from lora_jax.formats.safetensors import read_tensors, write_tensors
-from lora_jax.formats.untrusted import DEEPEST, check_fields, parse_json, read_arrays
+from lora_jax.io.safetensors import read_tensors, write_tensors
+from lora_jax.io.untrusted import DEEPEST, check_fields, parse_json, read_arrays
 from lora_jax.generate.text import encode_prompts
 from lora_jax.models import load_model
-from lora_jax.report.keep import keep_runs
+from lora_jax.report.export import keep_runs
 from lora_jax.settings import config_hash
 from lora_jax.sweeps.record import read_record
 from lora_jax.sweeps.verify import verify
-from lora_jax.train import again
+from lora_jax.train import evaluate_run as again
 from lora_jax.train.adapted import _check_against_card
 from lora_jax.train.checkpoint import Checkpoints
-from lora_jax.train.finish import hash_trainable
+from lora_jax.train.write_results import hash_trainable
 from lora_jax.train.record import Card
 from lora_jax.train.workdir import check_cell, check_inside, config_from
 from tests.cards import card_json
@@ -188,7 +188,7 @@ def test_keeping_runs_follows_no_link(tmp_path, monkeypatch):
     (cell / "card.json").write_text(json.dumps(CARD))
     (cell / "metrics.jsonl").symlink_to(tmp_path / "secret")
     run = SimpleNamespace(finished=True, name="one", folder=cell)
-    monkeypatch.setattr("lora_jax.report.keep.read_runs", lambda workdir: [run])
+    monkeypatch.setattr("lora_jax.report.export.read_runs", lambda workdir: [run])
     with pytest.raises(RequestError, match="is a link"):
         keep_runs(tmp_path / "w", tmp_path / "kept")
     assert not (tmp_path / "kept" / "cells" / "one").exists()

@@ -8,7 +8,7 @@ import pytest
 
 from lora_jax.cli.main import main
 from lora_jax.core.errors import RequestError
-from lora_jax.formats.atomic import atomic_folder
+from lora_jax.io.atomic import atomic_folder
 from lora_jax.settings import Settings
 from lora_jax.sweeps.cells import Cell
 from lora_jax.sweeps.groups import PackRecord, read_packs

@@ -9,8 +9,8 @@ import jax
 import jax.numpy as jnp
 
 import lora_jax as lj
-from lora_jax.core.contract import contract
-from lora_jax.core.products import DotUse
+from lora_jax.core.labelled_dot import contract
+from lora_jax.core.uses import DotUse
 from lora_jax.core.values import RANK, AdaptedValue, use_beneath
 
 

@@ -10,7 +10,7 @@ import pytest
 
 import lora_jax as lj
 from lora_jax.core.errors import RequestError
-from lora_jax.formats.adapter import load_trainable, save_trainable
+from lora_jax.io.run_adapter import load_trainable, save_trainable
 from lora_jax.methods.projections import fastfood, grouped
 from lora_jax.methods.subspace import key_of
 from tests.methods.variants import AXES, TARGETS, X, apply, params_of

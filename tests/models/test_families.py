@@ -13,9 +13,9 @@ from lora_jax.core.rules import Part
 from lora_jax.models import load_model
 from lora_jax.models.families import FAMILIES
 from lora_jax.models.functional import flatten, unflatten
-from lora_jax.models.gpt2 import GPT2Config
-from lora_jax.models.llama_config import LlamaConfig
-from lora_jax.models.roberta import RobertaConfig
+from lora_jax.models.gpt2.modeling import GPT2Config
+from lora_jax.models.llama.config import LlamaConfig
+from lora_jax.models.roberta.modeling import RobertaConfig
 from tests.models.folders import FIXTURES, IDS, assert_same_params, load, logits_of, shapes_of
 
 # The functions

@@ -11,9 +11,9 @@ import pytest
 from gguf import GGMLQuantizationType as Type
 
 from lora_jax.core.errors import RequestError
-from lora_jax.formats.gguf import read_gguf
-from lora_jax.models.gguf_llama import gguf_config, gguf_tensors
-from lora_jax.models.gguf_tokenizer import gguf_tokenizer
+from lora_jax.io.gguf.reader import read_gguf
+from lora_jax.models.gguf.llama import gguf_config, gguf_tensors
+from lora_jax.models.gguf.tokenizer import gguf_tokenizer
 from tests.models.gguf_files import refused, tiny_llama, write
 
 TYPES = (Type.F32, Type.F16, Type.BF16, Type.Q8_0, Type.Q4_1)
@@ -26,7 +26,7 @@ def tiny(tmp_path_factory):
 
 @pytest.mark.parametrize("kind", TYPES, ids=lambda kind: kind.name)
 def test_tensors_are_those_of_the_library(tmp_path, monkeypatch, kind):
-    monkeypatch.setattr("lora_jax.formats.gguf._CHUNK_BYTES", 1000)  # Three rows at a time.
+    monkeypatch.setattr("lora_jax.io.gguf.reader._CHUNK_BYTES", 1000)  # Three rows at a time.
     array = np.random.default_rng(1).normal(size=(3, 5, 64)).astype(np.float32)
     path = write(tmp_path / "a.gguf", {}, {"a.weight": (array, kind), "b": (array[0, 0], kind)})
     tensors = read_gguf(path).tensors

@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 from gguf import GGMLQuantizationType as Type
 
-from lora_jax.formats.gguf import read_gguf
-from lora_jax.models.gguf_llama import gguf_config, gguf_tensors
+from lora_jax.io.gguf.reader import read_gguf
+from lora_jax.models.gguf.llama import gguf_config, gguf_tensors
 from tests.models.gguf_files import (
     HEAD_DIM,
     HIDDEN,

@@ -4,8 +4,8 @@ import random
 
 import pytest
 
-from lora_jax.formats.gguf import read_gguf
-from lora_jax.models.gguf_tokenizer import gguf_chat_template, gguf_tokenizer
+from lora_jax.io.gguf.reader import read_gguf
+from lora_jax.models.gguf.tokenizer import gguf_chat_template, gguf_tokenizer
 from tests.models.gguf_files import (
     TOKENS,
     needs_smollm2,

@@ -11,7 +11,7 @@ import pytest
 from safetensors.numpy import save_file
 
 from lora_jax.models.families import FAMILIES
-from lora_jax.models.llama_config import LlamaConfig
+from lora_jax.models.llama.config import LlamaConfig
 from tests.models.folders import (
     FIXTURES,
     copied,

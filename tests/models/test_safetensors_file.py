@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from lora_jax.core.errors import RequestError
-from lora_jax.formats.safetensors import read_metadata, read_tensors, write_tensors
+from lora_jax.io.safetensors import read_metadata, read_tensors, write_tensors
 
 
 def test_round_trip_of_dtypes_shapes_and_layouts(tmp_path):

@@ -16,8 +16,8 @@ from lora_jax.cli import plan as command
 from lora_jax.models.shapes import abstract_model
 from lora_jax.models.tiny import TINY_MODELS
 from lora_jax.parallel import Placement, make_mesh, plan, read_mesh
-from lora_jax.parallel.plan import Request, make_plan, step_flops
-from lora_jax.parallel.topology import SLICES, describe_topology, needed_bytes
+from lora_jax.plan.plan import Request, make_plan, step_flops
+from lora_jax.plan.topology import SLICES, describe_topology, needed_bytes
 
 CONFIG = dataclasses.replace(
     TINY_MODELS["tiny-llama"], vocab_size=512, hidden_size=256, intermediate_size=512, head_dim=64,

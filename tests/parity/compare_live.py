@@ -124,7 +124,7 @@ def _columns(rng: np.random.Generator, time: int):
 
 def compare(directory: Path) -> bool:
     """Prints the largest difference of each model here; False if one is above `TOLERANCE`."""
-    from lora_jax.formats.safetensors import read_tensors
+    from lora_jax.io.safetensors import read_tensors
 
     worst: dict[str, float] = {}
     for folder in sorted(path for path in directory.iterdir() if path.is_dir()):

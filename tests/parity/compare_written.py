@@ -103,7 +103,7 @@ def write(folder: Path) -> None:
     import jax
 
     import lora_jax as lj
-    from lora_jax.formats.peft import save_adapter
+    from lora_jax.peft.load import save_adapter
     from lora_jax.models import save_model
 
     fixtures = load_file(BASES.parent / "expected.safetensors")

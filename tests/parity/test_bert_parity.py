@@ -7,7 +7,7 @@ import jax
 import numpy as np
 import pytest
 
-from lora_jax.formats.safetensors import read_tensors
+from lora_jax.io.safetensors import read_tensors
 from lora_jax.models import load_model
 
 FIXTURES = Path(__file__).resolve().parent.parent / "fixtures"

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from lora_jax.formats.safetensors import read_tensors
+from lora_jax.io.safetensors import read_tensors
 from lora_jax.models import load_model
 from lora_jax.models.functional import flatten, unflatten
 

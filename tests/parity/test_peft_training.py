@@ -11,7 +11,7 @@ import optax
 import pytest
 
 import lora_jax as lj
-from lora_jax.formats.safetensors import read_tensors
+from lora_jax.io.safetensors import read_tensors
 from lora_jax.models import load_model
 
 FIXTURES = Path(__file__).resolve().parent.parent / "fixtures"

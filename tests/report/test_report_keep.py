@@ -5,7 +5,7 @@ import shutil
 import pytest
 
 from lora_jax.core.errors import RequestError
-from lora_jax.report.keep import keep_runs
+from lora_jax.report.export import keep_runs
 from lora_jax.report.page import Beside, to_page
 from lora_jax.report.rendering import to_json
 from lora_jax.report.runs import read_runs

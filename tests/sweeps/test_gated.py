@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 import lora_jax as lj
-from lora_jax.formats.adapter import load_trainable
+from lora_jax.io.run_adapter import load_trainable
 from lora_jax.methods.registry import METHODS
 from lora_jax.serve.adapters import load_adapter
 from lora_jax.sweeps import run_sweep

@@ -20,14 +20,14 @@ import pytest
 
 from lora_jax.core.errors import RequestError
 from lora_jax.data import EvalBatches
-from lora_jax.formats.adapter import load_trainable
+from lora_jax.io.run_adapter import load_trainable
 from lora_jax.settings import plain_config
 from lora_jax.sweeps import run_sweep, stored
 from lora_jax.sweeps import workdir as runner
-from lora_jax.sweeps.ready import PackBatches
+from lora_jax.sweeps.prepared import PackBatches
 from lora_jax.sweeps.verify import verify
 from lora_jax.train import Interrupted, train
-from lora_jax.train.again import evaluate_cell
+from lora_jax.train.evaluate_run import evaluate_cell
 from tests.sweeps.stored_problem import CELLS, everything, rows_of, sweep_of
 from tests.train.conftest import ROOT
 from tests.train.test_resume import Crash, at_call, crash, interrupt, terminate, wait_for

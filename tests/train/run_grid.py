@@ -23,7 +23,7 @@ from lora_jax.settings import Settings
 from lora_jax.sweeps.verify import verify
 from lora_jax.train import Interrupted, train
 from lora_jax.train.adapted import load_run_adapter as load_adapter
-from lora_jax.train.again import evaluate_cell
+from lora_jax.train.evaluate_run import evaluate_cell
 from tests.train.results import digest
 from tests.train.test_resume import at_call, interrupt
 

@@ -3,7 +3,7 @@ import numpy as np
 import pytest
 
 from lora_jax.core.errors import RequestError
-from lora_jax.formats.adapter import load_trainable, save_trainable
+from lora_jax.io.run_adapter import load_trainable, save_trainable
 from lora_jax.serve.adapters import load_adapter
 
 

@@ -18,7 +18,7 @@ from lora_jax.settings import Settings
 from lora_jax.sweeps import Cell, Sweep, run_sweep
 from lora_jax.sweeps.verify import verify
 from lora_jax.train import Interrupted, train
-from lora_jax.train.again import evaluate_cell
+from lora_jax.train.evaluate_run import evaluate_cell
 from tests.train.conftest import load_experiment
 from tests.train.results import results_of
 from tests.train.test_resume import at_call, interrupt

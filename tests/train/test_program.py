@@ -12,7 +12,7 @@ import pytest
 from flax import nnx
 
 import lora_jax as lj
-from lora_jax.models.bert import ALIASES, Bert, BertConfig
+from lora_jax.models.bert.modeling import ALIASES, Bert, BertConfig
 from lora_jax.models.functional import functional, unflatten
 from lora_jax.train import init_state, make_train_step
 from lora_jax.train.loss import make_loss

@@ -13,8 +13,8 @@ from lora_jax.core.errors import RequestError
 from lora_jax.methods import FullFineTuning, LoRA
 from lora_jax.models import load_model
 from lora_jax.settings import ModelSettings
-from lora_jax.train.again import check_completion_format
-from lora_jax.train.finish import completion_format
+from lora_jax.train.evaluate_run import check_completion_format
+from lora_jax.train.write_results import completion_format
 from lora_jax.train.loss import make_loss
 from lora_jax.train.task import (
     NEAR,

@@ -9,7 +9,7 @@ from lora_jax.data import TrainIterator
 from lora_jax.methods.registry import METHODS
 from lora_jax.train import train
 from lora_jax.train.adapted import load_run_adapter as load_adapter
-from lora_jax.train.again import evaluate_cell
+from lora_jax.train.evaluate_run import evaluate_cell
 from tests.train.results import results_of
 from tests.train.test_resume import Crash, at_call, crash
 

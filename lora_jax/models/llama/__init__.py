@@ -1,0 +1,1 @@
+"""Llama, and families of its shape."""

@@ -1,0 +1,298 @@
+"""PEFT's `adapter_config.json`: read with every field accounted for, and PEFT's own matching."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import re
+import reprlib
+import warnings
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from lora_jax.core.errors import RequestError
+from lora_jax.core.trees import nearest
+from lora_jax.io import matching
+from lora_jax.models.config_fields import Fields, read_json
+
+CONFIG = "adapter_config.json"
+_LONGEST = 10_000  # of expressions: longer than any
+BIASES = ("none", "lora_only", "all")
+
+# Fields that change what is computed and are not implemented, with the value that means "off".
+_REFUSED: Mapping[str, str] = {
+    "lora_bias": "a bias on B",
+    "target_parameters": "adapters on bare parameters (experts)",
+    "trainable_token_indices": "single trained rows of an embedding",
+    "alora_invocation_tokens": "activated LoRA",
+    "use_qalora": "QALoRA",
+    "layer_replication": "replicated layers",
+    "velora_config": "VeLoRA",
+    "monteclora_config": "MonteCLoRA",
+    "use_bdlora": "block-diagonal LoRA",
+    "arrow_config": "Arrow routing",
+    "kasa_config": "KaSA",
+}
+# These starts rewrite the base model, so A and B alone do not say what the adapter is.
+_BASE_CHANGING = ("pissa", "olora", "corda", "loftq", "eva_base", "lora_ga")
+# Fields that say how an adapter was begun, where it came from, or who asked for it.
+_NEUTRAL = {
+    "auto_mapping", "base_model_name_or_path", "corda_config", "eva_config",
+    "inference_mode", "loftq_config", "lora_ga_config", "megatron_config", "megatron_core",
+    "peft_version", "qalora_group_size", "revision", "runtime_config", "fan_in_fan_out",
+}  # fmt: skip
+_READ = {
+    "peft_type", "r", "lora_alpha", "lora_dropout", "target_modules", "exclude_modules",
+    "modules_to_save", "bias", "use_rslora", "use_dora", "rank_pattern", "alpha_pattern",
+    "layers_to_transform", "layers_pattern", "task_type", "init_lora_weights",
+    "ensure_weight_tying",
+}  # fmt: skip
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class PeftConfig:
+    """The fields of a LoRA's `adapter_config.json` that say what is computed.
+
+    Module names are those of the model that PEFT wrapped ("model.layers.0.self_attn.q_proj"). The
+    matching is PEFT 0.21's own: `targets`, `rank_of`, `alpha_of`, `saves`.
+    """
+
+    r: int
+    lora_alpha: float
+    target_modules: str | tuple[str, ...]
+    exclude_modules: str | tuple[str, ...] = ()
+    modules_to_save: tuple[str, ...] = ()
+    bias: str = "none"
+    use_rslora: bool = False
+    use_dora: bool = False
+    rank_pattern: tuple[tuple[str, int], ...] = ()
+    alpha_pattern: tuple[tuple[str, float], ...] = ()
+    layers_to_transform: tuple[int, ...] | None = None
+    layers_pattern: tuple[str, ...] = ()
+    lora_dropout: float = 0.0
+    task_type: str | None = None
+    ensure_weight_tying: bool = False
+    place: str = CONFIG
+
+    @classmethod
+    def read(cls, path: Path) -> PeftConfig:
+        """Reads the file. Raises `RequestError` for what is missing, malformed or not implemented.
+
+        Unknown fields that are null, false or empty are ignored, and so are unknown notes; an
+        unknown field that switches something on ("use_…": true, "…_config": {…}) is refused.
+        """
+        raw, place = read_json(path, kind=dict), str(path)
+        check_is_peft(raw, place)
+        fields = Fields(raw, place)
+        fields.choice("peft_type", ["LORA"])
+        for name, value in raw.items():
+            if name in _READ or name in _NEUTRAL or not value:
+                continue
+            is_switch = name.startswith("use_") or name.endswith("_config")
+            if name in _REFUSED or (is_switch and (value is True or isinstance(value, dict))):
+                what = _REFUSED.get(name, "an option that this version does not know")
+                raise RequestError(
+                    f"{place}: {name} is {value!r}, {what}, which changes the numbers and is not "
+                    "implemented; merge the adapter with peft and load the merged model"
+                )
+        start = raw.get("init_lora_weights", True)
+        if isinstance(start, str) and start.lower().startswith(_BASE_CHANGING):
+            raise RequestError(
+                f"{place}: init_lora_weights is {start!r}, which rewrites the base model, so A and "
+                "B alone do not say the change; save it with peft's "
+                "path_initial_model_for_weight_conversion, which makes a plain LoRA of it"
+            )
+        layers = raw.get("layers_to_transform")
+        return cls(
+            r=fields.integer("r", 8, maximum=2**20),
+            lora_alpha=fields.positive("lora_alpha", 8),
+            target_modules=_names(fields, raw, "target_modules", place, required=True),
+            exclude_modules=_names(fields, raw, "exclude_modules", place),
+            modules_to_save=_expressions(fields, raw, "modules_to_save", place),
+            bias=fields.choice("bias", BIASES, "none"),
+            use_rslora=fields.choice("use_rslora", [False, True], False),
+            use_dora=fields.choice("use_dora", [False, True], False),
+            rank_pattern=_pattern(fields, "rank_pattern", place, integers=True),
+            alpha_pattern=_pattern(fields, "alpha_pattern", place, integers=False),
+            layers_to_transform=None if layers in (None, []) else _layers(fields, layers),
+            layers_pattern=_expressions(fields, raw, "layers_pattern", place),
+            lora_dropout=fields.probability("lora_dropout", 0.0),
+            task_type=raw.get("task_type") if isinstance(raw.get("task_type"), str) else None,
+            ensure_weight_tying=fields.choice("ensure_weight_tying", [False, True], False),
+            place=place,
+        )
+
+    def targets(self, module: str, *, is_linear: bool, is_output: bool) -> bool:
+        """Whether PEFT would put an adapter on this module.
+
+        `is_linear` and `is_output` (the model's last layer) matter to "all-linear" alone. Raises
+        `RequestError` for an expression that takes too long.
+        """
+        with self._naming_place():
+            return self._targets(module, is_linear, is_output)
+
+    @contextlib.contextmanager
+    def _naming_place(self) -> Iterator[None]:
+        try:
+            yield
+        except RequestError as error:
+            raise RequestError(f"{self.place}: {error}") from error
+
+    def _targets(self, module: str, is_linear: bool, is_output: bool) -> bool:
+        if _is_among(module, self.exclude_modules):
+            return False
+        if any(
+            matching.compile(rf"(^|.*\.){name}($|\..*)").match(module)
+            for name in self.modules_to_save
+        ):
+            return False
+        wanted = self.target_modules
+        if isinstance(wanted, str):
+            if wanted.lower() == "all-linear":
+                return is_linear and not is_output
+            return matching.compile(wanted).fullmatch(module) is not None
+        if module in wanted:
+            return True
+        return _is_among(module, wanted) and self._is_in_layers(module)
+
+    def _is_in_layers(self, module: str) -> bool:
+        if self.layers_to_transform is None:
+            return True
+        starts = [rf"(?:^|.*?\.){pattern}" for pattern in self.layers_pattern] or [r".*?\.[^.]*"]
+        for start in starts:
+            found = matching.compile(rf"{start}\.(?P<layer>\d+)\.").match(module)
+            if found is not None:
+                return int(found["layer"]) in self.layers_to_transform
+        return False
+
+    def rank_of(self, module: str) -> int:
+        """The module's rank: the first match in `rank_pattern`, else `r`."""
+        with self._naming_place():
+            return _first(self.rank_pattern, module, self.r)
+
+    def alpha_of(self, module: str) -> float:
+        """The module's alpha: the first match in `alpha_pattern`, else `lora_alpha`."""
+        with self._naming_place():
+            return _first(self.alpha_pattern, module, self.lora_alpha)
+
+    def warn_of_idle_keys(self, modules: Sequence[str], *, stacklevel: int = 3) -> None:
+        """Warns of keys that match none of the adapted modules: PEFT ignores them silently."""
+        for field in ("rank_pattern", "alpha_pattern"):
+            for key in self.idle_keys(field, modules):
+                warnings.warn(
+                    f"{self.place}: {field} names {key!r}, which matches no adapted module, so "
+                    f"those have r={self.r} and lora_alpha={self.lora_alpha:g} unless another key "
+                    f"matches; {nearest(key, modules)}",
+                    UserWarning,
+                    stacklevel=stacklevel,
+                )
+
+    def idle_keys(self, field: str, modules: Sequence[str]) -> list[str]:
+        """Keys of `rank_pattern` or `alpha_pattern` that match none of these modules."""
+        keys = [key for key, _ in getattr(self, field)]
+        return [
+            key for key in keys if not any(_first(((key, True),), name, False) for name in modules)
+        ]
+
+    def saves(self, module: str) -> bool:
+        """Whether the module, or one that holds it, is trained whole."""
+        parts = module.split(".")
+        holders = [".".join(parts[: n + 1]) for n in range(len(parts))]
+        return any(holder.endswith(self.modules_to_save) for holder in holders)
+
+
+def check_is_peft(raw: Mapping[str, Any], place: str) -> None:
+    """Raises `RequestError` for an `adapter_config.json` of another program."""
+    if raw.get("peft_type") is not None:
+        return
+    if "fine_tune_type" in raw or "lora_parameters" in raw:
+        raise RequestError(
+            f"{place} is mlx-lm's (fine_tune_type, lora_parameters), whose adapters are not read; "
+            "fuse the adapter there (mlx_lm.fuse) and load the fused model"
+        )
+    raise RequestError(
+        f"{place} lacks peft_type, so it is not an adapter that peft saved; give the folder that "
+        "peft's save_pretrained, or lora-jax convert, wrote"
+    )
+
+
+def _is_among(module: str, names: str | Iterable[str]) -> bool:
+    if isinstance(names, str):
+        return matching.compile(names).fullmatch(module) is not None
+    return any(module == name or module.endswith(f".{name}") for name in names)
+
+
+def _first(pattern: tuple[tuple[str, Any], ...], module: str, default: Any) -> Any:
+    for key, value in pattern:
+        if matching.compile(rf"(.*\.)?({key})$").match(module):
+            return value
+    return default
+
+
+def _names(fields: Fields, raw, name: str, place: str, *, required: bool = False):
+    """A regular expression, or a list of names."""
+    value = raw.get(name)
+    if isinstance(value, str) and value:
+        _check_expression(value, name, place)
+        return value
+    listed = _listed(fields, raw, name)
+    if required and not listed:
+        raise fields.error(name, value, "a list of module names, or a regular expression")
+    return listed
+
+
+def _expressions(fields: Fields, raw, name: str, place: str) -> tuple[str, ...]:
+    """Names that PEFT puts into regular expressions as they are."""
+    listed = _listed(fields, raw, name)
+    for value in listed:
+        _check_expression(value, name, place)
+    return listed
+
+
+def _listed(fields: Fields, raw, name: str) -> tuple[str, ...]:
+    value = raw.get(name)
+    if value is None or value == "":
+        return ()
+    value = [value] if isinstance(value, str) else value
+    if not isinstance(value, list) or not all(isinstance(v, str) and v for v in value):
+        raise fields.error(name, raw.get(name), "a list of names")
+    return tuple(value)
+
+
+def _layers(fields: Fields, value: Any) -> tuple[int, ...]:
+    listed = value if isinstance(value, list) else [value]
+    if not all(type(n) is int and n >= 0 for n in listed):
+        raise fields.error("layers_to_transform", value, "a layer's number or a list of them")
+    return tuple(listed)
+
+
+def _pattern(fields: Fields, name: str, place: str, *, integers: bool):
+    pattern = fields.mapping(name) or {}
+    inner = fields.inner(name, pattern)
+    for key in pattern:
+        _check_expression(key, name, place)
+    read = inner.integer if integers else inner.positive
+    found: list[tuple[str, Any]] = [(key, read(key)) for key in pattern]
+    return tuple(found)
+
+
+def _check_expression(text: str, name: str, place: str) -> None:
+    if len(text) > _LONGEST:
+        raise RequestError(
+            f"{place}: {name} holds {reprlib.repr(text)} of {len(text)} characters, more than "
+            f"{_LONGEST}; write the modules as a list"
+        )
+    try:
+        # As they will be put together: what stands alone may not stand within another.
+        for whole in (
+            text,
+            rf"(^|.*\.){text}($|\..*)",
+            rf"(.*\.)?({text})$",
+            rf"(?:^|.*?\.){text}\.(?P<layer>\d+)\.",
+        ):
+            matching.compile(whole)
+    except (re.error, OverflowError, RecursionError) as error:
+        raise RequestError(
+            f"{place}: {name} holds {reprlib.repr(text)}, which is no regular expression: {error}"
+        ) from error

@@ -1,0 +1,1 @@
+"""What a step would take on hardware that is not here."""

@@ -1,0 +1,192 @@
+"""What a finished run leaves behind: adapter, predictions and, last of all, the card."""
+
+from __future__ import annotations
+
+import datetime
+import os
+import re
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+
+from lora_jax.core.hashes import hash_params
+from lora_jax.data import Splits
+from lora_jax.data.completions import COMPLETION_FORMAT, differs_from_first_format
+from lora_jax.io.run_adapter import TENSORS, save_trainable
+from lora_jax.io.atomic import atomic_path
+from lora_jax.methods import Method
+from lora_jax.methods.table import MethodTable
+from lora_jax.models import Model
+from lora_jax.settings import config_hash
+from lora_jax.train.bookkeeping import Bookkeeping
+from lora_jax.train.environment import device_description, git_commit, versions
+from lora_jax.train.evaluate import Evaluation
+from lora_jax.train.record import (
+    BestScores,
+    Card,
+    Counts,
+    FinalScores,
+    Metrics,
+    Program,
+    Seconds,
+    TrainLoss,
+    config_parts,
+)
+from lora_jax.train.task import head_of
+from lora_jax.train.task_metrics import TASK_METRICS
+
+
+class Subject(Protocol):
+    """What was trained on what: a `Setup`, or a pack's own record."""
+
+    model: Model
+    method: Method
+    splits: Splits
+
+
+def write_results(
+    cell: Path,
+    config: dict[str, Any],
+    subject: Subject,
+    books: Bookkeeping,
+    trainable: Any,
+    test: Evaluation,
+    program: Program,
+    *,
+    config_file: str = "",
+) -> Card:
+    """Writes adapter/, test_predictions.npz and card.json into `cell`; returns the card.
+
+    `config_file` is the config as `--config=` had it, "FILE.py[:arg]". The card comes last: where
+    it is, all is. What a killed process left of the others is replaced.
+    """
+    shutil.rmtree(cell / "adapter", ignore_errors=True)
+    save_trainable(cell / "adapter", trainable, describe_adapter(config, subject, trainable))
+    write_predictions(cell / "test_predictions.npz", test)
+    file, arg = config_parts(config_file)
+    card = Card(
+        config_file=file,
+        config_arg=arg,
+        config=config,
+        config_hash=config_hash(config),
+        base_hash=subject.model.base_hash,
+        data_hash=subject.splits.data_hash,
+        seeds={"seed": config["seed"], "data": config["data"]["seed"]},
+        device=device_description(),
+        program=program,
+        counts=count_trainable(
+            subject.method.table(subject.model.params), subject.model.head_pattern
+        ),
+        seconds=_seconds(books, program),
+        metrics=Metrics(
+            train=TrainLoss(loss=books.train_loss),
+            validation=BestScores(
+                loss=books.best_loss, accuracy=books.best_accuracy, best_step=books.best_step
+            ),
+            test=_test_scores(test, subject.splits.metrics),
+            stopped=books.stopped,
+            steps=books.step,
+            adapter_bytes=os.path.getsize(cell / "adapter" / TENSORS),
+            weights_sha256=hash_trainable(trainable),
+        ),
+        versions=versions(),
+        commit=git_commit(),
+        finished=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+    )
+    card.write(cell / "card.json")
+    return card
+
+
+def _seconds(books: Bookkeeping, program: Program) -> Seconds:
+    kinds = {name: value for name, value in books.seconds.items() if name != "compile"}
+    return Seconds(
+        total=sum(books.seconds.values()),
+        per_step=kinds.get("train", 0.0) / max(1, books.step),
+        compile=books.seconds.get("compile", 0.0),
+        shared_by=program.K,
+        others=kinds,
+    )
+
+
+def _test_scores(test: Evaluation, names: Sequence[str]) -> FinalScores:
+    found = measure(test, names)
+    tokens = found.pop("tokens", None)
+    return FinalScores(
+        loss=test.loss,
+        accuracy=test.accuracy,
+        n=test.num_examples,
+        tokens=None if tokens is None else int(tokens),
+        others=found,
+    )
+
+
+def measure(test: Evaluation, names: Sequence[str]) -> dict[str, float]:
+    """The metrics of these names, from labels and predictions; and where examples have weights
+    other than 1, as texts do, the sum of them: `tokens`.
+    """
+    found = {name: TASK_METRICS[name](test.labels, test.predictions) for name in names}
+    return found if np.all(test.weights == 1) else {**found, "tokens": int(test.weights.sum())}
+
+
+def hash_trainable(trainable: Any) -> str:
+    """sha256 (hex) of `{path: {part: array}}`: names, dtypes, shapes and bytes."""
+    flat = {f"{path}:{part}": x for path, entry in trainable.items() for part, x in entry.items()}
+    return hash_params(flat)
+
+
+def describe_adapter(config: dict[str, Any], subject: Subject, trainable: Any) -> dict[str, Any]:
+    """What loading needs to put the tensors back, and what a reader wants to know."""
+    drawn = subject.method.drawn(trainable)
+    return {
+        "format": "lora_jax adapter 1",
+        "model": config["model"],
+        "method": config["method"],
+        "seed": config["seed"],
+        "base_hash": subject.model.base_hash,
+        "data_hash": subject.splits.data_hash,
+        "label_names": list(subject.splits.label_names),
+        "max_length": config["data"]["max_length"],
+        **({"drawn": drawn} if drawn else {}),
+        **completion_format(subject.model, config["model"]),
+    }
+
+
+def completion_format(model: Model, settings: Any) -> dict[str, int]:
+    """`{"completions": 2}` where BOS and single spaces changed how completions are encoded.
+
+    Empty for labels, and for tokenizers that always gave these ids (GPT-2, SmolLM2).
+    """
+    if head_of(settings) != "causal-lm" or not differs_from_first_format(model.tokenizer):
+        return {}
+    return {"completions": COMPLETION_FORMAT}
+
+
+def count_trainable(table: MethodTable, head_pattern: str) -> Counts:
+    """Trained parameters: those of the task head, the others (the adapter), and both together."""
+    head = sum(row.num_trainable for row in table if re.fullmatch(head_pattern, row.path))
+    return Counts(adapter=table.num_trainable - head, head=head, total=table.num_trainable)
+
+
+def write_predictions(path: Path, evaluation: Evaluation) -> None:
+    """loss (N,) float32, correct (N,) bool, label (N,) int32, index (N,) int64; by index.
+
+    Of texts `correct` is float32 and there is weight (N,) float32, the tokens that loss and correct
+    are means over; of numbers the labels are float32. prediction (N,), like the labels, is there
+    where a metric is taken of it.
+    """
+    arrays: dict[str, Any] = {
+        "loss": evaluation.losses,
+        "correct": evaluation.correct,
+        "label": evaluation.labels,
+        "index": evaluation.index,
+    }
+    if np.any(evaluation.weights != 1):
+        arrays["weight"] = evaluation.weights
+    if evaluation.predictions is not None:
+        arrays["prediction"] = evaluation.predictions
+    order = np.argsort(evaluation.index, kind="stable")
+    with atomic_path(path) as temporary, open(temporary, "wb") as file:
+        np.savez_compressed(file, **{name: array[order] for name, array in arrays.items()})
