@@ -68,7 +68,7 @@ lint: $(VENV)/ready
 # The oldest Flax itself uses a name that the oldest JAX deprecates.
 oldest: .venv-oldest/ready ## the core, a run and a sweep on the oldest versions that pyproject.toml allows
 	.venv-oldest/bin/python -m pytest -q -m 'not slow' -W ignore::DeprecationWarning tests/core/test_lift.py tests/methods/test_methods.py \
-	  tests/sweeps/test_sweep.py tests/train/test_train.py tests/serve tests/formats/test_peft_exports.py
+	  tests/sweeps/test_sweep.py tests/train/test_train.py tests/serve tests/peft/test_peft_exports.py
 
 # The other implementations live in an environment of their own: nothing of ours needs torch.
 .venv-torch/ready: tests/parity/requirements.txt

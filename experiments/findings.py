@@ -26,7 +26,7 @@ from experiments.hypotheses import (
 )
 from lora_jax import RequestError
 from lora_jax.core import trees
-from lora_jax.formats import atomic_path, write_json, write_text
+from lora_jax.io import atomic_path, write_json, write_text
 from lora_jax.report.quantities import rate_text
 from lora_jax.report.runs import FinishedRun, Run, finished_runs
 from lora_jax.report.statistics import Interval

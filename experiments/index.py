@@ -10,7 +10,7 @@ import json
 from pathlib import Path
 
 from experiments import findings, hypotheses
-from lora_jax.formats import write_text
+from lora_jax.io import write_text
 from lora_jax.settings.described import table
 
 FOLDER = Path(__file__).parent

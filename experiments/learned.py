@@ -10,8 +10,8 @@ import numpy as np
 
 from lora_jax import RequestError, load_adapter
 from lora_jax.analysis import basis_similarity, column_basis, delta_svd, factors_of
-from lora_jax.formats import Factors
 from lora_jax.models import flatten
+from lora_jax.peft import Factors
 from lora_jax.report.runs import Run
 
 key = jax.random.key

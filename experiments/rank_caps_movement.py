@@ -6,14 +6,14 @@
 
 The argument is a size: none, or `smoke` (a tiny model on 64 reviews; sweep `smoke`, a minute).
 
-Compared: MiniLM on two tasks made hard (`data/random_labels.py`). *labels*: 1,024 of WordNet's glosses with
-labels drawn at random from 26, 8 epochs; the loss is on those glosses themselves, so it is what
-was memorised (log 26 = 3.258 is nothing). q,v of all layers memorise as much at any rank, so here
-they are those of the last layer only, with r = 1 of all layers, full fine-tuning and the frozen
-probe beside. *words*: the glosses of `what_rank` (6,400 once), every word replaced throughout by
-another about as common, so that the table of embeddings is wrong; test loss on other glosses with
-the same replacement; q,v of all layers, full, and probe. Alpha 16; five rates each on seed 0, the
-best on validation with four more seeds.
+Compared: MiniLM on two tasks made hard (`data/random_labels.py`). *labels*: 1,024 of WordNet's
+glosses with labels drawn at random from 26, 8 epochs; the loss is on those glosses themselves, so
+it is what was memorised (log 26 = 3.258 is nothing). q,v of all layers memorise as much at any
+rank, so here they are those of the last layer only, with r = 1 of all layers, full fine-tuning and
+the frozen probe beside. *words*: the glosses of `what_rank` (6,400 once), every word replaced
+throughout by another about as common, so that the table of embeddings is wrong; test loss on other
+glosses with the same replacement; q,v of all layers, full, and probe. Alpha 16; five rates each on
+seed 0, the best on validation with four more seeds.
 
 The source: "LoRA Without Regret" (Schulman et al. 2025) and Biderman et al. 2024: LoRA falls behind
 full fine-tuning where what is to be learned exceeds its capacity, or lies far from pretraining;

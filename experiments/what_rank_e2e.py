@@ -95,7 +95,7 @@ def write(workdir, out) -> None:
     import numpy as np
 
     from experiments import findings, hypotheses
-    from lora_jax.formats import write_json
+    from lora_jax.io import write_json
 
     found = hypotheses.by_prompt(hypotheses.read_contestants(workdir))
     bleu, texts = _decode(found)

@@ -10,10 +10,11 @@ __version__ = "0.1.0"
 if TYPE_CHECKING:
     from lora_jax import analysis as analysis
     from lora_jax import data as data
-    from lora_jax import formats as formats
+    from lora_jax import io as io
     from lora_jax import methods as methods
     from lora_jax import models as models
     from lora_jax import parallel as parallel
+    from lora_jax import peft as peft
     from lora_jax import quant as quant
     from lora_jax import settings as settings
     from lora_jax.core.apply import lora_apply as lora_apply
@@ -23,7 +24,6 @@ if TYPE_CHECKING:
     from lora_jax.core.lift import MaterialisedWarning as MaterialisedWarning
     from lora_jax.core.lift import lift as lift
     from lora_jax.core.lift import watch_materialised as watch_materialised
-    from lora_jax.peft.save import save_adapter as save_adapter
     from lora_jax.generate.settings import Decoding as Decoding
     from lora_jax.generate.text import generate_text
     from lora_jax.methods import BitFit as BitFit
@@ -50,6 +50,7 @@ if TYPE_CHECKING:
     from lora_jax.models import Model as Model
     from lora_jax.models import load_model as load_model
     from lora_jax.models import save_model as save_model
+    from lora_jax.peft.save import save_adapter as save_adapter
     from lora_jax.quant import merge_and_requantize as merge_and_requantize
     from lora_jax.quant import quantize as quantize
     from lora_jax.serve.adapters import Adapted as Adapted
@@ -72,7 +73,6 @@ else:
             "core.axes": "KernelAxes kernel_axes",
             "core.errors": "RequestError",
             "core.lift": "MaterialisedWarning lift watch_materialised",
-            "formats.peft_save": "save_adapter",
             "generate.settings": "Decoding",
             "methods": "BitFit Combined DoRA FullFineTuning HeadOnly IntrinsicDimension LoRA "
             "LoRAFA LoRAPlus LoRAXS Method PiSSA RsLoRA Rule UniLoRA VeRA arithmetic bind_all "
@@ -81,10 +81,11 @@ else:
             "methods.registry": "register_method",
             "models": "Model load_model save_model",
             "quant": "merge_and_requantize quantize",
+            "peft.save": "save_adapter",
             "serve.adapters": "Adapted load_adapter",
             "serve.predict": "Predictions predict",
             "sweeps.api": "sweep",
         },
         # `train` and `generate` are folders, and called they are their functions (`call_as`).
-        submodules="analysis data formats generate methods models parallel quant settings train",
+        submodules="analysis data generate io methods models parallel peft quant settings train",
     )

@@ -85,7 +85,7 @@ BEFORE = ["", "lj.load_model; import lora_jax.io.safetensors", "import lora_jax.
 
 @pytest.mark.parametrize("before", BEFORE)
 def test_names_are_there_whatever_was_imported_before(before):
-    names = ("formats.peft.load_adapter", "analysis.subspace_similarity", "train", "generate")
+    names = ("peft.load_adapter", "analysis.subspace_similarity", "train", "generate")
     asked = "; ".join(f"assert callable(lj.{name})" for name in names)
     assert run(f"import lora_jax as lj\n{before}\n{asked}") == ""
 
@@ -148,7 +148,7 @@ ALLOWED = {
     # Benchmarks time and compare the parts themselves.
     "experiments/bench/": [
         "models",
-        "parallel.topology",
+        "plan.topology",
         "train.environment",
         "train.loss",
         "train.task",
@@ -165,7 +165,7 @@ ALLOWED = {
     "experiments/paper/": ["core.trees"],
     "experiments/shared.py": ["core.trees"],
     # Texts of a run are decoded in a loop of its own, with its data.
-    "experiments/what_rank_e2e.py": ["generate.score", "train.again", "train.task"],
+    "experiments/what_rank_e2e.py": ["generate.score", "train.evaluate_run", "train.task"],
     # It begins where a run of seed 0 begins.
     "experiments/zoo/": ["train.build"],
 }

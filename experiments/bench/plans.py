@@ -17,7 +17,7 @@ import sys
 from importlib.metadata import version
 from pathlib import Path
 
-from lora_jax.formats import write_json, write_text
+from lora_jax.io import write_json, write_text
 from lora_jax.train.environment import git_commit, versions
 
 GPT3 = "--model=gpt3-175b --batch=16"

@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
-from lora_jax.formats import write_json
+from lora_jax.io import write_json
 from lora_jax.train.environment import device_description, git_commit, versions
 
 

@@ -19,12 +19,12 @@ from lora_jax.analysis.subspaces import basis_similarity, expected_similarity, s
 from lora_jax.core import trees
 from lora_jax.core.errors import RequestError
 from lora_jax.core.values import is_adapted
-from lora_jax.peft.factors import AdapterFactors, Factors
 from lora_jax.methods.base import Method, PyTree, Trainable
 from lora_jax.methods.intrinsic import IntrinsicDimension
 from lora_jax.methods.sites import Site, path_of
 from lora_jax.methods.sums import Changes
 from lora_jax.methods.uni_lora import UniLoRA
+from lora_jax.peft.factors import AdapterFactors, Factors
 from lora_jax.quant.weight import NF4Weight
 
 # φ is shown of so many directions at most: the grid of r = 256 has 65,536 cells.

@@ -72,9 +72,9 @@ def run(argv: Sequence[str]) -> int:
         return _texts(cell, options, given)
 
     from lora_jax.train.evaluate_run import evaluate_cell
-    from lora_jax.train.write_results import measure
     from lora_jax.train.task_metrics import describe_scores
     from lora_jax.train.workdir import read_json_file
+    from lora_jax.train.write_results import measure
 
     result, splits = evaluate_cell(
         cell, split=options.split, merged=options.merged, mesh=mesh_of(options)
@@ -98,9 +98,9 @@ def run(argv: Sequence[str]) -> int:
 def _texts(cell: Path, options: Any, given: dict[str, Any]) -> int:
     if options.texts < 0:
         raise RequestError(f"--texts={options.texts}; give a number of prompts, or 0 for all")
-    from lora_jax.io.atomic import write_json
     from lora_jax.generate import Decoding
     from lora_jax.generate.score import Questions, answer, score
+    from lora_jax.io.atomic import write_json
     from lora_jax.train import enable_compilation_cache
     from lora_jax.train.evaluate_run import load_cell
     from lora_jax.train.workdir import check_inside

@@ -10,9 +10,9 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from lora_jax.core.labelled_dot import contract
 from lora_jax.core.dtypes import float32_or_wider
 from lora_jax.core.errors import RequestError
+from lora_jax.core.labelled_dot import contract
 from lora_jax.core.values import Use, times_side, use_beneath
 from lora_jax.core.weights import LoRAWeight
 

@@ -17,9 +17,9 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from lora_jax.core.labelled_dot import contract_labelled
-from lora_jax.core.dtypes import float32_or_wider
 from lora_jax.core.cpu_layout import is_thin_case, thin_products
+from lora_jax.core.dtypes import float32_or_wider
+from lora_jax.core.labelled_dot import contract_labelled
 from lora_jax.core.values import RANK, cast, permute, times_side
 from lora_jax.core.weights import LoRAWeight
 

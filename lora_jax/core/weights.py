@@ -15,9 +15,9 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from lora_jax.core.labelled_dot import contract
 from lora_jax.core.dtypes import float32_or_wider
 from lora_jax.core.explicit import region_of
+from lora_jax.core.labelled_dot import contract
 from lora_jax.core.values import (
     RANK,
     AdaptedValue,

@@ -7,8 +7,8 @@ from lora_jax.data.e2e import load_e2e
 from lora_jax.data.examples import Splits, limit_evaluation, limit_examples, make_splits
 from lora_jax.data.files import load_files
 from lora_jax.data.glue import load_glue
-from lora_jax.data.random_labels import load_exchanged_words, load_random_labels
 from lora_jax.data.newsgroups import load_newsgroups
+from lora_jax.data.random_labels import load_exchanged_words, load_random_labels
 from lora_jax.data.reviews import load_reviews
 from lora_jax.data.tables import EXTENSIONS, nearest_name
 from lora_jax.data.tiny_sources import load_tiny_glue, load_tiny_pairs

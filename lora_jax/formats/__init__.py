@@ -1,22 +1,13 @@
-"""Files: safetensors, GGUF, PEFT's adapters, and whatever appears whole or not at all."""
+"""The old name of `lora_jax.peft` and `lora_jax.io`, which goes in the next release."""
 
-from __future__ import annotations
+from lora_jax._public import renamed
 
-from typing import TYPE_CHECKING
-
-if TYPE_CHECKING:
-    from lora_jax.peft import load as peft
-    from lora_jax.io.atomic import atomic_path as atomic_path
-    from lora_jax.io.atomic import write_json as write_json
-    from lora_jax.io.atomic import write_text as write_text
-    from lora_jax.peft.factors import Factors as Factors
-    from lora_jax.peft.factors import read_factors as read_factors
-else:
-    # PEFT's files know models, and models read files: imported when they are asked for.
-    from lora_jax._public import lazy_names
-
-    __getattr__, __dir__, __all__ = lazy_names(
-        __name__,
-        {"atomic": "atomic_path write_json write_text", "peft_factors": "Factors read_factors"},
-        submodules="peft",
-    )
+__getattr__ = renamed(
+    __name__,
+    peft=("lora_jax.peft", "lora_jax.peft"),
+    Factors=("lora_jax.peft.Factors", "lora_jax.peft.Factors"),
+    read_factors=("lora_jax.peft.read_factors", "lora_jax.peft.read_factors"),
+    atomic_path=("lora_jax.io.atomic_path", "lora_jax.io.atomic_path"),
+    write_json=("lora_jax.io.write_json", "lora_jax.io.write_json"),
+    write_text=("lora_jax.io.write_text", "lora_jax.io.write_text"),
+)

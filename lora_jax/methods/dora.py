@@ -14,9 +14,9 @@ from typing import Any, ClassVar
 import jax
 import jax.numpy as jnp
 
-from lora_jax.core.labelled_dot import contract
 from lora_jax.core.dtypes import float32_or_wider
 from lora_jax.core.errors import RequestError
+from lora_jax.core.labelled_dot import contract
 from lora_jax.core.values import RANK, AdaptedValue
 from lora_jax.core.weights import GainWeight, LoRAWeight
 from lora_jax.methods.lora import LoRA

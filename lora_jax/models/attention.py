@@ -137,7 +137,7 @@ def rotate(x_BTNH: jax.Array, positions_BT: jax.Array, frequencies: list[float])
     """Rotary positions: component n turns with component n + H/2, by position times frequency n.
 
     The order of the halves is that of Hugging Face files (GPT-NeoX's); GGUF files interleave the
-    pairs, and `gguf_llama` puts them right when it reads. Computed in float32 or wider.
+    pairs, and `gguf/llama.py` puts them right when it reads. Computed in float32 or wider.
     """
     wide = float32_or_wider(x_BTNH.dtype)
     turns_h = jnp.asarray(frequencies, wide)[None, None, None]

@@ -1,4 +1,4 @@
-"""The model families by `model_type`: one file of modules, one of names, one line here."""
+"""The model families by `model_type`: one folder each (modules, names), one line here."""
 
 from __future__ import annotations
 
@@ -13,20 +13,18 @@ from flax import nnx
 from lora_jax.core.errors import RequestError
 from lora_jax.core.lift import lift
 from lora_jax.core.rules import Part
-from lora_jax.models import (
-    bert,
-    bert_hf,
-    gpt2,
-    gpt2_hf,
-    llama,
-    llama_config,
-    llama_hf,
-    roberta,
-    roberta_hf,
-)
+from lora_jax.models.bert import hf as bert_hf
+from lora_jax.models.bert import modeling as bert
 from lora_jax.models.functional import functional
+from lora_jax.models.gpt2 import hf as gpt2_hf
+from lora_jax.models.gpt2 import modeling as gpt2
 from lora_jax.models.hf_names import Entry, linear
+from lora_jax.models.llama import config as llama_config
+from lora_jax.models.llama import hf as llama_hf
+from lora_jax.models.llama import modeling as llama
 from lora_jax.models.pooling import FAMILY
+from lora_jax.models.roberta import hf as roberta_hf
+from lora_jax.models.roberta import modeling as roberta
 
 ENCODER, CAUSAL_LM = "encoder", "causal-lm"
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -11,9 +11,6 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from lora_jax.methods import Method
 from lora_jax.parallel.placement import Placement
-
-if TYPE_CHECKING:
-    from lora_jax.train.state import TrainState
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -32,8 +29,8 @@ class CellPlacement:
         """Into how many parts the cells are divided."""
         return self.placement.mesh.shape["cell"]
 
-    def of_state(self, state: TrainState) -> TrainState:
-        """Shardings of a state of K cells: of each cell those it has alone."""
+    def of_state(self, state: Any) -> Any:
+        """Shardings of a `TrainState` of K cells: of each cell those it has alone."""
         return self._stacked(self.placement.state(self.method, _one(state)))
 
     def of_trainable(self, trainable: Any) -> Any:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -17,9 +17,6 @@ from lora_jax.models import Model
 from lora_jax.parallel.mesh import BATCH, batch_parts, without_cells
 from lora_jax.parallel.rules import fitted, roles_of, spec_of
 from lora_jax.quant.weight import NF4Weight
-
-if TYPE_CHECKING:
-    from lora_jax.train.state import TrainState
 
 _ACTIVATIONS = {
     "states": (BATCH, "tensor", None),
@@ -122,8 +119,8 @@ class Placement:
             for name, entry in trainable.items()
         }
 
-    def state(self, method: Method, state: TrainState) -> TrainState:
-        """Of a whole train state: moments lie where their parameters do."""
+    def state(self, method: Method, state: Any) -> Any:
+        """Of a whole `TrainState`, as one of shardings: moments lie where their parameters do."""
         of_trainable = self.trainable(method, state.trainable)
 
         def of_moment(keys, leaf) -> NamedSharding:

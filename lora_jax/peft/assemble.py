@@ -12,8 +12,8 @@ import numpy as np
 
 from lora_jax.core.errors import RequestError
 from lora_jax.core.trees import Stored
-from lora_jax.peft.names import Module
 from lora_jax.methods import DoRA, RsLoRA
+from lora_jax.peft.names import Module
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

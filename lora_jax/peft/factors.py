@@ -15,12 +15,12 @@ import numpy as np
 
 from lora_jax.core.errors import RequestError
 from lora_jax.core.trees import nearest
-from lora_jax.peft.config import CONFIG, PeftConfig
-from lora_jax.peft.keys import PREFIX, TENSORS, adapter_names, plain_key, read_keys
 from lora_jax.io.safetensors import LazyTensors
 from lora_jax.models.config_fields import read_json
 from lora_jax.models.sources import find_adapter, find_source
 from lora_jax.models.weights_files import open_weights
+from lora_jax.peft.config import CONFIG, PeftConfig
+from lora_jax.peft.keys import PREFIX, TENSORS, adapter_names, plain_key, read_keys
 
 
 @dataclasses.dataclass(frozen=True)

@@ -20,6 +20,11 @@ import numpy as np
 from lora_jax.core.errors import RequestError
 from lora_jax.core.rules import Rule
 from lora_jax.core.trees import nearest
+from lora_jax.methods import Combined, DoRA, LoRA, Method, RsLoRA
+from lora_jax.methods.lookup import LookupLoRA
+from lora_jax.models.functional import flatten
+from lora_jax.models.model import Model
+from lora_jax.models.sources import find_adapter
 from lora_jax.peft.assemble import Part, assemble, pattern_of_paths
 from lora_jax.peft.config import CONFIG, PeftConfig
 from lora_jax.peft.keys import TENSORS, Keys, read_keys
@@ -32,11 +37,6 @@ from lora_jax.peft.whole import (
     stored_tables,
     whole_values,
 )
-from lora_jax.methods import Combined, DoRA, LoRA, Method, RsLoRA
-from lora_jax.methods.lookup import LookupLoRA
-from lora_jax.models.functional import flatten
-from lora_jax.models.model import Model
-from lora_jax.models.sources import find_adapter
 
 __all__ = ["load_adapter", "save_adapter"]
 

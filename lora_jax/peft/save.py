@@ -15,11 +15,6 @@ import numpy as np
 from lora_jax.core.errors import RequestError
 from lora_jax.core.trees import Stored
 from lora_jax.io.atomic import atomic_folder, write_json
-from lora_jax.peft.assemble import cast
-from lora_jax.peft.config import CONFIG, PeftConfig
-from lora_jax.peft.keys import PREFIX, TENSORS
-from lora_jax.peft.names import CONV1D, EMBEDDING, Names
-from lora_jax.peft.split import POOLED_HEAD, Written, split
 from lora_jax.io.safetensors import read_metadata, write_tensors
 from lora_jax.methods import Method
 from lora_jax.models.checkpoint import HEAD_ENTRIES, HEAD_FILE
@@ -27,6 +22,11 @@ from lora_jax.models.families import CAUSAL_LM
 from lora_jax.models.functional import flatten
 from lora_jax.models.hf_names import tensors_from_params
 from lora_jax.models.model import Model
+from lora_jax.peft.assemble import cast
+from lora_jax.peft.config import CONFIG, PeftConfig
+from lora_jax.peft.keys import PREFIX, TENSORS
+from lora_jax.peft.names import CONV1D, EMBEDDING, Names
+from lora_jax.peft.split import POOLED_HEAD, Written, split
 
 # Of the weights that an adapter was trained on; readers that do not know it pass it over.
 _BASE_KEY = "lora_jax.base"

@@ -10,8 +10,6 @@ from typing import Any
 import numpy as np
 
 from lora_jax.core.errors import RequestError
-from lora_jax.peft.assemble import cast
-from lora_jax.peft.names import Module, Names
 from lora_jax.methods import DoRA, LoRA, Method, RsLoRA
 from lora_jax.methods.lookup import LookupLoRA
 from lora_jax.methods.sites import Site, path_of
@@ -20,6 +18,8 @@ from lora_jax.models.families import CAUSAL_LM
 from lora_jax.models.functional import flatten
 from lora_jax.models.model import Model
 from lora_jax.models.pooling import FAMILY
+from lora_jax.peft.assemble import cast
+from lora_jax.peft.names import Module, Names
 
 POOLED_HEAD = {entry.path for entry in HEAD_ENTRIES}
 

@@ -11,17 +11,17 @@ import jax.numpy as jnp
 import numpy as np
 
 from lora_jax.core.errors import RequestError
+from lora_jax.io.safetensors import read_metadata, read_tensors
+from lora_jax.models.checkpoint import HEAD_ENTRIES, HEAD_FILE
+from lora_jax.models.functional import flatten
+from lora_jax.models.hf_names import params_from_tensors
+from lora_jax.models.model import Model
 from lora_jax.peft.assemble import cast
 from lora_jax.peft.config import CONFIG, PeftConfig
 from lora_jax.peft.keys import TENSORS, Keys
 from lora_jax.peft.names import EMBEDDING, UNTIE, Names, View
 from lora_jax.peft.save import HEAD_KEY
 from lora_jax.peft.split import has_pooled_head
-from lora_jax.io.safetensors import read_metadata, read_tensors
-from lora_jax.models.checkpoint import HEAD_ENTRIES, HEAD_FILE
-from lora_jax.models.functional import flatten
-from lora_jax.models.hf_names import params_from_tensors
-from lora_jax.models.model import Model
 
 
 def stored_tables(

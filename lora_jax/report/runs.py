@@ -105,7 +105,7 @@ def read_runs(folder) -> list[Run]:
     if not folder.is_dir():
         raise RequestError(f"no folder {folder}; give the --workdir of a training run")
     cells = folder / "cells"
-    # A name that starts with a dot is a cell still being put in place (formats.atomic).
+    # A name that starts with a dot is a cell still being put in place (io.atomic).
     found = (
         sorted(p for p in cells.iterdir() if p.is_dir() and not p.name.startswith("."))
         if (cells.is_dir())

@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from lora_jax.core.errors import RequestError
-from lora_jax.io.run_adapter import DESCRIPTION
 from lora_jax.io.paths import at_home, cell_of
+from lora_jax.io.run_adapter import DESCRIPTION
 from lora_jax.models import Model
 from lora_jax.models.sources import find_adapter
 from lora_jax.train.adapted import Adapted as Adapted
@@ -89,8 +89,8 @@ def load_adapter(
 
 def base_of(folder: Path) -> str:
     """The base model that a PEFT folder names. Raises `RequestError` if it names none."""
-    from lora_jax.peft.config import check_is_peft
     from lora_jax.models.config_fields import read_json
+    from lora_jax.peft.config import check_is_peft
 
     raw = read_json(folder / PEFT_CONFIG, kind=dict)
     check_is_peft(raw, f"{folder}/{PEFT_CONFIG}")
@@ -140,8 +140,8 @@ def _load_peft(
 
 def _load_base(folder: Path, base: str | os.PathLike | None, untie: bool) -> Model:
     """The base of a PEFT folder, with a head if the adapter is of a classifier."""
-    from lora_jax.peft.keys import read_keys
     from lora_jax.models import load_model
+    from lora_jax.peft.keys import read_keys
 
     base = base or _base_here(folder)
     place = at_home(base) if at_home(base).is_dir() else None

@@ -17,12 +17,12 @@ from lora_jax.core.lift import lift
 from lora_jax.data import Examples, bucket_lengths, eval_batches
 from lora_jax.data.glue import GLUE_TASKS
 from lora_jax.data.tables import read_texts
-from lora_jax.io.paths import at_home, cell_of
 from lora_jax.generate.score import answer
 from lora_jax.generate.settings import Decoding
+from lora_jax.io.paths import at_home, cell_of
 from lora_jax.train.adapted import Adapted, load_run_adapter
-from lora_jax.train.evaluate_run import check_completion_format, config_of
 from lora_jax.train.compilation import CompiledByShape, enable_compilation_cache
+from lora_jax.train.evaluate_run import check_completion_format, config_of
 from lora_jax.train.loss import INPUTS
 from lora_jax.train.task import task_of
 from lora_jax.train.workdir import config_from

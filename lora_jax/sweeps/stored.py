@@ -17,21 +17,21 @@ from lora_jax.models import Model
 from lora_jax.settings import plain_config
 from lora_jax.sweeps.groups import PackRecord
 from lora_jax.sweeps.packed import PackTraining
-from lora_jax.sweeps.program import Use
 from lora_jax.sweeps.prepared import Ready
+from lora_jax.sweeps.program import Use
 from lora_jax.train.build import plan_steps
 from lora_jax.train.callbacks import StopAtSignal, restored, train_on_disk, validate_on
 from lora_jax.train.cell import Schedule
 from lora_jax.train.checkpoint import Checkpoints
 from lora_jax.train.environment import describe_program
 from lora_jax.train.evaluate import Evaluation
-from lora_jax.train.write_results import write_results
 from lora_jax.train.loop import Callback, Diverged
 from lora_jax.train.optimizer import make_schedule
 from lora_jax.train.progress import ShowWith
 from lora_jax.train.record import Card
 from lora_jax.train.signals import stop_requests
 from lora_jax.train.workdir import claim_cell, read_json_file
+from lora_jax.train.write_results import write_results
 
 FAILURE = "failure.json"
 

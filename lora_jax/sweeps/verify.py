@@ -13,8 +13,8 @@ import numpy as np
 from jax.sharding import Mesh
 
 from lora_jax.core.errors import RequestError
-from lora_jax.io.run_adapter import load_trainable
 from lora_jax.io.paths import at_home
+from lora_jax.io.run_adapter import load_trainable
 from lora_jax.io.untrusted import read_arrays
 from lora_jax.parallel.mesh import make_mesh, read_mesh
 from lora_jax.settings import Settings, config_hash
@@ -24,16 +24,16 @@ from lora_jax.sweeps.prepared import make_ready
 from lora_jax.sweeps.stored import FAILURE, read_failure, train_pack, write_failure
 from lora_jax.sweeps.view import SweepView
 from lora_jax.train import enable_compilation_cache, train_cell
-from lora_jax.train.evaluate_run import check_completion_format
 from lora_jax.train.bookkeeping import CHANGED_TO
 from lora_jax.train.build import load_base
 from lora_jax.train.environment import device_description, versions
-from lora_jax.train.write_results import hash_trainable
+from lora_jax.train.evaluate_run import check_completion_format
 from lora_jax.train.loop import Diverged
 from lora_jax.train.numerics import differences
 from lora_jax.train.record import Card, Section
 from lora_jax.train.signals import Interrupted
 from lora_jax.train.workdir import config_from, lock_workdir, read_json_file
+from lora_jax.train.write_results import hash_trainable
 
 # Largest difference of validation and of test loss, in nats, that rounding may make between a cell
 # in its pack and the same cell alone, or on another kind of device.

@@ -13,8 +13,8 @@ from lora_jax.core.errors import RequestError
 from lora_jax.io.atomic import write_json
 from lora_jax.sweeps.cells import Cell
 from lora_jax.sweeps.groups import Group, PackRecord, make_groups, read_packs
-from lora_jax.sweeps.program import default_at_once
 from lora_jax.sweeps.prepared import Ready, make_ready
+from lora_jax.sweeps.program import default_at_once
 from lora_jax.sweeps.record import SWEEP, read_record
 from lora_jax.sweeps.runner import Spec
 from lora_jax.sweeps.stored import read_failure, train_pack, write_failure

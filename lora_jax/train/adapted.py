@@ -14,18 +14,18 @@ from jax.sharding import Mesh
 
 from lora_jax.core.draws import partitionable
 from lora_jax.core.errors import RequestError
-from lora_jax.io.run_adapter import DESCRIPTION, TENSORS, load_trainable
 from lora_jax.io.paths import at_home
+from lora_jax.io.run_adapter import DESCRIPTION, TENSORS, load_trainable
 from lora_jax.io.untrusted import check_fields
 from lora_jax.methods import Method
 from lora_jax.models import Model
 from lora_jax.models.load import redraw_head
 from lora_jax.models.save import label_fields
 from lora_jax.train.build import keys_of, make_method, make_model
-from lora_jax.train.write_results import hash_trainable
 from lora_jax.train.record import Card
 from lora_jax.train.task import head_of
 from lora_jax.train.workdir import config_from
+from lora_jax.train.write_results import hash_trainable
 
 
 @dataclasses.dataclass(frozen=True)

@@ -18,10 +18,10 @@ from lora_jax.settings import Settings, config_hash
 from lora_jax.train.adapted import Adapted, load_run_adapter
 from lora_jax.train.compilation import CompiledByShape
 from lora_jax.train.evaluate import Evaluation, evaluate, make_scores
-from lora_jax.train.write_results import completion_format
 from lora_jax.train.record import RESTORE, Card
 from lora_jax.train.task import task_of
 from lora_jax.train.workdir import config_from, read_json_file
+from lora_jax.train.write_results import completion_format
 
 
 def load_cell(cell: Path, mesh: Mesh | None = None) -> tuple[Settings, Adapted, Splits]:

@@ -25,7 +25,6 @@ from lora_jax.train.cell import Schedule
 from lora_jax.train.checkpoint import Checkpoints
 from lora_jax.train.compilation import enable_compilation_cache
 from lora_jax.train.environment import describe_program
-from lora_jax.train.write_results import write_results
 from lora_jax.train.loop import Callback, Diverged, Training
 from lora_jax.train.memory import StepMemory, device_limit_bytes
 from lora_jax.train.program import SingleProgram, copy_arrays
@@ -40,6 +39,7 @@ from lora_jax.train.workdir import (
     is_folder_name,
     lock_workdir,
 )
+from lora_jax.train.write_results import write_results
 
 
 def train(

@@ -15,8 +15,8 @@ import numpy as np
 from lora_jax.core.hashes import hash_params
 from lora_jax.data import Splits
 from lora_jax.data.completions import COMPLETION_FORMAT, differs_from_first_format
-from lora_jax.io.run_adapter import TENSORS, save_trainable
 from lora_jax.io.atomic import atomic_path
+from lora_jax.io.run_adapter import TENSORS, save_trainable
 from lora_jax.methods import Method
 from lora_jax.methods.table import MethodTable
 from lora_jax.models import Model

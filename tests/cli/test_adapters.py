@@ -11,8 +11,8 @@ import pytest
 
 import lora_jax as lj
 from lora_jax.cli.main import main
-from lora_jax.peft.load import load_adapter, save_adapter
 from lora_jax.io.safetensors import read_tensors, write_tensors
+from lora_jax.peft.load import load_adapter, save_adapter
 
 FIXTURES = Path(__file__).resolve().parent.parent / "fixtures" / "peft"
 

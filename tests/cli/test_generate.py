@@ -9,10 +9,10 @@ import pytest
 
 import lora_jax as lj
 from lora_jax.cli.main import main
-from lora_jax.peft import load as peft
-from lora_jax.io.run_adapter import save_trainable
 from lora_jax.generate import Decoding, generate_text
+from lora_jax.io.run_adapter import save_trainable
 from lora_jax.models import load_model
+from lora_jax.peft import load as peft
 
 PROMPTS = ["a film", "[bold]b[/bold]"]
 

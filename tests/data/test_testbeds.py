@@ -11,8 +11,8 @@ from ml_collections import ConfigDict
 from lora_jax.core.errors import RequestError
 from lora_jax.data import newsgroups, wordnet
 from lora_jax.data.examples import Examples, limit_evaluation, limit_examples, text_key
-from lora_jax.data.random_labels import load_exchanged_words, load_random_labels
 from lora_jax.data.newsgroups import load_newsgroups
+from lora_jax.data.random_labels import load_exchanged_words, load_random_labels
 from lora_jax.data.sources import load_splits
 from lora_jax.data.wordnet import LABEL_NAMES, load_wordnet
 

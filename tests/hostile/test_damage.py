@@ -12,8 +12,8 @@ from lora_jax.io.untrusted import parse_json, read_regular
 from lora_jax.models import tokenizer as tokenizers_here
 from lora_jax.sweeps.status import sweep_status
 from lora_jax.train.adapted import _check_against_card
-from lora_jax.train.write_results import hash_trainable
 from lora_jax.train.metrics import MetricsWriter, read_metrics
+from lora_jax.train.write_results import hash_trainable
 from tests.cards import card_json
 
 

@@ -16,9 +16,9 @@ from lora_jax.cli import generate
 from lora_jax.cli.main import main
 from lora_jax.core.errors import RequestError
 from lora_jax.core.rules import Rule
+from lora_jax.generate.text import encode_prompts
 from lora_jax.io.safetensors import read_tensors, write_tensors
 from lora_jax.io.untrusted import DEEPEST, check_fields, parse_json, read_arrays
-from lora_jax.generate.text import encode_prompts
 from lora_jax.models import load_model
 from lora_jax.report.export import keep_runs
 from lora_jax.settings import config_hash
@@ -27,9 +27,9 @@ from lora_jax.sweeps.verify import verify
 from lora_jax.train import evaluate_run as again
 from lora_jax.train.adapted import _check_against_card
 from lora_jax.train.checkpoint import Checkpoints
-from lora_jax.train.write_results import hash_trainable
 from lora_jax.train.record import Card
 from lora_jax.train.workdir import check_cell, check_inside, config_from
+from lora_jax.train.write_results import hash_trainable
 from tests.cards import card_json
 
 CARD = card_json({"program.K": 2, "program.cells": ["a", "b"], "program.at_once": 0})

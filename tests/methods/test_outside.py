@@ -12,8 +12,8 @@ import pytest
 
 import lora_jax as lj
 from lora_jax.analysis.adapters import factors_of
-from lora_jax.peft.save import save_adapter
 from lora_jax.methods.registry import METHODS, kind_of, method_of, title_of
+from lora_jax.peft.save import save_adapter
 from lora_jax.quant import merge_error
 from lora_jax.report.groups import choose_rates, group_runs
 from lora_jax.report.runs import read_runs

@@ -20,8 +20,8 @@ from lora_jax.parallel.offload import lacks_host_memory
 from lora_jax.sweeps import run_sweep
 from lora_jax.sweeps.groups import make_groups
 from lora_jax.sweeps.memory import fitting_width
-from lora_jax.sweeps.program import as_shapes
 from lora_jax.sweeps.prepared import make_ready
+from lora_jax.sweeps.program import as_shapes
 from lora_jax.sweeps.verify import verify
 from lora_jax.train import Interrupted, train
 from lora_jax.train.build import load_base

@@ -103,8 +103,8 @@ def write(folder: Path) -> None:
     import jax
 
     import lora_jax as lj
-    from lora_jax.peft.load import save_adapter
     from lora_jax.models import save_model
+    from lora_jax.peft.load import save_adapter
 
     fixtures = load_file(BASES.parent / "expected.safetensors")
     for name, (base, options, settings, make) in cases(lj).items():

@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 from generate_cases import CASES, EOS, MODELS, NUM_NEW, PAD
 
-from lora_jax.io.safetensors import read_tensors
 from lora_jax.generate import generate_tokens as generate
+from lora_jax.io.safetensors import read_tensors
 from lora_jax.models import load_model
 
 FOLDER = Path(__file__).resolve().parent.parent / "fixtures" / "generate"

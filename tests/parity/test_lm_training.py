@@ -14,8 +14,8 @@ import optax
 import pytest
 
 import lora_jax as lj
-from lora_jax.peft.load import load_adapter, save_adapter
 from lora_jax.io.safetensors import read_tensors, write_tensors
+from lora_jax.peft.load import load_adapter, save_adapter
 from lora_jax.train.loss import make_loss
 from lora_jax.train.state import init_state
 from lora_jax.train.step import step_function

@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 
 import lora_jax as lj
-from lora_jax.peft.load import load_adapter, save_adapter
 from lora_jax.io.safetensors import read_tensors
+from lora_jax.peft.load import load_adapter, save_adapter
 
 FOLDER = Path(__file__).resolve().parent.parent / "fixtures" / "peft"
 CASES = sorted(path.name for path in (FOLDER / "adapters").iterdir())

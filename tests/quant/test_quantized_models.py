@@ -39,10 +39,10 @@ def adapted(model, kind=lj.LoRA, targets="q,v"):
 def test_an_adapter_goes_to_peft_and_back(kind, scan_layers, tmp_path):
     model = load_model("tiny-llama", quantize="nf4", scan_layers=scan_layers)
     method, trainable = adapted(model, kind)
-    lj.formats.peft.save_adapter(tmp_path / "adapter", method, trainable, model)
+    lj.peft.save_adapter(tmp_path / "adapter", method, trainable, model)
     for other in (False, True):
         again = load_model("tiny-llama", quantize="nf4", scan_layers=other)
-        method_again, trainable_again = lj.formats.peft.load_adapter(tmp_path / "adapter", again)
+        method_again, trainable_again = lj.peft.load_adapter(tmp_path / "adapter", again)
         logits = again.apply(method_again.bind(trainable_again, again.params), IDS)
         expected = model.apply(method.bind(trainable, model.params), IDS)
         np.testing.assert_allclose(logits, expected, atol=1e-5)

@@ -259,7 +259,7 @@ def test_wrong_setting_of_one_cell_is_its_error_and_the_others_train():
     assert "array" not in repr(found.best()).lower()
     with pytest.raises(lj.RequestError, match="tune="):
         found.tuned()
-    assert {"sweep", "load_model", "analysis", "formats"} <= set(dir(lj))
+    assert {"sweep", "load_model", "analysis", "peft"} <= set(dir(lj))
 
 
 def test_part_of_no_axes_needs_no_padding():

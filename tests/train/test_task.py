@@ -14,7 +14,6 @@ from lora_jax.methods import FullFineTuning, LoRA
 from lora_jax.models import load_model
 from lora_jax.settings import ModelSettings
 from lora_jax.train.evaluate_run import check_completion_format
-from lora_jax.train.write_results import completion_format
 from lora_jax.train.loss import make_loss
 from lora_jax.train.task import (
     NEAR,
@@ -24,6 +23,7 @@ from lora_jax.train.task import (
     score_tokens,
     task_of,
 )
+from lora_jax.train.write_results import completion_format
 
 VOCABULARY = 7
 

@@ -1,7 +1,7 @@
 """Reading `.gguf` files, llama.cpp's format: metadata, and tensors expanded to float32.
 
-What the bits of a quantised tensor mean is the `gguf` library's (`gguf_types.py`); the header is
-read here (`gguf_header.py`).
+What the bits of a quantised tensor mean is the `gguf` library's (`types.py`); the header is
+read here (`header.py`).
 """
 
 import dataclasses

@@ -17,10 +17,10 @@ from safetensors.numpy import load_file, save_file
 import lora_jax as lj
 from lora_jax.cli.main import main
 from lora_jax.core.weights import GainWeight
-from lora_jax.peft.load import load_adapter, save_adapter
-from lora_jax.peft.factors import read_factors
 from lora_jax.io.safetensors import read_tensors, write_tensors
 from lora_jax.models.save import label_fields, save_model
+from lora_jax.peft.factors import read_factors
+from lora_jax.peft.load import load_adapter, save_adapter
 
 FIXTURES = Path(__file__).resolve().parent.parent / "fixtures" / "peft"
 QUERY = "base_model.model.model.layers.0.self_attn.q_proj"
