@@ -15,7 +15,8 @@ import lora_jax as lj
 from lora_jax.cli import plan as command
 from lora_jax.models.shapes import abstract_model
 from lora_jax.models.tiny import TINY_MODELS
-from lora_jax.parallel import Placement, make_mesh, plan, read_mesh
+from lora_jax.parallel import Placement, make_mesh, read_mesh
+from lora_jax.plan import plan
 from lora_jax.plan.plan import Request, make_plan, step_flops
 from lora_jax.plan.topology import SLICES, describe_topology, needed_bytes
 
