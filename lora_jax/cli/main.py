@@ -30,12 +30,12 @@ COMMANDS = {
 
 EXAMPLES = """\
 Start here:
-  lora-jax inspect --config=experiments/reviews_minilm.py:lora
-  lora-jax train   --config=experiments/reviews_minilm.py:lora --workdir=runs/first
+  lora-jax inspect --config=reviews_minilm:lora
+  lora-jax train   --config=reviews_minilm:lora --workdir=runs/first
   lora-jax report  runs/first
 
 On your own texts (jsonl, csv, tsv or parquet; split and hashed for you):
-  lora-jax train --config=experiments/reviews_minilm.py:lora --workdir=runs/mine \\
+  lora-jax train --config=reviews_minilm:lora --workdir=runs/mine \\
       --config.data.source=csv --config.data.path=reviews.csv \\
       --config.data.text=body --config.data.label=stars --config.model.num_labels=5
 

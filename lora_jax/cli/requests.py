@@ -246,7 +246,7 @@ def needs_config(
     """The config. Raises `RequestError` if there is none, or its `sections` lack settings."""
     if config is None:
         raise RequestError(
-            f"{command} needs a config: --config=experiments/reviews_minilm.py:lora "
+            f"{command} needs a config: --config=reviews_minilm:lora "
             "(experiments/ holds them, or write your own)"
         )
     config.check_complete(sections)

@@ -28,8 +28,8 @@ EXAMPLES = f"""\
 {OVERRIDES}; it then holds for every cell that the sweep does not set.
 
 Examples:
-  lora-jax sweep --config=experiments/reviews_minilm.py:lora,demo --sweep=demo --workdir=runs/demo
-  lora-jax sweep --config=experiments/reviews_minilm.py --sweep=full_size --workdir=w --plan
+  lora-jax sweep --config=reviews_minilm:lora,demo --sweep=demo --workdir=runs/demo
+  lora-jax sweep --config=reviews_minilm --sweep=full_size --workdir=w --plan
   lora-jax sweep --status --workdir=runs/demo        from another terminal, while it runs
   lora-jax report runs/demo
 

@@ -28,14 +28,14 @@ EXAMPLES = f"""\
 
 Examples:
   LoRA of rank 8 on query and value, on the embedded model and reviews:
-    lora-jax train --config=experiments/reviews_minilm.py:lora --workdir=runs/first
+    lora-jax train --config=reviews_minilm:lora --workdir=runs/first
 
   Rank 1 on every linear layer:
-    lora-jax train --config=experiments/reviews_minilm.py:lora --workdir=runs/first --name=r1 \\
+    lora-jax train --config=reviews_minilm:lora --workdir=runs/first --name=r1 \\
         --config.method.targets=all-linear --config.method.rank=1
 
   Your own model folder (Hugging Face layout) and texts:
-    lora-jax train --config=experiments/reviews_minilm.py:lora --workdir=runs/mine \\
+    lora-jax train --config=reviews_minilm:lora --workdir=runs/mine \\
         --config.model.name=path/to/model --config.model.num_labels=3 \\
         --config.data.source=jsonl --config.data.path=texts.jsonl
 

@@ -133,7 +133,7 @@ def test_a_bad_request_is_one_line_and_writes_nothing(args, says, tmp_path, caps
 
 @pytest.mark.slow
 def test_runs_of_this_project_know_their_base(tmp_path, capsys):
-    config = "--config=experiments/reviews_minilm.py:lora,smoke"
+    config = "--config=reviews_minilm:lora,smoke"
     args = ["--name=one", f"--workdir={tmp_path}", "--config.method.rank=4"]
     assert main(["train", config, *args]) == 0
     shutil.copytree(tmp_path / "cells" / "one", tmp_path / "cells" / "two")

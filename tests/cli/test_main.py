@@ -11,7 +11,7 @@ from lora_jax.cli.main import COMMANDS, main
 from lora_jax.settings import SETTINGS
 
 ROOT = Path(__file__).resolve().parents[2]
-CONFIG = f"--config={ROOT}/experiments/reviews_minilm.py:lora,smoke"
+CONFIG = "--config=reviews_minilm:lora,smoke"
 
 
 @pytest.fixture(scope="module")

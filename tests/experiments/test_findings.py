@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from experiments import findings, hypotheses, index
+from experiments.analysis import findings, hypotheses, index
 from lora_jax.core.errors import RequestError
 from lora_jax.report.runs import FinishedRun, Predictions
 from lora_jax.report.statistics import Interval
@@ -36,26 +36,26 @@ def run_of(name, seed, losses, lr=1e-3, validation=1.0):
     return FinishedRun(f"{name}-lr{lr}-s{seed}", Path(name), config, (), card, predictions)
 
 
-def contestant(name, rows):
+def arm(name, rows):
     runs = tuple(run_of(name, seed, row) for seed, row in enumerate(rows))
-    return hypotheses.Contestant(name, {1e-3: 1.0}, 1e-3, runs, runs)
+    return hypotheses.Arm(name, {1e-3: 1.0}, 1e-3, runs, runs)
 
 
 def test_texts_count_by_their_tokens():
     one = run_of("one", 0, [1.0, 2.0, 4.0])
     predictions = dataclasses.replace(one.predictions, weight=np.array([5.0, 3.0, 2.0]))
     run = dataclasses.replace(one, predictions=predictions)
-    losses = hypotheses.Contestant("one", {1e-3: 1.0}, 1e-3, (run,), (run,)).losses
+    losses = hypotheses.Arm("one", {1e-3: 1.0}, 1e-3, (run,), (run,)).losses
     assert losses.mean() == pytest.approx((5 * 1 + 3 * 2 + 2 * 4) / 10)
 
 
 def test_prompts_are_the_units_where_their_pairs_are_alike():
     """Ten pairs of each prompt with one loss: the interval is that of the prompts alone."""
     prompts = np.random.default_rng(0).normal(1.0, 0.5, 20)
-    one = contestant("one", [np.repeat(prompts, 10)])
+    one = arm("one", [np.repeat(prompts, 10)])
     by_pair = one.test_loss
     found = dataclasses.replace(one, units=np.repeat(np.arange(20), 10)).test_loss
-    alone = contestant("alone", [prompts]).test_loss
+    alone = arm("alone", [prompts]).test_loss
     assert found.estimate == pytest.approx(by_pair.estimate) == pytest.approx(prompts.mean())
     assert (found.low, found.high) == pytest.approx((alone.low, alone.high))
     assert found.high - found.low > 2.5 * (by_pair.high - by_pair.low)
@@ -74,7 +74,7 @@ def test_a_verdict_follows_the_interval(shift, is_worse, is_equal):
     rng = np.random.default_rng(0)
     base = rng.normal(1.0, 0.5, (3, 400))
     moved = base + shift + (0.3 if shift == 0.05 else 0.02) * rng.normal(size=base.shape)
-    one, other = contestant("one", moved), contestant("other", base)
+    one, other = arm("one", moved), arm("other", base)
     assert hypotheses.worse("n", "c", one, other, 0.05).verdict == is_worse
     assert hypotheses.equivalent("n", "c", one, other, 0.05).verdict == is_equal
     found = hypotheses.difference(one, other)
@@ -121,7 +121,7 @@ def workdir_of(tmp_path):
 
 
 def test_the_rate_is_chosen_on_the_first_seeds_validation_loss(tmp_path):
-    (one,) = hypotheses.read_contestants(workdir_of(tmp_path)).values()
+    (one,) = hypotheses.read_arms(workdir_of(tmp_path)).values()
     assert one.lr == 1e-2  # though the other rate's test loss is lower
     assert one.rates == {1e-3: 0.9, 1e-2: 0.7, 1e-1: float("inf")}
     assert one.seeds == (0, 1) and not one.at_edge
@@ -133,16 +133,16 @@ def test_what_has_not_ended_or_is_not_tuned_is_named(tmp_path):
     workdir = workdir_of(tmp_path)
     (workdir / "cells" / "a-lr0.1-s0" / "failure.json").unlink()
     with pytest.raises(RequestError, match="has not ended"):
-        hypotheses.read_contestants(workdir)
+        hypotheses.read_arms(workdir)
     write_cell(workdir, "plain", lr=1.0, seed=0, validation=1.0, test=1.0)
     sweep = json.loads((workdir / "sweep.json").read_text())
     (workdir / "sweep.json").write_text(json.dumps({"cells": ["plain", *sweep["cells"]]}))
-    with pytest.raises(RequestError, match="of no tuned contestant"):
-        hypotheses.read_contestants(workdir)
+    with pytest.raises(RequestError, match="of no tuned arm"):
+        hypotheses.read_arms(workdir)
 
 
 def test_what_is_written_holds_the_hashes_and_no_figure_typed_by_hand(tmp_path):
-    found = hypotheses.read_contestants(workdir_of(tmp_path / "work"))
+    found = hypotheses.read_arms(workdir_of(tmp_path / "work"))
     runs = [run for one in found.values() for run in one.all_runs]
     findings.write_findings(
         tmp_path / "out",
@@ -150,7 +150,7 @@ def test_what_is_written_holds_the_hashes_and_no_figure_typed_by_hand(tmp_path):
         name="qlora",
         command="python -m it",
         verdicts=[hypotheses.decide("name", "claim", "seen", None)],
-        parts=[findings.contestant_table(found)],
+        parts=[findings.arm_table(found)],
         runs=runs,
     )
     lines = (tmp_path / "out" / "cells.jsonl").read_text().splitlines()
@@ -162,9 +162,9 @@ def test_what_is_written_holds_the_hashes_and_no_figure_typed_by_hand(tmp_path):
     assert kept["commits"] == ["c" * 40] and kept["verdicts"][0]["verdict"] == "open"
 
 
-def test_a_contestants_seeds_are_read_from_a_sweep_and_from_what_was_kept_of_it(tmp_path):
+def test_a_arms_seeds_are_read_from_a_sweep_and_from_what_was_kept_of_it(tmp_path):
     workdir, kept = workdir_of(tmp_path / "work"), tmp_path / "kept"
-    found = hypotheses.read_contestants(workdir)
+    found = hypotheses.read_arms(workdir)
     runs = found["a"].all_runs
     findings.write_findings(
         kept, title="t", name="qlora", command="c", verdicts=[], parts=[], runs=runs
@@ -181,8 +181,8 @@ def test_gaps_are_paired_differences_at_the_same_number(tmp_path):
     rng = np.random.default_rng(0)
     base = {number: rng.normal(1.0, 0.5, (3, 200)) for number in (8, 32)}
     shift = {8: 0.25, 32: -0.5}
-    found = {f"full-b{n}": contestant(f"full-b{n}", rows) for n, rows in base.items()}
-    found |= {f"q-r1-b{n}": contestant(f"q-r1-b{n}", base[n] + shift[n]) for n in (32, 8)}
+    found = {f"full-b{n}": arm(f"full-b{n}", rows) for n, rows in base.items()}
+    found |= {f"q-r1-b{n}": arm(f"q-r1-b{n}", base[n] + shift[n]) for n in (32, 8)}
     gaps = findings.gaps_by_number(found, "-b", beside="full")
     assert {n: round(gap.estimate, 9) for n, gap in gaps["q-r1"].items()} == shift
     table = findings.gap_table(gaps, label="size", beside="full")
@@ -223,5 +223,5 @@ def test_a_smoke_sweep_is_run_and_written(name, tmp_path):
     subprocess.run(command, cwd=ROOT, check=True, capture_output=True)
     command = [sys.executable, "-m", f"experiments.{name}", str(tmp_path / "runs")]
     subprocess.run([*command, f"--out={tmp_path / 'out'}"], cwd=ROOT, check=True)
-    assert "| contestant |" in (tmp_path / "out" / "README.md").read_text()
+    assert "| arm |" in (tmp_path / "out" / "README.md").read_text()
     assert list((tmp_path / "out").glob("*.png"))

@@ -69,7 +69,7 @@ def test_a_benchmark_runs_and_keeps_its_record(module, tmp_path):
 
 
 def test_the_pair_with_torch_runs_its_side_here(tmp_path, monkeypatch):
-    monkeypatch.setattr(torch_pair, "CONTESTANTS", ("lora-qv", "full"))  # each is a compilation
+    monkeypatch.setattr(torch_pair, "ARMS", ("lora-qv", "full"))  # each is a compilation
     python = tmp_path / "python"
     python.write_text(WORKER.format(python=sys.executable))
     python.chmod(0o755)

@@ -53,7 +53,7 @@ def make_folders(home: Path) -> None:
     run("sweep", *settings(home), "--sweep=two", f"--workdir={home}/sweep", "--no-progress")
     unfinished(home / "run", home / "begun")
     unfinished(home / "sweep", home / "begun_sweep")
-    talk = [f"--config={ROOT}/experiments/e2e_smollm2.py:smoke", "--config.train.num_steps=2"]
+    talk = ["--config=e2e_smollm2:smoke", "--config.train.num_steps=2"]
     run("train", *talk, f"--workdir={home}/pairs", "--no-progress")
     copy_models(home)
 

@@ -302,7 +302,7 @@ def test_what_a_mesh_does_not_divide_is_named(make_config, tmp_path, monkeypatch
     ):
         config = make_config({"train.accumulate_steps": 2})
         train(config, tmp_path, progress=False, mesh=mesh_of("fsdp=8"))
-    argv = ["--config=experiments/reviews_minilm.py:lora,smoke", f"--workdir={tmp_path}"]
+    argv = ["--config=reviews_minilm:lora,smoke", f"--workdir={tmp_path}"]
     for text, says in (
         ("fsdp=3", "3 places, and there are 8 devices"),
         ("fsdb=8", "no axis 'fsdb'; nearest: 'fsdp'"),

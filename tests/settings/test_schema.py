@@ -28,7 +28,9 @@ def made(**changes):
 
 def test_the_page_of_all_settings_is_the_schemas():
     page = Path(lora_jax.settings.__file__).parent / "README.md"
-    assert table() in page.read_text(encoding="utf-8"), "write it: python -m experiments.index"
+    assert table() in page.read_text(encoding="utf-8"), (
+        "write it: python -m experiments.analysis index"
+    )
 
 
 @pytest.mark.parametrize("key", SETTINGS)

@@ -1,6 +1,6 @@
 """Do two seeds learn the same directions, and how many? (Hu et al. 2021, Section 7.2, Figure 4)
 
-    python -m experiments.subspace_seeds runs/what_rank    # reads the runs of what_rank
+    python -m experiments.analysis subspace_seeds runs/what_rank    # reads the runs of what_rank
 
 Compared: five seeds of r = 64 on q,v of MiniLM on WordNet's glosses at its best rate: ten pairs,
 φ(i, j) of ΔW in the space of inputs, q and v apart, beside two random Gaussian matrices. A seed
@@ -23,18 +23,18 @@ seeds share 0.6 to 2.3 directions: `few` is right, and its verdict here is wrong
 
 import itertools
 
+import numpy as np
+
+from experiments.analysis import findings, hypotheses, learned
+from lora_jax.analysis import expected_similarity, sample_similarity
+
 RANK = 64
 ABOVE = 0.05
 
 
 def write(workdir, out) -> None:
     """Reads the finished sweep, and writes what was found."""
-    import numpy as np
-
-    from experiments import findings, hypotheses, learned
-    from lora_jax.analysis import expected_similarity, sample_similarity
-
-    runs = hypotheses.read_contestants(workdir)[f"qv-r{RANK}"].runs
+    runs = hypotheses.read_arms(workdir)[f"qv-r{RANK}"].runs
     bases = [learned.delta_bases(run) for run in runs]
     modules = list(bases[0])
     pairs = list(itertools.combinations(range(len(runs)), 2))
@@ -90,7 +90,7 @@ def write(workdir, out) -> None:
         out,
         title="Directions of two seeds",
         name="subspace_seeds",
-        command="python -m experiments.subspace_seeds runs/what_rank",
+        command="python -m experiments.analysis subspace_seeds runs/what_rank",
         verdicts=verdicts,
         parts=[
             findings.figure_file(
@@ -101,9 +101,3 @@ def write(workdir, out) -> None:
         runs=runs,
         extra={"common_directions": common},
     )
-
-
-if __name__ == "__main__":
-    from experiments.findings import run_main
-
-    run_main("subspace_seeds", write)

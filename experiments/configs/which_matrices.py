@@ -1,13 +1,13 @@
 """Which matrices, at an equal budget? And MLP against attention? (Hu et al. 2021, Table 5)
 
     make testbeds
-    lora-jax sweep --config=experiments/which_matrices.py --sweep=full_size --workdir=runs/which
-    python -m experiments.which_matrices runs/which
+    lora-jax sweep --config=which_matrices --sweep=full_size --workdir=runs/which
+    python -m experiments.analysis which_matrices runs/which
 
 The argument is a size: none, or `smoke` (a tiny model on 64 reviews; sweep `smoke`, a minute).
 
 Compared: MiniLM, glosses of WordNet's nouns to their 26 domains, as in `what_rank`: 200 steps of 32
-glosses of at most 16 tokens, alpha 2 r, so that every contestant has scale 2. Equal budgets: 36,864
+glosses of at most 16 tokens, alpha 2 r, so that every arm has scale 2. Equal budgets: 36,864
 parameters (q, k, v or o at r = 8; q,k and q,v at r = 4; all four at r = 2), and 92,160 for MLP
 (up and down, r = 4) against attention (all four, r = 5). Five rates on seed 0, the best on
 validation with four more seeds.
@@ -32,10 +32,10 @@ what_rank (589,824) by 0.019 [0.005, 0.032] (seeds only): a question of place, n
 
 from ml_collections import ConfigDict
 
-from experiments.shared import LORA, SMOKE, WORDNET, config_of
+from .shared import LORA, SMOKE, WORDNET, config_of
 
 # name: targets, rank
-CONTESTANTS = {
+ARMS = {
     "q-r8": ("q", 8),
     "k-r8": ("k", 8),
     "v-r8": ("v", 8),
@@ -48,20 +48,19 @@ CONTESTANTS = {
 }
 RATES = (1e-3, 2e-3, 5e-3, 1e-2, 2e-2)
 MORE_SEEDS = (1, 2, 3, 4)
-MARGIN = 0.02
 
 
 def sweep_full_size(add):
     """Nine choices of matrices at five rates, then four more seeds at the best."""
-    for name, (targets, rank) in CONTESTANTS.items():
+    for name, (targets, rank) in ARMS.items():
         tuned = {"tune": ("optimizer.lr", RATES), "more_seeds": MORE_SEEDS}
         own = {"method.targets": targets, "method.rank": rank, "method.alpha": 2.0 * rank}
         add(name, **tuned, **own)
 
 
 def sweep_smoke(add):
-    """The same contestants, two rates and two seeds each."""
-    for name, (targets, rank) in CONTESTANTS.items():
+    """The same arms, two rates and two seeds each."""
+    for name, (targets, rank) in ARMS.items():
         tuned = {"tune": ("optimizer.lr", RATES[1:3]), "more_seeds": (1,)}
         own = {"method.targets": targets, "method.rank": rank, "method.alpha": 2.0 * rank}
         add(name, **tuned, **SMOKE, **own)
@@ -70,41 +69,3 @@ def sweep_smoke(add):
 def get_config(arg: str = "") -> ConfigDict:
     """The config for `arg`: nothing, or "smoke"."""
     return config_of("which_matrices", arg, {"": {}, "smoke": SMOKE}, WORDNET, LORA)
-
-
-def write(workdir, out) -> None:
-    """Reads the finished sweep, and writes what was found."""
-    from experiments import findings, hypotheses
-
-    found = hypotheses.read_contestants(workdir)
-    compared = (
-        ("spread", "q r = 8 is worse than all four r = 2", "q-r8", "qkvo-r2"),
-        ("k_alone", "k r = 8 is worse than v r = 8", "k-r8", "v-r8"),
-        ("value_or_pair", "v r = 8 is worse than q,v r = 4", "v-r8", "qv-r4"),
-        ("mlp", "attention r = 5 is worse than the MLP r = 4", "attention-r5", "mlp-r4"),
-    )
-    verdicts = [
-        hypotheses.worse(name, claim, found[first], found[second], MARGIN)
-        for name, claim, first, second in compared
-    ]
-    pair = ("pair", "q,v r = 4 equals all four r = 2", found["qv-r4"], found["qkvo-r2"])
-    verdicts.insert(2, hypotheses.equivalent(*pair, MARGIN))
-    runs = [run for one in found.values() for run in one.all_runs]
-    findings.write_findings(
-        out,
-        title="Which matrices",
-        name="which_matrices",
-        command="python -m experiments.which_matrices runs/which",
-        verdicts=verdicts,
-        parts=[
-            findings.contestant_table(found),
-            findings.figure_file(findings.draw_contestants(found), out, "matrices", runs),
-        ],
-        runs=runs,
-    )
-
-
-if __name__ == "__main__":
-    from experiments.findings import run_main
-
-    run_main("which_matrices", write)

@@ -1,8 +1,8 @@
 """The paper's Table 2: RoBERTa base and large on GLUE with LoRA.
 
-    lora-jax train --config=experiments/paper/glue_roberta.py:sst2 --config.data.path=GLUE/SST-2 \\
+    lora-jax train --config=paper/glue_roberta:sst2 --config.data.path=GLUE/SST-2 \\
         --workdir=runs/glue/sst2
-    lora-jax sweep --config=experiments/paper/glue_roberta.py:cola,large \\
+    lora-jax sweep --config=paper/glue_roberta:cola,large \\
         --config.data.path=GLUE/CoLA --sweep=seeds --workdir=runs/glue/cola_large
 
 The argument is a task (cola, sst2, mrpc, stsb, qqp, mnli, mnli-mm, qnli, rte), then perhaps
@@ -39,11 +39,12 @@ Measured here: not yet.
 
 from ml_collections import ConfigDict
 
-from experiments.shared import LORA
 from lora_jax import RequestError
 from lora_jax.core.trees import nearest
 from lora_jax.data import glue_task
 from lora_jax.settings import make_config
+
+from ..shared import LORA
 
 # Training examples of each task: what an epoch is, to look once in each.
 NUM_TRAIN = {

@@ -1,7 +1,7 @@
 """Is LoRA better than full fine-tuning where examples are few? (Hu et al. 2021, Table 16)
 
-    lora-jax sweep --config=experiments/low_data.py --sweep=full_size --workdir=runs/low
-    python -m experiments.low_data runs/low
+    lora-jax sweep --config=low_data --sweep=full_size --workdir=runs/low
+    python -m experiments.analysis low_data runs/low
 
 The argument is a size: none, or `smoke` (a tiny model on 64 reviews; sweep `smoke`, a minute).
 
@@ -31,10 +31,10 @@ published it is one draw of reviews per size.
 
 from ml_collections import ConfigDict
 
-from experiments.shared import LORA, SMOKE, WORDNET, config_of
+from .shared import LORA, SMOKE, WORDNET, config_of
 
 SIZES = (64, 256, 1024, 4096)
-CONTESTANTS = {
+ARMS = {
     "qv-r8": {"method.targets": "q,v", "method.rank": 8},
     "head": {"method.name": "head"},
     "full": {"method.name": "full"},
@@ -52,7 +52,6 @@ LOWER = {
     "full-n256": (5e-6, 1e-5),
 }
 MORE_SEEDS = (1, 2, 3, 4)
-MARGIN = 0.02
 OWN = {
     "model.num_labels": 2,
     "data.source": "reviews",
@@ -67,7 +66,7 @@ OWN = {
 
 def sweep_full_size(add):
     """Three methods on four sizes at five rates, then four more seeds at the best."""
-    for name, own in CONTESTANTS.items():
+    for name, own in ARMS.items():
         for size in SIZES:
             cell = f"{name}-n{size}"
             rates = (*LOWER.get(cell, ()), *RATES[name])
@@ -77,7 +76,7 @@ def sweep_full_size(add):
 
 def sweep_smoke(add):
     """One size, two rates and two seeds each."""
-    for name, own in CONTESTANTS.items():
+    for name, own in ARMS.items():
         tuned = {"tune": ("optimizer.lr", RATES[name][1:3]), "more_seeds": (1,)}
         add(f"{name}-n64", **tuned, **SMOKE, **own)
 
@@ -85,51 +84,3 @@ def sweep_smoke(add):
 def get_config(arg: str = "") -> ConfigDict:
     """The config for `arg`: nothing, or "smoke"."""
     return config_of("low_data", arg, {"": {}, "smoke": SMOKE}, WORDNET, LORA, OWN)
-
-
-def write(workdir, out) -> None:
-    """Reads the finished sweep, and writes what was found."""
-    from experiments import findings, hypotheses
-
-    found = hypotheses.read_contestants(workdir)
-    sizes = sorted({int(name.rpartition("-n")[2]) for name in found})
-    few, many = sizes[0], sizes[-1]
-    at = lambda name, size: found[f"{name}-n{size}"]  # noqa: E731
-    verdicts = [
-        hypotheses.worse(
-            "few", f"at {few} full is worse than LoRA", at("full", few), at("qv-r8", few), MARGIN
-        ),
-        hypotheses.equivalent(
-            "many", f"at {many} LoRA equals full", at("qv-r8", many), at("full", many), MARGIN
-        ),
-        hypotheses.not_worse(
-            "probe",
-            f"at {few} the probe is not worse than LoRA",
-            at("head", few),
-            at("qv-r8", few),
-            MARGIN,
-        ),
-    ]
-    runs = [run for one in found.values() for run in one.all_runs]
-    gaps = findings.gaps_by_number(found, "-n", beside="full")
-    said = {"label": "reviews to train on", "beside": "full"}
-    figure = findings.draw_by_number(found, gaps, "-n", **said)
-    findings.write_findings(
-        out,
-        title="Few examples",
-        name="low_data",
-        command="python -m experiments.low_data runs/low",
-        verdicts=verdicts,
-        parts=[
-            findings.contestant_table(found),
-            findings.gap_table(gaps, **said),
-            findings.figure_file(figure, out, "sizes", runs),
-        ],
-        runs=runs,
-    )
-
-
-if __name__ == "__main__":
-    from experiments.findings import run_main
-
-    run_main("low_data", write)

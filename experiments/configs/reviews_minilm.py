@@ -1,6 +1,6 @@
 """LoRA on MiniLM and movie reviews: how near to full fine-tuning, how far above a frozen probe?
 
-    lora-jax train --config=experiments/reviews_minilm.py:lora --workdir=runs/reviews
+    lora-jax train --config=reviews_minilm:lora --workdir=runs/reviews
 
 The argument names the method, and with it the settings that suit it: `lora` (rank 8 on query and
 value), `lora-all` (rank 8 on every linear layer), `full`, `bitfit`, `head` (the frozen probe). A
@@ -9,9 +9,9 @@ after DEMO_STEPS steps, on texts cut at 24 tokens instead of 32.
 
 Two sweeps of it:
     make demo                                                                   (about 6 minutes)
-    lora-jax sweep --config=experiments/reviews_minilm.py --sweep=full_size --workdir=runs/full
+    lora-jax sweep --config=reviews_minilm --sweep=full_size --workdir=runs/full
 `demo` is rank x targets, its eight LoRA cells in one program. `full_size` is the measured result:
-each contestant tuned over five learning rates on one seed, then four more seeds at the rate with
+each arm tuned over five learning rates on one seed, then four more seeds at the rate with
 the best validation loss (54 cells, 2.5 hours on 2 cores); `lora-jax report runs/full` tabulates it.
 
 The paper has no such experiment; its nearest is RoBERTa-base on SST-2 (Table 2): LoRA 95.1, full
@@ -22,8 +22,9 @@ test snippets of other movies): accuracy 0.727 for the probe, 0.815 for LoRA r =
 
 from ml_collections import ConfigDict
 
-from experiments.shared import REVIEWS, read_argument
 from lora_jax.settings import make_config
+
+from .shared import REVIEWS, read_argument
 
 # Settings that belong together: a method and its learning rate, tuned at ranks 1 and 8 (sweep
 # `full_size`: the same rate for both). BitFit's is a guess: it is in no sweep.
@@ -36,7 +37,7 @@ METHODS = {
 }
 
 # What `full_size` compares.
-CONTESTANTS = {
+ARMS = {
     "head": METHODS["head"],
     "lora-qv-r1": {**METHODS["lora"], "method.rank": 1},
     "lora-qv-r8": {**METHODS["lora"], "method.rank": 8},
@@ -82,8 +83,8 @@ def sweep_demo(add):
 
 
 def sweep_full_size(add):
-    """Each contestant tuned over log-spaced rates (factors of about two), then with more seeds."""
-    for name, settings in CONTESTANTS.items():
+    """Each arm tuned over log-spaced rates (factors of about two), then with more seeds."""
+    for name, settings in ARMS.items():
         rates = RATES[settings["method.name"]]
         tuned = {"tune": ("optimizer.lr", rates), "more_seeds": MORE_SEEDS}
         add(name, **tuned, **settings, **FULL_SIZE)

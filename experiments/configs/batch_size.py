@@ -1,8 +1,8 @@
 """Does LoRA lose more than full fine-tuning when batches are large?
 
     make testbeds
-    lora-jax sweep --config=experiments/batch_size.py --sweep=full_size --workdir=runs/batch
-    python -m experiments.batch_size runs/batch
+    lora-jax sweep --config=batch_size --sweep=full_size --workdir=runs/batch
+    python -m experiments.analysis batch_size runs/batch
 
 The argument is a size: none, or `smoke` (a tiny model on 64 reviews; sweep `smoke`, a minute).
 
@@ -28,10 +28,10 @@ batches are confounded, and there is no probe arm.
 
 from ml_collections import ConfigDict
 
-from experiments.shared import LORA, SMOKE, WORDNET, config_of
+from .shared import LORA, SMOKE, WORDNET, config_of
 
 BATCHES = {8: 400, 32: 100, 128: 25}
-CONTESTANTS = {
+ARMS = {
     "qv-r8": {"method.targets": "q,v", "method.rank": 8},
     "all-r32": {"method.targets": "all-linear", "method.rank": 32, "method.alpha": 64.0},
     "full": {"method.name": "full"},
@@ -39,12 +39,11 @@ CONTESTANTS = {
 RATES = (1e-3, 2e-3, 5e-3, 1e-2, 2e-2)
 FULL_RATES = (1e-4, 2e-4, 5e-4, 1e-3, 2e-3)
 MORE_SEEDS = (1, 2, 3, 4)
-MARGIN = 0.02
 
 
 def sweep_full_size(add):
     """Three methods at three batch sizes and five rates, then four more seeds at the best."""
-    for name, own in CONTESTANTS.items():
+    for name, own in ARMS.items():
         rates = FULL_RATES if name == "full" else RATES
         for size, steps in BATCHES.items():
             sized = {"data.batch_size": size, "train.eval_every_steps": steps}
@@ -54,7 +53,7 @@ def sweep_full_size(add):
 
 def sweep_smoke(add):
     """Two batch sizes, two rates and two seeds each."""
-    for name, own in CONTESTANTS.items():
+    for name, own in ARMS.items():
         rates = FULL_RATES if name == "full" else RATES
         for size in (8, 128):
             sized = {"data.batch_size": min(size, 32), "method.rank": 4}
@@ -67,49 +66,3 @@ def get_config(arg: str = "") -> ConfigDict:
     return config_of(
         "batch_size", arg, {"": {}, "smoke": SMOKE}, WORDNET, LORA, {"data.limit": 3200}
     )
-
-
-def write(workdir, out) -> None:
-    """Reads the finished sweep, and writes what was found."""
-    from experiments import findings, hypotheses
-
-    found = hypotheses.read_contestants(workdir)
-    sizes = sorted({int(name.rpartition("-b")[2]) for name in found})
-    small, large = sizes[0], sizes[-1]
-    verdicts = []
-    for name, claim in (("qv-r8", "gap_grows"), ("all-r32", "not_by_rank")):
-        change = hypotheses.change_of_gap(
-            (found[f"{name}-b{large}"], found[f"full-b{large}"]),
-            (found[f"{name}-b{small}"], found[f"full-b{small}"]),
-        )
-        verdicts.append(
-            hypotheses.beyond(
-                claim,
-                f"the gap of {name} to full grows from batch {small} to {large}",
-                change,
-                MARGIN,
-            )
-        )
-    runs = [run for one in found.values() for run in one.all_runs]
-    gaps = findings.gaps_by_number(found, "-b", beside="full")
-    said = {"label": "batch size", "beside": "full"}
-    figure = findings.draw_by_number(found, gaps, "-b", **said)
-    findings.write_findings(
-        out,
-        title="Batch size",
-        name="batch_size",
-        command="python -m experiments.batch_size runs/batch",
-        verdicts=verdicts,
-        parts=[
-            findings.contestant_table(found),
-            findings.gap_table(gaps, **said),
-            findings.figure_file(figure, out, "batches", runs),
-        ],
-        runs=runs,
-    )
-
-
-if __name__ == "__main__":
-    from experiments.findings import run_main
-
-    run_main("batch_size", write)

@@ -22,15 +22,15 @@ from lora_jax.report.statistics import (
 from lora_jax.settings import Settings
 from lora_jax.train.task import task_of
 
-HOLDS, REFUTED, OPEN = "holds", "does not hold", "open"
+HOLDS, REFUTED, INCONCLUSIVE = "holds", "does not hold", "inconclusive"
 
 
 @dataclasses.dataclass(frozen=True)
-class Contestant:
-    """One contestant of a sweep: its runs at the rate with the best validation loss, by seed.
+class Arm:
+    """One arm of a sweep: its runs at the rate with the best validation loss, by seed.
 
     `rates` is `{rate: validation loss}` on the seed that all rates ran with; inf: diverged.
-    `num_failed` are the seeds at the chosen rate that diverged: a verdict on them stays open.
+    `num_failed` are the seeds at the chosen rate that diverged: a verdict on them is inconclusive.
     `units (examples,)` number what was drawn independently, where that is not the single example
     (see `by_prompt`).
     """
@@ -86,24 +86,24 @@ def _losses(predictions: Predictions, units: np.ndarray | None) -> np.ndarray:
     return spread_over_weights(loss, weight)
 
 
-def by_prompt(contestants: Mapping[str, Contestant]) -> dict[str, Contestant]:
+def by_prompt(arms: Mapping[str, Arm]) -> dict[str, Arm]:
     """The same, with prompts in the place of pairs: a test split has all pairs of the prompts that
     it has, and what one prompt's pairs have in common would make intervals of pairs too narrow."""
-    run = next(iter(contestants.values())).runs[0]
+    run = next(iter(arms.values())).runs[0]
     config = Settings.from_config(run.config)
     test = load_splits(config.data, target=task_of(config.model).target).test
     texts = [test.texts[i] for i in run.predictions.index]
     units = np.unique(texts, return_inverse=True)[1]
     found = {}
-    for name, one in contestants.items():
+    for name, one in arms.items():
         if any(not np.array_equal(r.predictions.index, run.predictions.index) for r in one.runs):
             raise RequestError(f"{name} was not tested on the pairs of {run.name}")
         found[name] = dataclasses.replace(one, units=units)
     return found
 
 
-def read_contestants(workdir: str | Path) -> dict[str, Contestant]:
-    """The contestants of a sweep whose cells are named NAME-lrRATE-sSEED, in the sweep's order.
+def read_arms(workdir: str | Path) -> dict[str, Arm]:
+    """The arms of a sweep whose cells are named NAME-lrRATE-sSEED, in the sweep's order.
 
     Raises `RequestError` for cells of other names, or a sweep that has not ended.
     """
@@ -120,12 +120,12 @@ def read_contestants(workdir: str | Path) -> dict[str, Contestant]:
     for run in sorted(runs, key=lambda run: known.get(run.name, len(known))):
         name, mark, _ = run.name.rpartition("-lr")
         if not mark:
-            raise RequestError(f"{workdir}: cell {run.name!r} is of no tuned contestant")
+            raise RequestError(f"{workdir}: cell {run.name!r} is of no tuned arm")
         failed = run.folder / "failure.json"
         if not run.finished and not failed.exists():
             raise RequestError(f"{workdir}: {run.name} has not ended; run the sweep to its end")
         named.setdefault(name, []).append(run)
-    found = {name: _contestant(name, some) for name, some in named.items()}
+    found = {name: _arm(name, some) for name, some in named.items()}
     counts = {name: len(one.runs) + one.num_failed for name, one in found.items()}
     if len(set(counts.values())) > 1:
         fewest = min(counts, key=counts.get)
@@ -136,7 +136,7 @@ def read_contestants(workdir: str | Path) -> dict[str, Contestant]:
     return found
 
 
-def _contestant(name: str, runs: list[Run]) -> Contestant:
+def _arm(name: str, runs: list[Run]) -> Arm:
     seed = runs[0].config["seed"]
     first = {r.config["optimizer"]["lr"]: r for r in runs if r.config["seed"] == seed}
     rates = {lr: _validation_loss(run) for lr, run in sorted(first.items())}
@@ -147,7 +147,7 @@ def _contestant(name: str, runs: list[Run]) -> Contestant:
     tried = [run for run in finished_runs(runs) if run.config["seed"] == seed]
     more = (run for run in own if run not in tried)
     failed = len(chosen) - len(own)
-    return Contestant(name, rates, lr, tuple(own), (*tried, *more), failed)
+    return Arm(name, rates, lr, tuple(own), (*tried, *more), failed)
 
 
 def _validation_loss(run: Run) -> float:
@@ -163,7 +163,7 @@ def best_rate(name: str, rates: Mapping[float, float]) -> float:
     return min(sorted(finite), key=finite.get)
 
 
-def difference(first: Contestant, second: Contestant, *, level: float = 0.95) -> Interval:
+def difference(first: Arm, second: Arm, *, level: float = 0.95) -> Interval:
     """Test loss of the first minus the second's, paired over examples and, where they share them,
     seeds: the wider of the bootstrap's interval, which is too narrow with few seeds, and Student's.
     """
@@ -227,58 +227,53 @@ def interval_text(one: Interval, form: str = "+.3f") -> str:
     return f"{one.estimate:{form}} [{one.low:{form}}, {one.high:{form}}]"
 
 
-def worse(name: str, claim: str, first: Contestant, second: Contestant, margin: float) -> Verdict:
+def worse(name: str, claim: str, first: Arm, second: Arm, margin: float) -> Verdict:
     """Whether the first's test loss is above the second's by more than the margin.
 
-    It holds where the 95% interval lies above the margin, not where it lies below, else open.
+    It holds where the 95% interval lies above the margin and does not where it lies below.
     """
-    return _open_if_failed(beyond(name, claim, difference(first, second), margin), first, second)
+    found = beyond(name, claim, difference(first, second), margin)
+    return _inconclusive_if_failed(found, first, second)
 
 
-def equivalent(
-    name: str, claim: str, first: Contestant, second: Contestant, margin: float
-) -> Verdict:
+def equivalent(name: str, claim: str, first: Arm, second: Arm, margin: float) -> Verdict:
     """Whether two test losses are the same within the margin: two one-sided tests at 5%.
 
-    It holds where the 90% interval lies within ±margin, not where it lies beyond, else open.
+    It holds where the 90% interval lies within ±margin and does not where it lies beyond.
     """
     found = difference(first, second, level=0.90)
     inside = -margin < found.low and found.high < margin
     outside = found.low > margin or found.high < -margin
-    verdict = HOLDS if inside else REFUTED if outside else OPEN
+    verdict = HOLDS if inside else REFUTED if outside else INCONCLUSIVE
     text = f"{interval_text(found)} (90%)"
-    return _open_if_failed(Verdict(name, claim, text, verdict), first, second)
+    return _inconclusive_if_failed(Verdict(name, claim, text, verdict), first, second)
 
 
-def not_worse(
-    name: str, claim: str, first: Contestant, second: Contestant, margin: float
-) -> Verdict:
+def not_worse(name: str, claim: str, first: Arm, second: Arm, margin: float) -> Verdict:
     """Whether the first's test loss is not above the second's by more than the margin: a one-sided
     test at 5%.
     """
     found = difference(first, second, level=0.90)
-    verdict = HOLDS if found.high < margin else REFUTED if found.low > margin else OPEN
+    verdict = HOLDS if found.high < margin else REFUTED if found.low > margin else INCONCLUSIVE
     text = f"{interval_text(found)} (90%)"
-    return _open_if_failed(Verdict(name, claim, text, verdict), first, second)
+    return _inconclusive_if_failed(Verdict(name, claim, text, verdict), first, second)
 
 
-def _open_if_failed(verdict: Verdict, *contestants: Contestant) -> Verdict:
+def _inconclusive_if_failed(verdict: Verdict, *arms: Arm) -> Verdict:
     """What is left when unstable seeds drop out says nothing sure."""
-    if not any(one.num_failed for one in contestants):
+    if not any(one.num_failed for one in arms):
         return verdict
-    failed = ", ".join(f"{one.num_failed} of {one.name}" for one in contestants if one.num_failed)
+    failed = ", ".join(f"{one.num_failed} of {one.name}" for one in arms if one.num_failed)
     return dataclasses.replace(
-        verdict, verdict=OPEN, seen=f"{verdict.seen}; seeds that diverged: {failed}"
+        verdict, verdict=INCONCLUSIVE, seen=f"{verdict.seen}; seeds that diverged: {failed}"
     )
 
 
-def change_of_gap(
-    after: tuple[Contestant, Contestant], before: tuple[Contestant, Contestant]
-) -> Interval:
+def change_of_gap(after: tuple[Arm, Arm], before: tuple[Arm, Arm]) -> Interval:
     """(after[0] - after[1]) - (before[0] - before[1]) in test loss, paired throughout."""
     rows = [after[0], after[1], before[0], before[1]]
     if len({one.seeds for one in rows}) > 1:
-        raise RequestError("the four contestants have different seeds; run them with the same")
+        raise RequestError("the four arms have different seeds; run them with the same")
     first, second, third, fourth = (one.losses for one in rows)
     return mean_of((first - second) - (third - fourth))
 
@@ -287,10 +282,11 @@ def beyond(
     name: str, claim: str, found: Interval, margin: float, *, form: str = "+.3f", unit: str = ""
 ) -> Verdict:
     """Whether a 95% interval lies above the margin, below it, or holds it."""
-    verdict = HOLDS if found.low > margin else REFUTED if found.high < margin else OPEN
+    verdict = HOLDS if found.low > margin else REFUTED if found.high < margin else INCONCLUSIVE
     return Verdict(name, claim, f"{interval_text(found, form)}{unit} (95%)", verdict)
 
 
 def decide(name: str, claim: str, seen: str, holds: bool | None) -> Verdict:
-    """A verdict on what has no interval of its own; None: open."""
-    return Verdict(name, claim, seen, OPEN if holds is None else HOLDS if holds else REFUTED)
+    """A verdict on what has no interval of its own; None: inconclusive."""
+    verdicts = {None: INCONCLUSIVE, True: HOLDS, False: REFUTED}
+    return Verdict(name, claim, seen, verdicts[holds])

@@ -1,8 +1,8 @@
 """Does the best learning rate depend on the rank? And how far is it from full fine-tuning's?
 
-    python -m experiments.lr_by_rank runs/what_rank     # reads the runs of experiments/what_rank.py
+    python -m experiments.analysis lr_by_rank runs/what_rank     # reads the runs of what_rank
 
-Compared: the six rates of each contestant of `what_rank` (MiniLM, WordNet's glosses, 200 steps,
+Compared: the six rates of each arm of `what_rank` (MiniLM, WordNet's glosses, 200 steps,
 alpha 16 for all ranks, so that the scale falls as 1 / r), validation loss, seed 0.
 
 The source: "LoRA Without Regret" (Schulman et al. 2025, thinkingmachines.ai): with scale alpha / r
@@ -23,15 +23,15 @@ small as those of the hypotheses: all ranks share the last rate before training 
 tenfold rate is that of a tied head. `one_rate_for_all` follows from the grid.
 """
 
+from experiments.analysis import findings, hypotheses
+
 MARGIN = 0.02
 STEP = 2.5
 
 
 def write(workdir, out) -> None:
     """Reads the finished sweep, and writes what was found."""
-    from experiments import findings, hypotheses
-
-    found = hypotheses.read_contestants(workdir)
+    found = hypotheses.read_arms(workdir)
     ranks = {
         int(name.removeprefix("qv-r")): one
         for name, one in found.items()
@@ -67,7 +67,7 @@ def write(workdir, out) -> None:
     shown = {**{f"LoRA q,v r = {r}": one for r, one in ranks.items()}, "full": found["full"]}
     runs = [run for one in shown.values() for run in one.all_runs]
     lines = [
-        "| contestant | " + " | ".join("rate: loss" for _ in range(6)) + " |",
+        "| arm | " + " | ".join("rate: loss" for _ in range(6)) + " |",
         "|---" * 7 + "|",
     ]
     for name, one in shown.items():
@@ -82,7 +82,7 @@ def write(workdir, out) -> None:
         out,
         title="The learning rate by rank",
         name="lr_by_rank",
-        command="python -m experiments.lr_by_rank runs/what_rank",
+        command="python -m experiments.analysis lr_by_rank runs/what_rank",
         verdicts=verdicts,
         parts=[findings.figure_file(_draw(shown), out, "rates", runs), note, "\n".join(lines)],
         runs=runs,
@@ -113,9 +113,3 @@ def _draw(shown):
     axes.set_ylabel("validation loss (nats), seed 0")
     axes.legend(fontsize=8)
     return figure
-
-
-if __name__ == "__main__":
-    from experiments.findings import run_main
-
-    run_main("lr_by_rank", write)

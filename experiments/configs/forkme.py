@@ -1,6 +1,6 @@
 """A config to copy: one line here on what you compare, and why.
 
-    cp experiments/forkme.py mine.py
+    lora-jax init mine.py       # writes this file
     lora-jax train --config=mine.py --workdir=runs/mine
     lora-jax sweep --config=mine.py --sweep=rank --workdir=runs/mine_by_rank
 

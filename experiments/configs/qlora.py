@@ -1,8 +1,8 @@
 """Does a base in four bits cost anything? (QLoRA, Dettmers et al. 2023)
 
     make testbeds
-    lora-jax sweep --config=experiments/qlora.py --sweep=full_size --workdir=runs/qlora
-    python -m experiments.qlora runs/qlora
+    lora-jax sweep --config=qlora --sweep=full_size --workdir=runs/qlora
+    python -m experiments.analysis qlora runs/qlora
 
 The argument is a size: none, or `smoke` (a tiny model on 64 reviews; sweep `smoke`, a minute).
 
@@ -29,7 +29,7 @@ margin, so no number of seeds decides it.
 
 from ml_collections import ConfigDict
 
-from experiments.shared import LORA, SMOKE, WORDNET, config_of
+from .shared import LORA, SMOKE, WORDNET, config_of
 
 SMOLLM2 = {
     "model.name": "smollm2-135m",
@@ -50,8 +50,6 @@ SMOLLM2 = {
 }
 RATES = (5e-4, 1e-3, 2e-3, 5e-3, 1e-2)
 MORE_SEEDS = (1, 2, 3, 4)
-MARGIN = 0.02
-
 SMOKE_SMOLLM2 = {
     "model.name": "tiny-llama",
     "data.source": "tiny-pairs",
@@ -89,46 +87,3 @@ def get_config(arg: str = "") -> ConfigDict:
         "method.targets": "all-linear",
     }
     return config_of("qlora", arg, {"": {}, "smoke": SMOKE}, WORDNET, LORA, own)
-
-
-def write(workdir, out) -> None:
-    """Reads the finished sweep, and writes what was found."""
-    from experiments import findings, hypotheses
-
-    found = hypotheses.read_contestants(workdir)
-    texts = {name: one for name, one in found.items() if name.startswith("smollm2")}
-    found |= hypotheses.by_prompt(texts)
-    verdicts = [
-        hypotheses.equivalent(
-            model,
-            f"NF4 equals float32 within {MARGIN}",
-            found[f"{model}-nf4"],
-            found[f"{model}-float32"],
-            MARGIN,
-        )
-        for model in ("minilm", "smollm2")
-    ]
-    runs = [run for one in found.values() for run in one.all_runs]
-    parts = []
-    for model in ("minilm", "smollm2"):
-        own = {name: one for name, one in found.items() if name.startswith(model)}
-        figure = findings.draw_contestants(own, beside=f"{model}-float32")
-        parts += [
-            findings.contestant_table(own),
-            findings.figure_file(figure, out, model, runs),
-        ]
-    findings.write_findings(
-        out,
-        title="A base in four bits",
-        name="qlora",
-        command="python -m experiments.qlora runs/qlora",
-        verdicts=verdicts,
-        parts=parts,
-        runs=runs,
-    )
-
-
-if __name__ == "__main__":
-    from experiments.findings import run_main
-
-    run_main("qlora", write)

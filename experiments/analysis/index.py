@@ -1,19 +1,18 @@
-"""Writes experiments/README.md from the docstrings and from results/*/verdicts.json, and the table
-of lora_jax/settings/README.md from the schema.
+"""The pages made from other files.
 
-python -m experiments.index
+experiments/README.md comes from docstrings and results/*/verdicts.json, the table of
+lora_jax/settings/README.md from the schema.
 """
 
 from __future__ import annotations
 
 import json
-from pathlib import Path
 
-from experiments import findings, hypotheses
+from experiments.analysis import findings, hypotheses
 from lora_jax.io import write_text
 from lora_jax.settings.described import table
 
-FOLDER = Path(__file__).parent
+FOLDER = findings.EXPERIMENTS
 SETTINGS = FOLDER.parent / "lora_jax" / "settings" / "README.md"
 ORDER = (
     "which_matrices", "what_rank", "what_rank_e2e", "lr_by_rank", "tuned_per_rank",
@@ -24,11 +23,12 @@ ORDER = (
 HEAD = """\
 # Experiments
 
-One file a question. Each docstring has the command, what the source found, the hypotheses with
-their margins as written before the run, and where the result is. `python -m experiments.NAME RUNS`
-makes tables, figures and verdicts of finished runs, so that no number in `results/` is typed by
-hand, and `python -m experiments.index` this page of them. Every contestant's learning rate is the
-best of five or more on validation. **Open** means that the interval contains the margin.
+One file per question: `configs/NAME.py` has the settings and the sweep; its docstring has the
+commands, what the source found, and the hypotheses with their margins as written before the run.
+`python -m experiments.analysis NAME RUNS` makes tables, figures and verdicts from finished runs,
+and `python -m experiments.analysis index` this page from them: no number is typed by hand. Each arm
+runs at its best learning rate of five or more, chosen on validation. **Inconclusive**: the interval
+contains the margin.
 
 **Do not cite comparisons of LoRA with full fine-tuning on MiniLM from this page.** The new head
 shared the method's learning rate, and full fine-tuning's best is a quarter to a fiftieth of
@@ -45,9 +45,15 @@ TAIL = """\
 Older, with their own pages: [reviews_minilm](results/reviews_minilm/README.md) (LoRA beside full
 fine-tuning), [variants](results/variants/README.md) (eight variants, each at its rate),
 [e2e_smollm2](results/e2e_smollm2/README.md), [attachment](results/attachment/attachment.md) and
-`bench/`. `paper/` holds the paper's own settings for GPT-2 on E2E and RoBERTa on GLUE.
-`forkme.py` is a config to copy; `shared.py` has the settings that several share.
+`bench/`. `configs/paper/` holds the paper's own settings for GPT-2 on E2E and RoBERTa on GLUE.
+`configs/forkme.py` is a config to copy (`lora-jax init my.py` writes it); `configs/shared.py` has
+the settings that several share. `--config=what_rank` finds a config by its name, in an installed
+package too.
 """
+
+
+def _file(name: str) -> str:
+    return str(findings.source_of(name).relative_to(FOLDER))
 
 
 def to_page() -> str:
@@ -59,12 +65,12 @@ def to_page() -> str:
         )
         place = findings.RESULTS / name / "verdicts.json"
         if not place.is_file():
-            waiting.append(f"- `{name}.py`: {question}")
+            waiting.append(f"- `{_file(name)}`: {question}")
             continue
         found = json.loads(place.read_text())
         rows = [hypotheses.Verdict(**verdict) for verdict in found["verdicts"]]
         link = f"[table, figures, runs](results/{name}/README.md)"
-        parts.append(f"## {question}\n\n`{name}.py`, {link}. {source}\n")
+        parts.append(f"## {question}\n\n`{_file(name)}`, {link}. {source}\n")
         parts.append(findings.verdict_table(rows) + "\n")
         parts += [limits + "\n"] if limits else []
     if waiting:
@@ -72,9 +78,9 @@ def to_page() -> str:
     return "\n".join([*parts, TAIL])
 
 
-if __name__ == "__main__":
+def write_pages() -> None:
+    """Writes both pages, and prints where they are."""
     write_text(FOLDER / "README.md", to_page())
-    print(FOLDER / "README.md")
     before, *_ = SETTINGS.read_text(encoding="utf-8").partition("| setting |")
     write_text(SETTINGS, f"{before}{table()}\n")
-    print(SETTINGS)
+    print(FOLDER / "README.md", SETTINGS, sep="\n")

@@ -1,8 +1,8 @@
 """What an adapter of small rank cannot do: memorise random labels, learn new words for old ones
 
     make testbeds
-    lora-jax sweep --config=experiments/rank_caps_movement.py --sweep=full_size --workdir=runs/caps
-    python -m experiments.rank_caps_movement runs/caps
+    lora-jax sweep --config=rank_caps_movement --sweep=full_size --workdir=runs/caps
+    python -m experiments.analysis rank_caps_movement runs/caps
 
 The argument is a size: none, or `smoke` (a tiny model on 64 reviews; sweep `smoke`, a minute).
 
@@ -41,8 +41,8 @@ not help.
 
 from ml_collections import ConfigDict
 
-from experiments.shared import LORA, WORDNET, config_of
-from experiments.shared import SMOKE as OF_WORDNET
+from .shared import LORA, WORDNET, config_of
+from .shared import SMOKE as OF_WORDNET
 
 LABELS = {
     "data.source": "wordnet-random-labels",
@@ -56,12 +56,10 @@ LAST = {"method.targets": "encoder/layers/5/attention/(query|value)/kernel"}
 RATES = (1e-3, 2e-3, 5e-3, 1e-2, 2e-2)
 FULL_RATES = (1e-4, 2e-4, 5e-4, 1e-3, 2e-3)
 MORE_SEEDS = (1, 2, 3, 4)
-LABELS_MARGIN, WORDS_MARGIN = 0.1, 0.02
-
 SMOKE = {**OF_WORDNET, "train.num_epochs": 1.0}
 
 
-def contestants():
+def arms():
     """`(task, name, own settings)`, in the order of the tables."""
     head, full = {"method.name": "head"}, {"method.name": "full"}
     yield "labels", "head", {**LABELS, **head}
@@ -77,14 +75,14 @@ def contestants():
 
 def sweep_full_size(add):
     """Two tasks, ranks, the probe and full fine-tuning at five rates, then four more seeds."""
-    for task, name, own in contestants():
+    for task, name, own in arms():
         rates = FULL_RATES if name == "full" else RATES
         add(f"{task}-{name}", tune=("optimizer.lr", rates), more_seeds=MORE_SEEDS, **own)
 
 
 def sweep_smoke(add):
-    """The same contestants, two rates and two seeds each."""
-    for task, name, own in contestants():
+    """The same arms, two rates and two seeds each."""
+    for task, name, own in arms():
         rates = (FULL_RATES if name == "full" else RATES)[1:3]
         own = {key: value for key, value in own.items() if not key.startswith("data.")}
         few = {"data.limit": 48 if task == "words" else 64}
@@ -100,56 +98,3 @@ def get_config(arg: str = "") -> ConfigDict:
     """The config for `arg`: nothing, or "smoke"."""
     sizes = {"": {}, "smoke": SMOKE}
     return config_of("rank_caps_movement", arg, sizes, WORDNET, LORA)
-
-
-def write(workdir, out) -> None:
-    """Reads the finished sweep, and writes what was found."""
-    from experiments import findings, hypotheses
-
-    found = hypotheses.read_contestants(workdir)
-    last = "labels-last-r64"
-    compared = (
-        ("labels_rank", "last layer: r = 1 memorises less than 64", "labels-last-r1", last),
-        ("labels_spread", "r = 64 there memorises less than r = 1 in all", last, "labels-qv-r1"),
-        ("labels_full", "r = 64 there memorises less than full", last, "labels-full"),
-        ("words_rank", "exchanged: r = 1 is worse than r = 64", "words-qv-r1", "words-qv-r64"),
-        ("words_full", "exchanged: r = 64 is worse than full", "words-qv-r64", "words-full"),
-    )
-    verdicts = [
-        hypotheses.worse(
-            name,
-            claim,
-            found[first],
-            found[second],
-            LABELS_MARGIN if name.startswith("labels") else WORDS_MARGIN,
-        )
-        for name, claim, first, second in compared
-    ]
-    runs = [run for one in found.values() for run in one.all_runs]
-    parts = []
-    for task, text in (
-        ("labels", "Random labels: the loss on what was trained on; log 26 = 3.258 is nothing."),
-        ("words", "Exchanged words: the loss on test glosses."),
-    ):
-        own = {name: one for name, one in found.items() if name.startswith(f"{task}-")}
-        figure = findings.draw_contestants(own)
-        parts += [
-            f"## {text}",
-            findings.contestant_table(own),
-            findings.figure_file(figure, out, task, runs),
-        ]
-    findings.write_findings(
-        out,
-        title="Where rank caps movement",
-        name="rank_caps_movement",
-        command="python -m experiments.rank_caps_movement runs/caps",
-        verdicts=verdicts,
-        parts=parts,
-        runs=runs,
-    )
-
-
-if __name__ == "__main__":
-    from experiments.findings import run_main
-
-    run_main("rank_caps_movement", write)

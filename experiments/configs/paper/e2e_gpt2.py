@@ -1,7 +1,7 @@
 """The paper's Tables 3 and 18: GPT-2 medium and large on E2E with LoRA.
 
-    lora-jax train --config=experiments/paper/e2e_gpt2.py:gpt2-medium --workdir=runs/e2e_gpt2
-    lora-jax sweep --config=experiments/paper/e2e_gpt2.py --sweep=rank --workdir=runs/e2e_rank
+    lora-jax train --config=paper/e2e_gpt2:gpt2-medium --workdir=runs/e2e_gpt2
+    lora-jax sweep --config=paper/e2e_gpt2 --sweep=rank --workdir=runs/e2e_rank
 
 The argument names the model, "gpt2-medium" or "gpt2-large"; "gpt2-medium,smoke" takes four steps of
 a tiny GPT-2 on sentences made in code. `data.path` is a folder with train.txt, valid.txt and
@@ -33,8 +33,9 @@ Measured here: not yet.
 
 from ml_collections import ConfigDict
 
-from experiments.shared import E2E, TINY_PAIRS, read_argument
 from lora_jax.settings import make_config
+
+from ..shared import E2E, TINY_PAIRS, read_argument
 
 MODELS = ("gpt2-medium", "gpt2-large")
 DECODING = {

@@ -1,28 +1,27 @@
 """What an experiment leaves behind: its runs, verdicts, tables and figures.
 
-An experiment's `main` reads its runs, decides each hypothesis of its docstring (`hypotheses`), and
+An analysis reads finished runs, decides each hypothesis (`hypotheses`), and
 writes `experiments/results/NAME`: `cells.jsonl` (a line a run, with the hashes of its card),
 `verdicts.json`, figures, and a README made of them, so that no figure in it is typed by hand.
 """
 
 from __future__ import annotations
 
-import argparse
 import ast
 import dataclasses
 import itertools
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from experiments.hypotheses import (
-    Contestant,
+from experiments.analysis.hypotheses import (
+    Arm,
     Verdict,
     best_rate,
     difference,
     interval_text,
-    read_contestants,
+    read_arms,
 )
 from lora_jax import RequestError
 from lora_jax.core import trees
@@ -33,7 +32,8 @@ from lora_jax.report.statistics import Interval
 from lora_jax.train.environment import device_description, git_commit
 from lora_jax.train.environment import versions as package_versions
 
-RESULTS = Path(__file__).parent / "results"
+EXPERIMENTS = Path(__file__).parents[1]
+RESULTS = EXPERIMENTS / "results"
 COLOURS = ("#d9661f", "#2f86c9", "#159b78", "#8a5cc2", "#b8860b")
 
 
@@ -61,11 +61,11 @@ def cell_record(run: FinishedRun) -> dict[str, Any]:
 
 
 def seeds_of(place: str | Path, name: str) -> list[dict[str, Any]]:
-    """`cell_record` of each seed of a contestant at its rate: of a finished sweep's workdir, or of
+    """`cell_record` of each seed of an arm at its rate: of a finished sweep's workdir, or of
     results that were kept, a folder with a cells.jsonl. Raises `RequestError`."""
     place = Path(place)
     if not (place / "cells.jsonl").is_file():
-        found = read_contestants(place)
+        found = read_arms(place)
         if name in found:
             return [cell_record(run) for run in found[name].runs]
         raise RequestError(f"{place} has no {name!r}; {trees.nearest(name, found)}")
@@ -79,14 +79,14 @@ def seeds_of(place: str | Path, name: str) -> list[dict[str, Any]]:
     return [row for row in own if row["lr"] == lr]
 
 
-def contestant_table(contestants: Mapping[str, Contestant]) -> str:
-    """Markdown: each contestant at its rate, with basin and interval."""
+def arm_table(arms: Mapping[str, Arm]) -> str:
+    """Markdown: each arm at its rate, with basin and interval."""
     lines = [
-        "| contestant | adapter parameters | rate | rates within 0.01 nats | test loss, 95% | "
+        "| arm | adapter parameters | rate | rates within 0.01 nats | test loss, 95% | "
         "accuracy, % | seeds |",
         "|---|---:|---:|---|---:|---:|---:|",
     ]
-    for one in contestants.values():
+    for one in arms.values():
         near = [lr for lr, loss in one.rates.items() if loss <= min(one.rates.values()) + 0.01]
         basin = " ".join(map(rate_text, near)) + (" (edge of the grid)" if one.at_edge else "")
         loss = one.test_loss
@@ -106,25 +106,25 @@ def verdict_table(verdicts: Sequence[Verdict]) -> str:
     return "\n".join(lines)
 
 
-def draw_contestants(contestants: Mapping[str, Contestant], *, beside: str = ""):
-    """Test losses with their 95% intervals, a line a contestant, single seeds as small marks.
+def draw_arms(arms: Mapping[str, Arm], *, beside: str = ""):
+    """Test losses with their 95% intervals, a line an arm, single seeds as small marks.
 
-    With `beside` the differences from that contestant, paired, stand at the right: what makes
+    With `beside` the differences from that arm, paired, stand at the right: what makes
     examples hard is in the losses' intervals and not in theirs.
     """
     from matplotlib.figure import Figure
 
-    size = (10 if beside else 7, 1.2 + 0.4 * len(contestants))
+    size = (10 if beside else 7, 1.2 + 0.4 * len(arms))
     figure = Figure(figsize=size, layout="constrained")
     panels = figure.subplots(1, 2, sharey=True) if beside else [figure.subplots()]
-    places = range(len(contestants), 0, -1)
-    for place, one in zip(places, contestants.values(), strict=True):
+    places = range(len(arms), 0, -1)
+    for place, one in zip(places, arms.values(), strict=True):
         _bar(panels[0], place, one.test_loss)
         panels[0].plot(one.losses.mean(axis=1), [place - 0.2] * len(one.runs), "k.", markersize=4)
         if beside and one.name != beside:
-            _bar(panels[1], place, difference(one, contestants[beside]))
-    panels[0].set_yticks(list(places), list(contestants))
-    panels[0].set_ylim(0.5, len(contestants) + 0.5)
+            _bar(panels[1], place, difference(one, arms[beside]))
+    panels[0].set_yticks(list(places), list(arms))
+    panels[0].set_ylim(0.5, len(arms) + 0.5)
     panels[0].set_xlabel("test loss (nats), mean over seeds, 95%; dots: seeds")
     if beside:
         panels[1].axvline(0, color=COLOURS[0])
@@ -140,15 +140,15 @@ def _bar(axes, place: int, found: Interval) -> None:
 
 
 def gaps_by_number(
-    contestants: Mapping[str, Contestant], mark: str, *, beside: str
+    arms: Mapping[str, Arm], mark: str, *, beside: str
 ) -> dict[str, dict[int, Interval]]:
-    """`{method: {number: …}}` of contestants named METHOD, `mark`, number: test loss less that of
+    """`{method: {number: …}}` of arms named METHOD, `mark`, number: test loss less that of
     the method `beside` at the same number, paired, 95%."""
     found: dict[str, dict[int, Interval]] = {}
-    for name, one in contestants.items():
+    for name, one in arms.items():
         method, _, number = name.rpartition(mark)
         if method != beside:
-            other = contestants[f"{beside}{mark}{number}"]
+            other = arms[f"{beside}{mark}{number}"]
             if failed := one.num_failed + other.num_failed:
                 print(f"{name}: {failed} seeds diverged, and are not in its gap")
             found.setdefault(method, {})[int(number)] = difference(one, other)
@@ -167,14 +167,14 @@ def gap_table(gaps: Mapping[str, Mapping[int, Interval]], *, label: str, beside:
 
 
 def draw_by_number(
-    contestants: Mapping[str, Contestant],
+    arms: Mapping[str, Arm],
     gaps: Mapping[str, Mapping[int, Interval]],
     mark: str,
     *,
     label: str,
     beside: str,
 ):
-    """Left: test loss against the number in the contestants' names, a line a method, single seeds
+    """Left: test loss against the number in the arms' names, a line a method, single seeds
     as dots. Right: `gaps_by_number`; 0 is the line of the method `beside`."""
     from matplotlib.figure import Figure
 
@@ -183,7 +183,7 @@ def draw_by_number(
     figure = Figure(figsize=(9.5, 3.8), layout="constrained")
     left, right = figure.subplots(1, 2)
     for method, colour in colours.items():
-        losses = [contestants[f"{method}{mark}{n}"].losses.mean(axis=1) for n in numbers]
+        losses = [arms[f"{method}{mark}{n}"].losses.mean(axis=1) for n in numbers]
         left.plot(numbers, [seeds.mean() for seeds in losses], "-", color=colour, label=method)
         for number, seeds in zip(numbers, losses, strict=True):
             left.plot([number] * len(seeds), seeds, ".", color=colour, markersize=5)
@@ -273,35 +273,14 @@ def write_findings(
     print(f"written: {out}")
 
 
+def source_of(name: str) -> Path:
+    """The file with an experiment's protocol: its config, or its analysis where it has none."""
+    places = [EXPERIMENTS / folder / f"{name}.py" for folder in ("configs", "analysis")]
+    return next(place for place in places if place.is_file())
+
+
 def paragraph_of(name: str, start: str = "") -> str:
     """The first paragraph of an experiment's docstring that begins with `start`, on one line."""
-    source = (RESULTS.parent / f"{name}.py").read_text(encoding="utf-8")
-    text = ast.get_docstring(ast.parse(source)) or ""
+    text = ast.get_docstring(ast.parse(source_of(name).read_text(encoding="utf-8"))) or ""
     paragraphs = (" ".join(part.split()) for part in text.split("\n\n"))
     return next((part for part in paragraphs if part.startswith(start)), "")
-
-
-def run_main(
-    name: str,
-    write: Callable[..., None],
-    argv: Sequence[str] | None = None,
-    *,
-    beside: str = "",
-) -> None:
-    """The command line of an experiment: where its runs are, where its findings go.
-
-    With `beside`, another experiment's name, it needs runs of that, too: `write(workdir, out,
-    place)`, where the place is a sweep's workdir or what was kept of one, as in `seeds_of`.
-    """
-    parser = argparse.ArgumentParser(prog=f"python -m experiments.{name}")
-    parser.add_argument("workdir", type=Path, help="a finished sweep's --workdir")
-    parser.add_argument("--out", type=Path, default=RESULTS / name, help="(default: %(default)s)")
-    if beside:
-        about = f"a sweep of {beside}, or what was kept of one (default: %(default)s)"
-        parser.add_argument("--beside", type=Path, default=RESULTS / beside, help=about)
-    options = parser.parse_args(argv)
-    more = (options.beside,) if beside else ()
-    try:
-        write(options.workdir, options.out, *more)
-    except RequestError as error:
-        parser.exit(2, f"{parser.prog}: {error}\n")

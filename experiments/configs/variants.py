@@ -1,6 +1,6 @@
 """Does any variant of LoRA beat LoRA, once each has its own learning rate?
 
-    lora-jax sweep --config=experiments/variants.py --sweep=variants --workdir=runs/variants
+    lora-jax sweep --config=variants --sweep=variants --workdir=runs/variants
     lora-jax report runs/variants
 
 The argument names a variant: `lora`, `rslora`, `lora_plus`, `lora_fa`, `dora`, `pissa`, `vera`,
@@ -25,8 +25,9 @@ Measured: experiments/results/variants/README.md.
 
 from ml_collections import ConfigDict
 
-from experiments.shared import REVIEWS, read_argument
 from lora_jax.settings import make_config
+
+from .shared import REVIEWS, read_argument
 
 # Ranks, and the middle of the rates: LoRA's is known from `reviews_minilm`, the others' are guesses
 # from what their update is beside LoRA's; the grids reach a factor of 16 or more to either side.

@@ -1,7 +1,7 @@
 """What does fine-tuning forget, by rank, and does it forget less for having learned less?
 
     make testbeds
-    python -m experiments.forgetting runs/what_rank     # reads the runs of what_rank; ten minutes
+    python -m experiments.analysis forgetting runs/what_rank   # of that sweep; ten minutes
 
 Compared: encoders fine-tuned on WordNet's glosses (`what_rank`: q,v at r = 1, 8, 64 and full
 fine-tuning, each at its best rate, five seeds) on something else that MiniLM was good at: 20
@@ -25,26 +25,27 @@ better loss (0.610, 0.589), q,v r = 64 1.7 at 0.644: the trade of Biderman et al
 hide. `one_line` is four clusters, not 20 points. The probe has one C and one split.
 """
 
-CONTESTANTS = ("qv-r1", "qv-r8", "qv-r64", "full")
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from experiments.analysis import findings, hypotheses, learned
+from lora_jax import lift
+from lora_jax.data import encode_examples, limit_examples, load_newsgroups
+from lora_jax.report.statistics import mean_interval
+
+ARMS = ("qv-r1", "qv-r8", "qv-r64", "full")
 NUM_ARTICLES, MAX_LENGTH = 1500, 48
 MARGIN = 0.01
 
 
 def write(workdir, out) -> None:
     """Reads the finished sweep, embeds the articles by every run, and writes what was found."""
-    import jax
-    import jax.numpy as jnp
-    import numpy as np
     from sklearn.linear_model import LogisticRegression
     from sklearn.preprocessing import StandardScaler
 
-    from experiments import findings, hypotheses, learned
-    from lora_jax import lift
-    from lora_jax.data import encode_examples, limit_examples, load_newsgroups
-    from lora_jax.report.statistics import mean_interval
-
-    found = hypotheses.read_contestants(workdir)
-    runs = {name: found[name].runs for name in CONTESTANTS}
+    found = hypotheses.read_arms(workdir)
+    runs = {name: found[name].runs for name in ARMS}
     splits = load_newsgroups()
     train, test = (limit_examples(part, NUM_ARTICLES) for part in (splits.train, splits.test))
     model = learned.adapted(runs["qv-r1"][0].folder).model
@@ -89,8 +90,8 @@ def write(workdir, out) -> None:
         points = hypotheses.mean_of(lost[first] - lost[second]).scaled(100)
         return hypotheses.beyond(name, claim, points, 100 * MARGIN, form="+.1f", unit=" points")
 
-    losses = [run.card.metrics.test.loss for name in CONTESTANTS for run in runs[name]]
-    means = [row.mean() for name in CONTESTANTS for row in lost[name]]
+    losses = [run.card.metrics.test.loss for name in ARMS for run in runs[name]]
+    means = [row.mean() for name in ARMS for row in lost[name]]
     rho = _spearman(losses, means)
     verdicts = [
         compare("forgets_less", "full forgets more than LoRA r = 8", "full", "qv-r8"),
@@ -103,11 +104,11 @@ def write(workdir, out) -> None:
         ),
     ]
     lines = [
-        "| contestant | WordNet test loss | 20 Newsgroups accuracy, % | forgotten, points |",
+        "| arm | WordNet test loss | 20 Newsgroups accuracy, % | forgotten, points |",
         "|---|---:|---:|---:|",
         f"| before | | {100 * before.mean():.1f} | |",
     ]
-    for name in CONTESTANTS:
+    for name in ARMS:
         interval = mean_interval(lost[name], seed=0).scaled(100)
         lines.append(
             f"| {name} | {found[name].test_loss.estimate:.3f} | "
@@ -120,7 +121,7 @@ def write(workdir, out) -> None:
         out,
         title="Forgetting",
         name="forgetting",
-        command="python -m experiments.forgetting runs/what_rank",
+        command="python -m experiments.analysis forgetting runs/what_rank",
         verdicts=verdicts,
         parts=["\n".join(lines), findings.figure_file(figure, out, "forgetting", used)],
         runs=used,
@@ -130,8 +131,6 @@ def write(workdir, out) -> None:
 
 def _padded(encoded, size: int = 100):
     """Batches `(ids, masks)` of one shape; the last repeats nothing, `size` divides the number."""
-    import numpy as np
-
     ids = np.full((len(encoded), MAX_LENGTH), encoded.pad_id, np.int32)
     mask = np.zeros((len(encoded), MAX_LENGTH), np.float32)
     for n in range(len(encoded)):
@@ -141,7 +140,6 @@ def _padded(encoded, size: int = 100):
 
 
 def _spearman(first, second) -> float:
-    import numpy as np
 
     ranks = [np.argsort(np.argsort(values)) for values in (first, second)]
     return float(np.corrcoef(*ranks)[0, 1])
@@ -153,7 +151,7 @@ def _draw(found, runs, lost):
 
     figure = Figure(figsize=(6.5, 4), layout="constrained")
     axes = figure.subplots()
-    for name, colour in zip(CONTESTANTS, ("#9fc9eb", "#2f86c9", "#12476f", "#d9661f"), strict=True):
+    for name, colour in zip(ARMS, ("#9fc9eb", "#2f86c9", "#12476f", "#d9661f"), strict=True):
         x = [run.card.metrics.test.loss for run in runs[name]]
         axes.plot(x, 100 * lost[name].mean(axis=1), "o", color=colour, label=name)
     axes.axhline(0, color="gray", linewidth=0.8)
@@ -163,9 +161,3 @@ def _draw(found, runs, lost):
     axes.set_ylabel("20 Newsgroups, points of accuracy lost")
     axes.legend(fontsize=8)
     return figure
-
-
-if __name__ == "__main__":
-    from experiments.findings import run_main
-
-    run_main("forgetting", write)

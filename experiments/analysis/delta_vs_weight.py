@@ -1,6 +1,6 @@
 """How does ΔW relate to W, and is full fine-tuning's change another kind? (Hu et al. 2021, 7.3)
 
-    python -m experiments.delta_vs_weight runs/what_rank    # reads the runs of what_rank
+    python -m experiments.analysis delta_vs_weight runs/what_rank    # reads the runs of what_rank
 
 Compared: LoRA r = 4 and r = 64 on q,v of MiniLM on WordNet's glosses and full fine-tuning, each at
 its best rate, five seeds; the twelve matrices q and v of six layers.
@@ -26,27 +26,27 @@ seen (28.5 and 1.68) is at that level. `full_is_wide` is a point estimate whose 
 inconclusive. `full` is that of a tied head.
 """
 
+import numpy as np
+
+from experiments.analysis import findings, hypotheses, learned
+from lora_jax.analysis import (
+    amplification,
+    energy_rank,
+    entropy_rank,
+    intruder_dimensions,
+    kernel_subspace_similarity,
+    kernel_svd,
+    stable_rank,
+)
+
 RANKS = (4, 64)
 
 
 def write(workdir, out) -> None:
     """Reads the finished sweep, and writes what was found."""
-    import numpy as np
-
-    from experiments import findings, hypotheses, learned
-    from lora_jax.analysis import (
-        amplification,
-        energy_rank,
-        entropy_rank,
-        intruder_dimensions,
-        kernel_subspace_similarity,
-        kernel_svd,
-        stable_rank,
-    )
-
-    found = hypotheses.read_contestants(workdir)
-    contestants = {f"LoRA r = {rank}": found[f"qv-r{rank}"] for rank in RANKS}
-    contestants["full"] = found["full"]
+    found = hypotheses.read_arms(workdir)
+    arms = {f"LoRA r = {rank}": found[f"qv-r{rank}"] for rank in RANKS}
+    arms["full"] = found["full"]
     paths = list(learned.delta_bases(found["qv-r4"].runs[0]))
     kernels = learned.base_kernels(found["qv-r4"].runs[0], paths)
 
@@ -55,11 +55,11 @@ def write(workdir, out) -> None:
             return learned.full_deltas(run, paths)
         return learned.lora_deltas(run)
 
-    # {(contestant, rank of the directions, quantity): (seeds, matrices)}
+    # {(arm, rank of the directions, quantity): (seeds, matrices)}
     table: dict[tuple[str, int, str], np.ndarray] = {}
     whole: dict[tuple[str, str], np.ndarray] = {}
     grids: dict[str, np.ndarray] = {}
-    for name, one in contestants.items():
+    for name, one in arms.items():
         changes = [deltas(name, run) for run in one.runs]
         for rank in RANKS if name == "full" else [int(name.rpartition(" ")[2])]:
             rows = [[amplification(c[p], kernels[p], rank) for p in paths] for c in changes]
@@ -92,7 +92,7 @@ def write(workdir, out) -> None:
     below = int(np.sum(at4["from_delta"] < at4["from_kernel"] / 2))
     factors = {rank: float(table[f"LoRA r = {rank}", rank, "factor"].mean()) for rank in RANKS}
     wide = whole["full", "90% of energy"]
-    intruders = {name: float(whole[name, "intruders"].mean()) for name in contestants}
+    intruders = {name: float(whole[name, "intruders"].mean()) for name in arms}
     verdicts = [
         hypotheses.decide(
             "more_than_random",
@@ -140,20 +140,20 @@ def write(workdir, out) -> None:
         )
     more_lines = ["| ΔW of | stable rank | entropy rank | 90% of energy | intruders of 10 |"]
     more_lines.append("|---|---:|---:|---:|---:|")
-    for name in contestants:
+    for name in arms:
         cells = [
             whole[name, w].mean()
             for w in ("stable rank", "entropy rank", "90% of energy", "intruders")
         ]
         more_lines.append(f"| {name} | " + " | ".join(f"{c:.2f}" for c in cells) + " |")
-    runs = [run for one in contestants.values() for run in one.runs]
+    runs = [run for one in arms.values() for run in one.runs]
     i, j = np.arange(1, 65)[:, None], np.arange(1, 65)
     grids["random spaces, expected"] = np.maximum(i, j) / kernels[paths[0]].shape[0]
     findings.write_findings(
         out,
         title="ΔW against W",
         name="delta_vs_weight",
-        command="python -m experiments.delta_vs_weight runs/what_rank",
+        command="python -m experiments.analysis delta_vs_weight runs/what_rank",
         verdicts=verdicts,
         parts=[
             "Means over twelve matrices and five seeds; of full fine-tuning ΔW's first 4 and 64 "
@@ -167,9 +167,3 @@ def write(workdir, out) -> None:
         ],
         runs=runs,
     )
-
-
-if __name__ == "__main__":
-    from experiments.findings import run_main
-
-    run_main("delta_vs_weight", write)

@@ -1,6 +1,6 @@
 """Do adapters of rank 8 and 64 learn the same directions? (Hu et al. 2021, Section 7.2, Figure 3)
 
-    python -m experiments.subspace_ranks runs/what_rank    # reads the runs of what_rank
+    python -m experiments.analysis subspace_ranks runs/what_rank    # reads the runs of what_rank
 
 Compared: r = 8 and r = 64 on q,v of MiniLM on WordNet's glosses, each at its best rate, five seeds
 each; φ(i, j) in the space of inputs, of ΔW and, as in the paper, of `a` alone; layer by layer.
@@ -27,18 +27,18 @@ mostly initialisation.
 
 import itertools
 
+import numpy as np
+
+from experiments.analysis import findings, hypotheses, learned
+from lora_jax.analysis import expected_similarity, sample_similarity
+from lora_jax.report.runs import Run
+
 RANKS = (8, 64)
 
 
 def write(workdir, out) -> None:
     """Reads the finished sweep, and writes what was found."""
-    import numpy as np
-
-    from experiments import findings, hypotheses, learned
-    from lora_jax.analysis import expected_similarity, sample_similarity
-    from lora_jax.report.runs import Run
-
-    found = hypotheses.read_contestants(workdir)
+    found = hypotheses.read_arms(workdir)
     runs: dict[int, tuple[Run, ...]] = {rank: found[f"qv-r{rank}"].runs for rank in RANKS}
     svds = {rank: [learned.delta_bases(run) for run in runs[rank]] for rank in RANKS}
     of_a = {rank: [learned.a_bases(run) for run in runs[rank]] for rank in RANKS}
@@ -101,7 +101,7 @@ def write(workdir, out) -> None:
         out,
         title="Directions of rank 8 and of rank 64",
         name="subspace_ranks",
-        command="python -m experiments.subspace_ranks runs/what_rank",
+        command="python -m experiments.analysis subspace_ranks runs/what_rank",
         verdicts=verdicts,
         parts=[
             findings.figure_file(
@@ -116,9 +116,3 @@ def write(workdir, out) -> None:
         runs=used,
         extra={"phi_1_1": top, "phi_8_8": rest},
     )
-
-
-if __name__ == "__main__":
-    from experiments.findings import run_main
-
-    run_main("subspace_ranks", write)

@@ -1,8 +1,8 @@
 """LoRA on SmolLM2-135M and the E2E restaurants: how much rank does it take to say what one is told?
 
-    lora-jax train --config=experiments/e2e_smollm2.py --workdir=runs/e2e
-    lora-jax train --config=experiments/e2e_smollm2.py:short --workdir=runs/e2e_short
-    lora-jax sweep --config=experiments/e2e_smollm2.py --sweep=rank --workdir=runs/e2e_rank
+    lora-jax train --config=e2e_smollm2 --workdir=runs/e2e
+    lora-jax train --config=e2e_smollm2:short --workdir=runs/e2e_short
+    lora-jax sweep --config=e2e_smollm2 --sweep=rank --workdir=runs/e2e_rank
 
 A prompt is a list of properties ("name : Blue Spice | area : riverside"), its completion a sentence
 that says them. The model comes in a package (SmolLM2-135M-Instruct, a GGUF file), the data from
@@ -27,7 +27,7 @@ not been run.
 
 from ml_collections import ConfigDict
 
-from experiments.shared import E2E, TINY_PAIRS, config_of
+from .shared import E2E, TINY_PAIRS, config_of
 
 RANKS = (1, 2, 4, 8, 64)
 RATES = (2e-4, 5e-4, 1e-3, 2e-3, 5e-3)

@@ -1,7 +1,7 @@
 """How many dimensions do handwritten digits need, by Fastfood and by a dense projection?
 
-    python -m experiments.intrinsic_digits                 # about 20 minutes on 2 cores
-    python -m experiments.intrinsic_digits --smoke         # half a minute, nothing kept
+    python -m experiments.analysis intrinsic_digits                 # about 20 minutes on 2 cores
+    python -m experiments.analysis intrinsic_digits --smoke         # half a minute, nothing kept
 
 Compared: an MLP 64-32-10 (2,410 parameters) on scikit-learn's digits (900 training, 300 validation,
 597 test images), 400 steps of AdamW on all training images at once, constant rate. θ = θ₀ + P θ_d
@@ -24,7 +24,6 @@ Measured: experiments/results/intrinsic_digits/README.md.
 
 from __future__ import annotations
 
-import argparse
 from pathlib import Path
 
 import jax
@@ -32,7 +31,7 @@ import jax.numpy as jnp
 import numpy as np
 
 import lora_jax as lj
-from experiments import findings, hypotheses
+from experiments.analysis import findings, hypotheses
 from lora_jax.analysis import intrinsic_dimension
 
 DIMS = (10, 15, 22, 33, 50, 75, 110, 165, 250, 370, 550, 830, 1250, 1850, 2410)
@@ -130,13 +129,8 @@ def measure(cells, rates, data, *, seeds, num_steps, progress) -> dict[str, dict
     return found
 
 
-def main(argv=None) -> None:
-    """Runs all of it, and writes what was found."""
-    parser = argparse.ArgumentParser(prog="python -m experiments.intrinsic_digits")
-    parser.add_argument("--smoke", action="store_true", help="few dimensions and steps; not kept")
-    parser.add_argument("--out", type=Path, default=findings.RESULTS / "intrinsic_digits")
-    options = parser.parse_args(argv)
-    smoke = options.smoke
+def write(out, smoke) -> None:
+    """Trains all of it, and writes what was found; with `smoke` a few, and nothing is written."""
     dims, dense_dims = (DIMS[2:12:4], DIMS[2:7:4]) if smoke else (DIMS, DENSE_DIMS)
     seeds = SEEDS[:2] if smoke else SEEDS
     rates, full_rates = (RATES[1:3], FULL_RATES[1:3]) if smoke else (RATES, FULL_RATES)
@@ -174,10 +168,10 @@ def main(argv=None) -> None:
     if smoke:
         print("ran; nothing is kept of a smoke run")
         return
-    write(found, options.out)
+    _write_found(found, out)
 
 
-def write(found, out: Path) -> None:
+def _write_found(found, out: Path) -> None:
     """d₉₀ of each kind, verdicts, the figure."""
 
     def d90(labels, projection, dims, split):
@@ -240,7 +234,7 @@ def write(found, out: Path) -> None:
         out,
         title="The intrinsic dimension of digits",
         name="intrinsic_digits",
-        command="python -m experiments.intrinsic_digits",
+        command="python -m experiments.analysis intrinsic_digits",
         verdicts=verdicts,
         parts=["\n".join(lines), findings.figure_file(_draw(found), out, "dimension"), note],
         runs=[],
@@ -287,7 +281,3 @@ def _draw(found):
         axes.legend(loc="lower right", fontsize=8)
     both[0].set_ylabel("accuracy; lines: all parameters, dashed: 90% of it")
     return figure
-
-
-if __name__ == "__main__":
-    main()
