@@ -13,6 +13,7 @@ import lora_jax
 from lora_jax._public import needs_extra
 
 COMMANDS = {
+    "init": "write a config to start from, and list those that come with lora_jax",
     "train": "train one cell: a method on a model and data; resumes where it stopped",
     "sweep": "train every cell of a sweep; cells whose shapes agree train as one program",
     "evaluate": "loss and accuracy of a trained cell",

@@ -20,7 +20,7 @@ from lora_jax.io.paths import at_home
 from lora_jax.io.paths import cell_of as cell_of
 from lora_jax.io.untrusted import printable
 from lora_jax.settings import SECTIONS, SETTINGS, Settings, flat_config
-from lora_jax.settings.config import put_settings, run_file
+from lora_jax.settings.config import find_config, put_settings, run_file
 from lora_jax.settings.described import described
 from lora_jax.settings.fields import literal, parse, plain_value
 
@@ -134,11 +134,9 @@ def read_config(args: Sequence[str]) -> Settings:
 def _load(name: str) -> Any:
     """What `get_config` of "FILE.py[:arg]" returns; `RequestError` names the line at fault."""
     file, _, arg = name.partition(":")
-    if not Path(file).is_file():
-        beside = sorted(str(p) for p in Path("experiments").glob("*.py"))
-        raise RequestError(f"config file {file!r} does not exist; {nearest(file, beside)}")
+    path = find_config(file)
     try:
-        functions = run_file(file)
+        functions = run_file(path)
         if "get_config" not in functions:
             raise RequestError(f"{file} has no function get_config; it returns the ConfigDict")
         return functions["get_config"](*([arg] if arg else []))
@@ -148,7 +146,7 @@ def _load(name: str) -> Any:
         raise RequestError(f"{error.filename}:{error.lineno}: {error.msg}") from error
     except Exception as error:
         frames = [(f.filename, f.lineno) for f in traceback.extract_tb(error.__traceback__)]
-        mine = [place for place in frames if place[0].endswith(Path(file).name)] or frames
+        mine = [place for place in frames if place[0] == str(path.resolve())] or frames
         kind = "" if isinstance(error, ImportError) else f"{type(error).__name__}: "
         message = f"{kind.removeprefix('ValueError: ')}{' '.join(str(error).split())}"
         raise RequestError(f"{mine[-1][0]}:{mine[-1][1]}: {message}") from error
@@ -246,8 +244,8 @@ def needs_config(
     """The config. Raises `RequestError` if there is none, or its `sections` lack settings."""
     if config is None:
         raise RequestError(
-            f"{command} needs a config: --config=reviews_minilm:lora "
-            "(experiments/ holds them, or write your own)"
+            f"{command} needs a config: --config=reviews_minilm:lora, or one of your own "
+            "(`lora-jax init my.py` writes one to start from)"
         )
     config.check_complete(sections)
     return config

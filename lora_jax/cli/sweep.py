@@ -38,7 +38,7 @@ A sweep is a function in the config's file:
     for rank in (1, 2, 4, 8):
       add(f"r{{rank}}", **{{"method.rank": rank}})
 
-With tune, a contestant runs once for each value; the one with the best validation loss then runs
+With tune, an arm runs once for each value; the one with the best validation loss then runs
 with more seeds. What was chosen, and from what, is in WORKDIR/tuned.json:
       add("r8", tune=("optimizer.lr", (1e-4, 1e-3)), more_seeds=(1, 2), **{{"method.rank": 8}})
 

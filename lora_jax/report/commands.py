@@ -6,17 +6,13 @@ import functools
 import inspect
 import shlex
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 from lora_jax.core.errors import RequestError
 from lora_jax.report.groups import flatten
 from lora_jax.report.runs import FinishedRun, Run
 from lora_jax.settings import Settings, config_hash
-from lora_jax.settings.config import run_file
-
-# The configs of this project's own checkout. No other file is executed: a card may be a stranger's.
-EXPERIMENTS = Path(__file__).resolve().parents[2] / "experiments"
+from lora_jax.settings.config import run_file, shipped_configs
 
 
 def command(run: Run, *, workdir: str = "runs/again") -> str | None:
@@ -49,16 +45,18 @@ def config_of(run: Run) -> str | None:
         return run.card.config_name
     folders = set(run.folder.resolve().parts)
     # Configs with the same settings are many: the folder's name tells which one was meant.
-    files = sorted(
-        EXPERIMENTS.glob("*.py"),
-        key=lambda file: (file.stem not in folders, file.stem != "reviews_minilm", file.stem),
+    names = sorted(
+        shipped_configs(), key=lambda name: (name not in folders, name != "reviews_minilm", name)
     )
-    return next((f"experiments/{file.name}" for file in files if _makes(file, run.config)), None)
+    return next((name for name in names if "/" not in name and _makes(name, run.config)), None)
 
 
-def _makes(file: Path, settings: dict) -> bool:
-    """Whether the file's config, with these settings put in, is a config of the same hash."""
-    config = _config(file)
+def _makes(name: str, settings: dict) -> bool:
+    """Whether this config, with these settings put in, is a config of the same hash.
+
+    Only shipped ones are executed: a card may be a stranger's.
+    """
+    config = _config(name)
     try:
         made = None if config is None else config.replace(flatten(settings))
     except (RequestError, ValueError, TypeError, KeyError):
@@ -67,11 +65,9 @@ def _makes(file: Path, settings: dict) -> bool:
 
 
 @functools.cache
-def _config(file: Path) -> Settings | None:
-    if "def get_config" not in file.read_text(encoding="utf-8"):
-        return None
+def _config(name: str) -> Settings | None:
     try:
-        make = run_file(file)["get_config"]
+        make = run_file(name)["get_config"]
         takes = inspect.signature(make).parameters.values()
         config = make("") if any(one.default is one.empty for one in takes) else make()
         return Settings.from_config(config)

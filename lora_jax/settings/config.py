@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
-import runpy
+import hashlib
+import importlib.util
 import sys
+import types
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from ml_collections import ConfigDict
 
+from lora_jax.core.errors import RequestError
+from lora_jax.core.trees import nearest
 from lora_jax.settings.schema import SECTIONS, check_method_has
+
+PACKAGE = Path(__file__).resolve().parents[1]
 
 
 def make_config(*changes: Mapping[str, Any]) -> ConfigDict:
@@ -52,16 +58,63 @@ def _put(config: ConfigDict, values: Mapping[str, Any]) -> None:
             place[name] = value
 
 
-def run_file(path: str | Path) -> dict[str, Any]:
-    """The names that a config file defines, executed.
+def shipped_configs() -> dict[str, Path]:
+    """`{name: file}` of the configs that come with the package: "what_rank", "paper/e2e_gpt2", …"""
+    folders = (PACKAGE / "configs", PACKAGE.parent / "experiments" / "configs")
+    folder = next((place for place in folders if place.is_dir()), folders[0])
+    files = (file for file in sorted(folder.rglob("*.py")) if "def get_config" in file.read_text())
+    return {str(file.relative_to(folder).with_suffix("")): file for file in files}
 
-    It may import what is next to it, the package that it is part of, and what the working folder
-    has.
+
+def find_config(file: str | Path) -> Path:
+    """A config's file: a path, or the name of a shipped one. Raises `RequestError`."""
+    path = Path(file)
+    if path.is_file():
+        return path
+    shipped = shipped_configs()
+    # They were files of experiments/ once; commands with those paths are still around.
+    name = str(file).removeprefix("experiments/").removesuffix(".py")
+    if name not in shipped:
+        raise RequestError(f"config file {str(file)!r} does not exist; {nearest(name, shipped)}")
+    return shipped[name]
+
+
+def run_file(file: str | Path) -> dict[str, Any]:
+    """The names that a config file defines, executed afresh.
+
+    It may import its neighbours (`from .shared import LORA`, or `import shared`), the package that
+    it is part of, and what the working folder has. Raises `RequestError` if there is no such file.
     """
-    folder = root = Path(path).resolve().parent
+    path = find_config(file).resolve()
+    root = path.parent
     while (root / "__init__.py").exists():
         root = root.parent
-    for place in map(str, (folder, root, Path.cwd())):
+    for place in map(str, (path.parent, root, Path.cwd())):
         if place not in sys.path:
             sys.path.append(place)
-    return runpy.run_path(str(path))
+    name = f"{_package_of(path.parent)}.{path.stem}"
+    spec = importlib.util.spec_from_file_location(name, path)
+    module = importlib.util.module_from_spec(spec)
+    # Dataclasses of a config look their module up by its name.
+    sys.modules[name] = module
+    try:
+        spec.loader.exec_module(module)
+    finally:
+        del sys.modules[name]
+    return vars(module)
+
+
+def _package_of(folder: Path) -> str:
+    """The package that relative imports of a file in `folder` begin at, made if need be.
+
+    Its name is the folder's own: two configs with a neighbour `shared` do not meet.
+    """
+    if folder == PACKAGE:
+        return PACKAGE.name
+    if (folder / "__init__.py").exists():
+        return f"{_package_of(folder.parent)}.{folder.name}"
+    name = f"_config_{hashlib.sha256(str(folder).encode()).hexdigest()[:12]}"
+    if name not in sys.modules:
+        sys.modules[name] = types.ModuleType(name)
+        sys.modules[name].__path__ = [str(folder)]
+    return name

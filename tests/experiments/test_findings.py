@@ -196,7 +196,7 @@ def test_gaps_are_paired_differences_at_the_same_number(tmp_path):
 
 @pytest.mark.parametrize("name", SWEEPS)
 def test_every_sweep_has_a_smoke_size_and_five_rates(name):
-    module = importlib.import_module(f"experiments.{name}")
+    module = importlib.import_module(f"experiments.configs.{name}")
     added = {}
     module.sweep_full_size(lambda cell, **settings: added.update({cell: settings}))
     assert added and all(len(settings["tune"][1]) >= 5 for settings in added.values())
@@ -218,10 +218,10 @@ def test_the_page_of_experiments_is_that_of_their_docstrings_and_verdicts():
 @pytest.mark.slow
 @pytest.mark.parametrize("name", SWEEPS[:2])
 def test_a_smoke_sweep_is_run_and_written(name, tmp_path):
-    command = [sys.executable, "-m", "lora_jax", "sweep", f"--config=experiments/{name}.py"]
+    command = [sys.executable, "-m", "lora_jax", "sweep", f"--config={name}"]
     command += ["--sweep=smoke", f"--workdir={tmp_path / 'runs'}"]
     subprocess.run(command, cwd=ROOT, check=True, capture_output=True)
-    command = [sys.executable, "-m", f"experiments.{name}", str(tmp_path / "runs")]
+    command = [sys.executable, "-m", "experiments.analysis", name, str(tmp_path / "runs")]
     subprocess.run([*command, f"--out={tmp_path / 'out'}"], cwd=ROOT, check=True)
     assert "| arm |" in (tmp_path / "out" / "README.md").read_text()
     assert list((tmp_path / "out").glob("*.png"))

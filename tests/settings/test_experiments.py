@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import runpy
 from pathlib import Path
 
 import pytest
@@ -10,6 +9,7 @@ import pytest
 from lora_jax.cli.main import main
 from lora_jax.cli.requests import read_config
 from lora_jax.settings import plain_config
+from lora_jax.settings.config import run_file, shipped_configs
 from lora_jax.sweeps.cells import read_sweep
 
 ROOT = Path(__file__).parents[2]
@@ -22,7 +22,7 @@ def digest(value):
 
 
 def file_of(name):
-    return next(ROOT.glob(f"experiments/**/{name}.py"))
+    return next(ROOT.glob(f"experiments/configs/**/{name}.py"))
 
 
 @pytest.mark.parametrize("name", sorted({key.partition(":")[0] for key in BEFORE}))
@@ -40,10 +40,10 @@ def test_a_config_completes_to_what_it_was_at_every_argument_and_in_every_sweep(
 
 
 def test_every_config_and_sweep_is_compared():
-    configs = [p for p in ROOT.glob("experiments/**/*.py") if "def get_config" in p.read_text()]
+    configs = list(shipped_configs().values())
     assert {path.stem for path in configs} - {"forkme"} == {key.partition(":")[0] for key in BEFORE}
     for path in configs:
-        sweeps = {name[6:] for name in runpy.run_path(str(path)) if name.startswith("sweep_")}
+        sweeps = {name[6:] for name in run_file(path) if name.startswith("sweep_")}
         compared = {key.partition(" ")[2] for key in BEFORE if key.startswith(f"{path.stem}:")}
         assert sweeps <= compared or path.stem == "forkme"
 

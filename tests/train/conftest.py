@@ -1,6 +1,5 @@
 """A tiny task on disk, and configs for it made from the main experiment's own."""
 
-import importlib.util
 import json
 import random
 from pathlib import Path
@@ -8,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from lora_jax.settings import Settings
+from lora_jax.settings.config import run_file
 
 ROOT = Path(__file__).resolve().parents[2]
 GOOD = ["good", "great", "fine", "best", "lovely", "brilliant", "moving", "funny"]
@@ -30,21 +30,13 @@ def reviews_file(tmp_path_factory):
     return path
 
 
-def load_experiment(file):
-    """The module of `experiments/file`, as the command line loads it: from its path."""
-    spec = importlib.util.spec_from_file_location(Path(file).stem, ROOT / "experiments" / file)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
 @pytest.fixture(scope="session")
 def make_config(reviews_file):
     """`make_config({"method.name": "full"})`: 12 steps of tiny-bert, dropout on, one shape."""
-    module = load_experiment("reviews_minilm.py")
+    get_config = run_file("reviews_minilm")["get_config"]
 
     def make(changes=None):
-        config = module.get_config("lora,smoke")
+        config = get_config("lora,smoke")
         settings = {
             "data.source": "jsonl",
             "data.path": str(reviews_file),

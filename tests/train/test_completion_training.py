@@ -15,19 +15,19 @@ from lora_jax.report.runs import read_runs
 from lora_jax.report.tables import summarise
 from lora_jax.serve.adapters import load_adapter
 from lora_jax.settings import Settings
+from lora_jax.settings.config import run_file
 from lora_jax.sweeps import Cell, Sweep, run_sweep
 from lora_jax.sweeps.verify import verify
 from lora_jax.train import Interrupted, train
 from lora_jax.train.evaluate_run import evaluate_cell
-from tests.train.conftest import load_experiment
 from tests.train.results import results_of
 from tests.train.test_resume import at_call, interrupt
 
 CHANGES = {"train.eval_batch_size": 8, "optimizer.lr": 3e-3, "data.batch_size": 4}
 
 
-def make_config(own=None, *, file="e2e_smollm2.py", arg="smoke"):
-    config = load_experiment(file).get_config(arg)
+def make_config(own=None, *, file="e2e_smollm2", arg="smoke"):
+    config = run_file(file)["get_config"](arg)
     return Settings.from_config(config).replace({**CHANGES, **(own or {})})
 
 
@@ -129,7 +129,7 @@ def test_texts_are_scored_before_and_after_merged_or_not(workdir, capsys):
 
 
 def test_prompts_and_fused_kernels_of_gpt2_train(tmp_path):
-    config = make_config(file="paper/e2e_gpt2.py", arg="gpt2-large,smoke")
+    config = make_config(file="paper/e2e_gpt2", arg="gpt2-large,smoke")
     card = train(config, tmp_path, progress=False)
     # Two layers of width 32: query and value are slices of one kernel, rank 4 each.
     assert card.counts.to_json() == {"adapter": 2 * 2 * 4 * (32 + 32), "head": 0, "total": 1024}
@@ -141,7 +141,7 @@ def test_prompts_and_fused_kernels_of_gpt2_train(tmp_path):
     ("task", "metric", "kind"), [("stsb", "pearson", "float32"), ("cola", "matthews", "int32")]
 )
 def test_task_metric_is_that_of_the_predictions_and_shown(tmp_path, capsys, task, metric, kind):
-    config = make_config(file="paper/glue_roberta.py", arg=f"{task},smoke")
+    config = make_config(file="paper/glue_roberta", arg=f"{task},smoke")
     card = train(config, tmp_path, progress=False)
     test = card.metrics.test.to_json()
     with np.load(tmp_path / "cells" / "run" / "test_predictions.npz") as saved:
@@ -174,7 +174,7 @@ def test_cells_with_the_models_own_dropout_end_packed_where_they_end_alone(tmp_p
     configs = {}
     for seed in (0, 1):
         own = {**changes, "seed": seed}
-        configs[f"s{seed}"] = make_config(own, file="paper/glue_roberta.py", arg="cola,smoke")
+        configs[f"s{seed}"] = make_config(own, file="paper/glue_roberta", arg="cola,smoke")
     sweep = Sweep("seeds", tuple(Cell(name, config) for name, config in configs.items()))
     results = run_sweep(sweep, tmp_path / "packed", progress=False)
     alone = train(configs["s1"], tmp_path / "alone", "s1", progress=False)

@@ -1,0 +1,48 @@
+"""`lora-jax init`: a config to start from."""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Sequence
+from pathlib import Path
+
+from lora_jax.cli.requests import Parser, read_path, say
+from lora_jax.core.errors import RequestError
+from lora_jax.io.atomic import write_text
+from lora_jax.settings.config import shipped_configs
+
+
+def run(argv: Sequence[str]) -> int:
+    configs = shipped_configs()
+    width = max(map(len, configs))
+    shipped = "\n".join(f"  {name.ljust(width)}  {_title(path)}" for name, path in configs.items())
+    parser = Parser(
+        "init",
+        description="Write a config to start from: what you compare, its settings, and a sweep.",
+        epilog=f"""\
+Example:
+  lora-jax init my.py
+  lora-jax train --config=my.py:smoke --workdir=runs/smoke      a tiny model, a minute
+  lora-jax sweep --config=my.py --sweep=rank --workdir=runs/by_rank
+
+These come with lora_jax, and are used by their names, as in --config=what_rank:
+{shipped}
+""",
+    )
+    parser.add_argument("file", metavar="FILE.py", help="the file to write; it must not exist")
+    file = Path(read_path(parser.parse_args(argv).file))
+    if file.suffix != ".py":
+        raise RequestError(f"{file} is no Python file; name it {file}.py")
+    if file.exists():
+        raise RequestError(f"{file} exists; give another name, or remove it")
+    if not file.parent.is_dir():
+        raise RequestError(f"folder {file.parent} does not exist; make it first")
+    text = configs["forkme"].read_text(encoding="utf-8")
+    write_text(file, text.replace("mine.py", file.name))
+    say(f"{file} written; try it: lora-jax train --config={file}:smoke --workdir=runs/{file.stem}")
+    return 0
+
+
+def _title(path: Path) -> str:
+    docs = ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))) or ""
+    return docs.partition("\n")[0]
