@@ -1,6 +1,6 @@
 """Rules for single primitives: how an adapted value passes through each without being formed.
 
-A rule returns the results, or None where this use has no low-rank form. See `lora_jax/README.md`
+A rule returns the results, or None where this use has no low-rank form. See `README.md` here
 for the table of what is low-rank and what is materialised.
 """
 

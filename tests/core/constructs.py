@@ -1,7 +1,7 @@
 """Models for the tests of `lift`: one awkward construct each, in plain JAX.
 
 `apply(params, x)` takes `x (5, 6)` and uses every kernel. The table of primitives in
-`lora_jax/README.md` names each of them (`test_primitives.py`).
+`lora_jax/core/README.md` names each of them (`test_primitives.py`).
 """
 
 from __future__ import annotations

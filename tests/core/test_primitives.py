@@ -1,4 +1,4 @@
-"""The table of primitives in `lora_jax/README.md` is as the rules and the constructs are."""
+"""The table of primitives in `lora_jax/core/README.md` is as the rules and the constructs are."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from lora_jax.core import tags
 from tests.core.adapted import setting
 from tests.core.constructs import ALL
 
-README = Path(lj.__file__).parent / "README.md"
+README = Path(lj.__file__).parent / "core" / "README.md"
 
 
 @dataclasses.dataclass(frozen=True)
