@@ -66,7 +66,7 @@ def test_prompts_are_the_units_where_their_pairs_are_alike():
     [
         (0.10, hypotheses.HOLDS, hypotheses.REFUTED),
         (0.00, hypotheses.REFUTED, hypotheses.HOLDS),
-        (0.05, hypotheses.OPEN, hypotheses.OPEN),  # just at the margin, and noisy
+        (0.05, hypotheses.INCONCLUSIVE, hypotheses.INCONCLUSIVE),  # just at the margin, and noisy
         (-0.1, hypotheses.REFUTED, hypotheses.REFUTED),
     ],
 )
@@ -157,7 +157,7 @@ def test_what_is_written_holds_the_hashes_and_no_figure_typed_by_hand(tmp_path):
     assert [json.loads(line)["config_hash"] for line in lines] == ["ab" * 32] * 3
     text = (tmp_path / "out" / "README.md").read_text()
     assert findings.paragraph_of("qlora", "Limits") in text
-    assert "| name: claim | seen | **open** |" in text and "| a | 7 | 1e-2 |" in text
+    assert "| name: claim | seen | **inconclusive** |" in text and "| a | 7 | 1e-2 |" in text
     kept = json.loads((tmp_path / "out" / "verdicts.json").read_text())
     assert kept["commits"] == ["c" * 40] and kept["verdicts"][0]["verdict"] == "open"
 

@@ -7,12 +7,12 @@ from pathlib import Path
 import pytest
 
 from lora_jax.cli.requests import Parser
-from lora_jax.report.commands import EXPERIMENTS, command, train_command
+from lora_jax.report.commands import command, train_command
 from lora_jax.report.runs import FinishedRun, Run
 from lora_jax.settings import config_hash, plain_config
 from lora_jax.train.record import Card
 
-CARDS = sorted((EXPERIMENTS / "results").rglob("card.json"))
+CARDS = sorted((Path(__file__).parents[2] / "experiments" / "results").rglob("card.json"))
 
 
 def parse(text):
@@ -30,8 +30,8 @@ def run_of(path, **changes):
     return FinishedRun(path.parent.name, path.parent, card.config, (), card, None)
 
 
-def test_every_committed_run_has_a_command_that_gives_the_config_of_its_card(monkeypatch):
-    monkeypatch.chdir(EXPERIMENTS.parent)
+def test_every_committed_run_has_a_command_that_gives_the_config_of_its_card(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     assert len(CARDS) >= 130
     for path in CARDS:
         run = run_of(path)
