@@ -8,6 +8,7 @@ from pathlib import Path
 
 from lora_jax.cli.requests import Parser, read_path, say
 from lora_jax.core.errors import RequestError
+from lora_jax.core.trees import nearest
 from lora_jax.io.atomic import write_text
 from lora_jax.settings.config import shipped_configs
 
@@ -21,7 +22,7 @@ def run(argv: Sequence[str]) -> int:
         description="Write a config to start from: what you compare, its settings, and a sweep.",
         epilog=f"""\
 Example:
-  lora-jax init my.py
+  lora-jax init my.py                            (--like=what_rank copies that one)
   lora-jax train --config=my.py:smoke --workdir=runs/smoke      a tiny model, a minute
   lora-jax sweep --config=my.py --sweep=rank --workdir=runs/by_rank
 
@@ -30,16 +31,23 @@ These come with lora_jax, and are used by their names, as in --config=what_rank:
 """,
     )
     parser.add_argument("file", metavar="FILE.py", help="the file to write; it must not exist")
-    file = Path(read_path(parser.parse_args(argv).file))
+    parser.add_argument(
+        "--like", default="forkme", metavar="NAME", help="the config to copy (default: %(default)s)"
+    )
+    options = parser.parse_args(argv)
+    file = Path(read_path(options.file))
+    if options.like not in configs:
+        raise RequestError(f"no config is named {options.like!r}; {nearest(options.like, configs)}")
     if file.suffix != ".py":
         raise RequestError(f"{file} is no Python file; name it {file}.py")
     if file.exists():
         raise RequestError(f"{file} exists; give another name, or remove it")
     if not file.parent.is_dir():
         raise RequestError(f"folder {file.parent} does not exist; make it first")
-    text = configs["forkme"].read_text(encoding="utf-8")
-    write_text(file, text.replace("mine.py", file.name))
-    say(f"{file} written; try it: lora-jax train --config={file}:smoke --workdir=runs/{file.stem}")
+    text = configs[options.like].read_text(encoding="utf-8")
+    # A copy lies in another folder; its neighbours are found by one dot.
+    write_text(file, text.replace("mine.py", file.name).replace("from ..", "from ."))
+    say(f"{file} written; its settings: lora-jax inspect --config={file}")
     return 0
 
 

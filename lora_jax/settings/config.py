@@ -60,10 +60,14 @@ def _put(config: ConfigDict, values: Mapping[str, Any]) -> None:
 
 def shipped_configs() -> dict[str, Path]:
     """`{name: file}` of the configs that come with the package: "what_rank", "paper/e2e_gpt2", …"""
-    folders = (PACKAGE / "configs", PACKAGE.parent / "experiments" / "configs")
-    folder = next((place for place in folders if place.is_dir()), folders[0])
+    folder = _shipped_folder()
     files = (file for file in sorted(folder.rglob("*.py")) if "def get_config" in file.read_text())
     return {str(file.relative_to(folder).with_suffix("")): file for file in files}
+
+
+def _shipped_folder() -> Path:
+    installed = PACKAGE / "configs"
+    return installed if installed.is_dir() else PACKAGE.parent / "experiments" / "configs"
 
 
 def find_config(file: str | Path) -> Path:
@@ -107,7 +111,8 @@ def run_file(file: str | Path) -> dict[str, Any]:
 def _package_of(folder: Path) -> str:
     """The package that relative imports of a file in `folder` begin at, made if need be.
 
-    Its name is the folder's own: two configs with a neighbour `shared` do not meet.
+    Its name is the folder's own: two configs with a neighbour `shared` do not meet. What is not in
+    the folder is looked for next to the shipped configs, so that a copy of one runs as it is.
     """
     if folder == PACKAGE:
         return PACKAGE.name
@@ -116,5 +121,5 @@ def _package_of(folder: Path) -> str:
     name = f"_config_{hashlib.sha256(str(folder).encode()).hexdigest()[:12]}"
     if name not in sys.modules:
         sys.modules[name] = types.ModuleType(name)
-        sys.modules[name].__path__ = [str(folder)]
+        sys.modules[name].__path__ = [str(folder), str(_shipped_folder())]
     return name

@@ -9,6 +9,7 @@ import pytest
 
 from lora_jax.cli.main import COMMANDS, main
 from lora_jax.settings import SETTINGS
+from lora_jax.settings.config import find_config
 
 ROOT = Path(__file__).resolve().parents[2]
 CONFIG = "--config=reviews_minilm:lora,smoke"
@@ -101,7 +102,7 @@ def test_a_sweep_runs_the_others_when_one_cell_fails_and_finished_cells_stay(
     texts, tmp_path, capsys
 ):
     file = tmp_path / "mine.py"
-    source = (ROOT / "experiments" / "reviews_minilm.py").read_text()
+    source = find_config("reviews_minilm").read_text()
     file.write_text(
         source
         + '\n\ndef sweep_mine(add):\n    add("good", **{"method.rank": 2})\n'
@@ -119,7 +120,7 @@ def test_a_sweep_runs_the_others_when_one_cell_fails_and_finished_cells_stay(
 
 def test_sweep_plan_status_verify_and_cite(texts, tmp_path, capsys):
     file = tmp_path / "mine.py"
-    source = (ROOT / "experiments" / "reviews_minilm.py").read_text()
+    source = find_config("reviews_minilm").read_text()
     body = 'for r in (1, 2): add(f"r{r}", **{"method.rank": r})'
     file.write_text(f"{source}\n\ndef sweep_mine(add):\n    {body}\n")
     workdir = tmp_path / "w"

@@ -159,7 +159,7 @@ def test_what_is_written_holds_the_hashes_and_no_figure_typed_by_hand(tmp_path):
     assert findings.paragraph_of("qlora", "Limits") in text
     assert "| name: claim | seen | **inconclusive** |" in text and "| a | 7 | 1e-2 |" in text
     kept = json.loads((tmp_path / "out" / "verdicts.json").read_text())
-    assert kept["commits"] == ["c" * 40] and kept["verdicts"][0]["verdict"] == "open"
+    assert kept["commits"] == ["c" * 40] and kept["verdicts"][0]["verdict"] == "inconclusive"
 
 
 def test_a_arms_seeds_are_read_from_a_sweep_and_from_what_was_kept_of_it(tmp_path):

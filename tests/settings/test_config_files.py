@@ -65,6 +65,12 @@ def test_init_writes_a_config_that_is_read_and_overwrites_nothing(tmp_path, monk
     assert main(["init", "ours.py"]) == 0
     assert read_config(["--config=ours.py:smoke"]).model.name == "tiny-bert"
     assert "mine.py" not in Path("ours.py").read_text()
+    for name in ("what_rank", "paper/e2e_gpt2"):
+        assert main(["init", "copy.py", f"--like={name}"]) == 0
+        assert read_config(["--config=copy.py"]) == read_config([f"--config={name}"])
+        Path("copy.py").unlink()
+    assert main(["init", "copy.py", "--like=what_rnk"]) == 2
+    assert "nearest: 'what_rank'" in capsys.readouterr().err
     before = Path("ours.py").read_text()
     for file, said in {
         "ours.py": "exists", "ours": "no Python file", "no/folder.py": "does not exist",
