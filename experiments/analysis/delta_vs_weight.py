@@ -50,17 +50,40 @@ def write(workdir, out) -> None:
     paths = list(learned.delta_bases(found["qv-r4"].runs[0]))
     kernels = learned.base_kernels(found["qv-r4"].runs[0], paths)
 
-    def deltas(name, run):
-        if name == "full":
-            return learned.full_deltas(run, paths)
-        return learned.lora_deltas(run)
+    table, whole, grids = _measure(arms, paths, kernels)
+    runs = [run for one in arms.values() for run in one.runs]
+    i, j = np.arange(1, 65)[:, None], np.arange(1, 65)
+    grids["random spaces, expected"] = np.maximum(i, j) / kernels[paths[0]].shape[0]
+    findings.write_findings(
+        out,
+        title="ΔW against W",
+        name="delta_vs_weight",
+        command="python -m experiments.analysis delta_vs_weight runs/what_rank",
+        verdicts=_verdicts(table, whole, paths),
+        parts=[
+            "Means over twelve matrices and five seeds; of full fine-tuning ΔW's first 4 and 64 "
+            "directions (amplification: ΔW's norm in them).",
+            *_tables(table, whole),
+            "φ of W's first i directions of inputs and ΔW's first j, mean over matrices, seed 0:",
+            findings.figure_file(
+                learned.heat_maps(grids, "i, of W", "j, of ΔW"), out, "directions", runs
+            ),
+        ],
+        runs=runs,
+    )
 
+
+def _measure(arms, paths, kernels):
+    """`(table, whole, grids)`: amplification by rank of the directions, spectra, φ of seed 0."""
     # {(arm, rank of the directions, quantity): (seeds, matrices)}
     table: dict[tuple[str, int, str], np.ndarray] = {}
     whole: dict[tuple[str, str], np.ndarray] = {}
     grids: dict[str, np.ndarray] = {}
     for name, one in arms.items():
-        changes = [deltas(name, run) for run in one.runs]
+        changes = [
+            learned.full_deltas(run, paths) if name == "full" else learned.lora_deltas(run)
+            for run in one.runs
+        ]
         for rank in RANKS if name == "full" else [int(name.rpartition(" ")[2])]:
             rows = [[amplification(c[p], kernels[p], rank) for p in paths] for c in changes]
             for quantity in rows[0][0]._fields:
@@ -83,7 +106,11 @@ def write(workdir, out) -> None:
         # Beyond its rank LoRA's ΔW has no direction.
         most = 64 if name == "full" else int(name.rpartition(" ")[2])
         grids[name] = np.mean([np.asarray(g)[:64, :most] for g in some], axis=0)
+    return table, whole, grids
 
+
+def _verdicts(table, whole, paths):
+    """What each hypothesis saw, matrix by matrix."""
     at4 = {
         q: table["LoRA r = 4", 4, q].mean(axis=0)
         for q in ("from_delta", "from_random", "from_kernel")
@@ -92,8 +119,9 @@ def write(workdir, out) -> None:
     below = int(np.sum(at4["from_delta"] < at4["from_kernel"] / 2))
     factors = {rank: float(table[f"LoRA r = {rank}", rank, "factor"].mean()) for rank in RANKS}
     wide = whole["full", "90% of energy"]
-    intruders = {name: float(whole[name, "intruders"].mean()) for name in arms}
-    verdicts = [
+    names = dict.fromkeys(name for name, _ in whole)
+    intruders = {name: float(whole[name, "intruders"].mean()) for name in names}
+    return [
         hypotheses.decide(
             "more_than_random",
             "W holds more in ΔW's directions than in random ones (r = 4), in 10 of 12",
@@ -127,6 +155,10 @@ def write(workdir, out) -> None:
             intruders["LoRA r = 4"] > intruders["full"],
         ),
     ]
+
+
+def _tables(table, whole):
+    """Two Markdown tables: amplification by rank of the directions, and spectra."""
     lines = [
         "| ΔW of | directions | ‖UᵀWV‖, ΔW's | W's own | random | ‖ΔW‖ | ‖W‖ | amplification |",
         "|---|---:|---:|---:|---:|---:|---:|---:|",
@@ -140,30 +172,10 @@ def write(workdir, out) -> None:
         )
     more_lines = ["| ΔW of | stable rank | entropy rank | 90% of energy | intruders of 10 |"]
     more_lines.append("|---|---:|---:|---:|---:|")
-    for name in arms:
+    for name in dict.fromkeys(name for name, _ in whole):
         cells = [
             whole[name, w].mean()
             for w in ("stable rank", "entropy rank", "90% of energy", "intruders")
         ]
         more_lines.append(f"| {name} | " + " | ".join(f"{c:.2f}" for c in cells) + " |")
-    runs = [run for one in arms.values() for run in one.runs]
-    i, j = np.arange(1, 65)[:, None], np.arange(1, 65)
-    grids["random spaces, expected"] = np.maximum(i, j) / kernels[paths[0]].shape[0]
-    findings.write_findings(
-        out,
-        title="ΔW against W",
-        name="delta_vs_weight",
-        command="python -m experiments.analysis delta_vs_weight runs/what_rank",
-        verdicts=verdicts,
-        parts=[
-            "Means over twelve matrices and five seeds; of full fine-tuning ΔW's first 4 and 64 "
-            "directions (amplification: ΔW's norm in them).",
-            "\n".join(lines),
-            "\n".join(more_lines),
-            "φ of W's first i directions of inputs and ΔW's first j, mean over matrices, seed 0:",
-            findings.figure_file(
-                learned.heat_maps(grids, "i, of W", "j, of ΔW"), out, "directions", runs
-            ),
-        ],
-        runs=runs,
-    )
+    return "\n".join(lines), "\n".join(more_lines)

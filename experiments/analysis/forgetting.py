@@ -41,9 +41,6 @@ MARGIN = 0.01
 
 def write(workdir, out) -> None:
     """Reads the finished sweep, embeds the articles by every run, and writes what was found."""
-    from sklearn.linear_model import LogisticRegression
-    from sklearn.preprocessing import StandardScaler
-
     found = hypotheses.read_arms(workdir)
     runs = {name: found[name].runs for name in ARMS}
     splits = load_newsgroups()
@@ -54,25 +51,7 @@ def write(workdir, out) -> None:
         for name, part in (("train", train), ("test", test))
     }
 
-    @jax.jit
-    def embed(params, ids, mask):
-        _, hidden = lift(model.apply)(params, ids, mask, output_hidden_states=True)
-        weights = mask[..., None] / mask.sum(axis=1)[:, None, None]
-        return jnp.sum(hidden[-1] * weights, axis=1)
-
-    def right(params) -> np.ndarray:
-        """(test articles,) whether a probe on the embeddings names the newsgroup."""
-        features = {
-            name: np.concatenate(
-                [np.asarray(embed(params, i, m)) for i, m in zip(ids, masks, strict=True)]
-            )
-            for name, (ids, masks) in rows.items()
-        }
-        scaler = StandardScaler().fit(features["train"])
-        probe = LogisticRegression(C=0.1, max_iter=1000)
-        probe.fit(scaler.transform(features["train"]), train.labels)
-        return probe.predict(scaler.transform(features["test"])) == test.labels
-
+    right = _probe(model, rows, train, test)
     before = right(model.params).astype(float)
     print(f"before: {before.mean():.3f}", flush=True)
     lost: dict[str, np.ndarray] = {}
@@ -103,6 +82,22 @@ def write(workdir, out) -> None:
             rho < -0.5,
         ),
     ]
+    used = [run for some in runs.values() for run in some]
+    figure = _draw(found, runs, lost)
+    findings.write_findings(
+        out,
+        title="Forgetting",
+        name="forgetting",
+        command="python -m experiments.analysis forgetting runs/what_rank",
+        verdicts=verdicts,
+        parts=[_table(found, before, lost), findings.figure_file(figure, out, "forgetting", used)],
+        runs=used,
+        extra={"forgotten": {name: rows.mean(axis=1).tolist() for name, rows in lost.items()}},
+    )
+
+
+def _table(found, before, lost):
+    """Markdown: what each arm learned and forgot."""
     lines = [
         "| arm | WordNet test loss | 20 Newsgroups accuracy, % | forgotten, points |",
         "|---|---:|---:|---:|",
@@ -115,18 +110,33 @@ def write(workdir, out) -> None:
             f"{100 * (before.mean() - lost[name].mean()):.1f} | {interval.estimate:+.1f} "
             f"[{interval.low:+.1f}, {interval.high:+.1f}] |"
         )
-    used = [run for some in runs.values() for run in some]
-    figure = _draw(found, runs, lost)
-    findings.write_findings(
-        out,
-        title="Forgetting",
-        name="forgetting",
-        command="python -m experiments.analysis forgetting runs/what_rank",
-        verdicts=verdicts,
-        parts=["\n".join(lines), findings.figure_file(figure, out, "forgetting", used)],
-        runs=used,
-        extra={"forgotten": {name: rows.mean(axis=1).tolist() for name, rows in lost.items()}},
-    )
+    return "\n".join(lines)
+
+
+def _probe(model, rows, train, test):
+    """A function of parameters: (test articles,) whether a probe names the newsgroup."""
+    from sklearn.linear_model import LogisticRegression
+    from sklearn.preprocessing import StandardScaler
+
+    @jax.jit
+    def embed(params, ids, mask):
+        _, hidden = lift(model.apply)(params, ids, mask, output_hidden_states=True)
+        weights = mask[..., None] / mask.sum(axis=1)[:, None, None]
+        return jnp.sum(hidden[-1] * weights, axis=1)
+
+    def right(params) -> np.ndarray:
+        features = {
+            name: np.concatenate(
+                [np.asarray(embed(params, i, m)) for i, m in zip(ids, masks, strict=True)]
+            )
+            for name, (ids, masks) in rows.items()
+        }
+        scaler = StandardScaler().fit(features["train"])
+        probe = LogisticRegression(C=0.1, max_iter=1000)
+        probe.fit(scaler.transform(features["train"]), train.labels)
+        return probe.predict(scaler.transform(features["test"])) == test.labels
+
+    return right
 
 
 def _padded(encoded, size: int = 100):
@@ -140,7 +150,6 @@ def _padded(encoded, size: int = 100):
 
 
 def _spearman(first, second) -> float:
-
     ranks = [np.argsort(np.argsort(values)) for values in (first, second)]
     return float(np.corrcoef(*ranks)[0, 1])
 

@@ -60,9 +60,41 @@ def write(workdir, out) -> None:
     highest = np.asarray(sample_similarity(learned.key(0), *RANKS, width).max(axis=0))
     top = {module: float(grid[0, 0]) for module, grid in main.items()}
     rest = {module: float(grid[7, 7]) for module, grid in main.items()}
+    used = [run for some in runs.values() for run in some]
+    panels = {
+        **{learned.short(m): main[m] for m in modules if "/1/" in m or "/4/" in m},
+        "mean of twelve": sum(main.values()) / len(main),
+        "random spaces, expected": null,
+    }
+    findings.write_findings(
+        out,
+        title="Directions of rank 8 and of rank 64",
+        name="subspace_ranks",
+        command="python -m experiments.analysis subspace_ranks runs/what_rank",
+        verdicts=_verdicts(top, rest, null, highest),
+        parts=[
+            findings.figure_file(
+                learned.heat_maps(panels, "i, r = 8", "j, r = 64"), out, "similarity", used
+            ),
+            _table(phi, null),
+            "Pairs of one seed begin with eight columns of `a` in common, so that their φ says how "
+            "much of the start is left, too. The source does not say whether its adapters of two "
+            "ranks shared a seed. With movie reviews, two classes instead of 26, two seeds of one "
+            "rank have far more in common: see notebooks/02_rank_subspaces.",
+        ],
+        runs=used,
+        extra={"phi_1_1": top, "phi_8_8": rest},
+    )
+
+
+def mean(values) -> float:
+    return sum(values) / len(values)
+
+
+def _verdicts(top, rest, null, highest):
+    """Of φ(1, 1) and φ(8, 8) by matrix, beside random spaces."""
     above = sum(value > highest[0, 0] for value in top.values())
-    mean = lambda values: sum(values) / len(values)  # noqa: E731
-    verdicts = [
+    return [
         hypotheses.decide(
             "top_direction",
             "mean φ(1, 1) above 0.5",
@@ -83,7 +115,10 @@ def write(workdir, out) -> None:
             above >= 10,
         ),
     ]
-    used = [run for some in runs.values() for run in some]
+
+
+def _table(phi, null) -> str:
+    """Markdown: mean φ at three places, by pair, and of random spaces."""
     lines = ["| φ of | pairs of | φ(1, 1) | φ(8, 8) | φ(8, 64) |", "|---|---|---:|---:|---:|"]
     for (what, which), grids in phi.items():
         cells = [
@@ -92,27 +127,4 @@ def write(workdir, out) -> None:
         lines.append(f"| {what} | {which} | " + " | ".join(f"{c:.3f}" for c in cells) + " |")
     cells = [null[0, 0], null[7, 7], null[7, 63]]
     lines.append("| random spaces | expected | " + " | ".join(f"{c:.3f}" for c in cells) + " |")
-    panels = {
-        **{learned.short(m): main[m] for m in modules if "/1/" in m or "/4/" in m},
-        "mean of twelve": sum(main.values()) / len(main),
-        "random spaces, expected": null,
-    }
-    findings.write_findings(
-        out,
-        title="Directions of rank 8 and of rank 64",
-        name="subspace_ranks",
-        command="python -m experiments.analysis subspace_ranks runs/what_rank",
-        verdicts=verdicts,
-        parts=[
-            findings.figure_file(
-                learned.heat_maps(panels, "i, r = 8", "j, r = 64"), out, "similarity", used
-            ),
-            "\n".join(lines),
-            "Pairs of one seed begin with eight columns of `a` in common, so that their φ says how "
-            "much of the start is left, too. The source does not say whether its adapters of two "
-            "ranks shared a seed. With movie reviews, two classes instead of 26, two seeds of one "
-            "rank have far more in common: see notebooks/02_rank_subspaces.",
-        ],
-        runs=used,
-        extra={"phi_1_1": top, "phi_8_8": rest},
-    )
+    return "\n".join(lines)

@@ -47,7 +47,7 @@ def hand_written(config: BertConfig, *, rngs: nnx.Rngs) -> Bert:
     return model
 
 
-def main(arguments: list[str] | None = None) -> None:
+def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--layers", type=int, default=24)
     parser.add_argument("--width", type=int, default=256)
@@ -55,7 +55,11 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--tokens", type=int, default=64)
     parser.add_argument("--steps", type=int, default=25)
     parser.add_argument("--out", help="folder of the record (default: print only)")
-    options = parser.parse_args(arguments)
+    return parser.parse_args(arguments)
+
+
+def main(arguments: list[str] | None = None) -> None:
+    options = parse(arguments)
     config = encoder_config(
         layers=options.layers, width=options.width, vocabulary=1000, tokens=options.tokens
     )
@@ -81,22 +85,7 @@ def main(arguments: list[str] | None = None) -> None:
         return loss(lj.lift(plain)(method.bind(trainable, frozen), ids, mask))
 
     def hand_loss(trainable, frozen):
-        whole = dict(_flat(frozen))
-        for path, entry in trainable.items():
-            layer = path.removesuffix("/kernel")
-            whole |= (
-                {f"{layer}/{name}": entry[name] for name in "ab"}
-                if "a" in entry
-                else {path: entry["value"]}
-            )
-        return loss(by_hand(unflatten(whole), ids, mask))
-
-    def sgd_step(loss):
-        def step(trainable, frozen):
-            value, grads = jax.value_and_grad(loss)(trainable, frozen)
-            return jax.tree.map(lambda p, g: p - 1e-3 * g, trainable, grads), value
-
-        return step
+        return loss(by_hand(unflatten(_with_factors(trainable, frozen)), ids, mask))
 
     steps = {"lifted": sgd_step(lifted_loss), "hand-written": sgd_step(hand_loss)}
 
@@ -132,6 +121,27 @@ def main(arguments: list[str] | None = None) -> None:
         "largest_difference_of_results": difference,
     }
     write_record("hand_written", record, options.out)
+
+
+def _with_factors(trainable, frozen):
+    """The hand-written model's parameters, by path."""
+    whole = dict(_flat(frozen))
+    for path, entry in trainable.items():
+        layer = path.removesuffix("/kernel")
+        whole |= (
+            {f"{layer}/{name}": entry[name] for name in "ab"}
+            if "a" in entry
+            else {path: entry["value"]}
+        )
+    return whole
+
+
+def sgd_step(loss):
+    def step(trainable, frozen):
+        value, grads = jax.value_and_grad(loss)(trainable, frozen)
+        return jax.tree.map(lambda p, g: p - 1e-3 * g, trainable, grads), value
+
+    return step
 
 
 def _flat(tree, prefix=""):

@@ -29,7 +29,7 @@ from lora_jax.models.bert.modeling import ALIASES
 VOCABULARY = 30522
 
 
-def main(arguments: list[str] | None = None) -> None:
+def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--cells", type=int, default=16)
     parser.add_argument("--batch", type=int, default=8)
@@ -40,7 +40,11 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--times", type=int, default=3)
     parser.add_argument("--larger", default="8,16,32,64,128", help="batches of the run alone")
     parser.add_argument("--out", help="folder of the record (default: print only)")
-    options = parser.parse_args(arguments)
+    return parser.parse_args(arguments)
+
+
+def main(arguments: list[str] | None = None) -> None:
+    options = parse(arguments)
     config = encoder_config(
         layers=options.layers, width=options.width, vocabulary=VOCABULARY, tokens=512
     )
@@ -94,10 +98,6 @@ def main(arguments: list[str] | None = None) -> None:
         taken["one_by_one"].append(run(cells, batches, at_once=1))
         each = [run([cell], batches) for cell in cells]
         taken["alone"].append(tuple(map(sum, zip(*each, strict=True))))
-    medians = {
-        name: [statistics.median(part) for part in zip(*values, strict=True)]
-        for name, values in taken.items()
-    }
     sizes = [int(size) for size in options.larger.split(",")]
     tokens_per_s = {
         size: options.steps
@@ -106,6 +106,15 @@ def main(arguments: list[str] | None = None) -> None:
         / statistics.median(run(cells[:1], batches_of(size))[0] for _ in range(options.times))
         for size in sizes
     }
+    write_record("packed", record_of(options, taken, tokens_per_s), options.out)
+
+
+def record_of(options, taken, tokens_per_s) -> dict:
+    """The record of the seconds `taken` and of one run's tokens per second by batch."""
+    medians = {
+        name: [statistics.median(part) for part in zip(*values, strict=True)]
+        for name, values in taken.items()
+    }
     most = max(tokens_per_s.values())
     of_pack = options.cells * options.steps * options.batch * options.tokens
 
@@ -113,7 +122,7 @@ def main(arguments: list[str] | None = None) -> None:
         each = {name: [part(one) for one in values] for name, values in taken.items()}
         return {name: ratio_of(each[name], each["alone"]) for name in list(taken)[:2]}
 
-    record = {
+    return {
         "what": f"{options.cells} cells, {options.layers} layers of width {options.width}, batch "
         f"{options.batch} × {options.tokens} tokens, {options.steps} steps, r 1-8 on q,v",
         "default_at_once": "one_by_one" if jax.default_backend() == "cpu" else "side_by_side",
@@ -127,7 +136,6 @@ def main(arguments: list[str] | None = None) -> None:
         },
         "each_time": taken,
     }
-    write_record("packed", record, options.out)
 
 
 if __name__ == "__main__":
