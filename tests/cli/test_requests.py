@@ -1,7 +1,6 @@
 """What the command line makes of paths, names and settings."""
 
 import re
-from pathlib import Path
 
 import pytest
 
@@ -9,8 +8,9 @@ from lora_jax.cli.main import main
 from lora_jax.cli.requests import Parser, printable, read_config
 from lora_jax.core.errors import RequestError
 from lora_jax.core.trees import nearest
+from lora_jax.settings.config import find_config
 
-CONFIG = "--config=" + str(Path(__file__).parents[2] / "experiments" / "reviews_minilm.py")
+CONFIG = "--config=reviews_minilm"
 
 
 def parser():
@@ -27,7 +27,7 @@ def test_a_tilde_is_the_home_folder_in_options_and_in_settings(monkeypatch, tmp_
     config = read_config([CONFIG, "--config.data.path=~/texts.jsonl", "--config.model.name=~/m"])
     assert config.data.path == f"{tmp_path}/texts.jsonl"
     assert config.model.name == f"{tmp_path}/m"
-    (tmp_path / "mine.py").write_text(Path(CONFIG.partition("=")[2]).read_text())
+    (tmp_path / "mine.py").write_text(find_config("reviews_minilm").read_text())
     assert read_config(["--config=~/mine.py"]).to_dict() == read_config([CONFIG]).to_dict()
 
 
@@ -86,7 +86,7 @@ def test_an_import_error_in_a_config_is_one_line_with_its_place(tmp_path):
 
 def config_with(folder, line, name="mine.py"):
     """A config file: that of the reviews, and a line that changes it."""
-    text = Path(CONFIG.partition("=")[2]).read_text()
+    text = find_config("reviews_minilm").read_text()
     text = text.replace("def get_config(", "def _get_config(")
     last = f"\n\ndef get_config(arg=''):\n  config = _get_config()\n  {line}\n  return config\n"
     (folder / name).write_text(text + last)

@@ -1,7 +1,6 @@
 """The settings of configs: omitted ones have defaults, and each has its type."""
 
 import json
-import runpy
 from pathlib import Path
 
 import numpy as np
@@ -13,13 +12,10 @@ from lora_jax.cli.requests import read_config
 from lora_jax.core.errors import RequestError
 from lora_jax.methods.registry import all_settings
 from lora_jax.settings import SETTINGS, Settings, complete, flat_config, plain_config
+from lora_jax.settings.config import run_file, shipped_configs
 
 EXPERIMENTS = Path(__file__).parents[2] / "experiments"
-FILES = [
-    file
-    for file in sorted([*EXPERIMENTS.glob("*.py"), *EXPERIMENTS.glob("paper/*.py")])
-    if "def get_config" in file.read_text()
-]
+FILES = list(shipped_configs().values())
 CARDS = sorted(EXPERIMENTS.glob("results/**/card.json"))
 SMALL = """\
 from ml_collections import ConfigDict
@@ -56,7 +52,7 @@ def small(folder, line="pass"):
 
 
 def experiment(file):
-    return runpy.run_path(str(file))["get_config"]()
+    return run_file(file)["get_config"]()
 
 
 def test_every_setting_of_every_experiment_refuses_values_of_another_type_in_one_line():

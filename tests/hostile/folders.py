@@ -10,9 +10,10 @@ import tokenizers
 from tokenizers import decoders, models, normalizers, pre_tokenizers, processors
 
 from lora_jax.cli.main import main
+from lora_jax.settings.config import find_config
 
 ROOT = Path(__file__).resolve().parents[2]
-SOURCE = ROOT / "experiments" / "reviews_minilm.py"
+SOURCE = find_config("reviews_minilm")
 FIXTURES = ROOT / "tests" / "fixtures"
 SWEEP = (
     '\n\ndef sweep_two(add):\n    for r in (1, 2):\n        add(f"r{r}", **{"method.rank": r})\n'

@@ -1,7 +1,6 @@
 """Whole models over a base in four bits: adapters of PEFT, saved folders, the command line."""
 
 import json
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -97,7 +96,7 @@ def test_scales_in_eight_bits_are_of_the_host_and_those_of_a_program_but_for_the
 
 
 def test_flags_of_settings_that_a_config_lacks(tmp_path):
-    place = f"--config={Path(__file__).parents[2] / 'experiments' / 'reviews_minilm.py'}:lora,smoke"
+    place = "--config=reviews_minilm:lora,smoke"
     more = ["--config.train.remat", "nothing_saveable", "--config.model.double_quant=false"]
     config = read_config([place, *more, "--config.method.rank=2"])
     assert config.train.remat == "nothing_saveable" and config.model.double_quant is False
@@ -105,7 +104,7 @@ def test_flags_of_settings_that_a_config_lacks(tmp_path):
     with pytest.raises(lj.RequestError, match="needs a value"):
         read_config([place, "--config.model.quantize"])
     # One that the config has is a flag like any other.
-    qlora = f"--config={Path(__file__).parents[2] / 'experiments' / 'qlora.py'}"
+    qlora = "--config=qlora"
     assert read_config([qlora, "--config.model.quantize=nf4"]).model.quantize == "nf4"
 
 
