@@ -26,7 +26,8 @@ if quick and tuple(map(int, version("jaxlib").split(".")[:2])) < (0, 11):
 os.environ["XLA_FLAGS"] = flags.strip()
 cache = ROOT / ".cache" / f"jax-{sys.version_info.major}.{sys.version_info.minor}"
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(cache))
-os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.05")
+# Every program, however small: JAX 0.12 takes 15 ms for an addition, and two workers share them.
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
 # Tests never reach for the network; a hub id must fail the way it does on a plane.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
@@ -58,6 +59,19 @@ def float64():
     jax.config.update("jax_enable_x64", True)
     yield
     jax.config.update("jax_enable_x64", before)
+
+
+@pytest.fixture
+def register():
+    """`register(name, Class)` as `lj.register_method`, forgotten after the test."""
+    from lora_jax.methods.registry import METHODS, register_method
+    from lora_jax.settings import schema
+
+    before = [(kept, dict(kept)) for kept in (METHODS._complete(), schema.METHODS, schema.SETTINGS)]
+    yield register_method
+    for kept, was in before:
+        kept.clear()
+        kept.update(was)
 
 
 @pytest.fixture

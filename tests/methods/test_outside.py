@@ -101,7 +101,7 @@ def test_a_name_is_an_identifier_of_no_other_and_its_class_a_method(register):
     assert kind_of("miss") is MiSS and title_of("miss") == "MiSS"
 
 
-def test_installed_packages_name_their_methods_by_entry_points(monkeypatch):
+def test_installed_packages_name_their_methods_by_entry_points(register, monkeypatch):
     points = [
         importlib.metadata.EntryPoint(name, value, "lora_jax.methods")
         for name, value in (

@@ -12,7 +12,6 @@ import pytest
 
 import lora_jax as lj
 from lora_jax.io.run_adapter import load_trainable
-from lora_jax.methods.registry import METHODS
 from lora_jax.serve.adapters import load_adapter
 from lora_jax.sweeps import run_sweep
 from lora_jax.sweeps.pack import make_pack
@@ -79,9 +78,8 @@ def test_cells_of_a_sweep_end_where_they_end_alone():
 
 
 @pytest.fixture
-def known(monkeypatch):
-    monkeypatch.setattr(METHODS, "_kinds", dict(METHODS._kinds))
-    lj.register_method("gated", Gated)
+def known(register):
+    register("gated", Gated)
 
 
 def test_a_sweep_on_disk_runs_end_to_end(known, make_config, tmp_path):
