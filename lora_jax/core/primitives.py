@@ -6,6 +6,7 @@ for the table of what is low-rank and what is materialised.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 
 import jax
@@ -33,85 +34,33 @@ def _dot_general(interpreter, eqn, values):
         # A product of two adapted weights: the smaller is formed, the larger stays low-rank.
         small = 0 if lhs.size <= rhs.size else 1
         (values[small],) = interpreter.plain([values[small]], eqn, "both operands are adapted")
-        lhs, rhs = values
-    weight, other = (lhs, rhs) if is_adapted(lhs) else (rhs, lhs)
-    use = DotUse(
-        frozen=lambda left, right: jaxprs.bind(eqn, [left, right])[0],
-        other=other,
-        dimension_numbers=eqn.params["dimension_numbers"],
-        on_left=is_adapted(lhs),
-        kernel_ndim=weight.ndim,
-        out=eqn.outvars[0].aval,
-        uses=interpreter.count_use(weight.path),
-        precision=eqn.params["precision"],
-    )
-    return _one(weight.use(use))
-
-
-@rule_for("gather")
-def _gather(interpreter, eqn, values):
-    weight, indices = values
-    if not is_adapted(weight) or is_adapted(indices):
-        return None
-    params, numbers = eqn.params, eqn.params["dimension_numbers"]
-    sizes, shape = params["slice_sizes"], tuple(weight.shape)
-    looked_up = tuple(
-        axis
-        for axis in numbers.start_index_map
-        if axis in numbers.collapsed_slice_dims or sizes[axis] == 1 < shape[axis]
-    )
-    # An index along an axis that is there in full says nothing, unless it may be past the end.
-    filled = params["mode"] == lax.GatherScatterMode.FILL_OR_DROP
-    if filled and len(looked_up) < len(numbers.start_index_map):
-        return None
-    gone = {*looked_up, *numbers.operand_batching_dims}
-    if not {*numbers.collapsed_slice_dims} <= gone or any(
-        size != full
-        for axis, (size, full) in enumerate(zip(sizes, shape, strict=True))
-        if axis not in gone
-    ):
-        return None
-    names = ("indices_are_sorted", "unique_indices", "mode", "fill_value")
-    use = GatherUse(
-        frozen=lambda kernel: jaxprs.bind(eqn, [kernel, indices])[0],
-        indices=indices,
-        options={name: params[name] for name in names},
-        numbers=numbers,
-        looked_up=looked_up,
-        kernel_shape=shape,
-        out_shape=tuple(eqn.outvars[0].aval.shape),
-    )
-    return _one(weight.use(use))
+    return _used(DotUse, interpreter, eqn, values, 0 if is_adapted(values[0]) else 1)
 
 
 @rule_for("conv_general_dilated")
 def _conv(interpreter, eqn, values):
-    inputs, weight = values
-    if is_adapted(inputs) or not is_adapted(weight):
-        return None
-    use = ConvUse(
-        frozen=lambda x, kernel: jaxprs.bind(eqn, [x, kernel])[0],
-        other=inputs,
-        params=eqn.params,
-        uses=interpreter.count_use(weight.path),
-    )
-    return _one(weight.use(use))
+    return _used(ConvUse, interpreter, eqn, values, 1)
 
 
 @rule_for("ragged_dot_general")
 def _ragged_dot(interpreter, eqn, values):
-    rows, weight, sizes = values
-    contracted = jaxprs.ragged_contraction(eqn)
-    if is_adapted(rows) or is_adapted(sizes) or contracted is None:
+    return _used(RaggedUse, interpreter, eqn, values, 1)
+
+
+@rule_for("gather")
+def _gather(interpreter, eqn, values):
+    return _used(GatherUse, interpreter, eqn, values, 0)
+
+
+def _used(kind, interpreter, eqn, values, place: int):
+    weight, others = values[place], (*values[:place], *values[place + 1 :])
+    if not is_adapted(weight) or any(map(is_adapted, others)):
         return None
-    use = RaggedUse(
-        frozen=lambda *operands: jaxprs.bind(eqn, operands)[0],
-        rows=rows,
-        group_sizes=sizes,
-        contracted=contracted,
-        uses=interpreter.count_use(weight.path),
-        precision=eqn.params["precision"],
-    )
+    use = kind(eqn, others, place, tuple(weight.shape))
+    if not use.has_form():
+        return None
+    if kind is not GatherUse:  # which has no input that dropout could reach
+        use = dataclasses.replace(use, uses=interpreter.count_use(weight.path))
     return _one(weight.use(use))
 
 

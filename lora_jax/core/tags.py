@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from lora_jax.core import jaxprs
+from lora_jax.core.lookups import looked_up
 
 
 @dataclasses.dataclass(frozen=True)
@@ -169,13 +170,8 @@ def _conv(walk, eqn, place, tag):
 def _gather(walk, eqn, place, tag):
     if place != 0:
         return ()
-    numbers, sizes = eqn.params["dimension_numbers"], eqn.params["slice_sizes"]
-    looked_up = [
-        axis
-        for axis in numbers.start_index_map
-        if axis in numbers.collapsed_slice_dims or sizes[axis] == 1 < tag.sizes[axis]
-    ]
-    return walk.record("gather", tag, looked_up, numbers.operand_batching_dims)
+    batch = eqn.params["dimension_numbers"].operand_batching_dims
+    return walk.record("gather", tag, looked_up(eqn, tag.sizes), batch)
 
 
 @axis_rule("dynamic_slice")

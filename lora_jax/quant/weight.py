@@ -20,6 +20,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from lora_jax.core.labelled_dot import strided_slice
 from lora_jax.core.trees import Stored
 from lora_jax.core.values import AdaptedValue, Use
 from lora_jax.quant import nf4
@@ -88,14 +89,6 @@ class NF4Weight(AdaptedValue, Stored):
 
     def base_array(self) -> jax.Array:
         return self.materialise()
-
-    @property
-    def ndim(self) -> int:
-        return len(self.shape)
-
-    @property
-    def size(self) -> int:
-        return math.prod(self.shape)
 
     @property
     def nbytes(self) -> int:
@@ -177,11 +170,8 @@ class NF4Weight(AdaptedValue, Stored):
             return self._on_stack(functools.partial(_cut, starts[:count], sizes[:count], strides))
         if strides is None:
             return None
-        ends = [b + (n - 1) * k + 1 for b, n, k in zip(starts, sizes, strides, strict=True)]
-        change = functools.partial(
-            lax.slice, start_indices=starts, limit_indices=ends, strides=strides
-        )
-        return self._viewed(View("slice", change, (tuple(starts), tuple(ends), tuple(strides))))
+        change = functools.partial(strided_slice, starts=starts, sizes=sizes, strides=strides)
+        return self._viewed(View("slice", change, (tuple(starts), tuple(sizes), tuple(strides))))
 
     def _on_stack(self, change) -> NF4Weight:
         """Every array with its stack axes changed alike."""
@@ -205,9 +195,7 @@ def _cut(starts, sizes, strides, x):
         zeros = [lax.full_like(starts[0], 0)] * rest
         return lax.dynamic_slice(x, [*starts, *zeros], whole)
     strides = [*strides[: len(starts)], *[1] * rest]
-    starts = [*starts, *[0] * rest]
-    ends = [b + (n - 1) * k + 1 for b, n, k in zip(starts, whole, strides, strict=True)]
-    return lax.slice(x, starts, ends, strides)
+    return strided_slice(x, [*starts, *[0] * rest], whole, strides)
 
 
 def _outputs_first(roles: str, matrix: tuple[int, ...]) -> tuple[list[int], list[int]]:
