@@ -47,7 +47,7 @@ def _jit(interpreter, eqn, values):
         body = _placed(body, params["in_shardings"], params["out_shardings"])
     body.__name__ = body.__qualname__ = params["name"]
     options = dict(params.get("compiler_options_kvs") or ()) or None
-    return list(jax.jit(body, compiler_options=options)(*values))
+    return jax.jit(body, compiler_options=options)(*values)
 
 
 def _placed(body, in_shardings, out_shardings):
@@ -77,7 +77,7 @@ def _call(interpreter, eqn, values):
 def _remat(interpreter, eqn, values):
     body = _body(interpreter, eqn, eqn.params["jaxpr"], plain_outputs=False)
     again = jax.checkpoint(body, prevent_cse=eqn.params["prevent_cse"], policy=eqn.params["policy"])
-    return list(again(*values))
+    return again(*values)
 
 
 @rule_for("scan")
@@ -85,10 +85,7 @@ def _scan(interpreter, eqn, values):
     num_consts, num_carry = jaxprs.scan_counts(eqn)
     consts, rest = values[:num_consts], values[num_consts:]
     carry = interpreter.plain(rest[:num_carry], eqn, "a loop's carry must stay one array")
-    stacked = [
-        x if not is_adapted(x) or x.scan_axis_is_stack() else _in_chunks(interpreter, eqn, x)
-        for x in rest[num_carry:]
-    ]
+    stacked = [_along_first_axis(interpreter, eqn, x) for x in rest[num_carry:]]
     body = _body(interpreter, eqn, eqn.params["jaxpr"], plain_outputs=True)
 
     def step(carry, xs):
@@ -99,8 +96,10 @@ def _scan(interpreter, eqn, values):
     return [*carry, *ys]
 
 
-def _in_chunks(interpreter, eqn, value):
-    """A kernel scanned along its inputs or outputs: each step has its chunk of them."""
+def _along_first_axis(interpreter, eqn, value):
+    """A stacked kernel; of one scanned along its inputs or outputs each step has its chunk."""
+    if not is_adapted(value) or value.scan_axis_is_stack():
+        return value
     reason = "scanned along an axis that is not a stack axis"
     return along_first_axis(as_arrays(interpreter, eqn, value, reason))
 
@@ -114,12 +113,10 @@ def _while(interpreter, eqn, values):
     carry = interpreter.plain(carry, eqn, "a loop's carry must stay one array")
     cond = _body(interpreter, eqn, params["cond_jaxpr"], plain_outputs=True)
     body = _body(interpreter, eqn, params["body_jaxpr"], plain_outputs=True)
-    return list(
-        lax.while_loop(
-            lambda carry: cond(*cond_consts, *carry)[0],
-            lambda carry: body(*body_consts, *carry),
-            carry,
-        )
+    return lax.while_loop(
+        lambda carry: cond(*cond_consts, *carry)[0],
+        lambda carry: body(*body_consts, *carry),
+        carry,
     )
 
 
@@ -129,7 +126,7 @@ def _cond(interpreter, eqn, values):
     branches = [
         _body(interpreter, eqn, branch, plain_outputs=True) for branch in eqn.params["branches"]
     ]
-    return list(lax.switch(index, branches, *operands))
+    return lax.switch(index, branches, *operands)
 
 
 @rule_for("shard_map")
@@ -138,10 +135,10 @@ def _shard_map(interpreter, eqn, values):
     body = _body(interpreter, eqn, eqn.params["jaxpr"], plain_outputs=True)
     reason = "a shard sees a part of the array itself"
     values = [as_arrays(interpreter, eqn, value, reason) for value in values]
-    in_specs = jaxprs.shard_map_in_specs(eqn)
+    in_specs = tuple(eqn.params["in_specs"])
     values = [sides_split(v, spec) for v, spec in zip(values, in_specs, strict=True)]
     specs = tuple(map(specs_of, values, in_specs))
-    return list(jaxprs.shard_map(eqn, lambda *parts: tuple(body(*parts)), specs)(*values))
+    return jaxprs.shard_map(eqn, lambda *parts: tuple(body(*parts)), specs)(*values)
 
 
 @rule_for("custom_jvp_call")
@@ -201,11 +198,12 @@ def _custom_vjp(interpreter, eqn, values):
         if not eqn.params["symbolic_zeros"]:
             cotangents = [jaxprs.instantiated(ct) for ct in cotangents]
         dense = _evaluate_rule(interpreter, eqn, backward_rule, values, residuals, cotangents)
+        dense = [None if jaxprs.is_symbolic_zero(x) else x for x in dense]
         return tuple(
             jax.vjp(materialise, value)[1](cotangent)[0]
             if is_adapted(value) and cotangent is not None
             else cotangent
-            for value, cotangent in zip(values, map(_none_if_zero, dense), strict=True)
+            for value, cotangent in zip(values, dense, strict=True)
         )
 
     primal.defvjp(forward, backward, symbolic_zeros=True)
@@ -265,7 +263,3 @@ def _tangent_of(value, tangent):
     if all(jaxprs.is_symbolic_zero(leaf) for leaf in leaves):
         return jaxprs.symbolic_zero(value.base)
     return jax.jvp(materialise, (value,), (jax.tree.map(jaxprs.instantiated, tangent),))[1]
-
-
-def _none_if_zero(cotangent):
-    return None if jaxprs.is_symbolic_zero(cotangent) else cotangent

@@ -113,11 +113,6 @@ def ragged_contraction(eqn) -> int | None:
     return theirs[0]
 
 
-def shard_map_in_specs(eqn) -> tuple[Any, ...]:
-    """The PartitionSpec of each operand of a shard_map equation."""
-    return tuple(eqn.params["in_specs"])
-
-
 def shard_map(eqn, body, in_specs):
     """The equation's shard_map around another body of the same results."""
     params = eqn.params
@@ -131,11 +126,6 @@ def shard_map(eqn, body, in_specs):
         axis_names=set(axes),
         check_vma=params["check_vma"],
     )
-
-
-def reshard(eqn, x, sharding):
-    """The reshard equation on another array, whose sharding its type then names."""
-    return eqn.primitive.bind(x, **{**eqn.params, "dst_sharding": sharding})
 
 
 def sub_jaxprs(eqn) -> list[Any]:

@@ -180,20 +180,20 @@ class Interpreter:
             outs, reason = None, "its factors cannot follow the explicit sharding"
         if outs is None:
             outs = jaxprs.bind(eqn, self.plain(values, eqn, reason))
+        outs = outs if isinstance(outs, list | tuple) else [outs]
         return [typed_as(out, var.aval) for out, var in zip(outs, eqn.outvars, strict=True)]
 
 
-# Primitive name -> rule(interpreter, equation, values) -> list of results, or None for "no
-# low-rank form here". Filled by core/primitives.py and core/control.py at import.
-RULES: dict[str, Callable[[Interpreter, Any, list[Any]], list[Any] | None]] = {}
+# Primitive name -> rule(interpreter, equation, values) -> the result, a list of them, or None for
+# "no low-rank form here". Filled by core/primitives.py and core/control.py at import.
+RULES: dict[str, Callable[[Interpreter, Any, list[Any]], Any]] = {}
 
 
 def rule_for(*names: str):
     """Registers a rule for the primitives of these names."""
 
     def register(rule):
-        for name in names:
-            RULES[name] = rule
+        RULES.update(dict.fromkeys(names, rule))
         return rule
 
     return register

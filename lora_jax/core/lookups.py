@@ -35,7 +35,9 @@ class GatherUse(Use):
         return looked_up(self.eqn, self.kernel_shape)
 
     def has_form(self) -> bool:
-        """Whether what is not looked up is there in full."""
+        """Whether the kernel is the table, and there in full along what is not looked up."""
+        if self.place != 0:
+            return False
         numbers, sizes = self.numbers, self.params["slice_sizes"]
         # An index along an axis that is there in full says nothing, unless it may be past the end.
         if self.params["mode"] == _FILL and len(self.looked_up) < len(numbers.start_index_map):

@@ -1,13 +1,13 @@
 """Rules for single primitives: how an adapted value passes through each without being formed.
 
-A rule returns the results, or None where this use has no low-rank form. See `lora_jax/README.md`
-for the table of what is low-rank and what is materialised.
+A rule returns the result, or a list of them, or None where this use has no low-rank form. See
+`lora_jax/README.md` for the table of what is low-rank and what is materialised.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import functools
+import math
 
 import jax
 import jax.numpy as jnp
@@ -22,46 +22,29 @@ from lora_jax.core.splits import resharded
 from lora_jax.core.uses import ConvUse, DotUse, RaggedUse
 from lora_jax.core.values import is_adapted, placed
 
+USES = {
+    "dot_general": DotUse,
+    "conv_general_dilated": ConvUse,
+    "ragged_dot_general": RaggedUse,
+    "gather": GatherUse,
+}
 
-def _one(value):
-    return None if value is None else [value]
 
-
-@rule_for("dot_general")
-def _dot_general(interpreter, eqn, values):
-    lhs, rhs = values
-    if is_adapted(lhs) and is_adapted(rhs):
+@rule_for(*USES)
+def _used(interpreter, eqn, values):
+    kind = USES[eqn.primitive.name]
+    if kind is DotUse and all(map(is_adapted, values)):
         # A product of two adapted weights: the smaller is formed, the larger stays low-rank.
-        small = 0 if lhs.size <= rhs.size else 1
+        small = 0 if values[0].size <= values[1].size else 1
         (values[small],) = interpreter.plain([values[small]], eqn, "both operands are adapted")
-    return _used(DotUse, interpreter, eqn, values, 0 if is_adapted(values[0]) else 1)
-
-
-@rule_for("conv_general_dilated")
-def _conv(interpreter, eqn, values):
-    return _used(ConvUse, interpreter, eqn, values, 1)
-
-
-@rule_for("ragged_dot_general")
-def _ragged_dot(interpreter, eqn, values):
-    return _used(RaggedUse, interpreter, eqn, values, 1)
-
-
-@rule_for("gather")
-def _gather(interpreter, eqn, values):
-    return _used(GatherUse, interpreter, eqn, values, 0)
-
-
-def _used(kind, interpreter, eqn, values, place: int):
+    place = next(n for n, value in enumerate(values) if is_adapted(value))
     weight, others = values[place], (*values[:place], *values[place + 1 :])
-    if not is_adapted(weight) or any(map(is_adapted, others)):
-        return None
     use = kind(eqn, others, place, tuple(weight.shape))
-    if not use.has_form():
+    if any(map(is_adapted, others)) or not use.has_form():
         return None
     if kind is not GatherUse:  # which has no input that dropout could reach
         use = dataclasses.replace(use, uses=interpreter.count_use(weight.path))
-    return _one(weight.use(use))
+    return weight.use(use)
 
 
 @rule_for("mul", "div")
@@ -76,8 +59,8 @@ def _times(interpreter, eqn, values):
         return None
     if eqn.primitive.name == "div":
         factor = lax.div(lax.full_like(number, 1), number)
-        return _one(weight.times(factor, lambda kernel: jaxprs.bind(eqn, [kernel, number])[0]))
-    return _one(weight.times(number, lambda kernel: lax.mul(kernel, number)))
+        return weight.times(factor, lambda kernel: jaxprs.bind(eqn, [kernel, number])[0])
+    return weight.times(number, lambda kernel: lax.mul(kernel, number))
 
 
 @rule_for("add", "sub")
@@ -96,7 +79,7 @@ def _moved(interpreter, eqn, values):
     def bind(kernel):
         return jaxprs.bind(eqn, [kernel, other] if weight is left else [other, kernel])[0]
 
-    return _one(moved.moved(sign, bind)) if is_adapted(moved) else [bind(moved)]
+    return moved.moved(sign, bind) if is_adapted(moved) else bind(moved)
 
 
 @rule_for("pad")
@@ -107,62 +90,54 @@ def _pad(interpreter, eqn, values):
     weight = as_arrays(interpreter, eqn, weight, "padded")
     if not is_adapted(weight):
         return jaxprs.bind(eqn, [weight, value])
-    return _one(weight.pad(value, eqn.params["padding_config"]))
+    return weight.pad(value, eqn.params["padding_config"])
 
 
-@rule_for("neg")
-def _neg(interpreter, eqn, values):
-    (weight,) = values
-    return _one(weight.times(jnp.full((), -1, weight.dtype), lax.neg))
-
-
-@rule_for("rev")
-def _rev(interpreter, eqn, values):
-    return _one(values[0].reverse(eqn.params["dimensions"]))
-
-
-@rule_for("convert_element_type")
-def _convert(interpreter, eqn, values):
-    return _one(values[0].convert(eqn.params["new_dtype"]))
-
-
-@rule_for("transpose")
-def _transpose(interpreter, eqn, values):
-    return _one(values[0].transpose(eqn.params["permutation"]))
-
-
-@rule_for("reshape")
-def _reshape(interpreter, eqn, values):
-    weight, order = values[0], eqn.params["dimensions"]
+def _reshaped(weight, params):
+    order = params["dimensions"]
     if order is not None:  # vmap of a convolution permutes the axes within its reshape
         weight = weight.transpose(order)
     if weight is None:
         return None
-    shape = tuple(eqn.params["new_sizes"])
-    return _one(weight.reshape(shape) or GroupedWeight.of(weight, shape))
+    shape = tuple(params["new_sizes"])
+    return weight.reshape(shape) or GroupedWeight.of(weight, shape)
 
 
-@rule_for("squeeze")
-def _squeeze(interpreter, eqn, values):
-    dropped = {axis % values[0].ndim for axis in eqn.params["dimensions"]}
-    kept = [n for axis, n in enumerate(values[0].shape) if axis not in dropped]
-    return _one(values[0].reshape(tuple(kept)))
+def _squeezed(weight, params):
+    dropped = {axis % weight.ndim for axis in params["dimensions"]}
+    return weight.reshape(tuple(n for axis, n in enumerate(weight.shape) if axis not in dropped))
 
 
-@rule_for("broadcast_in_dim")
-def _broadcast(interpreter, eqn, values):
-    # Adding axes of size one is a reshape; a true broadcast has no rule.
-    if is_adapted(values[0]) and eqn.outvars[0].aval.size == values[0].size:
-        return _one(values[0].reshape(tuple(eqn.params["shape"])))
-    return None
-
-
-@rule_for("slice")
-def _slice(interpreter, eqn, values):
-    starts, limits = eqn.params["start_indices"], eqn.params["limit_indices"]
-    strides = eqn.params["strides"] or (1,) * len(starts)
+def _sliced(weight, params):
+    starts, limits = params["start_indices"], params["limit_indices"]
+    strides = params["strides"] or (1,) * len(starts)
     sizes = [-(-(e - s) // k) for s, e, k in zip(starts, limits, strides, strict=True)]
-    return _one(values[0].slice_axes([int(s) for s in starts], sizes, strides))
+    return weight.slice_axes([int(s) for s in starts], sizes, strides)
+
+
+def _broadcast(weight, params):
+    # Adding axes of size one is a reshape; a true broadcast has no rule.
+    shape = tuple(params["shape"])
+    return weight.reshape(shape) if math.prod(shape) == weight.size else None
+
+
+# What becomes of an adapted value that is the only operand.
+FOLLOWED = {
+    "neg": lambda weight, params: weight.times(jnp.full((), -1, weight.dtype), lax.neg),
+    "rev": lambda weight, params: weight.reverse(params["dimensions"]),
+    "convert_element_type": lambda weight, params: weight.convert(params["new_dtype"]),
+    "transpose": lambda weight, params: weight.transpose(params["permutation"]),
+    "reshape": _reshaped,
+    "squeeze": _squeezed,
+    "slice": _sliced,
+    "broadcast_in_dim": _broadcast,
+}
+
+
+@rule_for(*FOLLOWED)
+def _followed(interpreter, eqn, values):
+    weight = values[0]
+    return FOLLOWED[eqn.primitive.name](weight, eqn.params) if is_adapted(weight) else None
 
 
 @rule_for("dynamic_slice")
@@ -170,7 +145,7 @@ def _dynamic_slice(interpreter, eqn, values):
     weight, *starts = values
     if not is_adapted(weight) or any(is_adapted(start) for start in starts):
         return None
-    return _one(weight.slice_axes(starts, eqn.params["slice_sizes"], None))
+    return weight.slice_axes(starts, eqn.params["slice_sizes"], None)
 
 
 @rule_for("split")
@@ -189,7 +164,7 @@ def _split(interpreter, eqn, values):
 def _on_kernel(interpreter, eqn, values):
     """Marks and placements concern the kernel; the factors follow their own sharding."""
     (weight,) = values
-    return _one(weight.marked(lambda kernel: jaxprs.bind(eqn, [kernel])[0]))
+    return weight.marked(lambda kernel: jaxprs.bind(eqn, [kernel])[0])
 
 
 @rule_for("device_put")
@@ -203,14 +178,17 @@ def _device_put(interpreter, eqn, values):
     def put(x):
         return jaxprs.bind(eqn, [x])[0]
 
-    return _one(placed(values[0], put, (lambda x: x) if named else put))
+    return placed(values[0], put, (lambda x: x) if named else put)
 
 
 @rule_for("reshard")
 def _reshard(interpreter, eqn, values):
     """Explicit sharding: the factors are split as their kernel is, in the type too."""
-    put = functools.partial(jaxprs.reshard, eqn)
-    return [resharded(values[0], eqn.params["dst_sharding"], put)]
+
+    def put(x, sharding):
+        return eqn.primitive.bind(x, **{**eqn.params, "dst_sharding": sharding})
+
+    return resharded(values[0], eqn.params["dst_sharding"], put)
 
 
 @rule_for("optimization_barrier")

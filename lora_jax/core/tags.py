@@ -9,6 +9,7 @@ from typing import Any
 
 from lora_jax.core import jaxprs
 from lora_jax.core.lookups import looked_up
+from lora_jax.core.reshapes import matched_runs
 
 
 @dataclasses.dataclass(frozen=True)
@@ -230,8 +231,12 @@ def _reshape(walk, eqn, place, tag):
     order = eqn.params["dimensions"] or range(len(tag.axes))
     tag = _moved(tag, [tag.axes[axis] for axis in order], [tag.sizes[axis] for axis in order])
     (shape,) = _shapes(eqn)
-    axes = _reshaped(tag, shape)
-    return () if axes is None else [_moved(tag, axes, shape)]
+    # A merged axis carries all its parts, a split one goes to each part.
+    axes: list[tuple[int, ...]] = [()] * len(shape)
+    for mine, theirs in matched_runs(tag.sizes, shape) or ():
+        for n in theirs:
+            axes[n] = tuple(axis for m in mine for axis in tag.axes[m])
+    return [_moved(tag, axes, shape)]
 
 
 def _elementwise(walk, eqn, place, tag):
@@ -258,28 +263,3 @@ def _cut(eqn, tag: Tags) -> list[int]:
 
 def _moved(tags: Tags, axes, sizes) -> Tags:
     return dataclasses.replace(tags, axes=tuple(axes), sizes=tuple(sizes))
-
-
-def _reshaped(tags: Tags, shape) -> list[tuple[int, ...]] | None:
-    """Tags after a reshape: a merged axis carries all its parts, a split one goes to each part."""
-    old = [(n, axes) for n, axes in zip(tags.sizes, tags.axes, strict=True) if n != 1]
-    axes: list[tuple[int, ...]] = []
-    at = 0
-    while len(axes) < len(shape):
-        if shape[len(axes)] == 1:
-            axes.append(())
-            continue
-        begin, size, covered, merged = len(axes), 1, 1, []
-        end = begin
-        while size != covered or size == 1:
-            if size <= covered and end < len(shape):
-                size *= shape[end]
-                end += 1
-            elif at < len(old):
-                covered *= old[at][0]
-                merged.extend(old[at][1])
-                at += 1
-            else:
-                return None
-        axes.extend(() if shape[n] == 1 else tuple(merged) for n in range(begin, end))
-    return axes if math.prod(shape) == math.prod(tags.sizes) else None

@@ -30,23 +30,14 @@ def _not_bound(hole: Hole) -> str:
     )
 
 
+@jax.tree_util.register_static
 @refuses_use(_not_bound)
+@dataclasses.dataclass(frozen=True)
 class Hole:
     """The empty place in `frozen` of a parameter that `trainable` holds whole: no leaves at all."""
 
-    def __repr__(self) -> str:
-        return "Hole()"
 
-    def __eq__(self, other) -> bool:
-        return isinstance(other, Hole)
-
-    def __hash__(self) -> int:
-        return hash(Hole)
-
-
-jax.tree_util.register_pytree_node(Hole, lambda hole: ((), None), lambda _, children: Hole())
-
-
+@jax.tree_util.register_static
 class Static:
     """A Python leaf of a tree (an activation, a flag) while the tree crosses a `jit`: no leaves."""
 
@@ -65,11 +56,6 @@ class Static:
             return hash((type(self.value), self.value))
         except TypeError:  # a leaf of no hash compares by identity or equality alone
             return hash(type(self.value))
-
-
-jax.tree_util.register_pytree_node(
-    Static, lambda static: ((), static), lambda static, children: static
-)
 
 
 class Stored:
@@ -135,11 +121,7 @@ def flatten(tree: PyTree, *, is_leaf: Callable[[Any], bool] | None = None) -> Fl
 
 def _join(keys) -> str:
     # NNX variables flatten to one child named by the attribute `value`.
-    if (
-        len(keys) > 1
-        and isinstance(keys[-1], jax.tree_util.GetAttrKey)
-        and keys[-1].name == "value"
-    ):
+    if len(keys) > 1 and keys[-1] == jax.tree_util.GetAttrKey("value"):
         keys = keys[:-1]
     return jax.tree_util.keystr(keys, simple=True, separator="/")
 
@@ -213,9 +195,8 @@ def check_not_untied(tree: PyTree, changed) -> None:
     """
     places: dict[int, str] = {}
     for path, leaf in flatten(tree).items():
-        if not isinstance(leaf, jax.Array | np.ndarray) or leaf.ndim < 2:
-            continue
-        if isinstance(leaf, Tracer):
+        is_known = isinstance(leaf, jax.Array | np.ndarray) and not isinstance(leaf, Tracer)
+        if not is_known or leaf.ndim < 2:
             continue
         other = places.setdefault(id(leaf), path)
         if other != path and {other, path} & set(changed):

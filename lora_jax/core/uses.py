@@ -110,6 +110,9 @@ class ConvUse(Use):
     of a convolution, where the kernel's outputs are contracted, the other way round.
     """
 
+    def has_form(self) -> bool:
+        return self.place == 1
+
     @property
     def _spec(self):
         return self.params["dimension_numbers"]
@@ -192,7 +195,7 @@ class RaggedUse(Use):
     """
 
     def has_form(self) -> bool:
-        return jaxprs.ragged_contraction(self.eqn) is not None
+        return self.place == 1 and jaxprs.ragged_contraction(self.eqn) is not None
 
     @property
     def contracted(self) -> int:

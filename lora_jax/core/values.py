@@ -237,10 +237,10 @@ class AdaptedValue:
 
     def reshape(self, shape) -> Self | None:
         """Follows a reshape that merges or splits axes of one role."""
-        segments = reshape_roles(self.shape, shape, self.current_roles)
-        if segments is None:
+        roles = reshape_roles(self.shape, shape, self.current_roles)
+        if roles is None:
             return None
-        sizes = {r: [size for role, size in segments if role == r] for r in "sio"}
+        sizes = {r: [n for n, role in zip(shape, roles, strict=True) if role == r] for r in "sio"}
 
         def reshaped(name, x):
             rank = [x.shape[n] for n, axis in enumerate(self.side_axes(name)) if axis == RANK]
@@ -249,7 +249,7 @@ class AdaptedValue:
 
         kernel = self._beneath(lambda x: lax.reshape(x, shape), "reshape", shape)
         sides = {name: reshaped(name, x) for name, x in self.sides().items()}
-        return self._on_kernel(kernel, roles="".join(role for role, _ in segments), **sides)
+        return self._on_kernel(kernel, roles=roles, **sides)
 
     def _each_along(self, change: Callable[[Any, list], Any], method: str, *args) -> Self | None:
         """The value with `change(array, the kernel's axis of each of its own)` of its arrays."""
