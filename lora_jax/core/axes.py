@@ -8,7 +8,7 @@ tags, to the products that contract them. Nothing is computed.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -61,6 +61,23 @@ class KernelAxes:
         return "".join(named[axis] for axis in range(-ndim, 0))
 
 
+def roles_of_axes(axes: Mapping[str, KernelAxes] | None, path: str, ndim: int) -> str:
+    """The roles of a kernel's axes as `axes` has them; without, "io" of a kernel of two axes.
+
+    Raises `RequestError` where nothing says which axes are input and output.
+    """
+    known = None if axes is None else axes.get(path)
+    if known is not None:
+        return known.roles(ndim, path)
+    if ndim == 2:
+        return "io"
+    raise RequestError(
+        f"{path!r} has {ndim} axes and nothing says which are input and output; pass "
+        "axes=lora_jax.kernel_axes(apply, params, *inputs), or your own "
+        "{path: KernelAxes(stack=…, in_=…, out=…)}"
+    )
+
+
 def kernel_axes(apply: Callable, params: Any, *inputs, **options) -> dict[str, KernelAxes]:
     """`{path: KernelAxes}` for every parameter of two axes or more that meets a product.
 
@@ -86,13 +103,8 @@ def kernel_axes(apply: Callable, params: Any, *inputs, **options) -> dict[str, K
     traced = [n for n, leaf in enumerate(leaves) if trees.is_array(leaf)]
 
     def plain(arrays, given):
-        inner = list(flat.leaves)
-        for place, array in zip(places, arrays, strict=True):
-            inner[place] = array
-        inner_leaves = list(leaves)
-        for place, array in zip(traced, given, strict=True):
-            inner_leaves[place] = array
-        args, kwargs = jax.tree_util.tree_unflatten(treedef, inner_leaves)
+        inner = trees.filled(flat.leaves, places, arrays)
+        args, kwargs = treedef.unflatten(trees.filled(leaves, traced, given))
         return apply(flat.unflatten(inner), *args, **kwargs)
 
     jaxpr, consts, _ = jaxprs.trace(plain, arrays, [leaves[n] for n in traced])

@@ -15,8 +15,7 @@ from lora_jax.core.errors import RequestError
 from lora_jax.core.joins import as_arrays
 from lora_jax.core.lift import rule_for
 from lora_jax.core.splits import sides_split, specs_of
-from lora_jax.core.stacks import along_first_axis
-from lora_jax.core.trees import Static
+from lora_jax.core.trees import Static, filled
 from lora_jax.core.values import is_adapted, materialise
 
 # Inner jits of a few equations (jnp.take, jax.nn.silu) are cheaper to inline than to trace again.
@@ -101,7 +100,8 @@ def _along_first_axis(interpreter, eqn, value):
     if not is_adapted(value) or value.scan_axis_is_stack():
         return value
     reason = "scanned along an axis that is not a stack axis"
-    return along_first_axis(as_arrays(interpreter, eqn, value, reason))
+    value = as_arrays(interpreter, eqn, value, reason)
+    return value.along_first_axis() if is_adapted(value) else value
 
 
 @rule_for("while")
@@ -242,10 +242,7 @@ def _evaluate_rule(interpreter, eqn, rule, operands, values, linear) -> list:
     places: list = []
 
     def flat(*args):
-        filled = list(every)
-        for place, x in zip(traced, args, strict=True):
-            filled[place] = x
-        outs = list(rule(*filled))
+        outs = list(rule(*filled(every, traced, args)))
         places[:] = [out if jaxprs.is_symbolic_zero(out) else None for out in outs]
         return [out for out in outs if not jaxprs.is_symbolic_zero(out)]
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import jax
 from jax import lax
 
-from lora_jax.core.explicit import like_first
+from lora_jax.core.explicit import within
 
 
 def contract(x, x_axes, y, y_axes, keep, *, precision=None, preferred=None) -> jax.Array:
@@ -49,17 +49,18 @@ def strided_slice(x, starts, sizes, strides):
     return lax.slice(x, starts, ends, strides)
 
 
-@like_first
 def times_side(x, x_axes, side, side_axes):
     """`x` times an array that has some of its labelled axes, in `x`'s dtype."""
     where = [x_axes.index(axis) for axis in side_axes]
-    shape = [1] * x.ndim
-    for axis, size in zip(where, side.shape, strict=True):
-        shape[axis] = size
+    sizes = dict(zip(where, side.shape, strict=True))
     in_order = sorted(range(len(where)), key=where.__getitem__)
-    side = lax.reshape(permute(side, in_order), shape)
-    # lax, not jnp: this runs once per product while the user waits for a trace.
-    return lax.mul(x, lax.broadcast_in_dim(cast(side, x.dtype), x.shape, range(x.ndim)))
+
+    def times(x, side):
+        side = lax.reshape(permute(side, in_order), [sizes.get(n, 1) for n in range(x.ndim)])
+        # lax, not jnp: this runs once per product while the user waits for a trace.
+        return lax.mul(x, lax.broadcast_in_dim(cast(side, x.dtype), x.shape, range(x.ndim)))
+
+    return within(times, x, side, like=x)
 
 
 def permute(x, permutation):

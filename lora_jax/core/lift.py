@@ -24,6 +24,7 @@ from lora_jax.core.errors import RequestError
 from lora_jax.core.explicit import in_mesh
 from lora_jax.core.segments import Segments
 from lora_jax.core.splits import typed_as
+from lora_jax.core.trees import filled
 from lora_jax.core.values import is_adapted, is_bound, materialise
 
 
@@ -240,9 +241,7 @@ class Lifted:
         def plain(*kernels):
             # Everything but the adapted kernels is closed over, so Python values stay static and
             # modules are rebuilt inside the trace, where they may be changed.
-            inner = list(leaves)
-            for place, kernel in zip(places, kernels, strict=True):
-                inner[place] = kernel
+            inner = filled(leaves, places, kernels)
             inner_args, inner_kwargs = jax.tree_util.tree_unflatten(treedef, inner)
             return self.fun(*inner_args, **inner_kwargs)
 

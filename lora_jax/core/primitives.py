@@ -18,9 +18,9 @@ from lora_jax.core.grouped import GroupedWeight
 from lora_jax.core.joins import as_arrays, joined
 from lora_jax.core.lift import rule_for
 from lora_jax.core.lookups import GatherUse
-from lora_jax.core.splits import resharded
+from lora_jax.core.splits import placed, resharded
 from lora_jax.core.uses import ConvUse, DotUse, RaggedUse
-from lora_jax.core.values import is_adapted, placed
+from lora_jax.core.values import is_adapted
 
 USES = {
     "dot_general": DotUse,

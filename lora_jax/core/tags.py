@@ -188,31 +188,27 @@ def _dynamic_slice(walk, eqn, place, tag):
 
 @axis_rule("slice", "split", "pad")
 def _sliced(walk, eqn, place, tag):
-    return _joined(walk, eqn, place, tag) if place == 0 else ()
+    return [_moved(tag, tag.axes, shape) for shape in _shapes(eqn)] if place == 0 else ()
 
 
-@axis_rule("concatenate")
-def _joined(walk, eqn, place, tag):
-    return [_moved(tag, tag.axes, shape) for shape in _shapes(eqn)]
+# What each axis of the result consists of, for primitives that move axes about.
+_MOVED = {
+    "concatenate": lambda axes, params: axes,
+    "stack": lambda axes, params: [*axes[: params["axis"]], (), *axes[params["axis"] :]],
+    "transpose": lambda axes, params: [axes[axis] for axis in params["permutation"]],
+    "squeeze": lambda axes, params: _without(axes, params["dimensions"]),
+}
 
 
-@axis_rule("stack")
-def _stack(walk, eqn, place, tag):
-    axes = list(tag.axes)
-    axes.insert(eqn.params["axis"], ())
+@axis_rule(*_MOVED)
+def _rearranged(walk, eqn, place, tag):
+    axes = _MOVED[eqn.primitive.name](tag.axes, eqn.params)
     return [_moved(tag, axes, _shapes(eqn)[0])]
 
 
-@axis_rule("transpose")
-def _transpose(walk, eqn, place, tag):
-    return [_moved(tag, [tag.axes[axis] for axis in eqn.params["permutation"]], _shapes(eqn)[0])]
-
-
-@axis_rule("squeeze")
-def _squeeze(walk, eqn, place, tag):
-    dropped = {axis % len(tag.axes) for axis in eqn.params["dimensions"]}
-    axes = [own for n, own in enumerate(tag.axes) if n not in dropped]
-    return [_moved(tag, axes, _shapes(eqn)[0])]
+def _without(axes, dimensions) -> list:
+    dropped = {axis % len(axes) for axis in dimensions}
+    return [own for n, own in enumerate(axes) if n not in dropped]
 
 
 @axis_rule("broadcast_in_dim")

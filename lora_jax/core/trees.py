@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import jax
@@ -124,6 +124,14 @@ def _join(keys) -> str:
     if len(keys) > 1 and keys[-1] == jax.tree_util.GetAttrKey("value"):
         keys = keys[:-1]
     return jax.tree_util.keystr(keys, simple=True, separator="/")
+
+
+def filled(items: Iterable[Any], places: Iterable[int], values: Iterable[Any]) -> list[Any]:
+    """The items with these values in their places."""
+    found = list(items)
+    for place, value in zip(places, values, strict=True):
+        found[place] = value
+    return found
 
 
 def is_array(leaf: Any) -> bool:

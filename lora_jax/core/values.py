@@ -217,6 +217,22 @@ class AdaptedValue:
         is_stack = self._beneath(lambda kernel: True, "scan_axis_is_stack")
         return self.current_roles[:1] == "s" and is_stack
 
+    def along_first_axis(self) -> Self:
+        """The value with its first axis, whatever its role, as a stack axis: for a scan along it.
+
+        What holds that axis (A along the inputs, B and a gain along the outputs) is cut with it,
+        and the rest is there whole for each index: ΔW[n] = scale · a[n] @ b.
+        """
+
+        def leading(axes, x):
+            if 0 in axes:
+                return jnp.moveaxis(x, axes.index(0), 0)
+            return jnp.broadcast_to(jnp.asarray(x), (self.shape[0], *x.shape))
+
+        kernel = self._beneath(lambda kernel: kernel, "along_first_axis")
+        sides = {name: leading(self.side_axes(name), x) for name, x in self.sides().items()}
+        return dataclasses.replace(self, kernel=kernel, roles="s" + self.current_roles[1:], **sides)
+
     def transpose(self, permutation) -> Self | None:
         """The value with its axes in this order."""
         roles = "".join(self.current_roles[n] for n in permutation)
@@ -307,16 +323,6 @@ def is_bound(value: Any) -> bool:
 def materialise(value: Any) -> Any:
     """The plain array that `value` stands for; plain values pass."""
     return within(type(value).materialise, value, like=value.base) if is_adapted(value) else value
-
-
-def placed(value: Any, put: Callable, put_side: Callable) -> Any:
-    """The value with the arrays it is made of put elsewhere: the frozen one, and its sides."""
-    if not is_adapted(value):
-        return put(value)
-    if isinstance(value, Stored):
-        return value.marked(put)
-    sides = {name: put_side(x) for name, x in value.sides().items()}
-    return dataclasses.replace(value, kernel=placed(value.kernel, put, put_side), **sides)
 
 
 def use_beneath(kernel: Any, use: Use) -> jax.Array | None:

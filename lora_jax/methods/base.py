@@ -86,7 +86,8 @@ class Method(Contract):
         than its rule says, or a tree that is bound already: `bind_all` binds several.
         """
         if training and key is None:
-            self._check_no_dropout()
+            for method in self.members():
+                method._check_no_dropout()
         flat = trees.flatten(frozen, is_leaf=is_adapted)
         kernels = dict(flat.items())
         for path in {path_of(name) for name in trainable}:
@@ -117,8 +118,9 @@ class Method(Contract):
             if "rows" in entry:
                 values[path] = bind_rows(path, kernel, entry["rows"], self.indices_of(path))
             else:
-                self._check_beneath(name, beneath.get(path, ()))
-                values[path] = self._bind_adapter(name, kernel, entry, key, data)
+                owner = self.owner_of(name)
+                owner._check_beneath(name, beneath.get(path, ()))
+                values[path] = owner._bind_adapter(name, kernel, entry, key, data)
             beneath.setdefault(path, []).append(name)
         return trees.put(frozen, values, is_leaf=is_adapted)
 
@@ -146,10 +148,11 @@ class Method(Contract):
         """
         flat = trees.flatten(tree, is_leaf=is_adapted)
         if any(is_bound(leaf) for leaf in flat.leaves):
-            self._check_maskable(tree)
+            for method in self.members():
+                method._check_maskable(tree)
         whole = set(self.whole_paths(tree))
         leaves = [
-            self._mask_of(path, leaf)
+            self.owner_of(path)._mask_of(path, leaf)
             if is_bound(leaf)
             else jax.tree.map(lambda _: False, leaf)
             if isinstance(leaf, trees.Stored)
@@ -164,7 +167,11 @@ class Method(Contract):
         Frozen parts get no optimizer state, no decay, and stay bit for bit as they are. For most
         methods it is `tx` itself.
         """
-        return by_part(tx, self.rate_of, self.decay_of) if self._has_rates() else tx
+        has_own = any(
+            method.FROZEN_PARTS or method.rate_multipliers or method.DECAY_MULTIPLIERS
+            for method in self.members()
+        )
+        return by_part(tx, self.rate_of, self.decay_of) if has_own else tx
 
     def drawn(self, trainable: Trainable) -> dict[str, list[float]]:
         """A sample of each random array that binding draws again: `{name: numbers}`.
@@ -183,28 +190,27 @@ class Method(Contract):
 
     def roles_of(self, name: str, part: str) -> str | None:
         """The roles of a part's axes (see `PARTS`); None for a part that has none."""
-        return self.PARTS.get(part)
+        return self.owner_of(name).PARTS.get(part)
 
     def rate_of(self, name: str, part: str) -> float:
         """The factor on the learning rate of one part of one adapter: 0 where it is frozen."""
-        return 0.0 if part in self.FROZEN_PARTS else self.rate_multipliers.get(part, 1.0)
+        owner = self.owner_of(name)
+        return 0.0 if part in owner.FROZEN_PARTS else owner.rate_multipliers.get(part, 1.0)
 
     def decay_of(self, name: str, part: str) -> float:
         """The factor on the weight decay of one part of one adapter."""
-        return self.DECAY_MULTIPLIERS.get(part, 1.0)
+        return self.owner_of(name).DECAY_MULTIPLIERS.get(part, 1.0)
 
     @property
     def rate_multipliers(self) -> Mapping[str, float]:
         """`{part: factor}` on the learning rate, where it is not 1."""
         return self.RATE_MULTIPLIERS
 
-    def _has_rates(self) -> bool:
-        return bool(self.FROZEN_PARTS or self.rate_multipliers or self.DECAY_MULTIPLIERS)
-
     def check_merges(self) -> None:
         """Raises `RequestError` for a method whose adapters are no change of a parameter."""
-        if not self.MERGES:
-            raise not_a_parameter(self.TITLE)
+        for method in self.members():
+            if not method.MERGES:
+                raise not_a_parameter(method.TITLE)
 
     def table(self, params: PyTree) -> MethodTable:
         """What the method trains in `params`: path, shape, rank, scale, trainable parameters."""
@@ -245,16 +251,15 @@ class Method(Contract):
 
     def indices_of(self, path: str) -> tuple[int, ...]:
         """The rows of the parameter at `path` that train. Raises `RequestError` for none."""
-        indices = self._own_indices(path)
-        if indices is None:
-            raise RequestError(f"no rows= of this method names {path!r}; use its own method")
-        return indices
+        for method in self.members():
+            for pattern, indices in method.rows.items():
+                if pattern_of(pattern, method.aliases).fullmatch(path):
+                    return tuple(int(n) for n in indices)
+        raise RequestError(f"no rows= of this method names {path!r}; use its own method")
 
-    def _own_indices(self, path: str) -> tuple[int, ...] | None:
-        for pattern, indices in self.rows.items():
-            if pattern_of(pattern, self.aliases).fullmatch(path):
-                return tuple(int(n) for n in indices)
-        return None
+    def members(self) -> tuple[Method, ...]:
+        """The methods that this one consists of."""
+        return (self,)
 
     def _check_beneath(self, name: str, beneath: Sequence[str]) -> None:
         """Raises `RequestError` if this adapter cannot sit on those bound before at its path."""

@@ -137,39 +137,13 @@ class Combined(Method):
     def owns(self, name: str) -> bool:
         return any(method.owns(name) for method in self.methods)
 
-    def rate_of(self, name: str, part: str) -> float:
-        return self.owner_of(name).rate_of(name, part)
-
-    def decay_of(self, name: str, part: str) -> float:
-        return self.owner_of(name).decay_of(name, part)
-
-    def roles_of(self, name: str, part: str) -> str | None:
-        return self.owner_of(name).roles_of(name, part)
-
-    def check_merges(self) -> None:
-        for method in self.methods:
-            method.check_merges()
-
-    def _has_rates(self) -> bool:
-        return any(method._has_rates() for method in self.methods)
-
     def owner_of(self, name: str) -> Method:
         # What none of them adapts is trained whole, where all of them do the same.
-        return next((method for method in self.methods if method.owns(name)), self.methods[0])
+        owner = next((method for method in self.methods if method.owns(name)), self.methods[0])
+        return owner.owner_of(name)
 
-    def _own_indices(self, path: str) -> tuple[int, ...] | None:
-        found = (method._own_indices(path) for method in self.methods)
-        return next((indices for indices in found if indices is not None), None)
-
-    def _check_beneath(self, name: str, beneath: Sequence[str]) -> None:
-        self.owner_of(name)._check_beneath(name, beneath)
-
-    def _check_maskable(self, tree: PyTree) -> None:
-        for method in self.methods:
-            method._check_maskable(tree)
-
-    def _bind_adapter(self, name: str, kernel, parts, key, data):
-        return self.owner_of(name)._bind_adapter(name, kernel, parts, key, data)
+    def members(self) -> tuple[Method, ...]:
+        return tuple(one for method in self.methods for one in method.members())
 
     def _adapter_rows(self, params, whole: frozenset[str]) -> list[Row]:
         return [row for method in self.methods for row in method._adapter_rows(params, whole)]
@@ -179,10 +153,3 @@ class Combined(Method):
 
     def _rows(self, params: PyTree, whole=()) -> dict[str, Any]:
         return {k: v for method in self.methods for k, v in method._rows(params, whole).items()}
-
-    def _mask_of(self, path: str, value):
-        return self.owner_of(path)._mask_of(path, value)
-
-    def _check_no_dropout(self) -> None:
-        for method in self.methods:
-            method._check_no_dropout()

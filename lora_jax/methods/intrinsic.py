@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping, Sequence
-from types import MappingProxyType
 from typing import Any, ClassVar
 
 import jax
@@ -22,27 +21,16 @@ from lora_jax.core.dtypes import float32_or_wider
 from lora_jax.core.errors import RequestError
 from lora_jax.core.rules import check_each_matches, pattern_of
 from lora_jax.core.values import is_adapted
-from lora_jax.methods.base import Method, PyTree, Trainable
+from lora_jax.methods.base import PyTree, Trainable
 from lora_jax.methods.merging import STORED, check_finite, checked_dtype
 from lora_jax.methods.projections import dense, fastfood, grouped
-from lora_jax.methods.subspace import (
-    check_dim,
-    check_layout,
-    key_numbers,
-    key_of,
-    layout_of,
-    probe,
-)
-from lora_jax.methods.table import Row
+from lora_jax.methods.subspace import Subspace
 
-# The one entry of `trainable`: it is of all moved parameters together.
 NAME = "intrinsic"
-PROJECTIONS = MappingProxyType({"fastfood": fastfood, "dense": dense, "grouped": grouped})
-STRUCTURES = ("did", "said")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class IntrinsicDimension(Method):
+class IntrinsicDimension(Subspace):
     """Moves the parameters that `targets` match together, in a random subspace of `dim` dimensions.
 
     `targets`: as in `Rule`; all floating-point parameters by default, but for those that `train`
@@ -53,8 +41,7 @@ class IntrinsicDimension(Method):
     among its keys) and for each other top-level part (embeddings, a pooler; layers that are stacked
     in one parameter).
 
-    `trainable["intrinsic"]` holds, in float32, `theta (dim − m,)`, SAID's `scales (m,)`, and what
-    does not train: `key`, which says which subspace it is, and `layout`, a hash of what moves. It
+    `trainable["intrinsic"]` holds `theta (dim − m,)` and SAID's `scales (m,)` (see `Subspace`). It
     moves all of it together, so that it goes beside no other method. Raises `RequestError` for
     values outside.
 
@@ -77,23 +64,20 @@ class IntrinsicDimension(Method):
     )
 
     TITLE: ClassVar = "random subspace"
-    FROZEN_PARTS: ClassVar = frozenset({"key", "layout"})
-    EXCLUSIVE: ClassVar = True
+    NAME: ClassVar = NAME
+    PROJECTIONS: ClassVar = {"fastfood": fastfood, "dense": dense, "grouped": grouped}
+    CHOICES: ClassVar = {"projection": PROJECTIONS, "structure": ("did", "said")}
 
     def __post_init__(self):
-        check_dim(self.dim)
-        for name, known in (("projection", PROJECTIONS), ("structure", STRUCTURES)):
-            value = getattr(self, name)
-            if value not in known:
-                raise RequestError(f"{name} is {value!r}; {trees.nearest(str(value), known)}")
+        super().__post_init__()
         if not isinstance(self.targets, str):
             object.__setattr__(self, "targets", tuple(self.targets))
 
     def moved(self, params: PyTree) -> dict[str, int]:
         """`{path: number of parameters}` of what moves, in the tree's order: the order in θ."""
-        return self._moved(params, frozenset(self.whole_paths(params)))
+        return self._sizes(params, frozenset(self.whole_paths(params)))
 
-    def _moved(self, params: PyTree, whole: frozenset[str]) -> dict[str, int]:
+    def _sizes(self, params: PyTree, whole: frozenset[str]) -> dict[str, int]:
         leaves = dict(trees.flatten(params, is_leaf=is_adapted).items())
         floats = [p for p, x in leaves.items() if is_adapted(x) or trees.is_float(x)]
         check_each_matches("targets", self.targets, floats, self.aliases)
@@ -111,29 +95,24 @@ class IntrinsicDimension(Method):
             raise RequestError(
                 f"dim is {self.dim}, but only {taken:,} parameters move; choose a smaller one"
             )
+        self._num_scales(moved)  # for its check
         return moved
 
-    def _groups(self, moved: Mapping[str, int]) -> list[int]:
-        """For each moved parameter the number of its λ."""
-        names = [_group_of(path) for path in moved]
-        numbers = {name: number for number, name in enumerate(dict.fromkeys(names))}
-        if self.structure == "said" and len(numbers) >= self.dim:
+    def _num_scales(self, moved: Mapping[str, int]) -> int:
+        num = len({_group_of(path) for path in moved}) if self.structure == "said" else 0
+        if num >= self.dim:
             raise RequestError(
-                f"dim is {self.dim}, but structure='said' needs {len(numbers)} of it for the "
-                f"scales of the layers; choose at least {len(numbers) + 1}"
+                f"dim is {self.dim}, but structure='said' needs {num} of it for the scales of the "
+                f"layers; choose at least {num + 1}"
             )
-        return [numbers[name] for name in names]
+        return num
 
     def _init_adapters(self, key, params, whole: frozenset[str]) -> Trainable:
-        moved = self._moved(params, whole)
+        moved = self._sizes(params, whole)
         trees.check_not_untied(params, moved)
-        groups = self._groups(moved)
-        entry: dict[str, jax.Array] = {"key": key_numbers(key), "layout": layout_of(moved)}
-        num = self.dim
-        if self.structure == "said":
-            entry["scales"] = jnp.ones(max(groups) + 1, jnp.float32)
-            num -= max(groups) + 1
-        return {NAME: {**entry, "theta": jnp.zeros(num, jnp.float32)}}
+        num = self._num_scales(moved)
+        scales = {"scales": jnp.ones(num, jnp.float32)} if num else {}
+        return self._entry(key, moved, theta=jnp.zeros(self.dim - num, jnp.float32), **scales)
 
     def _bind_over(self, trainable, frozen, *, key, data, beneath) -> PyTree:
         rest = {name: entry for name, entry in trainable.items() if name != NAME}
@@ -141,7 +120,7 @@ class IntrinsicDimension(Method):
         if NAME not in trainable:
             return tree
         whole = frozenset(name for name, entry in rest.items() if "value" in entry)
-        moved = self._moved(tree, whole)
+        moved = self._sizes(tree, whole)
         leaves = dict(trees.flatten(tree, is_leaf=is_adapted).items())
         if under := [path for path in moved if is_adapted(leaves[path])]:
             raise RequestError(
@@ -175,22 +154,18 @@ class IntrinsicDimension(Method):
             raise RequestError(
                 f"{NAME!r} holds {num} dimensions, dim is {self.dim}; use the method that made it"
             )
-        check_layout(NAME, entry["layout"], moved)
-        project = PROJECTIONS[self.projection]
-        steps = project(entry["theta"], sum(moved.values()), key_of(entry["key"]))
-        # Split, not sliced: the adjoint is one concatenation, where that of each slice passes over
-        # all that moves (100 slices of MiniLM's 10.7 million: 1 s of a step on a CPU, not 0.1).
-        found = dict(zip(moved, jax.lax.split(steps, tuple(moved.values())), strict=True))
+        found = self._steps(entry, moved)
         if self.structure != "said":
             return found
-        groups = zip(moved, self._groups(moved), strict=True)
-        return {path: entry["scales"][group] * found[path] for path, group in groups}
+        groups = {path: _group_of(path) for path in moved}
+        place = {group: n for n, group in enumerate(dict.fromkeys(groups.values()))}
+        return {path: entry["scales"][place[groups[path]]] * found[path] for path in moved}
 
     def merge(self, trainable: Trainable, frozen: PyTree, *, dtype: Any = None) -> PyTree:
         dtype, moved = checked_dtype(dtype), {}
         if NAME in trainable:
             whole = frozenset(name for name, entry in trainable.items() if "value" in entry)
-            moved = self._moved(frozen, whole)
+            moved = self._sizes(frozen, whole)
         leaves = dict(trees.flatten(frozen, is_leaf=is_adapted).items())
         if dtype not in (None, STORED):
             # What is bound is summed already, and rounded to the base's dtype: here to this one.
@@ -204,28 +179,9 @@ class IntrinsicDimension(Method):
             check_finite(path, value)
         return trees.put(tree, values)
 
-    def drawn(self, trainable: Trainable) -> dict[str, list[float]]:
-        entry = trainable[NAME]
-        project = PROJECTIONS[self.projection]
-        return {"P": probe(project, entry["key"], entry["theta"].shape[0])}
-
     def theta_size(self, params: PyTree) -> int:
         """How many numbers θ has: dim, less SAID's λ."""
-        groups = self._groups(self.moved(params))
-        return self.dim - (max(groups) + 1 if self.structure == "said" else 0)
-
-    def owns(self, name: str) -> bool:
-        return name == NAME
-
-    def table(self, params: PyTree):
-        table, moved = super().table(params), self.moved(params)
-        self._groups(moved)  # for its check
-        row = Row(NAME, (sum(moved.values()),), None, None, self.dim)
-        return dataclasses.replace(table, rows=(row, *table.rows))
-
-    def mask(self, tree: PyTree) -> PyTree:
-        """Raises `RequestError`: all that is bound is computed from what trains."""
-        return self._mask_of(NAME, None)
+        return self.dim - self._num_scales(self.moved(params))
 
 
 def _moved_by(leaf: jax.Array, flat: jax.Array) -> jax.Array:

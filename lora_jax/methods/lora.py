@@ -16,7 +16,7 @@ import numpy as np
 
 from lora_jax.core import trees
 from lora_jax.core.apply import scale_of
-from lora_jax.core.axes import KernelAxes
+from lora_jax.core.axes import KernelAxes, roles_of_axes
 from lora_jax.core.dtypes import float32_or_wider
 from lora_jax.core.errors import RequestError
 from lora_jax.core.rules import Aliases, Rule, match_rules, split_parts
@@ -147,18 +147,17 @@ class LoRA(Method):
 
     # What all of them share.
 
-    def sites(self, params) -> dict[str, Site]:
+    def sites(self, params, whole: frozenset[str] | None = None) -> dict[str, Site]:
         """`{name: site}` of every adapter, in the tree's order.
 
-        Raises `RequestError` for a rule that matches nothing, a rank above the matrix, a slice
-        outside of it, or a kernel of more than two axes without `axes`.
+        `whole` are the paths of what trains whole; by default those of this method. Raises
+        `RequestError` for a rule that matches nothing, a rank above the matrix, a slice outside of
+        it, or a kernel of more than two axes without `axes`.
         """
-        return self._sites(params, frozenset(self.whole_paths(params)))
-
-    def _sites(self, params, whole: frozenset[str]) -> dict[str, Site]:
+        whole = frozenset(self.whole_paths(params)) if whole is None else whole
         leaves = dict(trees.flatten(params).items())
         able = [path for path, leaf in leaves.items() if can_hold(leaf) and path not in whole]
-        candidates = [path for path in able if self._meets_product(path)]
+        candidates = [path for path in able if self.axes is None or path in self.axes]
         for path in self.axes or ():
             if path not in leaves:
                 raise RequestError(
@@ -172,31 +171,18 @@ class LoRA(Method):
             found[site.name] = site
         return found
 
-    def _meets_product(self, path: str) -> bool:
-        return self.axes is None or path in self.axes
-
     def _skipped(self, params, whole: frozenset[str]) -> list[str]:
+        if self.axes is None:
+            return []
         return [
             path
             for path, leaf in trees.flatten(params).items()
-            if can_hold(leaf) and path not in whole and not self._meets_product(path)
+            if can_hold(leaf) and path not in whole and path not in self.axes
             and any(rule.takes(path, self.aliases) for rule in self.rules)
         ]  # fmt: skip
 
     def _site(self, path: str, rule: Rule, shape) -> Site:
-        return Site(path, rule, self._roles(path, len(shape)), tuple(shape))
-
-    def _roles(self, path: str, ndim: int) -> str:
-        axes = None if self.axes is None else self.axes.get(path)
-        if axes is not None:
-            return axes.roles(ndim, path)
-        if ndim == 2:
-            return "io"
-        raise RequestError(
-            f"{path!r} has {ndim} axes and nothing says which are input and output; pass "
-            "axes=lora_jax.kernel_axes(apply, params, *inputs), or your own "
-            "{path: KernelAxes(stack=…, in_=…, out=…)}"
-        )
+        return Site(path, rule, roles_of_axes(self.axes, path, len(shape)), tuple(shape))
 
     def _init_adapters(self, key, params, whole: frozenset[str]) -> Trainable:
         leaves = dict(trees.flatten(params).items())
@@ -204,16 +190,16 @@ class LoRA(Method):
             name: self.init_parts(
                 key_of_name(key, name), self._start(leaves[site.path], site), site
             )
-            for name, site in self._sites(params, whole).items()
+            for name, site in self.sites(params, whole).items()
         }
 
     def _start(self, kernel, site: Site) -> Any:
         """What `init_parts` sees of the kernel: the part that is adapted."""
-        if not isinstance(kernel, trees.Stored):
-            return site.cut(kernel)
-        if self.FROM_KERNEL:
-            return site.cut(kernel.dequantize())
-        return jax.ShapeDtypeStruct(site.shape, kernel.dtype)
+        if isinstance(kernel, trees.Stored):
+            if not self.FROM_KERNEL:
+                return jax.ShapeDtypeStruct(site.shape, kernel.dtype)
+            kernel = kernel.dequantize()
+        return site.cut(kernel)
 
     def _bind_adapter(self, name, kernel, parts, key, data):
         base = kernel.base if is_adapted(kernel) else kernel
@@ -224,7 +210,9 @@ class LoRA(Method):
         parts = {**parts, **fixed}
         a, b = site.checked_factors(type(self).__name__, *self.factors(parts, site))
         stack, dtype = site.sizes("s"), jnp.result_type(a)
-        key = self._dropout_key(key, name, site)
+        key = None if key is None or not site.rule.dropout else key_of_name(key, name)
+        if key is not None and stack:
+            key = jax.random.split(key, stack)
         own = data.get(name, {"scale": self.scale(site.rule), "dropout": site.rule.dropout})
 
         def of_stack(value):
@@ -243,12 +231,6 @@ class LoRA(Method):
             path=site.path,
         )
         return self.weight(low_rank, parts, site)
-
-    def _dropout_key(self, key, name: str, site: Site):
-        if key is None or not site.rule.dropout:
-            return None
-        stack, key = site.sizes("s"), key_of_name(key, name)
-        return jax.random.split(key, stack) if stack else key
 
     def owns(self, name: str) -> bool:
         return self._rule_for(name) is not None
@@ -294,7 +276,7 @@ class LoRA(Method):
 
     def _adapter_rows(self, params, whole: frozenset[str]) -> list[Row]:
         rows = []
-        for name, site in self._sites(params, whole).items():
+        for name, site in self.sites(params, whole).items():
             count = sum(
                 math.prod(site.part_shape(spec))
                 for part, spec in self.PARTS.items()
@@ -305,9 +287,8 @@ class LoRA(Method):
 
     def _mask_of(self, path: str, value):
         plain = LoRA.factors is type(self).factors and LoRA.weight is type(self).weight
-        if not plain or type(value) is not LoRAWeight or is_bound(value.kernel):
-            return super()._mask_of(path, value)
-        if any(rule.slice and rule.takes(path, self.aliases) for rule in self.rules):
+        sliced = any(rule.slice and rule.takes(path, self.aliases) for rule in self.rules)
+        if not plain or sliced or type(value) is not LoRAWeight or is_bound(value.kernel):
             return super()._mask_of(path, value)
         trains = {name: name not in self.FROZEN_PARTS for name in self.PARTS}
         return dataclasses.replace(jax.tree.map(lambda _: False, value), **trains)

@@ -103,14 +103,13 @@ class Site:
         """`(a, b)` as a method's `factors` gave them. Raises `RequestError` for other shapes than
         (stack…, in…, k) and (stack…, k, out…)."""
         stack, ins, outs = (self.sizes(role) for role in "sio")
-        shapes = tuple(jnp.shape(a)), tuple(jnp.shape(b))
-        k = shapes[0][-1] if shapes[0] else 0
-        if shapes != ((*stack, *ins, k), (*stack, k, *outs)):
-            wanted = [f"({', '.join(map(str, sizes))})" for sizes in
-                      ((*stack, *ins, "k"), (*stack, "k", *outs))]  # fmt: skip
+        a_shape, b_shape = tuple(jnp.shape(a)), tuple(jnp.shape(b))
+        k = a_shape[-1] if a_shape else 0
+        if (a_shape, b_shape) != ((*stack, *ins, k), (*stack, k, *outs)):
+            of_a, of_b = (", ".join(map(str, x)) for x in ((*stack, *ins), (*stack, "k", *outs)))
             raise RequestError(
-                f"{method}.factors of {self.name!r} {self.shape} gives a {shapes[0]} and b "
-                f"{shapes[1]}; it must give a {wanted[0]} and b {wanted[1]}, with any k"
+                f"{method}.factors of {self.name!r} {self.shape} gives a {a_shape} and b "
+                f"{b_shape}; it must give a ({of_a}, k) and b ({of_b}), with any k"
             )
         return a, b
 
@@ -144,10 +143,10 @@ class Site:
 
     def widen(self, x, spec: str, fill: float = 0.0):
         """A part whose axes have these roles, as the whole kernel has it: `fill` outside."""
-        at = self._sliced_axis(spec)
-        if at is None or self.rule.slice is None:
+        at, window = self._sliced_axis(spec), self.rule.slice
+        if at is None or window is None:
             return x
-        axis, start, stop = self.rule.slice
+        axis, start, stop = window
         more = [(0, 0)] * x.ndim
         more[at] = (start, self.kernel_shape[axis] - stop)
         return jnp.pad(x, more, constant_values=fill)
@@ -161,14 +160,9 @@ class Site:
         """Which axis of a part is the one that is sliced, if any."""
         if not self.rule.slice:
             return None
+        axes = [n for role in spec for n, r in enumerate(self.roles + "r") if r == role]
         place = len(self.roles) + self.rule.slice[0]
-        at = 0
-        for role in spec:
-            axes = [n for n, r in enumerate(self.roles) if r == role]
-            if place in axes:
-                return at + axes.index(place)
-            at += len(self.sizes(role))
-        return None
+        return axes.index(place) if place in axes else None
 
 
 def can_hold(leaf: Any) -> bool:
@@ -176,8 +170,5 @@ def can_hold(leaf: Any) -> bool:
 
     scale · a @ b of real factors would not reach the half of a complex kernel.
     """
-    return (
-        trees.is_float(leaf)
-        and leaf.ndim >= 2
-        and not jnp.issubdtype(leaf.dtype, jnp.complexfloating)
-    )
+    is_real = trees.is_array(leaf) and jnp.issubdtype(leaf.dtype, jnp.floating)
+    return is_real and leaf.ndim >= 2

@@ -69,24 +69,18 @@ class MethodTable:
         return iter(self.rows)
 
     def __str__(self) -> str:
-        head = ("path", "shape", "rank", "scale", "trainable")
-        body = [
-            (
-                row.path,
-                "×".join(map(str, row.shape)),
-                "whole" if row.rank is None else str(row.rank),
-                "" if row.scale is None else f"{row.scale:g}",
-                f"{row.num_trainable:,}",
-            )
-            for row in self.rows
-        ]
-        widths = [max(len(line[n]) for line in [head, *body]) for n in range(len(head))]
+        table = [("path", "shape", "rank", "scale", "trainable")]
+        for row in self.rows:
+            rank = "whole" if row.rank is None else str(row.rank)
+            scale = "" if row.scale is None else f"{row.scale:g}"
+            shape = "×".join(map(str, row.shape))
+            table.append((row.path, shape, rank, scale, f"{row.num_trainable:,}"))
+        widths = [max(map(len, column)) for column in zip(*table, strict=True)]
         lines = [
             "  ".join(
-                cell.ljust(width) if n < 2 else cell.rjust(width)
-                for n, (cell, width) in enumerate(zip(line, widths, strict=True))
+                f"{cell:{'<' if n < 2 else '>'}{widths[n]}}" for n, cell in enumerate(line)
             ).rstrip()
-            for line in [head, *body]
+            for line in table
         ]
         share = self.num_trainable / max(self.num_params, 1)
         lines.append(

@@ -15,7 +15,7 @@ import numpy as np
 from jax.core import Tracer
 
 from lora_jax.core import trees
-from lora_jax.core.axes import KernelAxes
+from lora_jax.core.axes import KernelAxes, roles_of_axes
 from lora_jax.core.errors import RequestError
 from lora_jax.core.lift import lift
 from lora_jax.core.rules import Aliases, check_each_matches, pattern_of
@@ -142,15 +142,9 @@ def _roles(path: str, leaf: Any, axes) -> tuple[str | None, str]:
         return None, f"is {leaf.dtype}"
     if leaf.ndim < 2:
         return None, "is a vector" if leaf.ndim else "is a number"
-    known = None if axes is None else axes.get(path)
-    if known is None and axes is not None:
+    if axes is not None and axes.get(path) is None:
         return None, "is in no product of the model (axes= does not name it)"
-    if known is None and leaf.ndim > 2:
-        raise RequestError(
-            f"{path!r} has {leaf.ndim} axes and nothing says which are input and output; pass "
-            "axes=lora_jax.kernel_axes(apply, params, *inputs)"
-        )
-    roles = "io" if known is None else known.roles(leaf.ndim, path)
+    roles = roles_of_axes(axes, path, leaf.ndim)
     stack = roles.count("s")
     if "s" in roles[stack:]:
         return None, "has stack axes behind others"
