@@ -107,7 +107,7 @@ def kernel_axes(apply: Callable, params: Any, *inputs, **options) -> dict[str, K
         args, kwargs = treedef.unflatten(trees.filled(leaves, traced, given))
         return apply(flat.unflatten(inner), *args, **kwargs)
 
-    jaxpr, consts, _ = jaxprs.trace(plain, arrays, [leaves[n] for n in traced])
+    jaxpr, consts, *_ = jaxprs.trace(plain, arrays, [leaves[n] for n in traced])
     tags: list[Parts] = [
         (Tags(path, leaf.shape, tuple((n,) for n in range(leaf.ndim)), leaf.shape),)
         if leaf.ndim >= 2

@@ -223,7 +223,7 @@ def _check_not_random(eqn, values) -> None:
 def _run_rule(interpreter, eqn, rule, operands, inputs):
     """`(results, their tree)` of a derivative rule, by this interpreter."""
     shapes = [value.base if is_adapted(value) else value for value in inputs]
-    jaxpr, consts, tree = jaxprs.trace(rule, *shapes)
+    jaxpr, consts, tree, _ = jaxprs.trace(rule, *shapes)
     consts = interpreter.closed_over(consts, eqn, operands)
     return interpreter.evaluate(jaxpr, consts, inputs), tree
 

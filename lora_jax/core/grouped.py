@@ -68,7 +68,8 @@ class GroupedWeight(AdaptedValue):
 
         return super().on_base(changed)
 
-    marked = on_base
+    def marked(self, mark) -> GroupedWeight:
+        return self.on_base(mark)
 
     def scan_axis_is_stack(self) -> bool:
         return False

@@ -29,15 +29,11 @@ REMAT = frozenset({"remat2", "remat", "checkpoint"})
 
 
 def trace(fun, *args):
-    """Traces `fun` over the shapes of `args`: `(jaxpr, consts, out_tree)`; computes nothing.
+    """Traces `fun` over the shapes of `args`: `(jaxpr, consts, out_tree, whole)`; computes nothing.
 
-    What no result needs is removed, in sub-jaxprs too; equations with effects stay.
+    What no result needs is removed, in sub-jaxprs too; equations with effects stay. `whole` is the
+    jaxpr before that.
     """
-    return trace_whole(fun, *args)[:3]
-
-
-def trace_whole(fun, *args):
-    """`trace`, with the jaxpr before anything was removed as a fourth result."""
     try:
         closed, out_shape = jax.make_jaxpr(fun, return_shape=True)(*args)
     except Exception as error:

@@ -194,7 +194,8 @@ def rule_for(*names: str):
     """Registers a rule for the primitives of these names."""
 
     def register(rule):
-        RULES.update(dict.fromkeys(names, rule))
+        for name in names:
+            RULES[name] = rule
         return rule
 
     return register
@@ -246,8 +247,8 @@ class Lifted:
             return self.fun(*inner_args, **inner_kwargs)
 
         values = [in_mesh(leaves[place]) for place in places]
-        traced = jaxprs.trace_whole(plain, *(value.base for value in values))
-        jaxpr, consts, out_tree, whole = traced
+        kernels = (value.base for value in values)
+        jaxpr, consts, out_tree, whole = jaxprs.trace(plain, *kernels)
         interpreter = Interpreter(strict=self.strict, whole=(whole, consts, values))
         outs = interpreter.evaluate(jaxpr, consts, values)
         name = getattr(self.fun, "__name__", "the function")

@@ -94,9 +94,11 @@ class DotUse(Use):
 
     def _product(self, factor, other, keep, preferred):
         """Contracts, the factor on its kernel's side; returns the result and its axes unsorted."""
-        one, two = (other, factor) if self.place else (factor, other)
+        (x, x_axes), (y, y_axes) = (other, factor) if self.place else (factor, other)
         precision = self.params["precision"]
-        return contract_labelled(*one, *two, keep, precision=precision, preferred=preferred)
+        return contract_labelled(
+            x, x_axes, y, y_axes, keep, precision=precision, preferred=preferred
+        )
 
 
 def _only_second_is_complex(x, y) -> bool:

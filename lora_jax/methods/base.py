@@ -88,14 +88,12 @@ class Method(Contract):
         if training and key is None:
             for method in self.members():
                 method._check_no_dropout()
-        flat = trees.flatten(frozen, is_leaf=is_adapted)
-        kernels = dict(flat.items())
-        for path in {path_of(name) for name in trainable}:
-            if is_bound(kernels.get(path)):
-                raise RequestError(
-                    f"{path!r} is bound already; bind the tree that `init` returned, or several "
-                    "adapters at once with lora_jax.bind_all"
-                )
+        kernels = dict(trees.flatten(frozen, is_leaf=is_adapted).items())
+        if bound := [p for p in map(path_of, trainable) if is_bound(kernels.get(p))]:
+            raise RequestError(
+                f"{bound[0]!r} is bound already; bind the tree that `init` returned, or several "
+                "adapters at once with lora_jax.bind_all"
+            )
         return self._bind_over(trainable, frozen, key=key, data=data or {}, beneath={})
 
     def _bind_over(self, trainable, frozen, *, key, data, beneath: dict[str, list[str]]) -> PyTree:
@@ -151,15 +149,14 @@ class Method(Contract):
             for method in self.members():
                 method._check_maskable(tree)
         whole = set(self.whole_paths(tree))
-        leaves = [
-            self.owner_of(path)._mask_of(path, leaf)
-            if is_bound(leaf)
-            else jax.tree.map(lambda _: False, leaf)
-            if isinstance(leaf, trees.Stored)
-            else path in whole
-            for path, leaf in flat.items()
-        ]
-        return flat.unflatten(leaves)
+
+        def trains(path, leaf):
+            if is_bound(leaf):
+                return self.owner_of(path)._mask_of(path, leaf)
+            is_stored = isinstance(leaf, trees.Stored)
+            return jax.tree.map(lambda _: False, leaf) if is_stored else path in whole
+
+        return flat.unflatten([trains(*item) for item in flat.items()])
 
     def optimizer(self, tx: optax.GradientTransformation) -> optax.GradientTransformation:
         """`tx` with this method's learning rates and weight decays of parts.
@@ -229,14 +226,14 @@ class Method(Contract):
 
     def whole_paths(self, params: PyTree) -> list[str]:
         """Paths of the parameters trained whole. Raises `RequestError` for what matches none."""
-        return _matching("train", self.train, params, self.aliases) if self.train else []
+        return matching("train", self.train, params, self.aliases) if self.train else []
 
     def _rows(self, params: PyTree, whole=()) -> dict[str, tuple[Any, tuple[int, ...]]]:
         """`{path: (parameter, indices)}` of the rows that train."""
         leaves = dict(trees.flatten(params, is_leaf=is_adapted).items())
         found: dict[str, tuple[Any, tuple[int, ...]]] = {}
         for pattern, indices in self.rows.items():
-            for path in _matching("rows", pattern, params, self.aliases):
+            for path in matching("rows", pattern, params, self.aliases):
                 if path in found:
                     raise RequestError(
                         f"two entries of rows= name {path!r}; name all of its rows in one"
@@ -308,7 +305,7 @@ class Method(Contract):
         """Raises `RequestError` if this method drops anything in training."""
 
 
-def _matching(what: str, targets, params: PyTree, aliases) -> list[str]:
+def matching(what: str, targets, params: PyTree, aliases) -> list[str]:
     """The paths of floating-point parameters that match; `RequestError` if a member has none."""
     flat = trees.flatten(params, is_leaf=is_adapted)
     floats = [path for path, leaf in flat.items() if is_adapted(leaf) or trees.is_float(leaf)]
@@ -316,8 +313,7 @@ def _matching(what: str, targets, params: PyTree, aliases) -> list[str]:
     pattern = pattern_of(targets, aliases)
     found = [path for path in floats if pattern.fullmatch(path)]
     leaves = dict(flat.items())
-    stored = [path for path in found if isinstance(leaves[path], trees.Stored)]
-    if stored:
+    if stored := [path for path in found if isinstance(leaves[path], trees.Stored)]:
         raise RequestError(
             f"{what}={targets!r} would train {stored[0]!r} ({len(stored)} of {len(found)}), which "
             "is quantised and stays as it is; train an adapter on it, or leave it out"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import dataclasses
 from collections.abc import Sequence
 from typing import Any
@@ -39,14 +40,14 @@ def bind_all(
     _check_go_together([method for method, _ in adapters])
     seen: dict[str, bool] = {}
     for _, trainable in adapters:
-        for name, entry in trainable.items():
-            path, whole = path_of(name), "value" in entry
-            if path in seen and (whole or seen[path]):
+        is_whole = {path_of(name): "value" in entry for name, entry in trainable.items()}
+        for path in is_whole:
+            if path in seen and (is_whole[path] or seen[path]):
                 raise RequestError(
                     f"{path!r} is trained whole by one of these adapters and touched by another; "
                     "a parameter can be replaced only once"
                 )
-        seen |= {path_of(name): "value" in entry for name, entry in trainable.items()}
+        seen |= is_whole
     tree, beneath = frozen, {}
     for number, (method, trainable) in enumerate(adapters):
         own = None if key is None else jax.random.fold_in(key, number)
@@ -113,19 +114,18 @@ class Combined(Method):
         return super().table(params)
 
     def _check_apart(self, params: PyTree) -> None:
-        taken: dict[str, list[tuple[str, int]]] = {}
+        taken: dict[str, list[tuple[str, int]]] = collections.defaultdict(list)
         kinds = [type(method).__name__ for method in self.methods]
         for number, method in enumerate(self.methods):
             for name in (row.path for row in method.table(params).rows):
-                of_path = taken.setdefault(path_of(name), [])
-                for other, owner in of_path:
+                for other, owner in taken[path_of(name)]:
                     if owner != number and not are_apart(name, other):
                         raise RequestError(
                             f"{name!r} is taken by rules of {kinds[owner]} and of "
                             f"{kinds[number]}; exclude it from one of them "
                             "(Rule(exclude=…)), or give each a slice of its own"
                         )
-                of_path.append((name, number))
+                taken[path_of(name)].append((name, number))
 
     def whole_paths(self, params: PyTree) -> list[str]:
         return [path for method in self.methods for path in method.whole_paths(params)]

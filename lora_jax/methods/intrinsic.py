@@ -19,9 +19,8 @@ import jax.numpy as jnp
 from lora_jax.core import trees
 from lora_jax.core.dtypes import float32_or_wider
 from lora_jax.core.errors import RequestError
-from lora_jax.core.rules import check_each_matches, pattern_of
 from lora_jax.core.values import is_adapted
-from lora_jax.methods.base import PyTree, Trainable
+from lora_jax.methods.base import PyTree, Trainable, matching
 from lora_jax.methods.merging import STORED, check_finite, checked_dtype
 from lora_jax.methods.projections import dense, fastfood, grouped
 from lora_jax.methods.subspace import Subspace
@@ -79,17 +78,11 @@ class IntrinsicDimension(Subspace):
 
     def _sizes(self, params: PyTree, whole: frozenset[str]) -> dict[str, int]:
         leaves = dict(trees.flatten(params, is_leaf=is_adapted).items())
-        floats = [p for p, x in leaves.items() if is_adapted(x) or trees.is_float(x)]
-        check_each_matches("targets", self.targets, floats, self.aliases)
-        pattern = pattern_of(self.targets, self.aliases)
-        moved = {p: leaves[p].size for p in floats if p not in whole and pattern.fullmatch(p)}
+        found = matching("targets", self.targets, params, self.aliases)
+        moved = {path: leaves[path].size for path in found if path not in whole}
         if not moved:
             raise RequestError(
                 f"targets={self.targets!r} name nothing but what train={self.train!r} trains whole"
-            )
-        if stored := [path for path in moved if isinstance(leaves[path], trees.Stored)]:
-            raise RequestError(
-                f"{stored[0]!r} is quantised; a random subspace moves plain parameters alone"
             )
         if (taken := sum(moved.values())) < self.dim:
             raise RequestError(
@@ -126,20 +119,14 @@ class IntrinsicDimension(Subspace):
             raise RequestError(
                 f"{under[0]!r} holds an adapter already; a subspace moves plain parameters alone"
             )
-        delta = self._delta(self._cut(trainable[NAME], data), moved)
-        return trees.put(
-            tree,
-            {path: _moved_by(leaves[path], delta[path]) for path in moved},
-            is_leaf=is_adapted,
-        )
-
-    @staticmethod
-    def _cut(entry, data):
-        """In a pack over several d: what lies beyond a cell's own d plays no part, and stays 0."""
-        if not data or NAME not in data:
-            return entry
-        is_own = jnp.arange(entry["theta"].shape[0]) < data[NAME]["width"]
-        return {**entry, "theta": jnp.where(is_own, entry["theta"], 0)}
+        entry = trainable[NAME]
+        if NAME in data:
+            # In a pack over several d: what lies beyond a cell's own plays no part, and stays 0.
+            is_own = jnp.arange(entry["theta"].shape[0]) < data[NAME]["width"]
+            entry = {**entry, "theta": jnp.where(is_own, entry["theta"], 0)}
+        delta = self._delta(entry, moved)
+        values = {path: _moved_by(leaves[path], delta[path]) for path in moved}
+        return trees.put(tree, values, is_leaf=is_adapted)
 
     def _delta(self, entry: Mapping[str, jax.Array], moved: Mapping[str, int]) -> dict[str, Any]:
         """`{path: flat (size,)}`: λ P θ."""

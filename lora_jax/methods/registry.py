@@ -59,7 +59,7 @@ class _Registry(Mapping[str, type[Method]]):
 
     def add(self, name: str, kind: type[Method]) -> None:
         self._kinds[name] = kind
-        _join(name, kind)  # its own settings are settings of configs from now on
+        _join(name, kind)
 
     def _complete(self) -> dict[str, type[Method]]:
         if not self._is_complete:
@@ -141,15 +141,11 @@ def all_settings() -> tuple[str, ...]:
     return tuple(dict.fromkeys(name for kind in METHODS.values() for name in settings_of(kind)))
 
 
-def _fields_of(kind: type[Method]) -> list[dataclasses.Field]:
-    """The fields of the class, or of its rules, that a config sets."""
+def _join(name: str, kind: type[Method]) -> None:
+    """Makes the fields of the class, and of its rules, settings of configs."""
     of_rule = dataclasses.fields(Rule) if issubclass(kind, LoRA) else ()
     fields = {field.name: field for field in (*dataclasses.fields(kind), *of_rule)}
-    return [fields[name] for name in settings_of(kind)]
-
-
-def _join(name: str, kind: type[Method]) -> None:
-    join_method(name, _fields_of(kind), moves_all=kind.EXCLUSIVE)
+    join_method(name, [fields[key] for key in settings_of(kind)], moves_all=kind.EXCLUSIVE)
 
 
 for _name, _kind in _OURS.items():
@@ -185,11 +181,8 @@ def method_of(name: str, settings: Mapping[str, Any], *, axes: Any, aliases: Any
     """
     kind = kind_of(name)
     wanted = (*settings_of(kind), *(("rows", "train") if issubclass(kind, _WITH_WHOLE) else ()))
-    given = {
-        key: settings[key]
-        for key in wanted
-        if key in settings and settings[key] is not None and settings[key] != ""
-    }
+    found = {key: settings[key] for key in wanted if key in settings}
+    given = {key: value for key, value in found.items() if value is not None and value != ""}
     if issubclass(kind, LoRA | UniLoRA):
         given["axes"] = axes
     if issubclass(kind, LoRA) and given.get("rules"):

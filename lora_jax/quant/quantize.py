@@ -67,24 +67,25 @@ def quantize(
     check_each_matches("targets", targets, arrays, aliases)
     pattern = pattern_of(targets, aliases)
     named = {path: leaf for path, leaf in flat.items() if pattern.fullmatch(path)}
-    chosen, skipped = {}, {}
+    chosen: dict[str, str] = {}
+    skipped: list[str] = []
     for path, leaf in named.items():
         if is_adapted(leaf):
             how = "holds an adapter" if is_bound(leaf) else "is quantised"
             raise RequestError(f"{path!r} {how} already; quantise the plain parameters once")
         roles, why = _roles(path, leaf, axes)
         if roles is None:
-            skipped[path] = why
+            skipped.append(f"{path!r} {why}")
         else:
             chosen[path] = roles
     if not chosen:
-        path, why = next(iter(skipped.items()))
-        raise RequestError(f"targets={targets!r} name no matrix: {path!r} {why}")
-    values = {}
-    for path, roles in chosen.items():
-        values[path] = to_nf4(named[path], roles, path, double_quant=double_quant)
+        raise RequestError(f"targets={targets!r} name no matrix: {skipped[0]}")
+    values = {
+        path: to_nf4(named[path], roles, path, double_quant=double_quant)
+        for path, roles in chosen.items()
+    }
     if skipped:
-        listed = "; ".join(f"{path!r} {why}" for path, why in skipped.items())
+        listed = "; ".join(skipped)
         warnings.warn(f"left as they are: {listed}", SkippedWarning, stacklevel=2)
     return trees.put(params, values, is_leaf=is_adapted)
 
@@ -101,12 +102,11 @@ def to_nf4(kernel: Any, roles: str, path: str, *, double_quant: bool, dtype=None
     Raises `RequestError` for numbers that are not finite.
     """
     traced = isinstance(kernel, Tracer)
-    on_host = double_quant and not traced
     dtype = None if dtype is None else jnp.dtype(dtype)
     value, finite = _encoder(roles, double_quant and traced, dtype)(kernel)
     if not traced and not bool(finite):
         raise RequestError(f"{path!r} holds NaN or infinity, which has no four-bit form")
-    if on_host:
+    if double_quant and not traced:  # on the host: see `nf4.encode_scales`
         flat = np.asarray(value.scales).reshape(*value.stack, -1)
         codes, block_scales, mean = map(jnp.asarray, nf4.encode_scales(flat))
         more = {"block_scales": block_scales, "mean": mean}
@@ -116,22 +116,20 @@ def to_nf4(kernel: Any, roles: str, path: str, *, double_quant: bool, dtype=None
 
 @functools.cache
 def _encoder(roles: str, double_quant: bool, dtype: Any) -> Callable:
-    settings = {"double_quant": double_quant, "dtype": dtype}
+    stacked = roles.count("s")
+
+    def one(matrix):
+        return encode_kernel(matrix, roles[stacked:], "", double_quant=double_quant, dtype=dtype)
 
     @jax.jit
     def encode(kernel):
-        one = functools.partial(encode_kernel, path="", **settings)
-        stacked = roles.count("s")
+        finite = jnp.isfinite(kernel).all()
         if not stacked:
-            value = one(kernel, roles)
-        else:
-            # Matrix by matrix, so that what is made on the way is of one matrix.
-            sizes = kernel.shape[:stacked]
-            matrices = kernel.reshape(-1, *kernel.shape[stacked:])
-            value = jax.lax.map(lambda x: one(x, roles[stacked:]), matrices)
-            value = jax.tree.map(lambda x: x.reshape(*sizes, *x.shape[1:]), value)
-            value = dataclasses.replace(value, roles=roles)
-        return value, jnp.isfinite(kernel).all()
+            return one(kernel), finite
+        # Matrix by matrix, so that what is made on the way is of one matrix.
+        value = jax.lax.map(one, kernel.reshape(-1, *kernel.shape[stacked:]))
+        value = jax.tree.map(lambda x: x.reshape(*kernel.shape[:stacked], *x.shape[1:]), value)
+        return dataclasses.replace(value, roles=roles), finite
 
     return encode
 

@@ -12,8 +12,8 @@ inputs, codes are kept as (stack…, out, in / 2), so that either side can be sp
 from __future__ import annotations
 
 import dataclasses
-import functools
 import math
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -30,19 +30,11 @@ from lora_jax.quant import nf4
 class View:
     """One step from the stored array to what the model made of it: a cast, a transpose, …"""
 
-    name: str
-    change: Any  # jax.Array -> jax.Array
-    argument: Any = None  # what makes two steps of one name equal
+    function: Callable[..., jax.Array]
+    options: tuple[tuple[str, Any], ...] = ()
 
-    def __eq__(self, other) -> bool:
-        if not isinstance(other, View):
-            return NotImplemented
-        if self.argument is None:
-            return self.change is other.change
-        return (self.name, self.argument) == (other.name, other.argument)
-
-    def __hash__(self) -> int:
-        return hash(self.name)
+    def __call__(self, x: jax.Array) -> jax.Array:
+        return self.function(x, **dict(self.options))
 
 
 @jax.tree_util.register_dataclass
@@ -121,14 +113,14 @@ class NF4Weight(AdaptedValue, Stored):
     def materialise(self) -> jax.Array:
         x = self.dequantize()
         for view in self.views:
-            x = view.change(x)
+            x = view(x)
         return x
 
     def use(self, use: Use) -> jax.Array | None:
         return jax.checkpoint(lambda packed: use.bind(packed.materialise()))(self)
 
     def on_base(self, change) -> NF4Weight:
-        return self._viewed(View("apply", change))
+        return self._viewed(change)
 
     def marked(self, mark) -> NF4Weight:
         return self  # where an array lies, or what it is called, says nothing of its four bits
@@ -136,8 +128,7 @@ class NF4Weight(AdaptedValue, Stored):
     def convert(self, dtype) -> NF4Weight | None:
         if not jnp.issubdtype(dtype, jnp.floating):
             return None
-        cast = functools.partial(lax.convert_element_type, new_dtype=dtype)
-        return self._viewed(View("convert", cast, jnp.dtype(dtype)))
+        return self._viewed(lax.convert_element_type, new_dtype=jnp.dtype(dtype))
 
     def scan_axis_is_stack(self) -> bool:
         return bool(self.stack) and self._is_whole()
@@ -146,32 +137,30 @@ class NF4Weight(AdaptedValue, Stored):
         """Whether the stack axes still lead, as they were: the model only cast it."""
         return self.seen is None or self.seen[0] is None
 
-    def _viewed(self, view: View) -> NF4Weight:
-        after = jax.eval_shape(view.change, self.base)
-        kept = self._is_whole() and view.name == "convert"
+    def _viewed(self, function: Callable[..., jax.Array], **options: Any) -> NF4Weight:
+        view = View(function, tuple(options.items()))
+        after = jax.eval_shape(view, self.base)
+        kept = self._is_whole() and function is lax.convert_element_type
         seen = (None if kept else tuple(after.shape), after.dtype)
         return dataclasses.replace(self, views=(*self.views, view), seen=seen)
 
     def transpose(self, permutation) -> NF4Weight | None:
-        permutation = tuple(permutation)
-        change = functools.partial(lax.transpose, permutation=permutation)
-        return self._viewed(View("transpose", change, permutation))
+        return self._viewed(lax.transpose, permutation=tuple(permutation))
 
     def reshape(self, shape) -> NF4Weight | None:
         shape, ones = tuple(shape), len(self.shape) - len(tuple(shape))
         if self._is_whole() and 0 < ones <= len(self.stack) and self.shape == (1,) * ones + shape:
             return self._on_stack(lambda x: x.reshape(x.shape[ones:]))
-        change = functools.partial(lax.reshape, new_sizes=shape)
-        return self._viewed(View("reshape", change, shape))
+        return self._viewed(lax.reshape, new_sizes=shape)
 
     def slice_axes(self, starts, sizes, strides=None) -> NF4Weight | None:
         count = len(self.stack)
         if self._is_whole() and tuple(sizes[count:]) == self.shape[count:] and count:
-            return self._on_stack(functools.partial(_cut, starts[:count], sizes[:count], strides))
+            return self._on_stack(lambda x: _cut(x, starts[:count], sizes[:count], strides))
         if strides is None:
             return None
-        change = functools.partial(strided_slice, starts=starts, sizes=sizes, strides=strides)
-        return self._viewed(View("slice", change, (tuple(starts), tuple(sizes), tuple(strides))))
+        starts, sizes, strides = map(tuple, (starts, sizes, strides))
+        return self._viewed(strided_slice, starts=starts, sizes=sizes, strides=strides)
 
     def _on_stack(self, change) -> NF4Weight:
         """Every array with its stack axes changed alike."""
@@ -180,14 +169,13 @@ class NF4Weight(AdaptedValue, Stored):
     def reverse(self, dimensions) -> NF4Weight | None:
         if self._is_whole() and max(dimensions, default=0) < len(self.stack):
             return self._on_stack(lambda x: lax.rev(x, dimensions))
-        change = functools.partial(lax.rev, dimensions=tuple(dimensions))
-        return self._viewed(View("reverse", change, tuple(dimensions)))
+        return self._viewed(lax.rev, dimensions=tuple(dimensions))
 
     def times(self, factor, bind) -> None:
         return None  # the factor is data, and a view is not
 
 
-def _cut(starts, sizes, strides, x):
+def _cut(x, starts, sizes, strides):
     """The stack axes of `x` cut, the others whole."""
     rest = x.ndim - len(starts)
     whole = (*sizes, *x.shape[len(starts) :])
