@@ -96,7 +96,7 @@ def kernel_axes(apply: Callable, params: Any, *inputs, **options) -> dict[str, K
     flat = trees.flatten(params)
     places = [n for n, leaf in enumerate(flat.leaves) if trees.is_array(leaf)]
     # What is stored in another form is traced as what it stands for.
-    found = [flat.leaves[n] for n in places]
+    found = (flat.leaves[n] for n in places)
     arrays = [leaf.base if isinstance(leaf, trees.Stored) else leaf for leaf in found]
     # Inputs may be shape structs, so they are traced too; anything else stays a Python value.
     leaves, treedef = jax.tree_util.tree_flatten((inputs, options))
@@ -117,8 +117,8 @@ def kernel_axes(apply: Callable, params: Any, *inputs, **options) -> dict[str, K
     tags += [()] * len(traced)
     walk = Walk({})
     walk.follow(jaxpr, [()] * len(consts), tags)
-    found = {path: _resolve(uses) for path, uses in walk.uses.items()}
-    return {path: axes for path, axes in found.items() if axes is not None}
+    resolved = ((path, _resolve(uses)) for path, uses in walk.uses.items())
+    return {path: axes for path, axes in resolved if axes is not None}
 
 
 def _resolve(found) -> KernelAxes | None:

@@ -22,7 +22,7 @@ import jax
 from lora_jax.core import jaxprs
 from lora_jax.core.errors import RequestError
 from lora_jax.core.explicit import in_mesh
-from lora_jax.core.segments import Segments
+from lora_jax.core.segments import bind_run
 from lora_jax.core.splits import typed_as
 from lora_jax.core.trees import filled
 from lora_jax.core.values import is_adapted, is_bound, materialise
@@ -78,7 +78,7 @@ class Interpreter:
         self.strict = strict
         self._whole = whole
         self._uses: collections.Counter[str] = collections.Counter()
-        self._segments = Segments()
+        self._functions: dict[Any, Any] = {}  # of runs of equations
 
     def count_use(self, path: str) -> int:
         """How often the weight was used before: so that dropout differs from use to use."""
@@ -142,19 +142,19 @@ class Interpreter:
 
     def evaluate(self, jaxpr, consts, args) -> list[Any]:
         """The outputs of a jaxpr on plain and adapted values; outputs may be adapted."""
-        env: dict[Any, Any] = {}
+        bound = zip((*jaxpr.constvars, *jaxpr.invars), (*consts, *args), strict=True)
+        env: dict[Any, Any] = dict(bound)
 
         def read(atom):
             return atom.val if jaxprs.is_literal(atom) else env[atom]
 
-        env.update(zip(jaxpr.constvars, consts, strict=True))
-        env.update(zip(jaxpr.invars, args, strict=True))
         last_use = jaxprs.last_uses(jaxpr)
         run: list[Any] = []  # equations without adapted operands, not bound yet
 
-        def bind_run(end: int):
+        def bind_waiting(end: int):
             if run:
-                env.update(self._segments.bind(run, read, lambda var: last_use.get(var, -1) >= end))
+                is_live = lambda var: last_use.get(var, -1) >= end  # noqa: E731
+                env.update(bind_run(self._functions, run, read, is_live))
                 run.clear()
 
         for number, eqn in enumerate(jaxpr.eqns):
@@ -164,19 +164,19 @@ class Interpreter:
             if not adapted and not eqn.effects:
                 run.append(eqn)
                 continue
-            bind_run(number)
+            bind_waiting(number)
             values = [read(atom) for atom in eqn.invars]
             with jaxprs.equation_context(eqn):
                 outs = self._apply_rule(eqn, values) if adapted else jaxprs.bind(eqn, values)
             env.update(zip(eqn.outvars, outs, strict=True))
-        bind_run(len(jaxpr.eqns))
+        bind_waiting(len(jaxpr.eqns))
         return [read(atom) for atom in jaxpr.outvars]
 
     def _apply_rule(self, eqn, values) -> list[Any]:
-        rule = RULES.get(eqn.primitive.name)
+        rule = RULES.get(eqn.primitive.name, lambda *_: None)
         reason = ""
         try:
-            outs = rule(self, eqn, values) if rule is not None else None
+            outs = rule(self, eqn, values)
         except jaxprs.ShardingTypeError:
             outs, reason = None, "its factors cannot follow the explicit sharding"
         if outs is None:

@@ -52,9 +52,8 @@ class Walk:
     in_loop: bool = False
 
     def follow(self, jaxpr, const_tags, arg_tags) -> list[Parts]:
-        env: dict[Any, Parts] = {}
-        env.update(zip(jaxpr.constvars, const_tags, strict=True))
-        env.update(zip(jaxpr.invars, arg_tags, strict=True))
+        variables, tags = (*jaxpr.constvars, *jaxpr.invars), (*const_tags, *arg_tags)
+        env: dict[Any, Parts] = dict(zip(variables, tags, strict=True))
         for eqn in jaxpr.eqns:
             tags = [() if jaxprs.is_literal(atom) else env.get(atom, ()) for atom in eqn.invars]
             if any(tags):

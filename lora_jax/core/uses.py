@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from lora_jax.core import jaxprs
-from lora_jax.core.cpu_layout import is_thin_case, thin_products
+from lora_jax.core.cpu_layout import is_thin, thin_products
 from lora_jax.core.dtypes import float32_or_wider
 from lora_jax.core.labelled_dot import cast, contract_labelled, permute
 from lora_jax.core.values import RANK, Use
@@ -66,19 +66,11 @@ class DotUse(Use):
         compute = x.dtype if keeps else one.dtype
         wide = float32_or_wider(compute)
         preferred = self.out.dtype if jnp.issubdtype(self.out.dtype, jnp.inexact) else wide
-        theirs = self.params["dimension_numbers"][0][1 - self.place]
-        if self.place and is_thin_case(roles, self.contracted, self.batch, theirs, x.ndim):
+        if is_thin(self, roles):
             delta = thin_products(
-                x,
-                one,
-                two,
-                jnp.asarray(weight.scale),
-                first_is_a=first == "a",
-                precision=self.params["precision"],
-                compute=compute,
-                wide=wide,
-                preferred=preferred,
-            )
+                x, weight, first_is_a=first == "a", compute=compute, wide=wide,
+                preferred=preferred, precision=self.params["precision"],
+            )  # fmt: skip
             return lax.reshape(delta, self.out.shape)
         hidden, hidden_axes = self._product(
             (cast(one, compute), weight.side_axes(first)),

@@ -19,8 +19,8 @@ from lora_jax.core.errors import RequestError, not_a_parameter
 from lora_jax.core.rules import Aliases, check_each_matches, pattern_of
 from lora_jax.core.values import is_adapted, is_bound
 from lora_jax.methods.contract import Contract
+from lora_jax.methods.masked import by_part
 from lora_jax.methods.merging import merged
-from lora_jax.methods.part_optimizer import by_part
 from lora_jax.methods.rows import bind_rows, init_rows, row_indices, rows_name
 from lora_jax.methods.sites import path_of
 from lora_jax.methods.table import MethodTable, Row, in_natural_order

@@ -24,22 +24,18 @@ def in_natural_order(paths: Iterable[str]) -> list[str]:
     >>> in_natural_order(["layers/0/w", "layers/10/w", "layers/2/w"])
     ['layers/0/w', 'layers/2/w', 'layers/10/w']
     """
-    children: dict[str, dict[str, None]] = {}
-    paths = list(paths)
+    children: dict[str, list[str]] = {}
     for path in paths:
-        keys = path.split("/")
-        for depth, key in enumerate(keys):
-            children.setdefault("/".join(keys[:depth]), {})[key] = None
-    places = {}
-    for parent, keys in children.items():
-        ordered = sorted(keys, key=_by_number) if list(keys) == sorted(keys) else list(keys)
-        places[parent] = {key: place for place, key in enumerate(ordered)}
-
-    def place_of(path: str) -> list[int]:
-        keys = path.split("/")
-        return [places["/".join(keys[:depth])][key] for depth, key in enumerate(keys)]
-
-    return sorted(paths, key=place_of)
+        key, _, rest = path.partition("/")
+        children.setdefault(key, []).append(rest)
+    keys = list(children)
+    if keys == sorted(keys):
+        keys.sort(key=_by_number)
+    return [
+        f"{key}/{rest}" if rest else key
+        for key in keys
+        for rest in (in_natural_order(children[key]) if any(children[key]) else [""])
+    ]
 
 
 def _by_number(key: str) -> list[str | int]:
