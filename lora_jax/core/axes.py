@@ -79,12 +79,20 @@ def roles_of_axes(axes: Mapping[str, KernelAxes] | None, path: str, ndim: int) -
 
 
 def kernel_axes(apply: Callable, params: Any, *inputs, **options) -> dict[str, KernelAxes]:
-    """`{path: KernelAxes}` for every parameter of two axes or more that meets a product.
+    """Follows every parameter of two axes or more to the products that it meets.
 
-    `apply(params, *inputs, **options)` is traced, never run: arrays and `jax.ShapeDtypeStruct`s
-    serve alike. Followed through casts, transposes, reshapes, slices, pads, concatenations of
-    parameters, elementwise operations, jit, remat, scan, cond, while and custom derivatives to
-    `dot_general`, `conv_general_dilated`, `ragged_dot`, `gather` and the lookup of one row.
+    Followed through casts, transposes, reshapes, slices, pads, concatenations of parameters,
+    elementwise operations, jit, remat, scan, cond, while and custom derivatives to `dot_general`,
+    `conv_general_dilated`, `ragged_dot`, `gather` and the lookup of one row.
+
+    Args:
+      apply: the model, `apply(params, *inputs, **options)`, which is traced and never run.
+      params: its parameters; arrays and `jax.ShapeDtypeStruct`s serve alike.
+      *inputs: arrays or `jax.ShapeDtypeStruct`s; other values stay as they are.
+      **options: likewise.
+
+    Returns:
+      `{path: KernelAxes}` of the parameters that meet a product.
 
     >>> import jax.numpy as jnp
     >>> params = {"kernel": jnp.ones((8, 2, 4))}

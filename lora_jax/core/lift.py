@@ -204,13 +204,16 @@ def rule_for(*names: str):
 def lift(fun: Callable, *, strict: bool = False) -> Callable:
     """Returns `fun` taught to take adapted values anywhere among its arguments.
 
-    `fun` is any traceable function: `apply(params, *inputs)` of plain JAX, Flax Linen, NNX or
-    Equinox. The result is traceable itself: jit, grad, vmap, remat and scan work around it, and it
-    is `fun` itself where no argument is adapted. Lifting twice is lifting once.
+    A function that changes a module in place does so on a copy made inside the trace: return what
+    should be kept. Lifting twice is lifting once.
 
-    Outputs are plain arrays. A function that changes a module in place does so on a copy made
-    inside the trace: return what should be kept. With `strict=True` a materialisation is a
-    `RequestError` instead of a `MaterialisedWarning`.
+    Args:
+      fun: any traceable function: `apply(params, *inputs)` of plain JAX, Linen, NNX or Equinox.
+      strict: makes a materialisation a `RequestError` instead of a `MaterialisedWarning`.
+
+    Returns:
+      A function of the same arguments and plain outputs, which is traceable itself: jit, grad,
+      vmap, remat and scan work around it. Where no argument is adapted, it is `fun`.
 
     >>> import jax.numpy as jnp, lora_jax as lj
     >>> params = {"kernel": jnp.eye(4)}

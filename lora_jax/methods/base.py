@@ -16,12 +16,12 @@ import optax
 
 from lora_jax.core import trees
 from lora_jax.core.errors import RequestError, not_a_parameter
-from lora_jax.core.rules import Aliases, check_each_matches, pattern_of
+from lora_jax.core.rules import Aliases, pattern_of
 from lora_jax.core.values import is_adapted, is_bound
 from lora_jax.methods.contract import Contract
 from lora_jax.methods.masked import by_part
 from lora_jax.methods.merging import merged
-from lora_jax.methods.rows import bind_rows, init_rows, row_indices, rows_name
+from lora_jax.methods.rows import bind_rows, chosen_rows, init_rows, matching, rows_name
 from lora_jax.methods.sites import path_of
 from lora_jax.methods.table import MethodTable, Row, in_natural_order
 
@@ -49,13 +49,20 @@ class Method(Contract):
     aliases: Aliases | None = dataclasses.field(default=None, repr=False, hash=False)
 
     def init(self, key: jax.Array, params: PyTree) -> tuple[Trainable, PyTree]:
-        """Splits `params` into `(trainable, frozen)`; `params` is untouched.
+        """Splits the parameters into what trains and what stays frozen.
 
-        `trainable` is `{path: {"a": …, "b": …}}` for adapters, `{path: {"value": …}}` for
-        parameters trained whole (copies, so that they may be donated) and `{"path[rows]": {"rows":
-        …}}` for rows. `frozen` is `params` with holes where `trainable` holds the parameter. Raises
-        `RequestError` if a rule, or a part of one, matches nothing, or where one array sits at two
-        paths (tied) and would be at one of them only what it was.
+        Args:
+          key: from which random factors are drawn.
+          params: the tree of parameters, which is untouched.
+
+        Returns:
+          `(trainable, frozen)`: `{path: {"a": …, "b": …}}` for adapters, `{path: {"value": …}}` for
+          parameters trained whole (copies, so that they may be donated), `{"path[rows]": {"rows":
+          …}}` for rows; and `params` with holes where `trainable` holds the parameter.
+
+        Raises:
+          RequestError: a rule, or a part of one, matches nothing, or one array sits at two paths
+            (tied) and would be at one of them only what it was.
         """
         whole = self.whole_paths(params)
         values, frozen = trees.take(params, whole)
@@ -79,11 +86,20 @@ class Method(Contract):
     ) -> PyTree:
         """The params tree for a lifted model: adapted values sit where arrays sat.
 
-        `frozen` may be what `init` gave or the full tree: what `trainable` holds wins. A `key`
-        turns adapter dropout on; with `training=True` a method that has dropout must get one.
-        `data`: `{name: {"scale": (), "dropout": ()}}` in place of the rules' (sweeps give each cell
-        its own). Raises `RequestError` for a path that the tree lacks, an adapter of other shapes
-        than its rule says, or a tree that is bound already: `bind_all` binds several.
+        Args:
+          trainable: as `init` gave it, trained or not.
+          frozen: what `init` gave, or the full tree: what `trainable` holds wins.
+          key: turns adapter dropout on.
+          training: if true, a method that has dropout must get a key.
+          data: `{name: {"scale": (), "dropout": ()}}` in place of the rules' (sweeps give each cell
+            its own).
+
+        Returns:
+          The tree of adapted values and arrays.
+
+        Raises:
+          RequestError: for a path that the tree lacks, an adapter of other shapes than its rule
+            says, or a tree that is bound already: `bind_all` binds several.
         """
         if training and key is None:
             for method in self.members():
@@ -125,13 +141,20 @@ class Method(Contract):
     def merge(self, trainable: Trainable, frozen: PyTree, *, dtype: Any = None) -> PyTree:
         """Plain parameters with the adapters folded in (W + ΔW), in the same shapes.
 
-        The sum is made in float32 or wider and rounded once: to `dtype`, or to the kernel's own.
-        `dtype` is of the adapted and of the quantised parameters; all others, those trained whole
-        among them, keep theirs. A quantised base needs it ("stored": each the one it had before).
-        Inputs are untouched. Raises `RequestError` where it is not given, a kernel cannot hold the
-        sum (integers), the result holds NaN or infinity (an overflow of float16), or the method
-        adds to the computation and not to a parameter (`MERGES`).
         Source: Hu et al. 2021, §4.1, "no additional inference latency".
+
+        Args:
+          trainable: as for `bind`; untouched.
+          frozen: likewise.
+          dtype: of the adapted and of the quantised parameters (see `merging.merged`); by default
+            each kernel's own. A quantised base needs it.
+
+        Returns:
+          The tree of plain arrays; the sum is made in float32 or wider and rounded once.
+
+        Raises:
+          RequestError: `merging.merged` refuses, or the method adds to the computation and not to a
+            parameter (`MERGES`).
         """
         self.check_merges()
         return merged(self.bind(trainable, frozen), dtype)
@@ -230,21 +253,7 @@ class Method(Contract):
 
     def _rows(self, params: PyTree, whole=()) -> dict[str, tuple[Any, tuple[int, ...]]]:
         """`{path: (parameter, indices)}` of the rows that train."""
-        leaves = dict(trees.flatten(params, is_leaf=is_adapted).items())
-        found: dict[str, tuple[Any, tuple[int, ...]]] = {}
-        for pattern, indices in self.rows.items():
-            for path in matching("rows", pattern, params, self.aliases):
-                if path in found:
-                    raise RequestError(
-                        f"two entries of rows= name {path!r}; name all of its rows in one"
-                    )
-                if path in whole:
-                    raise RequestError(
-                        f"{path!r} is trained whole (train=) and by rows (rows=); leave it out of "
-                        "one of them"
-                    )
-                found[path] = leaves[path], row_indices(path, leaves[path], indices)
-        return found
+        return chosen_rows(self.rows, params, whole, self.aliases)
 
     def indices_of(self, path: str) -> tuple[int, ...]:
         """The rows of the parameter at `path` that train. Raises `RequestError` for none."""
@@ -303,19 +312,3 @@ class Method(Contract):
 
     def _check_no_dropout(self) -> None:
         """Raises `RequestError` if this method drops anything in training."""
-
-
-def matching(what: str, targets, params: PyTree, aliases) -> list[str]:
-    """The paths of floating-point parameters that match; `RequestError` if a member has none."""
-    flat = trees.flatten(params, is_leaf=is_adapted)
-    floats = [path for path, leaf in flat.items() if is_adapted(leaf) or trees.is_float(leaf)]
-    check_each_matches(what, targets, floats, aliases)
-    pattern = pattern_of(targets, aliases)
-    found = [path for path in floats if pattern.fullmatch(path)]
-    leaves = dict(flat.items())
-    if stored := [path for path in found if isinstance(leaves[path], trees.Stored)]:
-        raise RequestError(
-            f"{what}={targets!r} would train {stored[0]!r} ({len(stored)} of {len(found)}), which "
-            "is quantised and stays as it is; train an adapter on it, or leave it out"
-        )
-    return found

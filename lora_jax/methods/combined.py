@@ -23,9 +23,19 @@ def bind_all(
     """The params tree with several adapters bound, each with its own scale; they may share weights.
 
     What is computed is W + ΔW₁ + ΔW₂ + …, each through its factors; a DoRA, first on its weight,
-    scales W and its own ΔW only, and the others add to that. `key` turns dropout on, with
-    masks of its own for each. Raises `RequestError` where a parameter that one trained whole is
-    touched by another, or where a DoRA is not the first on its weight: its norm is of the base.
+    scales W and its own ΔW only, and the others add to that.
+
+    Args:
+      adapters: `(method, trainable)` of each.
+      frozen: what `init` left of the base, or the full tree.
+      key: turns dropout on, with masks of its own for each.
+
+    Returns:
+      The tree for a lifted model.
+
+    Raises:
+      RequestError: a parameter that one trained whole is touched by another, or a DoRA is not the
+        first on its weight: its norm is of the base.
 
     >>> import jax.numpy as jnp, lora_jax as lj
     >>> params = {"w": jnp.eye(4)}
@@ -67,9 +77,18 @@ def _check_go_together(methods: Sequence[Method]) -> None:
 def merge_all(
     adapters: Sequence[tuple[Method, Trainable]], frozen: PyTree, *, dtype: Any = None
 ) -> PyTree:
-    """Plain parameters with several adapters folded in, rounded once; see `bind_all`.
+    """Plain parameters with several adapters folded in, rounded once.
 
-    `dtype` as in `Method.merge`.
+    Args:
+      adapters: as for `bind_all`.
+      frozen: likewise.
+      dtype: as in `Method.merge`.
+
+    Returns:
+      The tree of plain arrays.
+
+    Raises:
+      RequestError: as `bind_all` and `Method.merge` do.
     """
     if len(adapters) == 1:
         return adapters[0][0].merge(adapters[0][1], frozen, dtype=dtype)

@@ -20,9 +20,10 @@ from lora_jax.core import trees
 from lora_jax.core.dtypes import float32_or_wider
 from lora_jax.core.errors import RequestError
 from lora_jax.core.values import is_adapted
-from lora_jax.methods.base import PyTree, Trainable, matching
+from lora_jax.methods.base import PyTree, Trainable
 from lora_jax.methods.merging import STORED, check_finite, checked_dtype
 from lora_jax.methods.projections import dense, fastfood, grouped
+from lora_jax.methods.rows import matching
 from lora_jax.methods.subspace import Subspace
 
 NAME = "intrinsic"

@@ -44,15 +44,25 @@ def quantize(
 ) -> PyTree:
     """`params` with each matrix that `targets` names in four bits; the others are the same arrays.
 
-    `targets` is a regular expression over whole paths, or aliases of the model family joined by
-    commas ("all-linear"). The result goes wherever `params` went: `lift(apply)`, a method's `init`
-    and `bind`. 4.5 bits a parameter, 4.127 with `double_quant` (see `quant.nf4`). `axes` is what
-    `kernel_axes` gave, for kernels of more than two axes. Vectors, integers and, with `axes`, what
-    it does not name are left as they are where `targets` match them, and listed in a
-    `SkippedWarning`.
+    Source: QLoRA (arXiv:2305.14314), Section 3.
 
-    Raises `RequestError` for targets that name no matrix, one that is quantised or adapted already,
-    an unknown format, numbers that are not finite. Source: QLoRA (arXiv:2305.14314), Section 3.
+    Args:
+      params: the tree of parameters.
+      targets: a regular expression over whole paths, or aliases of the model family joined by
+        commas ("all-linear").
+      format: "nf4".
+      double_quant: keeps the scales in 8 bits: 4.127 bits per parameter, not 4.5 (see `quant.nf4`).
+      axes: what `kernel_axes` gave, for kernels of more than two axes.
+      aliases: `{name: expression}` of the model family.
+
+    Returns:
+      A tree that goes wherever `params` went: `lift(apply)`, a method's `init` and `bind`. Vectors,
+      integers and, with `axes`, what it does not name are left as they are where `targets` match
+      them, and listed in a `SkippedWarning`.
+
+    Raises:
+      RequestError: for targets that name no matrix, one that is quantised or adapted already, an
+        unknown format, or numbers that are not finite.
 
     >>> params = {"kernel": jax.random.normal(jax.random.key(0), (64, 32))}
     >>> quantized = quantize(params, "kernel", double_quant=False)
@@ -187,9 +197,21 @@ def merge_and_requantize(
 ) -> Requantized:
     """W + ΔW in four bits again, with the error of that, matrix by matrix.
 
-    With `apply`, the outputs for `apply(params, *inputs, **options)` are compared: of the adapter
-    on its base, and of the result. Rounding to four bits is not small beside ΔW: look at the drift
-    before using the result. Raises `RequestError` where nothing in `frozen` is quantised.
+    Rounding to four bits is not small beside ΔW: look at the drift before using the result.
+
+    Args:
+      method: the adapter's.
+      trainable: the adapter.
+      frozen: its quantised base.
+      apply: a model, whose outputs with the adapter on its base and with the result are compared.
+      inputs: `apply(params, *inputs, **options)` is called.
+      **options: likewise.
+
+    Returns:
+      The tree, quantised where the base was, and its errors.
+
+    Raises:
+      RequestError: nothing in `frozen` is quantised, or the method adds to no parameter.
     """
     method.check_merges()
     bound = method.bind(trainable, frozen)
@@ -229,9 +251,8 @@ def merge_error(
 ) -> dict[str, float]:
     """For each quantised parameter, the error of merging it into `dtype`: ‖rounded − sum‖ / ‖sum‖.
 
-    The sum W + ΔW is of the dequantised W, in float32. `params` is what the merge gave, where it is
-    there already. The base that was quantised is not known
-    here: `quantize` lost it.
+    The sum W + ΔW is of the dequantised W, in float32: the base that was quantised is not known
+    here. `params` is what the merge gave, where it is there already.
     """
     method.check_merges()
     bound = method.bind(trainable, frozen)
