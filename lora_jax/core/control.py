@@ -91,7 +91,9 @@ def _scan(interpreter, eqn, values):
         outs = body(*consts, *carry, *xs)
         return outs[:num_carry], outs[num_carry:]
 
-    carry, ys = lax.scan(step, carry, stacked, **jaxprs.scan_options(eqn))
+    names = ("length", "reverse", "unroll", "_split_transpose")
+    options = {name: eqn.params[name] for name in names if name in eqn.params}
+    carry, ys = lax.scan(step, carry, stacked, **options)
     return [*carry, *ys]
 
 

@@ -114,9 +114,9 @@ class Interpreter:
         known = {atom: value for atom, value in pairs if not jaxprs.is_literal(atom)}
         lost = dict.fromkeys(atom for atom in atoms if atom is not None and atom not in known)
         if lost and self._whole is not None:
-            own = jaxprs.variables_of(self._whole[0])
-            mine = [atom for atom in lost if atom in own]
-            if mine:
+            whole = self._whole[0]
+            own = {*whole.constvars, *whole.invars, *(v for e in whole.eqns for v in e.outvars)}
+            if mine := [atom for atom in lost if atom in own]:
                 known |= zip(mine, self._computed_again(mine, eqn), strict=True)
         return [known.get(atom, const) for atom, const in zip(atoms, consts, strict=True)]
 

@@ -29,21 +29,11 @@ from lora_jax.settings.schema import join_method
 ENTRY_POINTS = "lora_jax.methods"
 _OURS: Mapping[str, type[Method]] = MappingProxyType(
     {
-        "lora": LoRA,
-        "rslora": RsLoRA,
-        "lora_plus": LoRAPlus,
-        "lora_fa": LoRAFA,
-        "dora": DoRA,
-        "pissa": PiSSA,
-        "vera": VeRA,
-        "lora_xs": LoRAXS,
-        "intrinsic": IntrinsicDimension,
-        "uni_lora": UniLoRA,
-        "full": FullFineTuning,
-        "bitfit": BitFit,
-        "head": HeadOnly,
+        "lora": LoRA, "rslora": RsLoRA, "lora_plus": LoRAPlus, "lora_fa": LoRAFA, "dora": DoRA,
+        "pissa": PiSSA, "vera": VeRA, "lora_xs": LoRAXS, "intrinsic": IntrinsicDimension,
+        "uni_lora": UniLoRA, "full": FullFineTuning, "bitfit": BitFit, "head": HeadOnly,
     }
-)
+)  # fmt: skip
 
 
 class _Registry(Mapping[str, type[Method]]):
