@@ -40,8 +40,8 @@ class KernelAxes:
         >>> KernelAxes.from_roles("sio")
         KernelAxes(stack=(-3,), in_=(-2,), out=(-1,), ops=(), conflicts=())
         """
-        of = {r: tuple(n - len(roles) for n, x in enumerate(roles) if x == r) for r in "sio"}
-        return cls(of["s"], of["i"], of["o"])
+        places = list(enumerate(roles, -len(roles)))
+        return cls(*(tuple(n for n, role in places if role == wanted) for wanted in "sio"))
 
     def roles(self, ndim: int, path: str) -> str:
         """One letter per axis: "s", "i" or "o". Raises `RequestError` if they do not cover it."""
@@ -135,24 +135,16 @@ def _resolve(found) -> KernelAxes | None:
     if not matrices:
         return None
     _, in_, out, ndim = matrices[0]
-    # An axis that some use contracts and another keeps is a conflict; the first use decides.
-    conflicts = [
-        f"{other} contracts {tuple(sorted(a - ndim for a in other_in))}"
-        for other, other_in, _, _ in found
-        if other_in != in_
-    ]
-    both = in_ & out
-    if both:
-        conflicts.append(
-            f"axes {tuple(sorted(a - ndim for a in both))} are split between in and out"
-        )
-        out = out - both
-    stack = set(range(ndim)) - in_ - out
 
     def from_end(axes):
         return tuple(sorted(axis - ndim for axis in axes))
 
+    # An axis that some use contracts and another keeps is a conflict; the first use decides.
+    conflicts = [f"{op} contracts {from_end(own)}" for op, own, _, _ in found if own != in_]
+    if both := in_ & out:
+        conflicts.append(f"axes {from_end(both)} are split between in and out")
+    out = out - both
+    stack = set(range(ndim)) - in_ - out
     ops = tuple(dict.fromkeys(op for op, _, _, _ in found))
-    return KernelAxes(
-        from_end(stack), from_end(in_), from_end(out), ops, tuple(dict.fromkeys(conflicts))
-    )
+    conflicts = tuple(dict.fromkeys(conflicts))
+    return KernelAxes(from_end(stack), from_end(in_), from_end(out), ops, conflicts)

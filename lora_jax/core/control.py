@@ -148,12 +148,8 @@ def _custom_jvp(interpreter, eqn, values):
     """The user's rule is kept. Its tangent for a kernel is the dense tangent of W + ΔW, since that
     is what the rule was written for; the primal outputs stay low-rank in both directions."""
     _check_not_random(eqn, values)
-    body = _body(interpreter, eqn, eqn.params["call_jaxpr"], plain_outputs=True)
+    primal = jax.custom_jvp(_body(interpreter, eqn, eqn.params["call_jaxpr"], plain_outputs=True))
     rule = jaxprs.custom_jvp_rule(eqn)
-
-    @jax.custom_jvp
-    def primal(*values):
-        return body(*values)
 
     def jvp(values, tangents):
         tangents = [_tangent_of(v, t) for v, t in zip(values, tangents, strict=True)]
@@ -173,12 +169,8 @@ def _custom_vjp(interpreter, eqn, values):
     if "call_jaxpr" not in eqn.params:
         return None
     _check_not_random(eqn, values)
-    body = _body(interpreter, eqn, eqn.params["call_jaxpr"], plain_outputs=True)
+    primal = jax.custom_vjp(_body(interpreter, eqn, eqn.params["call_jaxpr"], plain_outputs=True))
     forward_rule, backward_rule = jaxprs.custom_vjp_rules(eqn)
-
-    @jax.custom_vjp
-    def primal(*values):
-        return body(*values)
 
     def forward(*values):
         # JAX's own flags, so that constants and integers are not taken for differentiated.
@@ -213,13 +205,12 @@ def _custom_vjp(interpreter, eqn, values):
 
 
 def _check_not_random(eqn, values) -> None:
-    for value in values:
-        if is_adapted(value) and value.is_random:
-            raise RequestError(
-                f"{value.path!r} has adapter dropout and meets `{eqn.primitive.name}` at "
-                f"{jaxprs.source_line(eqn)}: the gradient written there is that of one fixed "
-                "weight, so it would not be that of a dropped one; set dropout=0 for this parameter"
-            )
+    if random := [value for value in values if is_adapted(value) and value.is_random]:
+        raise RequestError(
+            f"{random[0].path!r} has adapter dropout and meets `{eqn.primitive.name}` at "
+            f"{jaxprs.source_line(eqn)}: the gradient written there is that of one fixed weight, "
+            "so it would not be that of a dropped one; set dropout=0 for this parameter"
+        )
 
 
 def _run_rule(interpreter, eqn, rule, operands, inputs):
@@ -235,12 +226,10 @@ def _evaluate_rule(interpreter, eqn, rule, operands, values, linear) -> list:
 
     Symbolic zeros, and those of integers, have no array to trace: they pass around the jaxpr.
     """
-    every = [*(v.value if isinstance(v, Static) else v for v in values), *linear]
-    traced = [
-        n
-        for n, x in enumerate([*values, *linear])
-        if not isinstance(x, Static) and not jaxprs.is_symbolic_zero(x)
-    ]
+    given = [*values, *linear]
+    every = [x.value if isinstance(x, Static) else x for x in given]
+    has_array = [not isinstance(x, Static) and not jaxprs.is_symbolic_zero(x) for x in given]
+    traced = [n for n, is_traced in enumerate(has_array) if is_traced]
     places: list = []
 
     def flat(*args):

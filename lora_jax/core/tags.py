@@ -87,13 +87,8 @@ class Walk:
 
     def record(self, name: str, tag: Tags, contracted, batch=()) -> tuple:
         """Notes a use of the parameter that contracts these axes of the traced value."""
-        in_ = frozenset(axis for n in contracted for axis in tag.axes[n])
-        out = frozenset(
-            axis
-            for n, axes in enumerate(tag.axes)
-            if n not in contracted and n not in batch
-            for axis in axes
-        )
+        kept = [n for n in range(len(tag.axes)) if n not in contracted and n not in batch]
+        in_, out = (frozenset(x for n in axes for x in tag.axes[n]) for axes in (contracted, kept))
         self.uses.setdefault(tag.path, []).append((name, in_, out, len(tag.shape)))
         return ()
 

@@ -103,9 +103,9 @@ class LoRA(Method):
     def _checked_rules(self, targets, rules, given: Mapping[str, Any]) -> list[Rule]:
         """One rule of `targets` and the settings `given` for it, or `rules` as they are."""
         name = type(self).__name__
-        for setting in given:
-            if setting in self.UNSUPPORTED_SETTINGS:
-                raise RequestError(f"{name} has no {setting}: {self.UNSUPPORTED_SETTINGS[setting]}")
+        if useless := [key for key in given if key in self.UNSUPPORTED_SETTINGS]:
+            why = self.UNSUPPORTED_SETTINGS[useless[0]]
+            raise RequestError(f"{name} has no {useless[0]}: {why}")
         if (targets is None) == (rules is None):
             raise RequestError(f"{name} takes either targets=… (one rule) or rules=[Rule(…), …]")
         if rules is None:
@@ -114,12 +114,11 @@ class LoRA(Method):
             raise RequestError(f"{next(iter(given))!r} belongs into each Rule when rules= is used")
         if not rules:
             raise RequestError("rules is empty; name at least one target, or use HeadOnly")
-        for rule in rules:
-            if not isinstance(rule, Rule):
-                raise RequestError(
-                    f"rules holds {rule!r}; each must be a lora_jax.Rule, such as "
-                    "Rule('.*/query/kernel', rank=4)"
-                )
+        if others := [rule for rule in rules if not isinstance(rule, Rule)]:
+            raise RequestError(
+                f"rules holds {others[0]!r}; each must be a lora_jax.Rule, such as "
+                "Rule('.*/query/kernel', rank=4)"
+            )
         return list(rules)
 
     # What a variant changes.
@@ -258,11 +257,11 @@ class LoRA(Method):
                 f"the adapter of {name!r} holds {sorted(parts)}, but {type(self).__name__} has "
                 f"{sorted(self.PARTS)}; use the method that made it"
             )
+        stack = site.sizes("s")
         for part, spec in self.PARTS.items():
             wanted, found = site.part_shape(spec), tuple(parts[part].shape)
             if wanted == found:
                 continue
-            stack = site.sizes("s")
             if "s" in spec and found[: len(stack)] != stack:
                 raise RequestError(
                     f"the adapter of {name!r} is for {found[: len(stack)]} stacked matrices "
@@ -276,12 +275,9 @@ class LoRA(Method):
 
     def _adapter_rows(self, params, whole: frozenset[str]) -> list[Row]:
         rows = []
+        trained = [spec for part, spec in self.PARTS.items() if part not in self.FROZEN_PARTS]
         for name, site in self.sites(params, whole).items():
-            count = sum(
-                math.prod(site.part_shape(spec))
-                for part, spec in self.PARTS.items()
-                if part not in self.FROZEN_PARTS
-            )
+            count = sum(math.prod(site.part_shape(spec)) for spec in trained)
             rows.append(Row(name, site.shape, site.rank, self.scale(site.rule), count))
         return rows
 
