@@ -1,4 +1,4 @@
-"""Equations that are linear in a kernel: the frozen product, and the low-rank one beside it.
+"""Equations that are linear in a kernel: the frozen product, and the low-rank one added to it.
 
 Each class here, and `GatherUse` in `lookups.py`, is one primitive's use of one kernel. `bind`
 computes it with a plain kernel, `low_rank` with ΔW = scale · a @ b of a `LoRAWeight` through its

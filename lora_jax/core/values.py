@@ -4,7 +4,7 @@ It can always be materialised and may have cheaper ways through some primitives.
 an adapted value itself: that is how several adapters sit on one weight.
 
 Each axis of the kernel has a role: "i" (contracted with the input), "o" (in the output) or "s"
-(stacked: one matrix per index, as in scanned layers or experts). What a value holds beside its
+(stacked: one matrix per index, as in scanned layers or experts). What a value holds besides its
 kernel has axes of its own, in the kernel's order: `a (stack…, in…, r)`, `b (stack…, r, out…)`,
 `scale (stack…)`, `gain (stack…, out…)`. Roles are counted from the end, because scan and vmap take
 leading axes away without telling us.

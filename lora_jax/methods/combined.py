@@ -69,7 +69,7 @@ def _check_go_together(methods: Sequence[Method]) -> None:
     alone = [type(method).__name__ for method in methods if method.EXCLUSIVE]
     if alone and len(methods) > 1:
         raise RequestError(
-            f"{alone[0]} moves all its parameters together and goes beside no other; name those "
+            f"{alone[0]} moves all its parameters together and cannot be combined; name those "
             "that train whole in its own train=, or merge one and bind the other to the result"
         )
 

@@ -33,8 +33,8 @@ NAME = "intrinsic"
 class IntrinsicDimension(Subspace):
     """Moves the parameters that `targets` match together, in a random subspace of `dim` dimensions.
 
-    `targets`: as in `Rule`; all floating-point parameters by default, but for those that `train`
-    names, which train whole beside (a new head). `dim`: all that trains in the subspace, SAID's λ
+    `targets`: as in `Rule`; all floating-point parameters by default, except those that `train`
+    names, which train whole (a new head). `dim`: all that trains in the subspace, SAID's λ
     included. `projection`: "fastfood"; "dense" for networks small enough to hold P (D, dim); or
     "grouped", the cheapest: dim groups of parameters move by one number each.
     `structure`: "did", or "said", with a λ for each layer (a path up to the first whole number
@@ -42,7 +42,7 @@ class IntrinsicDimension(Subspace):
     in one parameter).
 
     `trainable["intrinsic"]` holds `theta (dim − m,)` and SAID's `scales (m,)` (see `Subspace`). It
-    moves all of it together, so that it goes beside no other method. Raises `RequestError` for
+    moves all of it together and cannot be combined with another method. Raises `RequestError` for
     values outside.
 
     >>> params = {"kernel": jnp.ones((6, 4)), "bias": jnp.zeros(4)}

@@ -51,7 +51,7 @@ class LoRA(Method):
     """ΔW = (alpha / rank) · a @ b on every kernel that a rule matches; the kernel stays frozen.
 
     Either `targets` with `rank`, `alpha`, `dropout`, `init`, … (see `Rule`), or `rules`: an ordered
-    sequence of `Rule`, first match wins. `train` and `rows` name what trains beside (see `Method`);
+    sequence of `Rule`, first match wins. `train` and `rows` name what else trains (see `Method`);
     a parameter trained whole gets no adapter. `axes` is what `kernel_axes` gave: what it
     does not name meets no product and gets no adapter; without it a kernel of two axes is (in, out)
     and one of more is an error.

@@ -112,7 +112,7 @@ _RULE_FIELDS = tuple(f.name for f in dataclasses.fields(Rule) if f.name != "any_
 
 
 def settings_of(kind: type[Method]) -> tuple[str, ...]:
-    """The settings that a method takes, beside `train`, `rows`, `axes` and `aliases`.
+    """The settings that a method takes, besides `train`, `rows`, `axes` and `aliases`.
 
     >>> settings_of(HeadOnly), "ratio" in settings_of(METHODS["lora_plus"])
     ((), True)
@@ -166,7 +166,7 @@ def method_of(name: str, settings: Mapping[str, Any], *, axes: Any, aliases: Any
 
     `settings` may hold what means nothing to this method, as one config serves several: VeRA has no
     alpha, full fine-tuning no rank. Empty strings and None mean the default. Where `rules` holds
-    rules, `Rule`s or plain mappings, a mapping takes what it does not say from the settings beside.
+    rules, `Rule`s or plain mappings, keys that a mapping omits are taken from `settings`.
     Raises `RequestError` for an unknown name or values that the method refuses.
     """
     kind = kind_of(name)
@@ -181,7 +181,7 @@ def method_of(name: str, settings: Mapping[str, Any], *, axes: Any, aliases: Any
     return kind(aliases=aliases, **given)
 
 
-def _rule_of(rule: Any, beside: Mapping[str, Any], kind: type[LoRA]) -> Rule:
+def _rule_of(rule: Any, defaults: Mapping[str, Any], kind: type[LoRA]) -> Rule:
     if isinstance(rule, Rule):
         return rule
     if not isinstance(rule, Mapping):
@@ -198,4 +198,4 @@ def _rule_of(rule: Any, beside: Mapping[str, Any], kind: type[LoRA]) -> Rule:
             )
     if "targets" not in rule:
         raise RequestError(f"the rule {dict(rule)!r} of method.rules names no targets")
-    return Rule(**{**beside, **rule})
+    return Rule(**{**defaults, **rule})

@@ -40,7 +40,7 @@ class UniLoRA(Subspace):
     that a fresh adapter changes the model a little; or "lora", LoRA's random `a` and zero `b`
     beneath and θ = 0, so that it does not. `alpha`, `dropout`, `axes` are LoRA's.
 
-    `trainable["uni_lora"]` holds `theta` (see `Subspace`). It goes beside no other method.
+    `trainable["uni_lora"]` holds `theta` (see `Subspace`). It cannot be combined with others.
     `to_lora` gives the adapters as LoRA's, to save, analyse or merge. Raises `RequestError` for
     values outside.
 

@@ -84,7 +84,7 @@ def encode(x: Any, table: np.ndarray = CODEBOOK, block: int = BLOCK) -> tuple[An
 
 
 def pack(codes: jax.Array) -> jax.Array:
-    """Codes (…, n), n even, two a byte: (…, n / 2), the first of two in the upper four bits.
+    """Codes (…, n), n even, two per byte: (…, n / 2), the first of two in the upper four bits.
 
     >>> pack(jnp.array([1, 2, 15, 0], jnp.uint8)).tolist()
     [18, 240]

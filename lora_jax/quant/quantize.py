@@ -107,7 +107,7 @@ def check_format(format: str) -> None:
 
 
 def to_nf4(kernel: Any, roles: str, path: str, *, double_quant: bool, dtype=None) -> NF4Weight:
-    """`encode_kernel`, compiled once a shape, of one matrix of a stack at a time.
+    """`encode_kernel`, compiled once per shape, of one matrix of a stack at a time.
 
     Raises `RequestError` for numbers that are not finite.
     """
@@ -197,7 +197,7 @@ def merge_and_requantize(
 ) -> Requantized:
     """W + ΔW in four bits again, with the error of that, matrix by matrix.
 
-    Rounding to four bits is not small beside ΔW: look at the drift before using the result.
+    Rounding to four bits is not small compared with ΔW: look at the drift before using the result.
 
     Args:
       method: the adapter's.
@@ -268,7 +268,7 @@ def merge_error(
 
 
 def bits_per_param(params: PyTree) -> float:
-    """What the quantised parameters of a tree take, in bits a parameter, all told.
+    """What the quantised parameters of a tree take, in bits per parameter.
 
     Raises `RequestError` where there are none.
     """

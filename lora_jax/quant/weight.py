@@ -42,7 +42,7 @@ class View:
 class NF4Weight(AdaptedValue, Stored):
     """A kernel in NF4 (see `quant.nf4`), dequantised where it is used.
 
-    Fields: `kernel` codes, uint8 (stack…, rows, columns / 2), two a byte; `scales` (stack…, rows,
+    Fields: `kernel` codes, uint8 (stack…, rows, columns / 2), two per byte; `scales` (stack…, rows,
     columns / 64), float32, or uint8 with `block_scales` (stack…, blocks) and `mean` (stack…)
     float32 (double quantisation); `matrix` the sizes of the kernel's other axes in their order;
     `stored_dtype` what `dequantize` gives. `roles` and `path` as of any adapted value.
