@@ -236,7 +236,9 @@ class Method(Contract):
         """What the method trains in `params`: path, shape, rank, scale, trainable parameters."""
         flat = dict(trees.flatten(params).items())
         whole = self.whole_paths(params)
-        rows = self._adapter_rows(params, frozenset(whole))
+        members, taken = self.members(), frozenset(whole)
+        rows = [row for method in members for row in method._adapter_rows(params, taken)]
+        skipped = dict.fromkeys(p for method in members for p in method._skipped(params, taken))
         rows += [Row(p, tuple(flat[p].shape), None, None, flat[p].size) for p in whole]
         for path, (leaf, indices) in self._rows(params, whole).items():
             shape = (len(indices), *leaf.shape[1:])
@@ -245,7 +247,7 @@ class Method(Contract):
         total = sum(leaf.size for leaf in flat.values() if trees.is_array(leaf))
         order = {path: place for place, path in enumerate(in_natural_order(flat))}
         in_order = sorted(rows, key=lambda row: (order[path_of(row.path)], row.path))
-        return MethodTable(tuple(in_order), total, tuple(self._skipped(params, frozenset(whole))))
+        return MethodTable(tuple(in_order), total, tuple(skipped))
 
     def whole_paths(self, params: PyTree) -> list[str]:
         """Paths of the parameters trained whole. Raises `RequestError` for what matches none."""
@@ -253,7 +255,8 @@ class Method(Contract):
 
     def _rows(self, params: PyTree, whole=()) -> dict[str, tuple[Any, tuple[int, ...]]]:
         """`{path: (parameter, indices)}` of the rows that train."""
-        return chosen_rows(self.rows, params, whole, self.aliases)
+        found = (chosen_rows(m.rows, params, whole, m.aliases) for m in self.members())
+        return {path: rows for of_member in found for path, rows in of_member.items()}
 
     def indices_of(self, path: str) -> tuple[int, ...]:
         """The rows of the parameter at `path` that train. Raises `RequestError` for none."""

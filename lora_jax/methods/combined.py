@@ -14,7 +14,7 @@ from lora_jax.core.errors import RequestError
 from lora_jax.methods.base import Method, PyTree, Trainable
 from lora_jax.methods.merging import merged
 from lora_jax.methods.sites import are_apart, path_of
-from lora_jax.methods.table import MethodTable, Row
+from lora_jax.methods.table import MethodTable
 
 
 def bind_all(
@@ -163,12 +163,3 @@ class Combined(Method):
 
     def members(self) -> tuple[Method, ...]:
         return tuple(one for method in self.methods for one in method.members())
-
-    def _adapter_rows(self, params, whole: frozenset[str]) -> list[Row]:
-        return [row for method in self.methods for row in method._adapter_rows(params, whole)]
-
-    def _skipped(self, params, whole: frozenset[str]) -> list[str]:
-        return list(dict.fromkeys(p for m in self.methods for p in m._skipped(params, whole)))
-
-    def _rows(self, params: PyTree, whole=()) -> dict[str, Any]:
-        return {k: v for method in self.methods for k, v in method._rows(params, whole).items()}
