@@ -41,7 +41,8 @@ class KernelAxes:
         KernelAxes(stack=(-3,), in_=(-2,), out=(-1,), ops=(), conflicts=())
         """
         places = list(enumerate(roles, -len(roles)))
-        return cls(*(tuple(n for n, role in places if role == wanted) for wanted in "sio"))
+        stack, in_, out = (tuple(n for n, role in places if role == wanted) for wanted in "sio")
+        return cls(stack, in_, out)
 
     def roles(self, ndim: int, path: str) -> str:
         """One letter per axis: "s", "i" or "o". Raises `RequestError` if they do not cover it."""

@@ -55,9 +55,8 @@ def patterns_of(
 ) -> list[re.Pattern[str]]:
     """The compiled expression of each member of a target; together they are `pattern_of`."""
     aliases = aliases or {}
-    targets = checked_names("a target", targets)
     parts: list[str] = []
-    for names, target in zip(names_in(targets), _each(targets), strict=True):
+    for target, names in names_in(checked_names("a target", targets)):
         unknown = [name for name in names if name not in aliases]
         if len(unknown) == len(names):
             parts.append(target)
@@ -71,13 +70,10 @@ def patterns_of(
     return [_compiled(part) for part in parts]
 
 
-def _each(targets: str | Sequence[str]) -> Sequence[str]:
-    return (targets,) if isinstance(targets, str) else targets
-
-
-def names_in(targets: str | Sequence[str]) -> list[list[str]]:
-    """What the commas of each target separate."""
-    return [[name.strip() for name in target.split(",")] for target in _each(targets)]
+def names_in(targets: str | Sequence[str]) -> list[tuple[str, list[str]]]:
+    """Each target, and what its commas separate."""
+    each = [targets] if isinstance(targets, str) else targets
+    return [(target, [name.strip() for name in target.split(",")]) for target in each]
 
 
 def _whole_of(name: str, value: str | Part) -> str:

@@ -110,7 +110,7 @@ def split_parts(rules: Sequence[Rule], aliases: Aliases | None) -> list[Rule]:
     parts = {name: value for name, value in (aliases or {}).items() if isinstance(value, Part)}
     found: list[Rule] = []
     for rule in rules:
-        names = names_in(rule.targets)
+        names = [own for _, own in names_in(rule.targets)]
         mine = [name for group in names for name in group if name in parts]
         if not mine:
             found.append(rule)
@@ -169,9 +169,14 @@ def match_rules(
     for path in candidates:
         mine: list[Rule] = []
         for rule in rules:
-            if rule.takes(path, aliases) and (not mine or (rule.slice and mine[0].slice)):
-                _check_apart(path, mine, rule)
-                mine.append(rule)
+            if not rule.takes(path, aliases) or (mine and not (rule.slice and mine[0].slice)):
+                continue
+            if met := [own.slice for own in mine if not are_disjoint(own.slice, rule.slice)]:
+                raise RequestError(
+                    f"slices {met[0]} and {rule.slice} of {path!r} overlap; let each rule take a "
+                    "part of its own of one axis"
+                )
+            mine.append(rule)
         assigned += [(path, rule) for rule in mine]
     used = {id(rule) for _, rule in assigned}
     for rule in rules:
@@ -183,24 +188,20 @@ def match_rules(
         if rule.layers is not None:
             pattern = pattern_of(rule.targets, aliases)
             there = _layers_of([path for path in candidates if pattern.fullmatch(path)])
-            for layer in rule.layers:
-                if layer not in there:
-                    raise RequestError(
-                        f"layers={rule.layers} of rule {pattern.pattern!r}: there is no layer "
-                        f"{layer}; the layers there are {there}"
-                    )
+            if lost := [layer for layer in rule.layers if layer not in there]:
+                raise RequestError(
+                    f"layers={rule.layers} of rule {pattern.pattern!r}: there is no layer "
+                    f"{lost[0]}; the layers there are {there}"
+                )
     return assigned
 
 
-def _check_apart(path: str, earlier: Sequence[Rule], rule: Rule) -> None:
-    for other in earlier:
-        assert other.slice is not None and rule.slice is not None
-        (other_axis, other_start, other_stop), (axis, start, stop) = other.slice, rule.slice
-        if other_axis != axis or (other_start < stop and start < other_stop):
-            raise RequestError(
-                f"slices {other.slice} and {rule.slice} of {path!r} overlap; let each rule take "
-                "a part of its own of one axis"
-            )
+def are_disjoint(one: tuple[int, int, int] | None, two: tuple[int, int, int] | None) -> bool:
+    """Whether two slices `(axis, start, stop)`, None for the whole, are disjoint parts of one
+    axis."""
+    if one is None or two is None or one[0] != two[0]:
+        return False
+    return one[2] <= two[1] or two[2] <= one[1]
 
 
 def _layers_of(paths: Sequence[str]) -> list[int]:

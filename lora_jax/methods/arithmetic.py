@@ -28,7 +28,7 @@ from lora_jax.methods.base import Method, PyTree, Trainable
 from lora_jax.methods.lora import LoRA
 from lora_jax.methods.rows import rows_name
 from lora_jax.methods.sites import Site
-from lora_jax.methods.starts import from_matrices, to_matrices
+from lora_jax.methods.starts import to_matrices
 from lora_jax.methods.sums import Changes, side_by_side
 
 
@@ -281,7 +281,7 @@ def _balanced(p, sigma, q, site: Site) -> dict[str, jax.Array]:
     root = jnp.sqrt(sigma[..., :rank])
     a = p[..., :rank] * root[..., None, :]
     b = q[..., :rank, :] * root[..., :, None]
-    return {"a": from_matrices(a, "sir", site), "b": from_matrices(b, "sro", site)}
+    return {"a": a.reshape(site.part_shape("sir")), "b": b.reshape(site.part_shape("sro"))}
 
 
 def _norm(sigma) -> float:

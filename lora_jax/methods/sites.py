@@ -12,7 +12,7 @@ from jax import lax
 
 from lora_jax.core import trees
 from lora_jax.core.errors import RequestError
-from lora_jax.core.rules import Rule
+from lora_jax.core.rules import Rule, are_disjoint
 
 # "layers/0/c_attn/kernel[-1,0:768]", "embedding[rows]": the path, and what of it is meant. Other
 # brackets belong to the parameter's own name.
@@ -43,12 +43,7 @@ def window_of(name: str) -> tuple[int, int, int] | None:
 
 def are_apart(name: str, other: str) -> bool:
     """Whether two adapters touch nothing in common: other parameters, or other slices of one."""
-    if path_of(name) != path_of(other):
-        return True
-    one, two = window_of(name), window_of(other)
-    if one is None or two is None or one[0] != two[0]:
-        return False
-    return one[2] <= two[1] or two[2] <= one[1]
+    return path_of(name) != path_of(other) or are_disjoint(window_of(name), window_of(other))
 
 
 def name_of(path: str, window: tuple[int, int, int] | None) -> str:
