@@ -22,9 +22,18 @@ def scale_of(alpha: float, rank: int, *, stabilised: bool = False) -> float:
 def lora_apply(x: jax.Array, kernel: jax.Array, a: jax.Array, b: jax.Array, *, alpha: float):
     """`x @ kernel + (alpha / r) * (x @ a) @ b`, the rank r read off `a`; ΔW is never formed.
 
-    Shapes: `x (..., in)`, `kernel (in, out)`, `a (in, r)`, `b (r, out)`; the result is
-    `(..., out)` in the dtype that `x @ kernel` has. Works under jit, grad and vmap.
-    Raises `ValueError` if the shapes disagree.
+    Args:
+      x: inputs `(..., in)`.
+      kernel: the frozen kernel `(in, out)`.
+      a: `(in, r)`, any float dtype, as `b`.
+      b: `(r, out)`.
+      alpha: the scale is `alpha / r`.
+
+    Returns:
+      `(..., out)` in the dtype that `x @ kernel` has.
+
+    Raises:
+      ValueError: the shapes disagree.
 
     Source: Hu et al. 2021 (arXiv:2106.09685), Eq. 3, transposed to Flax's orientation: the
     paper's B·A is `(a @ b).T`.

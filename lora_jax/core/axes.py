@@ -8,7 +8,7 @@ tags, to the products that contract them. Nothing is computed.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -40,8 +40,9 @@ class KernelAxes:
         >>> KernelAxes.from_roles("sio")
         KernelAxes(stack=(-3,), in_=(-2,), out=(-1,), ops=(), conflicts=())
         """
-        of = {r: tuple(n - len(roles) for n, x in enumerate(roles) if x == r) for r in "sio"}
-        return cls(of["s"], of["i"], of["o"])
+        places = list(enumerate(roles, -len(roles)))
+        stack, in_, out = (tuple(n for n, role in places if role == wanted) for wanted in "sio")
+        return cls(stack, in_, out)
 
     def roles(self, ndim: int, path: str) -> str:
         """One letter per axis: "s", "i" or "o". Raises `RequestError` if they do not cover it."""
@@ -61,13 +62,38 @@ class KernelAxes:
         return "".join(named[axis] for axis in range(-ndim, 0))
 
 
-def kernel_axes(apply: Callable, params: Any, *inputs, **options) -> dict[str, KernelAxes]:
-    """`{path: KernelAxes}` for every parameter of two axes or more that meets a product.
+def roles_of_axes(axes: Mapping[str, KernelAxes] | None, path: str, ndim: int) -> str:
+    """The roles of a kernel's axes as `axes` has them; without, "io" of a kernel of two axes.
 
-    `apply(params, *inputs, **options)` is traced, never run: arrays and `jax.ShapeDtypeStruct`s
-    serve alike. Followed through casts, transposes, reshapes, slices, pads, concatenations of
-    parameters, elementwise operations, jit, remat, scan, cond, while and custom derivatives to
-    `dot_general`, `conv_general_dilated`, `ragged_dot`, `gather` and the lookup of one row.
+    Raises `RequestError` where nothing says which axes are input and output.
+    """
+    known = None if axes is None else axes.get(path)
+    if known is not None:
+        return known.roles(ndim, path)
+    if ndim == 2:
+        return "io"
+    raise RequestError(
+        f"{path!r} has {ndim} axes and nothing says which are input and output; pass "
+        "axes=lora_jax.kernel_axes(apply, params, *inputs), or your own "
+        "{path: KernelAxes(stack=…, in_=…, out=…)}"
+    )
+
+
+def kernel_axes(apply: Callable, params: Any, *inputs, **options) -> dict[str, KernelAxes]:
+    """Follows every parameter of two axes or more to the products that it meets.
+
+    Followed through casts, transposes, reshapes, slices, pads, concatenations of parameters,
+    elementwise operations, jit, remat, scan, cond, while and custom derivatives to `dot_general`,
+    `conv_general_dilated`, `ragged_dot`, `gather` and the lookup of one row.
+
+    Args:
+      apply: the model, `apply(params, *inputs, **options)`, which is traced and never run.
+      params: its parameters; arrays and `jax.ShapeDtypeStruct`s serve alike.
+      *inputs: arrays or `jax.ShapeDtypeStruct`s; other values stay as they are.
+      **options: likewise.
+
+    Returns:
+      `{path: KernelAxes}` of the parameters that meet a product.
 
     >>> import jax.numpy as jnp
     >>> params = {"kernel": jnp.ones((8, 2, 4))}
@@ -79,23 +105,18 @@ def kernel_axes(apply: Callable, params: Any, *inputs, **options) -> dict[str, K
     flat = trees.flatten(params)
     places = [n for n, leaf in enumerate(flat.leaves) if trees.is_array(leaf)]
     # What is stored in another form is traced as what it stands for.
-    found = [flat.leaves[n] for n in places]
+    found = (flat.leaves[n] for n in places)
     arrays = [leaf.base if isinstance(leaf, trees.Stored) else leaf for leaf in found]
     # Inputs may be shape structs, so they are traced too; anything else stays a Python value.
     leaves, treedef = jax.tree_util.tree_flatten((inputs, options))
     traced = [n for n, leaf in enumerate(leaves) if trees.is_array(leaf)]
 
     def plain(arrays, given):
-        inner = list(flat.leaves)
-        for place, array in zip(places, arrays, strict=True):
-            inner[place] = array
-        inner_leaves = list(leaves)
-        for place, array in zip(traced, given, strict=True):
-            inner_leaves[place] = array
-        args, kwargs = jax.tree_util.tree_unflatten(treedef, inner_leaves)
+        inner = trees.filled(flat.leaves, places, arrays)
+        args, kwargs = treedef.unflatten(trees.filled(leaves, traced, given))
         return apply(flat.unflatten(inner), *args, **kwargs)
 
-    jaxpr, consts, _ = jaxprs.trace(plain, arrays, [leaves[n] for n in traced])
+    jaxpr, consts, *_ = jaxprs.trace(plain, arrays, [leaves[n] for n in traced])
     tags: list[Parts] = [
         (Tags(path, leaf.shape, tuple((n,) for n in range(leaf.ndim)), leaf.shape),)
         if leaf.ndim >= 2
@@ -105,8 +126,8 @@ def kernel_axes(apply: Callable, params: Any, *inputs, **options) -> dict[str, K
     tags += [()] * len(traced)
     walk = Walk({})
     walk.follow(jaxpr, [()] * len(consts), tags)
-    found = {path: _resolve(uses) for path, uses in walk.uses.items()}
-    return {path: axes for path, axes in found.items() if axes is not None}
+    resolved = ((path, _resolve(uses)) for path, uses in walk.uses.items())
+    return {path: axes for path, axes in resolved if axes is not None}
 
 
 def _resolve(found) -> KernelAxes | None:
@@ -115,24 +136,16 @@ def _resolve(found) -> KernelAxes | None:
     if not matrices:
         return None
     _, in_, out, ndim = matrices[0]
-    # An axis that some use contracts and another keeps is a conflict; the first use decides.
-    conflicts = [
-        f"{other} contracts {tuple(sorted(a - ndim for a in other_in))}"
-        for other, other_in, _, _ in found
-        if other_in != in_
-    ]
-    both = in_ & out
-    if both:
-        conflicts.append(
-            f"axes {tuple(sorted(a - ndim for a in both))} are split between in and out"
-        )
-        out = out - both
-    stack = set(range(ndim)) - in_ - out
 
     def from_end(axes):
         return tuple(sorted(axis - ndim for axis in axes))
 
+    # An axis that some use contracts and another keeps is a conflict; the first use decides.
+    conflicts = [f"{op} contracts {from_end(own)}" for op, own, _, _ in found if own != in_]
+    if both := in_ & out:
+        conflicts.append(f"axes {from_end(both)} are split between in and out")
+    out = out - both
+    stack = set(range(ndim)) - in_ - out
     ops = tuple(dict.fromkeys(op for op, _, _, _ in found))
-    return KernelAxes(
-        from_end(stack), from_end(in_), from_end(out), ops, tuple(dict.fromkeys(conflicts))
-    )
+    conflicts = tuple(dict.fromkeys(conflicts))
+    return KernelAxes(from_end(stack), from_end(in_), from_end(out), ops, conflicts)

@@ -15,8 +15,7 @@ from lora_jax.core.errors import RequestError
 from lora_jax.core.joins import as_arrays
 from lora_jax.core.lift import rule_for
 from lora_jax.core.splits import sides_split, specs_of
-from lora_jax.core.stacks import along_first_axis
-from lora_jax.core.trees import Static
+from lora_jax.core.trees import Static, filled
 from lora_jax.core.values import is_adapted, materialise
 
 # Inner jits of a few equations (jnp.take, jax.nn.silu) are cheaper to inline than to trace again.
@@ -47,7 +46,7 @@ def _jit(interpreter, eqn, values):
         body = _placed(body, params["in_shardings"], params["out_shardings"])
     body.__name__ = body.__qualname__ = params["name"]
     options = dict(params.get("compiler_options_kvs") or ()) or None
-    return list(jax.jit(body, compiler_options=options)(*values))
+    return jax.jit(body, compiler_options=options)(*values)
 
 
 def _placed(body, in_shardings, out_shardings):
@@ -77,7 +76,7 @@ def _call(interpreter, eqn, values):
 def _remat(interpreter, eqn, values):
     body = _body(interpreter, eqn, eqn.params["jaxpr"], plain_outputs=False)
     again = jax.checkpoint(body, prevent_cse=eqn.params["prevent_cse"], policy=eqn.params["policy"])
-    return list(again(*values))
+    return again(*values)
 
 
 @rule_for("scan")
@@ -85,24 +84,26 @@ def _scan(interpreter, eqn, values):
     num_consts, num_carry = jaxprs.scan_counts(eqn)
     consts, rest = values[:num_consts], values[num_consts:]
     carry = interpreter.plain(rest[:num_carry], eqn, "a loop's carry must stay one array")
-    stacked = [
-        x if not is_adapted(x) or x.scan_axis_is_stack() else _in_chunks(interpreter, eqn, x)
-        for x in rest[num_carry:]
-    ]
+    stacked = [_along_first_axis(interpreter, eqn, x) for x in rest[num_carry:]]
     body = _body(interpreter, eqn, eqn.params["jaxpr"], plain_outputs=True)
 
     def step(carry, xs):
         outs = body(*consts, *carry, *xs)
         return outs[:num_carry], outs[num_carry:]
 
-    carry, ys = lax.scan(step, carry, stacked, **jaxprs.scan_options(eqn))
+    names = ("length", "reverse", "unroll", "_split_transpose")
+    options = {name: eqn.params[name] for name in names if name in eqn.params}
+    carry, ys = lax.scan(step, carry, stacked, **options)
     return [*carry, *ys]
 
 
-def _in_chunks(interpreter, eqn, value):
-    """A kernel scanned along its inputs or outputs: each step has its chunk of them."""
+def _along_first_axis(interpreter, eqn, value):
+    """A stacked kernel; of one scanned along its inputs or outputs each step has its chunk."""
+    if not is_adapted(value) or value.scan_axis_is_stack():
+        return value
     reason = "scanned along an axis that is not a stack axis"
-    return along_first_axis(as_arrays(interpreter, eqn, value, reason))
+    value = as_arrays(interpreter, eqn, value, reason)
+    return value.along_first_axis() if is_adapted(value) else value
 
 
 @rule_for("while")
@@ -114,12 +115,10 @@ def _while(interpreter, eqn, values):
     carry = interpreter.plain(carry, eqn, "a loop's carry must stay one array")
     cond = _body(interpreter, eqn, params["cond_jaxpr"], plain_outputs=True)
     body = _body(interpreter, eqn, params["body_jaxpr"], plain_outputs=True)
-    return list(
-        lax.while_loop(
-            lambda carry: cond(*cond_consts, *carry)[0],
-            lambda carry: body(*body_consts, *carry),
-            carry,
-        )
+    return lax.while_loop(
+        lambda carry: cond(*cond_consts, *carry)[0],
+        lambda carry: body(*body_consts, *carry),
+        carry,
     )
 
 
@@ -129,7 +128,7 @@ def _cond(interpreter, eqn, values):
     branches = [
         _body(interpreter, eqn, branch, plain_outputs=True) for branch in eqn.params["branches"]
     ]
-    return list(lax.switch(index, branches, *operands))
+    return lax.switch(index, branches, *operands)
 
 
 @rule_for("shard_map")
@@ -138,10 +137,10 @@ def _shard_map(interpreter, eqn, values):
     body = _body(interpreter, eqn, eqn.params["jaxpr"], plain_outputs=True)
     reason = "a shard sees a part of the array itself"
     values = [as_arrays(interpreter, eqn, value, reason) for value in values]
-    in_specs = jaxprs.shard_map_in_specs(eqn)
+    in_specs = tuple(eqn.params["in_specs"])
     values = [sides_split(v, spec) for v, spec in zip(values, in_specs, strict=True)]
     specs = tuple(map(specs_of, values, in_specs))
-    return list(jaxprs.shard_map(eqn, lambda *parts: tuple(body(*parts)), specs)(*values))
+    return jaxprs.shard_map(eqn, lambda *parts: tuple(body(*parts)), specs)(*values)
 
 
 @rule_for("custom_jvp_call")
@@ -149,12 +148,8 @@ def _custom_jvp(interpreter, eqn, values):
     """The user's rule is kept. Its tangent for a kernel is the dense tangent of W + ΔW, since that
     is what the rule was written for; the primal outputs stay low-rank in both directions."""
     _check_not_random(eqn, values)
-    body = _body(interpreter, eqn, eqn.params["call_jaxpr"], plain_outputs=True)
+    primal = jax.custom_jvp(_body(interpreter, eqn, eqn.params["call_jaxpr"], plain_outputs=True))
     rule = jaxprs.custom_jvp_rule(eqn)
-
-    @jax.custom_jvp
-    def primal(*values):
-        return body(*values)
 
     def jvp(values, tangents):
         tangents = [_tangent_of(v, t) for v, t in zip(values, tangents, strict=True)]
@@ -174,12 +169,8 @@ def _custom_vjp(interpreter, eqn, values):
     if "call_jaxpr" not in eqn.params:
         return None
     _check_not_random(eqn, values)
-    body = _body(interpreter, eqn, eqn.params["call_jaxpr"], plain_outputs=True)
+    primal = jax.custom_vjp(_body(interpreter, eqn, eqn.params["call_jaxpr"], plain_outputs=True))
     forward_rule, backward_rule = jaxprs.custom_vjp_rules(eqn)
-
-    @jax.custom_vjp
-    def primal(*values):
-        return body(*values)
 
     def forward(*values):
         # JAX's own flags, so that constants and integers are not taken for differentiated.
@@ -201,11 +192,12 @@ def _custom_vjp(interpreter, eqn, values):
         if not eqn.params["symbolic_zeros"]:
             cotangents = [jaxprs.instantiated(ct) for ct in cotangents]
         dense = _evaluate_rule(interpreter, eqn, backward_rule, values, residuals, cotangents)
+        dense = [None if jaxprs.is_symbolic_zero(x) else x for x in dense]
         return tuple(
             jax.vjp(materialise, value)[1](cotangent)[0]
             if is_adapted(value) and cotangent is not None
             else cotangent
-            for value, cotangent in zip(values, map(_none_if_zero, dense), strict=True)
+            for value, cotangent in zip(values, dense, strict=True)
         )
 
     primal.defvjp(forward, backward, symbolic_zeros=True)
@@ -213,19 +205,18 @@ def _custom_vjp(interpreter, eqn, values):
 
 
 def _check_not_random(eqn, values) -> None:
-    for value in values:
-        if is_adapted(value) and value.is_random:
-            raise RequestError(
-                f"{value.path!r} has adapter dropout and meets `{eqn.primitive.name}` at "
-                f"{jaxprs.source_line(eqn)}: the gradient written there is that of one fixed "
-                "weight, so it would not be that of a dropped one; set dropout=0 for this parameter"
-            )
+    if random := [value for value in values if is_adapted(value) and value.is_random]:
+        raise RequestError(
+            f"{random[0].path!r} has adapter dropout and meets `{eqn.primitive.name}` at "
+            f"{jaxprs.source_line(eqn)}: the gradient written there is that of one fixed weight, "
+            "so it would not be that of a dropped one; set dropout=0 for this parameter"
+        )
 
 
 def _run_rule(interpreter, eqn, rule, operands, inputs):
     """`(results, their tree)` of a derivative rule, by this interpreter."""
     shapes = [value.base if is_adapted(value) else value for value in inputs]
-    jaxpr, consts, tree = jaxprs.trace(rule, *shapes)
+    jaxpr, consts, tree, _ = jaxprs.trace(rule, *shapes)
     consts = interpreter.closed_over(consts, eqn, operands)
     return interpreter.evaluate(jaxpr, consts, inputs), tree
 
@@ -235,19 +226,14 @@ def _evaluate_rule(interpreter, eqn, rule, operands, values, linear) -> list:
 
     Symbolic zeros, and those of integers, have no array to trace: they pass around the jaxpr.
     """
-    every = [*(v.value if isinstance(v, Static) else v for v in values), *linear]
-    traced = [
-        n
-        for n, x in enumerate([*values, *linear])
-        if not isinstance(x, Static) and not jaxprs.is_symbolic_zero(x)
-    ]
+    given = [*values, *linear]
+    every = [x.value if isinstance(x, Static) else x for x in given]
+    has_array = [not isinstance(x, Static) and not jaxprs.is_symbolic_zero(x) for x in given]
+    traced = [n for n, is_traced in enumerate(has_array) if is_traced]
     places: list = []
 
     def flat(*args):
-        filled = list(every)
-        for place, x in zip(traced, args, strict=True):
-            filled[place] = x
-        outs = list(rule(*filled))
+        outs = list(rule(*filled(every, traced, args)))
         places[:] = [out if jaxprs.is_symbolic_zero(out) else None for out in outs]
         return [out for out in outs if not jaxprs.is_symbolic_zero(out)]
 
@@ -265,7 +251,3 @@ def _tangent_of(value, tangent):
     if all(jaxprs.is_symbolic_zero(leaf) for leaf in leaves):
         return jaxprs.symbolic_zero(value.base)
     return jax.jvp(materialise, (value,), (jax.tree.map(jaxprs.instantiated, tangent),))[1]
-
-
-def _none_if_zero(cotangent):
-    return None if jaxprs.is_symbolic_zero(cotangent) else cotangent

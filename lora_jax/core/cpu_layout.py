@@ -10,45 +10,43 @@ products out themselves, and there a flattened batch could cost a reshard.
 from __future__ import annotations
 
 import jax
+import jax.numpy as jnp
 from jax import lax
 
+from lora_jax.core.values import Use
 
-def is_thin_case(weight_roles, contracting, batch, x_contracting, x_ndim) -> bool:
-    """Whether `x (…, in…) · kernel` contracts all inputs (or all outputs) of an unstacked kernel,
-    the last axes of `x`, in order."""
-    if batch or "s" in weight_roles or jax.default_backend() != "cpu":
+
+def is_thin(use: Use, roles: str) -> bool:
+    """Whether a `dot_general` of `x (…, in…)` and an unstacked kernel on the right contracts all
+    inputs (or all outputs) of the kernel, the last axes of `x`, in order."""
+    (theirs, mine), (_, batch) = use.params["dimension_numbers"]
+    if not use.place or batch or "s" in roles or jax.default_backend() != "cpu":
         return False
-    roles = {weight_roles[axis] for axis in contracting}
-    all_of_it = len(roles) == 1 and len(contracting) == weight_roles.count(next(iter(roles)))
-    pairs = sorted(zip(contracting, x_contracting, strict=True))
-    last = list(range(x_ndim - len(pairs), x_ndim))
-    return all_of_it and [x_axis for _, x_axis in pairs] == last
+    contracted = {roles[axis] for axis in mine}
+    all_of_it = len(contracted) == 1 and len(mine) == roles.count(next(iter(contracted)))
+    ndim = use.other.ndim
+    x_axes = [x_axis for _, x_axis in sorted(zip(mine, theirs, strict=True))]
+    return all_of_it and x_axes == list(range(ndim - len(mine), ndim))
 
 
-def thin_products(x, first, second, scale, *, first_is_a, compute, wide, precision, preferred):
-    """`(x · first) · scale · second` as (rows, outputs), all operands as matrices.
+def thin_products(x, weight, *, first_is_a: bool, compute, wide, preferred, precision):
+    """scale · (x · first) · second as (rows, outputs).
 
     `first` and `second` are the weight's `a (in…, r)` and `b (r, out…)`, or the other way round for
     the transposed use.
     """
-    a, b = (first, second) if first_is_a else (second, first)
+    a, b, scale = weight.a, weight.b, jnp.asarray(weight.scale)
     rank = a.shape[-1]
     a_rI = lax.optimization_barrier(lax.reshape(a, (a.size // rank, rank)).T)
     b_rO = lax.reshape(b, (rank, b.size // rank))
-    narrow, wide_out = (a_rI, b_rO) if first_is_a else (b_rO, a_rI)
-    rows = lax.reshape(x, (x.size // narrow.shape[1], narrow.shape[1]))
-    hidden = lax.dot_general(
-        rows.astype(compute),
-        narrow.astype(compute),
-        (((1,), (1,)), ((), ())),
-        precision=precision,
-        preferred_element_type=wide,
-    )
+    first, second = (a_rI, b_rO) if first_is_a else (b_rO, a_rI)
+    rows = lax.reshape(x, (x.size // first.shape[1], first.shape[1]))
+
+    def dot(x, y, contracted, dtype):
+        y = y.astype(compute)
+        numbers = (((1,), (contracted,)), ((), ()))
+        return lax.dot_general(x, y, numbers, precision=precision, preferred_element_type=dtype)
+
+    hidden = dot(rows.astype(compute), first, 1, wide)
     hidden = lax.mul(hidden, lax.broadcast(scale.astype(wide), hidden.shape)).astype(compute)
-    return lax.dot_general(
-        hidden,
-        wide_out.astype(compute),
-        (((1,), (0,)), ((), ())),
-        precision=precision,
-        preferred_element_type=preferred,
-    )
+    return dot(hidden, second, 0, preferred)

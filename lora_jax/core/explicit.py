@@ -9,7 +9,6 @@ sharding of the frozen result. Without explicit axes nothing here does anything.
 from __future__ import annotations
 
 import dataclasses
-import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -63,16 +62,6 @@ def within(fun: Callable, *args, like):
     """`fun(*args)` in a region of these arrays, with the sharding of `like`."""
     region = region_of(*args)
     return region.back(region.run(fun, *args), like)
-
-
-def like_first(fun: Callable) -> Callable:
-    """Makes `fun(x, x_axes, side, side_axes)` run within a region, the result sharded as `x`."""
-
-    @functools.wraps(fun)
-    def wrapped(x, x_axes, side, side_axes):
-        return within(lambda x, side: fun(x, x_axes, side, side_axes), x, side, like=x)
-
-    return wrapped
 
 
 def in_mesh(value):

@@ -60,13 +60,13 @@ class GroupedWeight(AdaptedValue):
     def use(self, use: Use) -> jax.Array | None:
         if not isinstance(use, ConvUse) or use.out_axis != self.axis:
             return None
-        return self.kernel.use(GroupedUse(conv=use, axis=self.axis, shape=self.shape))
+        return self.kernel.use(GroupedUse(**vars(use), axis=self.axis))
 
     def on_base(self, change) -> GroupedWeight:
         def changed(kernel):
             return lax.reshape(change(lax.reshape(kernel, self.shape)), kernel.shape)
 
-        return dataclasses.replace(self, kernel=self.kernel.on_base(changed))
+        return super().on_base(changed)
 
     def marked(self, mark) -> GroupedWeight:
         return self.on_base(mark)
@@ -74,53 +74,50 @@ class GroupedWeight(AdaptedValue):
     def scan_axis_is_stack(self) -> bool:
         return False
 
+    # No role says what its one axis holds, so it follows no change of its axes.
     def transpose(self, permutation) -> None:
         return None
 
     def reshape(self, shape) -> None:
         return None
 
-    def slice_axes(self, starts, sizes, strides=None) -> None:
-        return None
-
-    def reverse(self, dimensions) -> None:
+    def _each_along(self, change, method, *args) -> None:
         return None
 
 
 @dataclasses.dataclass(frozen=True)
-class GroupedUse:
-    """A convolution by the kernel in `shape`, of which the use holds `axis` and the next apart."""
+class GroupedUse(ConvUse):
+    """A convolution by the kernel in `kernel_shape`, whose axis `axis` the value holds as two."""
 
-    conv: ConvUse
-    axis: int
-    shape: tuple[int, ...]
+    axis: int = 0
 
     @property
     def out_axes(self) -> list:
-        return ["grouped" if axis == self.axis else axis for axis in self.conv.out_axes]
+        return ["grouped" if axis == self.axis else axis for axis in super().out_axes]
 
     def bind(self, kernel):
-        return self.conv.bind(lax.reshape(kernel, self.shape))
+        return super().bind(lax.reshape(kernel, self.kernel_shape))
 
     def gain_on_outputs(self, gain, axes):
-        pair = [self.axis, self.axis + 1]
-        if [axis for axis in axes if axis in pair] != pair or gain.size != self.shape[self.axis]:
+        pair, size = [self.axis, self.axis + 1], self.kernel_shape[self.axis]
+        if [axis for axis in axes if axis in pair] != pair or gain.size != size:
             return None
-        return lax.reshape(gain, (gain.size,)), ["grouped"]
+        return lax.reshape(gain, (size,)), ["grouped"]
 
     def with_gain(self, gain, axes) -> None:
         return None
 
     def low_rank(self, weight: LoRAWeight):
-        conv, params, roles = self.conv, self.conv.params, weight.current_roles
+        roles = weight.current_roles
         stack, width = weight.shape[self.axis : self.axis + 2]
         # A new axis of size one counts as an output's.
         others = {r for n, r in enumerate(roles) if n - self.axis not in (0, 1) and r != "o"}
         width_of_all = math.prod(weight.shape[axis] for axis in weight.axes("o"))
-        groups, left = divmod(params["feature_group_count"], stack)
-        if left or params["batch_group_count"] != 1 or others != {"i"} or width_of_all != width:
+        groups, left = divmod(self.params["feature_group_count"], stack)
+        batched = self.params["batch_group_count"] != 1
+        if left or batched or others != {"i"} or width_of_all != width:
             return None
-        x = weight.dropped(conv.other, conv.uses)
+        x = weight.dropped(self.other, self.uses)
         wide = float32_or_wider(x.dtype)
         a_axes: list[Any] = weight.side_axes("a")
         scaled = weight.scaled(weight.a.astype(wide), a_axes).astype(x.dtype)
@@ -130,14 +127,8 @@ class GroupedUse:
         a = lax.transpose(scaled, [a_axes.index(axis) for axis in order])
         a = jnp.stack([a] * groups, axis=order.index(self.axis) + 1)
         rank = weight.b.shape[1]
-        features = (stack * groups * rank,)
-        a = a.reshape(*self.shape[: self.axis], *features, *self.shape[self.axis + 1 :])
-        feature = conv.out_feature
-        hidden = jnp.moveaxis(conv.convolved(x, a, wide).astype(x.dtype), feature, -1)
-        hidden = hidden.reshape(*hidden.shape[:-1], stack, groups, rank)
+        before, after = self.kernel_shape[: self.axis], self.kernel_shape[self.axis + 1 :]
+        a = a.reshape(*before, stack * groups * rank, *after)
+        hidden = self.convolved(x, a, wide).astype(x.dtype)
         b = weight.b.astype(x.dtype).reshape(stack, rank, groups, width // groups)
-        delta = jnp.einsum(
-            "...sgr,srgo->...sgo", hidden, b,
-            precision=params["precision"], preferred_element_type=wide,
-        )  # fmt: skip
-        return jnp.moveaxis(delta.reshape(*delta.shape[:-3], stack * width), -1, feature)
+        return self.by_group("...sgr,srgo->...sgo", hidden, b, (stack, groups), wide)

@@ -29,15 +29,11 @@ REMAT = frozenset({"remat2", "remat", "checkpoint"})
 
 
 def trace(fun, *args):
-    """Traces `fun` over the shapes of `args`: `(jaxpr, consts, out_tree)`; computes nothing.
+    """Traces `fun` over the shapes of `args`: `(jaxpr, consts, out_tree, whole)`; computes nothing.
 
-    What no result needs is removed, in sub-jaxprs too; equations with effects stay.
+    What no result needs is removed, in sub-jaxprs too; equations with effects stay. `whole` is the
+    jaxpr before that.
     """
-    return trace_whole(fun, *args)[:3]
-
-
-def trace_whole(fun, *args):
-    """`trace`, with the jaxpr before anything was removed as a fourth result."""
     try:
         closed, out_shape = jax.make_jaxpr(fun, return_shape=True)(*args)
     except Exception as error:
@@ -72,12 +68,6 @@ def slice_for(jaxpr, variables) -> Slice:
     return Slice(jaxpr.constvars, jaxpr.invars, eqns[::-1], list(variables))
 
 
-def variables_of(jaxpr) -> set[Any]:
-    """Every variable that the jaxpr binds itself."""
-    computed = (var for eqn in jaxpr.eqns for var in eqn.outvars)
-    return {*jaxpr.constvars, *jaxpr.invars, *computed}
-
-
 def opened(jaxpr):
     """`(jaxpr, consts)` of an equation's sub-jaxpr, closed or not."""
     return getattr(jaxpr, "jaxpr", jaxpr), getattr(jaxpr, "consts", ())
@@ -91,31 +81,14 @@ def scan_counts(eqn) -> tuple[int, int]:
     return len(consts), len(carry)
 
 
-def scan_options(eqn) -> dict[str, Any]:
-    names = ("length", "reverse", "unroll", "_split_transpose")
-    return {name: eqn.params[name] for name in names if name in eqn.params}
-
-
 def ragged_contraction(eqn) -> int | None:
     """The kernel's contracted axis of a ragged product of rows (m, k) with a kernel (g, k, n) or
     (g, n, k), the rows split into groups; None for any other."""
     numbers = eqn.params["ragged_dot_dimension_numbers"]
     (mine, theirs), batch = numbers.dot_dimension_numbers
-    if (
-        eqn.params.get("group_offset") is not None
-        or (tuple(batch[0]), tuple(batch[1])) != ((), ())
-        or tuple(mine) != (1,)
-        or tuple(numbers.lhs_ragged_dimensions) != (0,)
-        or tuple(numbers.rhs_group_dimensions) != (0,)
-        or tuple(theirs) not in ((1,), (2,))
-    ):
-        return None
-    return theirs[0]
-
-
-def shard_map_in_specs(eqn) -> tuple[Any, ...]:
-    """The PartitionSpec of each operand of a shard_map equation."""
-    return tuple(eqn.params["in_specs"])
+    found = (mine, *batch, numbers.lhs_ragged_dimensions, numbers.rhs_group_dimensions)
+    has_form = [*map(tuple, found)] == [(1,), (), (), (0,), (0,)] and tuple(theirs) in ((1,), (2,))
+    return theirs[0] if has_form and eqn.params.get("group_offset") is None else None
 
 
 def shard_map(eqn, body, in_specs):
@@ -133,39 +106,25 @@ def shard_map(eqn, body, in_specs):
     )
 
 
-def reshard(eqn, x, sharding):
-    """The reshard equation on another array, whose sharding its type then names."""
-    return eqn.primitive.bind(x, **{**eqn.params, "dst_sharding": sharding})
-
-
 def sub_jaxprs(eqn) -> list[Any]:
     """Every jaxpr among an equation's parameters, closed or not."""
-    found = []
-    for value in eqn.params.values():
-        for item in value if isinstance(value, tuple | list) else (value,):
-            if hasattr(item, "eqns") or hasattr(getattr(item, "jaxpr", None), "eqns"):
-                found.append(item)
-    return found
+    values = (v if isinstance(v, tuple | list) else (v,) for v in eqn.params.values())
+    return [x for items in values for x in items if hasattr(opened(x)[0], "eqns")]
 
 
 def last_uses(jaxpr) -> dict[Any, int]:
     """`{variable: number of the last equation that reads it}`; results count as read at the end."""
-    uses = {
-        atom: number
-        for number, eqn in enumerate(jaxpr.eqns)
-        for atom in eqn.invars
-        if not is_literal(atom)
-    }
-    return uses | {atom: len(jaxpr.eqns) for atom in jaxpr.outvars if not is_literal(atom)}
+    reads = [*(eqn.invars for eqn in jaxpr.eqns), jaxpr.outvars]
+    return {atom: n for n, atoms in enumerate(reads) for atom in atoms if not is_literal(atom)}
 
 
 def is_literal(atom) -> bool:
     return isinstance(atom, Literal)
 
 
-def source_of(eqn):
+def source_of(eqn, **options):
     """The traced equation's source line, for what is bound inside."""
-    return source_info_util.user_context(eqn.source_info.traceback)
+    return source_info_util.user_context(eqn.source_info.traceback, **options)
 
 
 @contextlib.contextmanager
@@ -178,10 +137,7 @@ def equation_context(eqn):
     outer = getattr(_within, "equations", ())
     _within.equations = (*outer, eqn)
     try:
-        with (
-            source_info_util.user_context(eqn.source_info.traceback, name_stack=stack),
-            eqn.ctx.manager,
-        ):
+        with source_of(eqn, name_stack=stack), eqn.ctx.manager:
             yield
     except Exception as error:
         if not any(note.startswith(_NOTE) for note in getattr(error, "__notes__", ())):

@@ -127,11 +127,10 @@ def as_arrays(interpreter, eqn, value, reason: str) -> Any:
     return value
 
 
-def joined(interpreter, eqn, values, bind, factors=None, axis=None) -> list[Any] | None:
+def joined(interpreter, eqn, values, bind, factors=None, axis=None) -> Any:
     """The result of a rule for an equation that joins `values`; None where it has no such form."""
     join = Join(bind, [tuple(x.shape) for x in values], factors or [1] * len(values), axis)
-    whole = join.of([as_arrays(interpreter, eqn, x, "made into one kernel") for x in values])
-    return None if whole is None else [whole]
+    return join.of([as_arrays(interpreter, eqn, x, "made into one kernel") for x in values])
 
 
 @rule_for("concatenate")

@@ -22,8 +22,9 @@ import jax
 from lora_jax.core import jaxprs
 from lora_jax.core.errors import RequestError
 from lora_jax.core.explicit import in_mesh
-from lora_jax.core.segments import Segments
+from lora_jax.core.segments import bind_run
 from lora_jax.core.splits import typed_as
+from lora_jax.core.trees import filled
 from lora_jax.core.values import is_adapted, is_bound, materialise
 
 
@@ -77,7 +78,7 @@ class Interpreter:
         self.strict = strict
         self._whole = whole
         self._uses: collections.Counter[str] = collections.Counter()
-        self._segments = Segments()
+        self._functions: dict[Any, Any] = {}  # of runs of equations
 
     def count_use(self, path: str) -> int:
         """How often the weight was used before: so that dropout differs from use to use."""
@@ -113,9 +114,9 @@ class Interpreter:
         known = {atom: value for atom, value in pairs if not jaxprs.is_literal(atom)}
         lost = dict.fromkeys(atom for atom in atoms if atom is not None and atom not in known)
         if lost and self._whole is not None:
-            own = jaxprs.variables_of(self._whole[0])
-            mine = [atom for atom in lost if atom in own]
-            if mine:
+            whole = self._whole[0]
+            own = {*whole.constvars, *whole.invars, *(v for e in whole.eqns for v in e.outvars)}
+            if mine := [atom for atom in lost if atom in own]:
                 known |= zip(mine, self._computed_again(mine, eqn), strict=True)
         return [known.get(atom, const) for atom, const in zip(atoms, consts, strict=True)]
 
@@ -141,19 +142,19 @@ class Interpreter:
 
     def evaluate(self, jaxpr, consts, args) -> list[Any]:
         """The outputs of a jaxpr on plain and adapted values; outputs may be adapted."""
-        env: dict[Any, Any] = {}
+        bound = zip((*jaxpr.constvars, *jaxpr.invars), (*consts, *args), strict=True)
+        env: dict[Any, Any] = dict(bound)
 
         def read(atom):
             return atom.val if jaxprs.is_literal(atom) else env[atom]
 
-        env.update(zip(jaxpr.constvars, consts, strict=True))
-        env.update(zip(jaxpr.invars, args, strict=True))
         last_use = jaxprs.last_uses(jaxpr)
         run: list[Any] = []  # equations without adapted operands, not bound yet
 
-        def bind_run(end: int):
+        def bind_waiting(end: int):
             if run:
-                env.update(self._segments.bind(run, read, lambda var: last_use.get(var, -1) >= end))
+                is_live = lambda var: last_use.get(var, -1) >= end  # noqa: E731
+                env.update(bind_run(self._functions, run, read, is_live))
                 run.clear()
 
         for number, eqn in enumerate(jaxpr.eqns):
@@ -163,29 +164,30 @@ class Interpreter:
             if not adapted and not eqn.effects:
                 run.append(eqn)
                 continue
-            bind_run(number)
+            bind_waiting(number)
             values = [read(atom) for atom in eqn.invars]
             with jaxprs.equation_context(eqn):
                 outs = self._apply_rule(eqn, values) if adapted else jaxprs.bind(eqn, values)
             env.update(zip(eqn.outvars, outs, strict=True))
-        bind_run(len(jaxpr.eqns))
+        bind_waiting(len(jaxpr.eqns))
         return [read(atom) for atom in jaxpr.outvars]
 
     def _apply_rule(self, eqn, values) -> list[Any]:
-        rule = RULES.get(eqn.primitive.name)
+        rule = RULES.get(eqn.primitive.name, lambda *_: None)
         reason = ""
         try:
-            outs = rule(self, eqn, values) if rule is not None else None
+            outs = rule(self, eqn, values)
         except jaxprs.ShardingTypeError:
             outs, reason = None, "its factors cannot follow the explicit sharding"
         if outs is None:
             outs = jaxprs.bind(eqn, self.plain(values, eqn, reason))
+        outs = outs if isinstance(outs, list | tuple) else [outs]
         return [typed_as(out, var.aval) for out, var in zip(outs, eqn.outvars, strict=True)]
 
 
-# Primitive name -> rule(interpreter, equation, values) -> list of results, or None for "no
-# low-rank form here". Filled by core/primitives.py and core/control.py at import.
-RULES: dict[str, Callable[[Interpreter, Any, list[Any]], list[Any] | None]] = {}
+# Primitive name -> rule(interpreter, equation, values) -> the result, a list of them, or None for
+# "no low-rank form here". Filled by core/primitives.py and core/control.py at import.
+RULES: dict[str, Callable[[Interpreter, Any, list[Any]], Any]] = {}
 
 
 def rule_for(*names: str):
@@ -202,13 +204,16 @@ def rule_for(*names: str):
 def lift(fun: Callable, *, strict: bool = False) -> Callable:
     """Returns `fun` taught to take adapted values anywhere among its arguments.
 
-    `fun` is any traceable function: `apply(params, *inputs)` of plain JAX, Flax Linen, NNX or
-    Equinox. The result is traceable itself: jit, grad, vmap, remat and scan work around it, and it
-    is `fun` itself where no argument is adapted. Lifting twice is lifting once.
+    A function that changes a module in place does so on a copy made inside the trace: return what
+    should be kept. Lifting twice is lifting once.
 
-    Outputs are plain arrays. A function that changes a module in place does so on a copy made
-    inside the trace: return what should be kept. With `strict=True` a materialisation is a
-    `RequestError` instead of a `MaterialisedWarning`.
+    Args:
+      fun: any traceable function: `apply(params, *inputs)` of plain JAX, Linen, NNX or Equinox.
+      strict: makes a materialisation a `RequestError` instead of a `MaterialisedWarning`.
+
+    Returns:
+      A function of the same arguments and plain outputs, which is traceable itself: jit, grad,
+      vmap, remat and scan work around it. Where no argument is adapted, it is `fun`.
 
     >>> import jax.numpy as jnp, lora_jax as lj
     >>> params = {"kernel": jnp.eye(4)}
@@ -240,15 +245,13 @@ class Lifted:
         def plain(*kernels):
             # Everything but the adapted kernels is closed over, so Python values stay static and
             # modules are rebuilt inside the trace, where they may be changed.
-            inner = list(leaves)
-            for place, kernel in zip(places, kernels, strict=True):
-                inner[place] = kernel
+            inner = filled(leaves, places, kernels)
             inner_args, inner_kwargs = jax.tree_util.tree_unflatten(treedef, inner)
             return self.fun(*inner_args, **inner_kwargs)
 
         values = [in_mesh(leaves[place]) for place in places]
-        traced = jaxprs.trace_whole(plain, *(value.base for value in values))
-        jaxpr, consts, out_tree, whole = traced
+        kernels = (value.base for value in values)
+        jaxpr, consts, out_tree, whole = jaxprs.trace(plain, *kernels)
         interpreter = Interpreter(strict=self.strict, whole=(whole, consts, values))
         outs = interpreter.evaluate(jaxpr, consts, values)
         name = getattr(self.fun, "__name__", "the function")

@@ -10,64 +10,21 @@ from typing import Any, TypeVar
 
 from lora_jax.core.errors import RequestError
 
-_BINARY = [
-    "add",
-    "sub",
-    "mul",
-    "truediv",
-    "floordiv",
-    "mod",
-    "pow",
-    "matmul",
-    "lshift",
-    "rshift",
-    "and",
-    "or",
-    "xor",
-]
-# Not `__bool__` and `__len__`: inside the package, `value and …` asks whether there is one.
-_OTHER = [
-    "__neg__",
-    "__pos__",
-    "__abs__",
-    "__invert__",
-    "__lt__",
-    "__le__",
-    "__gt__",
-    "__ge__",
-    "__getitem__",
-    "__iter__",
-    "__float__",
-    "__int__",
-    "__array__",
-    "__jax_array__",
-    "__divmod__",
-    "__rdivmod__",
-]
-OPERATORS = (*(f"__{r}{name}__" for name in _BINARY for r in ("", "r")), *_OTHER)
+_BINARY = (
+    "add", "sub", "mul", "truediv", "floordiv", "mod", "pow", "matmul", "lshift", "rshift", "and",
+    "or", "xor", "divmod",
+)  # fmt: skip
+# Not `bool` and `len`: inside the package, `value and …` asks whether there is one.
+_OTHER = (
+    "neg", "pos", "abs", "invert", "lt", "le", "gt", "ge", "getitem", "iter", "float", "int",
+    "array", "jax_array",
+)  # fmt: skip
+OPERATORS = [f"__{name}__" for name in (*_BINARY, *(f"r{name}" for name in _BINARY), *_OTHER)]
 # Attributes of arrays that these classes do not have for uses of their own.
-ATTRIBUTES = frozenset(
-    [
-        "T",
-        "mT",
-        "at",
-        "astype",
-        "ravel",
-        "flatten",
-        "sum",
-        "mean",
-        "max",
-        "min",
-        "dot",
-        "swapaxes",
-        "take",
-        "item",
-        "copy",
-        "conj",
-        "real",
-        "imag",
-    ]
-)
+ATTRIBUTES = {
+    "T", "mT", "at", "astype", "ravel", "flatten", "sum", "mean", "max", "min", "dot", "swapaxes",
+    "take", "item", "copy", "conj", "real", "imag",
+}  # fmt: skip
 
 Class = TypeVar("Class", bound=type)
 

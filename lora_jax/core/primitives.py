@@ -1,12 +1,13 @@
 """Rules for single primitives: how an adapted value passes through each without being formed.
 
-A rule returns the results, or None where this use has no low-rank form. See `README.md` here
-for the table of what is low-rank and what is materialised.
+A rule returns the result, or a list of them, or None where this use has no low-rank form. See
+`README.md` here for the table of what is low-rank and what is materialised.
 """
 
 from __future__ import annotations
 
-import functools
+import dataclasses
+import math
 
 import jax
 import jax.numpy as jnp
@@ -17,102 +18,33 @@ from lora_jax.core.grouped import GroupedWeight
 from lora_jax.core.joins import as_arrays, joined
 from lora_jax.core.lift import rule_for
 from lora_jax.core.lookups import GatherUse
-from lora_jax.core.splits import resharded
+from lora_jax.core.splits import placed, resharded
 from lora_jax.core.uses import ConvUse, DotUse, RaggedUse
-from lora_jax.core.values import is_adapted, placed
+from lora_jax.core.values import is_adapted
+
+USES = {
+    "dot_general": DotUse,
+    "conv_general_dilated": ConvUse,
+    "ragged_dot_general": RaggedUse,
+    "gather": GatherUse,
+}
 
 
-def _one(value):
-    return None if value is None else [value]
-
-
-@rule_for("dot_general")
-def _dot_general(interpreter, eqn, values):
-    lhs, rhs = values
-    if is_adapted(lhs) and is_adapted(rhs):
+@rule_for(*USES)
+def _used(interpreter, eqn, values):
+    kind = USES[eqn.primitive.name]
+    if kind is DotUse and all(map(is_adapted, values)):
         # A product of two adapted weights: the smaller is formed, the larger stays low-rank.
-        small = 0 if lhs.size <= rhs.size else 1
+        small = 0 if values[0].size <= values[1].size else 1
         (values[small],) = interpreter.plain([values[small]], eqn, "both operands are adapted")
-        lhs, rhs = values
-    weight, other = (lhs, rhs) if is_adapted(lhs) else (rhs, lhs)
-    use = DotUse(
-        frozen=lambda left, right: jaxprs.bind(eqn, [left, right])[0],
-        other=other,
-        dimension_numbers=eqn.params["dimension_numbers"],
-        on_left=is_adapted(lhs),
-        kernel_ndim=weight.ndim,
-        out=eqn.outvars[0].aval,
-        uses=interpreter.count_use(weight.path),
-        precision=eqn.params["precision"],
-    )
-    return _one(weight.use(use))
-
-
-@rule_for("gather")
-def _gather(interpreter, eqn, values):
-    weight, indices = values
-    if not is_adapted(weight) or is_adapted(indices):
+    place = next(n for n, value in enumerate(values) if is_adapted(value))
+    weight, others = values[place], (*values[:place], *values[place + 1 :])
+    use = kind(eqn, others, place, tuple(weight.shape))
+    if any(map(is_adapted, others)) or not use.has_form():
         return None
-    params, numbers = eqn.params, eqn.params["dimension_numbers"]
-    sizes, shape = params["slice_sizes"], tuple(weight.shape)
-    looked_up = tuple(
-        axis
-        for axis in numbers.start_index_map
-        if axis in numbers.collapsed_slice_dims or sizes[axis] == 1 < shape[axis]
-    )
-    # An index along an axis that is there in full says nothing, unless it may be past the end.
-    filled = params["mode"] == lax.GatherScatterMode.FILL_OR_DROP
-    if filled and len(looked_up) < len(numbers.start_index_map):
-        return None
-    gone = {*looked_up, *numbers.operand_batching_dims}
-    if not {*numbers.collapsed_slice_dims} <= gone or any(
-        size != full
-        for axis, (size, full) in enumerate(zip(sizes, shape, strict=True))
-        if axis not in gone
-    ):
-        return None
-    names = ("indices_are_sorted", "unique_indices", "mode", "fill_value")
-    use = GatherUse(
-        frozen=lambda kernel: jaxprs.bind(eqn, [kernel, indices])[0],
-        indices=indices,
-        options={name: params[name] for name in names},
-        numbers=numbers,
-        looked_up=looked_up,
-        kernel_shape=shape,
-        out_shape=tuple(eqn.outvars[0].aval.shape),
-    )
-    return _one(weight.use(use))
-
-
-@rule_for("conv_general_dilated")
-def _conv(interpreter, eqn, values):
-    inputs, weight = values
-    if is_adapted(inputs) or not is_adapted(weight):
-        return None
-    use = ConvUse(
-        frozen=lambda x, kernel: jaxprs.bind(eqn, [x, kernel])[0],
-        other=inputs,
-        params=eqn.params,
-        uses=interpreter.count_use(weight.path),
-    )
-    return _one(weight.use(use))
-
-
-@rule_for("ragged_dot_general")
-def _ragged_dot(interpreter, eqn, values):
-    rows, weight, sizes = values
-    contracted = jaxprs.ragged_contraction(eqn)
-    if is_adapted(rows) or is_adapted(sizes) or contracted is None:
-        return None
-    use = RaggedUse(
-        frozen=lambda *operands: jaxprs.bind(eqn, operands)[0],
-        rows=rows,
-        group_sizes=sizes,
-        contracted=contracted,
-        uses=interpreter.count_use(weight.path),
-        precision=eqn.params["precision"],
-    )
-    return _one(weight.use(use))
+    if kind is not GatherUse:  # which has no input that dropout could reach
+        use = dataclasses.replace(use, uses=interpreter.count_use(weight.path))
+    return weight.use(use)
 
 
 @rule_for("mul", "div")
@@ -127,8 +59,8 @@ def _times(interpreter, eqn, values):
         return None
     if eqn.primitive.name == "div":
         factor = lax.div(lax.full_like(number, 1), number)
-        return _one(weight.times(factor, lambda kernel: jaxprs.bind(eqn, [kernel, number])[0]))
-    return _one(weight.times(number, lambda kernel: lax.mul(kernel, number)))
+        return weight.times(factor, lambda kernel: jaxprs.bind(eqn, [kernel, number])[0])
+    return weight.times(number, lambda kernel: lax.mul(kernel, number))
 
 
 @rule_for("add", "sub")
@@ -147,7 +79,7 @@ def _moved(interpreter, eqn, values):
     def bind(kernel):
         return jaxprs.bind(eqn, [kernel, other] if weight is left else [other, kernel])[0]
 
-    return _one(moved.moved(sign, bind)) if is_adapted(moved) else [bind(moved)]
+    return moved.moved(sign, bind) if is_adapted(moved) else bind(moved)
 
 
 @rule_for("pad")
@@ -158,62 +90,54 @@ def _pad(interpreter, eqn, values):
     weight = as_arrays(interpreter, eqn, weight, "padded")
     if not is_adapted(weight):
         return jaxprs.bind(eqn, [weight, value])
-    return _one(weight.pad(value, eqn.params["padding_config"]))
+    return weight.pad(value, eqn.params["padding_config"])
 
 
-@rule_for("neg")
-def _neg(interpreter, eqn, values):
-    (weight,) = values
-    return _one(weight.times(jnp.full((), -1, weight.dtype), lax.neg))
-
-
-@rule_for("rev")
-def _rev(interpreter, eqn, values):
-    return _one(values[0].reverse(eqn.params["dimensions"]))
-
-
-@rule_for("convert_element_type")
-def _convert(interpreter, eqn, values):
-    return _one(values[0].convert(eqn.params["new_dtype"]))
-
-
-@rule_for("transpose")
-def _transpose(interpreter, eqn, values):
-    return _one(values[0].transpose(eqn.params["permutation"]))
-
-
-@rule_for("reshape")
-def _reshape(interpreter, eqn, values):
-    weight, order = values[0], eqn.params["dimensions"]
+def _reshaped(weight, params):
+    order = params["dimensions"]
     if order is not None:  # vmap of a convolution permutes the axes within its reshape
         weight = weight.transpose(order)
     if weight is None:
         return None
-    shape = tuple(eqn.params["new_sizes"])
-    return _one(weight.reshape(shape) or GroupedWeight.of(weight, shape))
+    shape = tuple(params["new_sizes"])
+    return weight.reshape(shape) or GroupedWeight.of(weight, shape)
 
 
-@rule_for("squeeze")
-def _squeeze(interpreter, eqn, values):
-    dropped = {axis % values[0].ndim for axis in eqn.params["dimensions"]}
-    kept = [n for axis, n in enumerate(values[0].shape) if axis not in dropped]
-    return _one(values[0].reshape(tuple(kept)))
+def _squeezed(weight, params):
+    dropped = {axis % weight.ndim for axis in params["dimensions"]}
+    return weight.reshape(tuple(n for axis, n in enumerate(weight.shape) if axis not in dropped))
 
 
-@rule_for("broadcast_in_dim")
-def _broadcast(interpreter, eqn, values):
-    # Adding axes of size one is a reshape; a true broadcast has no rule.
-    if is_adapted(values[0]) and eqn.outvars[0].aval.size == values[0].size:
-        return _one(values[0].reshape(tuple(eqn.params["shape"])))
-    return None
-
-
-@rule_for("slice")
-def _slice(interpreter, eqn, values):
-    starts, limits = eqn.params["start_indices"], eqn.params["limit_indices"]
-    strides = eqn.params["strides"] or (1,) * len(starts)
+def _sliced(weight, params):
+    starts, limits = params["start_indices"], params["limit_indices"]
+    strides = params["strides"] or (1,) * len(starts)
     sizes = [-(-(e - s) // k) for s, e, k in zip(starts, limits, strides, strict=True)]
-    return _one(values[0].slice_axes([int(s) for s in starts], sizes, strides))
+    return weight.slice_axes([int(s) for s in starts], sizes, strides)
+
+
+def _broadcast(weight, params):
+    # Adding axes of size one is a reshape; a true broadcast has no rule.
+    shape = tuple(params["shape"])
+    return weight.reshape(shape) if math.prod(shape) == weight.size else None
+
+
+# What becomes of an adapted value that is the only operand.
+FOLLOWED = {
+    "neg": lambda weight, params: weight.times(jnp.full((), -1, weight.dtype), lax.neg),
+    "rev": lambda weight, params: weight.reverse(params["dimensions"]),
+    "convert_element_type": lambda weight, params: weight.convert(params["new_dtype"]),
+    "transpose": lambda weight, params: weight.transpose(params["permutation"]),
+    "reshape": _reshaped,
+    "squeeze": _squeezed,
+    "slice": _sliced,
+    "broadcast_in_dim": _broadcast,
+}
+
+
+@rule_for(*FOLLOWED)
+def _followed(interpreter, eqn, values):
+    weight = values[0]
+    return FOLLOWED[eqn.primitive.name](weight, eqn.params) if is_adapted(weight) else None
 
 
 @rule_for("dynamic_slice")
@@ -221,7 +145,7 @@ def _dynamic_slice(interpreter, eqn, values):
     weight, *starts = values
     if not is_adapted(weight) or any(is_adapted(start) for start in starts):
         return None
-    return _one(weight.slice_axes(starts, eqn.params["slice_sizes"], None))
+    return weight.slice_axes(starts, eqn.params["slice_sizes"], None)
 
 
 @rule_for("split")
@@ -240,7 +164,7 @@ def _split(interpreter, eqn, values):
 def _on_kernel(interpreter, eqn, values):
     """Marks and placements concern the kernel; the factors follow their own sharding."""
     (weight,) = values
-    return _one(weight.marked(lambda kernel: jaxprs.bind(eqn, [kernel])[0]))
+    return weight.marked(lambda kernel: jaxprs.bind(eqn, [kernel])[0])
 
 
 @rule_for("device_put")
@@ -254,14 +178,17 @@ def _device_put(interpreter, eqn, values):
     def put(x):
         return jaxprs.bind(eqn, [x])[0]
 
-    return _one(placed(values[0], put, (lambda x: x) if named else put))
+    return placed(values[0], put, (lambda x: x) if named else put)
 
 
 @rule_for("reshard")
 def _reshard(interpreter, eqn, values):
     """Explicit sharding: the factors are split as their kernel is, in the type too."""
-    put = functools.partial(jaxprs.reshard, eqn)
-    return [resharded(values[0], eqn.params["dst_sharding"], put)]
+
+    def put(x, sharding):
+        return eqn.primitive.bind(x, **{**eqn.params, "dst_sharding": sharding})
+
+    return resharded(values[0], eqn.params["dst_sharding"], put)
 
 
 @rule_for("optimization_barrier")

@@ -1,39 +1,44 @@
-"""How the roles of a kernel's axes follow a reshape."""
+"""Which axes a reshape merges and splits."""
 
 from __future__ import annotations
 
 import math
 
 
-def reshape_roles(old_shape, new_shape, roles) -> list[tuple[str, int]] | None:
-    """Role and size of each new axis if every merged or split run of axes has one role."""
-    old = [(size, role) for size, role in zip(old_shape, roles, strict=True) if size != 1]
-    segments: list[tuple[str, int]] = []
-    pending: list[int] = []
-    product, begun = 1, 0
-    for size in new_shape:
-        if size == 1:
-            # A new axis of size one belongs to any role; "o" puts it into b alone.
-            if pending:
-                pending.append(1)
-            else:
-                segments.append(("o", 1))
-            continue
-        pending.append(size)
-        product *= size
-        run = begun
-        covered = 1
-        while run < len(old) and covered < product:
-            covered *= old[run][0]
-            run += 1
-        if covered != product:
-            continue  # the new axes so far split an old one: read on
-        names = {role for _, role in old[begun:run]}
-        if len(names) != 1:
-            return None
-        (role,) = names
-        segments.extend((role, size) for size in pending)
-        pending, product, begun = [], 1, run
-    if pending or begun != len(old):
+def matched_runs(old, new) -> list[tuple[list[int], list[int]]] | None:
+    """The shortest runs of axes, of the `old` shape and the `new`, that hold the same numbers.
+
+    Axes of size one are in none. None where the shapes hold different numbers, or nothing.
+
+    >>> matched_runs((6, 4), (2, 3, 1, 4))
+    [([0], [0, 1]), ([1], [3])]
+    """
+    if math.prod(old) != math.prod(new) or not math.prod(old):
         return None
-    return segments if math.prod(size for _, size in segments) == math.prod(new_shape) else None
+    old_axes, new_axes = ([n for n, size in enumerate(x) if size != 1] for x in (old, new))
+    runs = []
+    while old_axes:
+        mine, theirs = [old_axes.pop(0)], [new_axes.pop(0)]
+        covered, size = old[mine[0]], new[theirs[0]]
+        while covered != size:
+            if covered < size:
+                mine.append(old_axes.pop(0))
+                covered *= old[mine[-1]]
+            else:
+                theirs.append(new_axes.pop(0))
+                size *= new[theirs[-1]]
+        runs.append((mine, theirs))
+    return runs
+
+
+def reshape_roles(old, new, roles) -> str | None:
+    """The role of each new axis, if every merged or split run of axes has one role."""
+    runs = matched_runs(old, new)
+    if runs is None or any(len({roles[n] for n in mine}) > 1 for mine, _ in runs):
+        return None
+    # A new axis of size one belongs to any role; "o" puts it into b alone.
+    found = ["o"] * len(new)
+    for mine, theirs in runs:
+        for n in range(theirs[0], theirs[-1] + 1):
+            found[n] = roles[mine[0]]
+    return "".join(found)

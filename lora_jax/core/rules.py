@@ -5,8 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import operator
-import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import field
 from typing import Any
 
@@ -15,25 +14,14 @@ import numpy as np
 from lora_jax.core import trees
 from lora_jax.core.arguments import NamedSettings, checked_names
 from lora_jax.core.errors import RequestError
-from lora_jax.core.unmatched import near_paths
+from lora_jax.core.patterns import Aliases as Aliases
+from lora_jax.core.patterns import Part as Part
+from lora_jax.core.patterns import check_each_matches as check_each_matches
+from lora_jax.core.patterns import match_with as match_with
+from lora_jax.core.patterns import names_in, near_paths
+from lora_jax.core.patterns import pattern_of as pattern_of
 
-# What matches whole paths: `re.Pattern`, or another object with `fullmatch`.
-_engine: Callable[[str], Any] = re.compile
 INITS = ("kaiming_uniform", "gaussian", "orthogonal")
-
-
-@dataclasses.dataclass(frozen=True)
-class Part:
-    """What an alias stands for where that is a slice of a kernel: the q of a fused q, k, v.
-
-    `pattern` is a regular expression of whole paths; `slice` is as `Rule` has it.
-    """
-
-    pattern: str
-    slice: tuple[int, int, int]
-
-
-Aliases = Mapping[str, "str | Part"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -122,8 +110,7 @@ def split_parts(rules: Sequence[Rule], aliases: Aliases | None) -> list[Rule]:
     parts = {name: value for name, value in (aliases or {}).items() if isinstance(value, Part)}
     found: list[Rule] = []
     for rule in rules:
-        targets = (rule.targets,) if isinstance(rule.targets, str) else rule.targets
-        names = [[name.strip() for name in target.split(",")] for target in targets]
+        names = [own for _, own in names_in(rule.targets)]
         mine = [name for group in names for name in group if name in parts]
         if not mine:
             found.append(rule)
@@ -166,84 +153,6 @@ def layer_of(path: str) -> int | None:
     return next((int(key) for key in path.split("/") if key.isdecimal()), None)
 
 
-def match_with(engine: Callable[[str], Any]) -> None:
-    """Makes `pattern_of` compile by `engine` in place of `re.compile`.
-
-    `io/matching.py` gives one with a time limit: targets may come with a stranger's adapter.
-    """
-    global _engine
-    _engine = engine
-
-
-def pattern_of(targets: str | Sequence[str], aliases: Aliases | None = None) -> re.Pattern[str]:
-    """The compiled expression of a target: aliases resolved, alternatives joined.
-
-    Raises `RequestError` for an expression that does not compile.
-
-    >>> pattern_of("q,v", {"q": ".*/query/kernel", "v": ".*/value/kernel"}).pattern
-    '(?:.*/query/kernel)|(?:.*/value/kernel)'
-    """
-    parts = [part.pattern for part in patterns_of(targets, aliases)]
-    return _compiled(parts[0] if len(parts) == 1 else "|".join(f"(?:{part})" for part in parts))
-
-
-def patterns_of(
-    targets: str | Sequence[str], aliases: Aliases | None = None
-) -> list[re.Pattern[str]]:
-    """The compiled expression of each member of a target; together they are `pattern_of`."""
-    aliases = aliases or {}
-    parts: list[str] = []
-    targets = checked_names("a target", targets)
-    for target in (targets,) if isinstance(targets, str) else targets:
-        names = [name.strip() for name in target.split(",")]
-        known = [name for name in names if name in aliases]
-        if known and len(known) < len(names):
-            unknown = next(name for name in names if name not in aliases)
-            raise RequestError(
-                f"target {unknown!r} in {target!r} is no alias of this model; "
-                f"{trees.nearest(unknown, aliases)}"
-            )
-        if known:
-            parts.extend(_whole_of(name, aliases[name]) for name in names)
-        else:
-            parts.append(target)
-    return [_compiled(part) for part in parts]
-
-
-def _whole_of(name: str, value: str | Part) -> str:
-    if isinstance(value, Part):
-        raise RequestError(
-            f"{name!r} is the slice {value.slice} of {value.pattern!r} in this model, which only "
-            "the targets= of a low-rank method can take; name the whole kernel"
-        )
-    return value
-
-
-def _compiled(part: str) -> re.Pattern[str]:
-    try:
-        return _engine(part)
-    except (re.error, OverflowError, RecursionError) as error:
-        raise RequestError(
-            f"targets {part!r} is not a regular expression: {error}; "
-            "escape special characters with a backslash"
-        ) from error
-
-
-def check_each_matches(
-    what: str,
-    targets: str | Sequence[str],
-    paths: Sequence[str],
-    aliases: Aliases | None = None,
-) -> None:
-    """Raises `RequestError` for a member of `targets` that matches none of the paths."""
-    for pattern in patterns_of(targets, aliases):
-        if not any(pattern.fullmatch(path) for path in paths):
-            raise RequestError(
-                f"{what}={pattern.pattern!r} matches no parameter; "
-                f"{near_paths(pattern.pattern, paths, aliases, pattern_of)}"
-            )
-
-
 def match_rules(
     rules: Sequence[Rule],
     candidates: Sequence[str],
@@ -260,9 +169,14 @@ def match_rules(
     for path in candidates:
         mine: list[Rule] = []
         for rule in rules:
-            if rule.takes(path, aliases) and (not mine or (rule.slice and mine[0].slice)):
-                _check_apart(path, mine, rule)
-                mine.append(rule)
+            if not rule.takes(path, aliases) or (mine and not (rule.slice and mine[0].slice)):
+                continue
+            if met := [own.slice for own in mine if not are_disjoint(own.slice, rule.slice)]:
+                raise RequestError(
+                    f"slices {met[0]} and {rule.slice} of {path!r} overlap; let each rule take a "
+                    "part of its own of one axis"
+                )
+            mine.append(rule)
         assigned += [(path, rule) for rule in mine]
     used = {id(rule) for _, rule in assigned}
     for rule in rules:
@@ -274,24 +188,20 @@ def match_rules(
         if rule.layers is not None:
             pattern = pattern_of(rule.targets, aliases)
             there = _layers_of([path for path in candidates if pattern.fullmatch(path)])
-            for layer in rule.layers:
-                if layer not in there:
-                    raise RequestError(
-                        f"layers={rule.layers} of rule {pattern.pattern!r}: there is no layer "
-                        f"{layer}; the layers there are {there}"
-                    )
+            if lost := [layer for layer in rule.layers if layer not in there]:
+                raise RequestError(
+                    f"layers={rule.layers} of rule {pattern.pattern!r}: there is no layer "
+                    f"{lost[0]}; the layers there are {there}"
+                )
     return assigned
 
 
-def _check_apart(path: str, earlier: Sequence[Rule], rule: Rule) -> None:
-    for other in earlier:
-        assert other.slice is not None and rule.slice is not None
-        (other_axis, other_start, other_stop), (axis, start, stop) = other.slice, rule.slice
-        if other_axis != axis or (other_start < stop and start < other_stop):
-            raise RequestError(
-                f"slices {other.slice} and {rule.slice} of {path!r} overlap; let each rule take "
-                "a part of its own of one axis"
-            )
+def are_disjoint(one: tuple[int, int, int] | None, two: tuple[int, int, int] | None) -> bool:
+    """Whether two slices `(axis, start, stop)`, None for the whole, are disjoint parts of one
+    axis."""
+    if one is None or two is None or one[0] != two[0]:
+        return False
+    return one[2] <= two[1] or two[2] <= one[1]
 
 
 def _layers_of(paths: Sequence[str]) -> list[int]:
@@ -302,7 +212,7 @@ def _why_unused(rule: Rule, candidates, everything, aliases) -> str:
     pattern = pattern_of(rule.targets, aliases)
     matched = [path for path in everything if pattern.fullmatch(path)]
     if not matched:
-        near = near_paths(pattern.pattern, candidates, aliases, pattern_of)
+        near = near_paths(pattern.pattern, candidates, aliases)
         return f"rule {pattern.pattern!r} matches no parameter; {near}"
     near = trees.nearest(pattern.pattern, candidates)
     able = [path for path in candidates if pattern.fullmatch(path)]

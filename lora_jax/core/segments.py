@@ -16,31 +16,27 @@ import numpy as np
 from lora_jax.core import jaxprs
 
 
-class Segments:
-    """Binds runs of equations; equal runs within one evaluation share one jitted function."""
+def bind_run(functions: dict[Any, Any], eqns, read, live) -> dict[Any, Any]:
+    """`{variable: value}` of what the run defines and `live(variable)` says is used later.
 
-    def __init__(self):
-        self._functions: dict[Any, Any] = {}
-
-    def bind(self, eqns, read, live) -> dict[Any, Any]:
-        """`{variable: value}` of what the run defines and `live(variable)` says is used later."""
-        numbers: dict[Any, int] = {}
-        inputs = []
-        for eqn in eqns:
-            for atom in eqn.invars:
-                if not jaxprs.is_literal(atom) and atom not in numbers:
-                    numbers[atom] = len(numbers)
-                    inputs.append(atom)
-            for var in eqn.outvars:
-                numbers[var] = len(numbers)
-        outputs = [var for eqn in eqns for var in eqn.outvars if live(var)]
-        key = (tuple(_key(eqn, numbers) for eqn in eqns), tuple(numbers[v] for v in outputs))
-        function = self._functions.get(key)
-        if function is None:
-            function = self._functions[key] = _function(tuple(eqns), inputs, outputs)
-        with jaxprs.source_of(eqns[0]):
-            values = function(*map(read, inputs))
-        return dict(zip(outputs, values, strict=True))
+    Equal runs share one jitted function of `functions`, to which new ones are added.
+    """
+    numbers: dict[Any, int] = {}
+    inputs = []
+    for eqn in eqns:
+        for atom in eqn.invars:
+            if not jaxprs.is_literal(atom) and atom not in numbers:
+                numbers[atom] = len(numbers)
+                inputs.append(atom)
+        for var in eqn.outvars:
+            numbers[var] = len(numbers)
+    outputs = [var for eqn in eqns for var in eqn.outvars if live(var)]
+    key = (tuple(_key(eqn, numbers) for eqn in eqns), tuple(numbers[v] for v in outputs))
+    if key not in functions:
+        functions[key] = _function(tuple(eqns), inputs, outputs)
+    with jaxprs.source_of(eqns[0]):
+        values = functions[key](*map(read, inputs))
+    return dict(zip(outputs, values, strict=True))
 
 
 def _function(eqns, inputs, outputs):

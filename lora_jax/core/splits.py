@@ -13,20 +13,35 @@ from lora_jax.core.trees import Stored
 from lora_jax.core.values import RANK, is_adapted
 
 
+def _rebuilt(value: Any, of_array: Callable, of_side: Callable[[list, Any], Any]) -> Any:
+    """The value with `of_array` of what is frozen, and `of_side(its axes, array)` of its sides.
+
+    What is stored in another form is frozen as it is.
+    """
+    if not is_adapted(value) or isinstance(value, Stored):
+        return of_array(value)
+    sides = {name: of_side(value.side_axes(name), x) for name, x in value.sides().items()}
+    kernel = _rebuilt(value.kernel, of_array, of_side)
+    return dataclasses.replace(value, kernel=kernel, **sides)
+
+
+def _side_spec(spec: PartitionSpec, axes: list) -> PartitionSpec:
+    of_axis = {**dict(enumerate(spec)), RANK: None}
+    return PartitionSpec(*(of_axis.get(axis) for axis in axes))
+
+
 def specs_of(value: Any, spec: PartitionSpec) -> Any:
     """The PartitionSpecs of a value's arrays, from that of its kernel."""
-    if not is_adapted(value):
-        return spec
-    kernel = specs_of(value.kernel, spec)
-    return dataclasses.replace(value, kernel=kernel, **_of_sides(value, spec))
+    return _rebuilt(value, lambda _: spec, lambda axes, _: _side_spec(spec, axes))
 
 
-def _of_sides(value, spec) -> dict[str, PartitionSpec]:
-    of_axis = {**dict(enumerate(spec)), RANK: None}
-    return {
-        name: PartitionSpec(*(of_axis.get(axis) for axis in value.side_axes(name)))
-        for name in value.sides()
-    }
+def placed(value: Any, put: Callable, put_side: Callable) -> Any:
+    """The value with the arrays it is made of put elsewhere: the frozen one, and its sides."""
+
+    def frozen(x):
+        return x.marked(put) if isinstance(x, Stored) else put(x)
+
+    return _rebuilt(value, frozen, lambda _, x: put_side(x))
 
 
 def resharded(value: Any, sharding: NamedSharding, put: Callable = jax.sharding.reshard) -> Any:
@@ -35,22 +50,18 @@ def resharded(value: Any, sharding: NamedSharding, put: Callable = jax.sharding.
     What is stored in another form stays: the array it stands for gets its sharding where it is
     formed.
     """
-    if isinstance(value, Stored):
-        return value
-    if not is_adapted(value):
-        return put(value, sharding)
-    specs = _of_sides(value, sharding.spec)
-    sides = {
-        name: put(x, NamedSharding(sharding.mesh, specs[name])) for name, x in value.sides().items()
-    }
-    return dataclasses.replace(value, kernel=resharded(value.kernel, sharding, put), **sides)
+
+    def put_side(axes, x):
+        return put(x, NamedSharding(sharding.mesh, _side_spec(sharding.spec, axes)))
+
+    return _rebuilt(value, lambda x: x if isinstance(x, Stored) else put(x, sharding), put_side)
 
 
 def sides_split(value: Any, spec: PartitionSpec) -> Any:
     """The value with its sides split by a shard_map's spec of the kernel, in the type too where the
     current mesh has explicit axes: JAX compares the two."""
     mesh = jax.sharding.get_abstract_mesh()
-    if not mesh.explicit_axes or not is_adapted(value):
+    if not mesh.explicit_axes:
         return value
 
     def explicit(names):
@@ -58,11 +69,11 @@ def sides_split(value: Any, spec: PartitionSpec) -> Any:
         return tuple(n for n in every if n in mesh.explicit_axes) or None
 
     typed = PartitionSpec(*(explicit(names) for names in spec))
-    sides = {
-        name: jax.sharding.reshard(value.sides()[name], NamedSharding(mesh, own))
-        for name, own in _of_sides(value, typed).items()
-    }
-    return dataclasses.replace(value, kernel=sides_split(value.kernel, spec), **sides)
+
+    def put_side(axes, x):
+        return jax.sharding.reshard(x, NamedSharding(mesh, _side_spec(typed, axes)))
+
+    return _rebuilt(value, lambda x: x, put_side)
 
 
 def typed_as(value: Any, aval: Any) -> Any:
@@ -73,5 +84,4 @@ def typed_as(value: Any, aval: Any) -> Any:
     array = value.base if is_adapted(value) else value
     if isinstance(array, jax.Array) and jax.typeof(array).sharding == sharding:
         return value
-    assert sharding is not None  # its mesh has axes
     return resharded(value, sharding)

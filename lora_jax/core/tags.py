@@ -8,6 +8,8 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from lora_jax.core import jaxprs
+from lora_jax.core.lookups import looked_up
+from lora_jax.core.reshapes import matched_runs
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,9 +52,8 @@ class Walk:
     in_loop: bool = False
 
     def follow(self, jaxpr, const_tags, arg_tags) -> list[Parts]:
-        env: dict[Any, Parts] = {}
-        env.update(zip(jaxpr.constvars, const_tags, strict=True))
-        env.update(zip(jaxpr.invars, arg_tags, strict=True))
+        variables, tags = (*jaxpr.constvars, *jaxpr.invars), (*const_tags, *arg_tags)
+        env: dict[Any, Parts] = dict(zip(variables, tags, strict=True))
         for eqn in jaxpr.eqns:
             tags = [() if jaxprs.is_literal(atom) else env.get(atom, ()) for atom in eqn.invars]
             if any(tags):
@@ -86,13 +87,8 @@ class Walk:
 
     def record(self, name: str, tag: Tags, contracted, batch=()) -> tuple:
         """Notes a use of the parameter that contracts these axes of the traced value."""
-        in_ = frozenset(axis for n in contracted for axis in tag.axes[n])
-        out = frozenset(
-            axis
-            for n, axes in enumerate(tag.axes)
-            if n not in contracted and n not in batch
-            for axis in axes
-        )
+        kept = [n for n in range(len(tag.axes)) if n not in contracted and n not in batch]
+        in_, out = (frozenset(x for n in axes for x in tag.axes[n]) for axes in (contracted, kept))
         self.uses.setdefault(tag.path, []).append((name, in_, out, len(tag.shape)))
         return ()
 
@@ -169,13 +165,8 @@ def _conv(walk, eqn, place, tag):
 def _gather(walk, eqn, place, tag):
     if place != 0:
         return ()
-    numbers, sizes = eqn.params["dimension_numbers"], eqn.params["slice_sizes"]
-    looked_up = [
-        axis
-        for axis in numbers.start_index_map
-        if axis in numbers.collapsed_slice_dims or sizes[axis] == 1 < tag.sizes[axis]
-    ]
-    return walk.record("gather", tag, looked_up, numbers.operand_batching_dims)
+    batch = eqn.params["dimension_numbers"].operand_batching_dims
+    return walk.record("gather", tag, looked_up(eqn, tag.sizes), batch)
 
 
 @axis_rule("dynamic_slice")
@@ -191,31 +182,27 @@ def _dynamic_slice(walk, eqn, place, tag):
 
 @axis_rule("slice", "split", "pad")
 def _sliced(walk, eqn, place, tag):
-    return _joined(walk, eqn, place, tag) if place == 0 else ()
+    return [_moved(tag, tag.axes, shape) for shape in _shapes(eqn)] if place == 0 else ()
 
 
-@axis_rule("concatenate")
-def _joined(walk, eqn, place, tag):
-    return [_moved(tag, tag.axes, shape) for shape in _shapes(eqn)]
+# What each axis of the result consists of, for primitives that move axes about.
+_MOVED = {
+    "concatenate": lambda axes, params: axes,
+    "stack": lambda axes, params: [*axes[: params["axis"]], (), *axes[params["axis"] :]],
+    "transpose": lambda axes, params: [axes[axis] for axis in params["permutation"]],
+    "squeeze": lambda axes, params: _without(axes, params["dimensions"]),
+}
 
 
-@axis_rule("stack")
-def _stack(walk, eqn, place, tag):
-    axes = list(tag.axes)
-    axes.insert(eqn.params["axis"], ())
+@axis_rule(*_MOVED)
+def _rearranged(walk, eqn, place, tag):
+    axes = _MOVED[eqn.primitive.name](tag.axes, eqn.params)
     return [_moved(tag, axes, _shapes(eqn)[0])]
 
 
-@axis_rule("transpose")
-def _transpose(walk, eqn, place, tag):
-    return [_moved(tag, [tag.axes[axis] for axis in eqn.params["permutation"]], _shapes(eqn)[0])]
-
-
-@axis_rule("squeeze")
-def _squeeze(walk, eqn, place, tag):
-    dropped = {axis % len(tag.axes) for axis in eqn.params["dimensions"]}
-    axes = [own for n, own in enumerate(tag.axes) if n not in dropped]
-    return [_moved(tag, axes, _shapes(eqn)[0])]
+def _without(axes, dimensions) -> list:
+    dropped = {axis % len(axes) for axis in dimensions}
+    return [own for n, own in enumerate(axes) if n not in dropped]
 
 
 @axis_rule("broadcast_in_dim")
@@ -234,8 +221,12 @@ def _reshape(walk, eqn, place, tag):
     order = eqn.params["dimensions"] or range(len(tag.axes))
     tag = _moved(tag, [tag.axes[axis] for axis in order], [tag.sizes[axis] for axis in order])
     (shape,) = _shapes(eqn)
-    axes = _reshaped(tag, shape)
-    return () if axes is None else [_moved(tag, axes, shape)]
+    # A merged axis carries all its parts, a split one goes to each part.
+    axes: list[tuple[int, ...]] = [()] * len(shape)
+    for mine, theirs in matched_runs(tag.sizes, shape) or ():
+        for n in theirs:
+            axes[n] = tuple(axis for m in mine for axis in tag.axes[m])
+    return [_moved(tag, axes, shape)]
 
 
 def _elementwise(walk, eqn, place, tag):
@@ -262,28 +253,3 @@ def _cut(eqn, tag: Tags) -> list[int]:
 
 def _moved(tags: Tags, axes, sizes) -> Tags:
     return dataclasses.replace(tags, axes=tuple(axes), sizes=tuple(sizes))
-
-
-def _reshaped(tags: Tags, shape) -> list[tuple[int, ...]] | None:
-    """Tags after a reshape: a merged axis carries all its parts, a split one goes to each part."""
-    old = [(n, axes) for n, axes in zip(tags.sizes, tags.axes, strict=True) if n != 1]
-    axes: list[tuple[int, ...]] = []
-    at = 0
-    while len(axes) < len(shape):
-        if shape[len(axes)] == 1:
-            axes.append(())
-            continue
-        begin, size, covered, merged = len(axes), 1, 1, []
-        end = begin
-        while size != covered or size == 1:
-            if size <= covered and end < len(shape):
-                size *= shape[end]
-                end += 1
-            elif at < len(old):
-                covered *= old[at][0]
-                merged.extend(old[at][1])
-                at += 1
-            else:
-                return None
-        axes.extend(() if shape[n] == 1 else tuple(merged) for n in range(begin, end))
-    return axes if math.prod(shape) == math.prod(tags.sizes) else None

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import jax
@@ -30,23 +30,14 @@ def _not_bound(hole: Hole) -> str:
     )
 
 
+@jax.tree_util.register_static
 @refuses_use(_not_bound)
+@dataclasses.dataclass(frozen=True)
 class Hole:
     """The empty place in `frozen` of a parameter that `trainable` holds whole: no leaves at all."""
 
-    def __repr__(self) -> str:
-        return "Hole()"
 
-    def __eq__(self, other) -> bool:
-        return isinstance(other, Hole)
-
-    def __hash__(self) -> int:
-        return hash(Hole)
-
-
-jax.tree_util.register_pytree_node(Hole, lambda hole: ((), None), lambda _, children: Hole())
-
-
+@jax.tree_util.register_static
 class Static:
     """A Python leaf of a tree (an activation, a flag) while the tree crosses a `jit`: no leaves."""
 
@@ -65,11 +56,6 @@ class Static:
             return hash((type(self.value), self.value))
         except TypeError:  # a leaf of no hash compares by identity or equality alone
             return hash(type(self.value))
-
-
-jax.tree_util.register_pytree_node(
-    Static, lambda static: ((), static), lambda static, children: static
-)
 
 
 class Stored:
@@ -135,13 +121,17 @@ def flatten(tree: PyTree, *, is_leaf: Callable[[Any], bool] | None = None) -> Fl
 
 def _join(keys) -> str:
     # NNX variables flatten to one child named by the attribute `value`.
-    if (
-        len(keys) > 1
-        and isinstance(keys[-1], jax.tree_util.GetAttrKey)
-        and keys[-1].name == "value"
-    ):
+    if len(keys) > 1 and keys[-1] == jax.tree_util.GetAttrKey("value"):
         keys = keys[:-1]
     return jax.tree_util.keystr(keys, simple=True, separator="/")
+
+
+def filled(items: Iterable[Any], places: Iterable[int], values: Iterable[Any]) -> list[Any]:
+    """The items with these values in their places."""
+    found = list(items)
+    for place, value in zip(places, values, strict=True):
+        found[place] = value
+    return found
 
 
 def is_array(leaf: Any) -> bool:
@@ -213,9 +203,8 @@ def check_not_untied(tree: PyTree, changed) -> None:
     """
     places: dict[int, str] = {}
     for path, leaf in flatten(tree).items():
-        if not isinstance(leaf, jax.Array | np.ndarray) or leaf.ndim < 2:
-            continue
-        if isinstance(leaf, Tracer):
+        is_known = isinstance(leaf, jax.Array | np.ndarray) and not isinstance(leaf, Tracer)
+        if not is_known or leaf.ndim < 2:
             continue
         other = places.setdefault(id(leaf), path)
         if other != path and {other, path} & set(changed):
@@ -227,38 +216,24 @@ def check_not_untied(tree: PyTree, changed) -> None:
 
 # What other libraries call a setting, and what it is called here.
 PEFT_WORDS = {
-    "learning_rate": "lr",
-    "lora_alpha": "alpha",
-    "lora_dropout": "dropout",
-    "max_steps": "num_steps",
-    "modules_to_save": "train",
-    "num_train_epochs": "num_epochs",
-    "per_device_train_batch_size": "batch_size",
-    "r": "rank",
-    "lora_rank": "rank",
-    "layers_to_transform": "layers",
-    "exclude_modules": "exclude",
-    "layers_pattern": "targets",
-    "rank_pattern": "rules",
-    "alpha_pattern": "rules",
-    "init_lora_weights": "init",
-    "loraplus_lr_ratio": "ratio",
-    "target_modules": "targets",
-}
+    "learning_rate": "lr", "max_steps": "num_steps", "num_train_epochs": "num_epochs",
+    "per_device_train_batch_size": "batch_size", "modules_to_save": "train",
+    "target_modules": "targets", "layers_pattern": "targets", "layers_to_transform": "layers",
+    "exclude_modules": "exclude", "r": "rank", "lora_rank": "rank", "lora_alpha": "alpha",
+    "lora_dropout": "dropout", "rank_pattern": "rules", "alpha_pattern": "rules",
+    "init_lora_weights": "init", "loraplus_lr_ratio": "ratio",
+}  # fmt: skip
 
 
 def nearest(name: str, known, *, count: int = 4) -> str:
     """The tail of an error message: the known names nearest to `name`, or all if there are few."""
-    name, known = str(name), list(known)
+    name = str(name)
     meant = PEFT_WORDS.get(name.rpartition(".")[2])
-    scored = sorted(
-        known,
-        key=lambda candidate: (
-            meant is None or str(candidate).rpartition(".")[2] != meant,
-            -difflib.SequenceMatcher(None, name, candidate, autojunk=False).ratio(),
-            candidate,
-        ),
-    )
-    if not scored:
-        return "there are none"
-    return "nearest: " + ", ".join(repr(candidate) for candidate in scored[:count])
+
+    def distance(candidate: Any) -> tuple[bool, float, Any]:
+        is_other = meant is None or str(candidate).rpartition(".")[2] != meant
+        ratio = difflib.SequenceMatcher(None, name, candidate, autojunk=False).ratio()
+        return is_other, -ratio, candidate
+
+    near = [repr(candidate) for candidate in sorted(known, key=distance)[:count]]
+    return "nearest: " + ", ".join(near) if near else "there are none"

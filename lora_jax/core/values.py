@@ -4,7 +4,7 @@ It can always be materialised and may have cheaper ways through some primitives.
 an adapted value itself: that is how several adapters sit on one weight.
 
 Each axis of the kernel has a role: "i" (contracted with the input), "o" (in the output) or "s"
-(stacked: one matrix per index, as in scanned layers or experts). What a value holds beside its
+(stacked: one matrix per index, as in scanned layers or experts). What a value holds besides its
 kernel has axes of its own, in the kernel's order: `a (stack…, in…, r)`, `b (stack…, r, out…)`,
 `scale (stack…)`, `gain (stack…, out…)`. Roles are counted from the end, because scan and vmap take
 leading axes away without telling us.
@@ -13,38 +13,83 @@ leading axes away without telling us.
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, ClassVar, Protocol, Self
+from typing import Any, ClassVar, Self
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
+from lora_jax.core import jaxprs
 from lora_jax.core.dtypes import float32_or_wider
 from lora_jax.core.errors import not_a_parameter
-from lora_jax.core.explicit import like_first, within
+from lora_jax.core.explicit import within
+from lora_jax.core.labelled_dot import permute, strided_slice, times_side
 from lora_jax.core.misuse import refuses_use
 from lora_jax.core.reshapes import reshape_roles
 from lora_jax.core.trees import Stored
 
-if TYPE_CHECKING:
-    from lora_jax.core.weights import LoRAWeight
-
 RANK = "r"
 
 
-class Use(Protocol):
-    """One equation that is linear in an adapted kernel; see `core/uses.py`."""
+@dataclasses.dataclass(frozen=True)
+class Use:
+    """One equation that is linear in its operand number `place`, a kernel; see `core/uses.py`.
 
-    out_axes: list  # for each axis of the result, the kernel's axis it is; or another label
+    `others` are the other operands in their order; `uses` counts earlier uses of the weight, so
+    that dropout differs from use to use. A gain along some axes of the kernel is `(side, axes)` on
+    the result by `gain_on_outputs`, or, where the equation contracts its axes, on the other
+    operand: `with_gain` is the same use with that one scaled. Either may be None.
+    """
 
-    def bind(self, kernel: jax.Array) -> jax.Array: ...
+    eqn: Any
+    others: tuple[Any, ...]
+    place: int
+    kernel_shape: tuple[int, ...]
+    uses: int = 0
 
-    def low_rank(self, weight: LoRAWeight) -> jax.Array | None: ...
+    @property
+    def out_axes(self) -> list:
+        """For each axis of the result the kernel's axis that it is, or another label."""
+        raise NotImplementedError
 
-    def gain_on_outputs(self, gain: jax.Array, axes: list) -> tuple[jax.Array, list] | None: ...
+    @property
+    def other(self) -> jax.Array:
+        return self.others[0]
 
-    def with_gain(self, gain: jax.Array, axes: list) -> Use | None: ...
+    @property
+    def params(self) -> dict[str, Any]:
+        return self.eqn.params
+
+    @property
+    def out(self) -> jax.ShapeDtypeStruct:
+        return self.eqn.outvars[0].aval
+
+    def has_form(self) -> bool:
+        """Whether the equation is one that this class describes."""
+        return True
+
+    def bind(self, kernel: jax.Array) -> jax.Array:
+        """The equation with a plain kernel."""
+        operands = list(self.others)
+        operands.insert(self.place, kernel)
+        return jaxprs.bind(self.eqn, operands)[0]
+
+    def low_rank(self, weight: Any) -> jax.Array | None:
+        """The equation with the ΔW of a `LoRAWeight`; None where it has no low-rank form."""
+        raise NotImplementedError
+
+    def gain_on_outputs(self, gain, axes: list) -> tuple[jax.Array, list] | None:
+        return (gain, axes) if all(axis in self.out_axes for axis in axes) else None
+
+    def with_gain(self, gain, axes: list) -> Self | None:
+        return None
+
+    def with_other_times(self, other_axes: list, gain, axes: list) -> Self:
+        """The use with its first other operand, whose axes have these labels, times a gain."""
+        scaled = times_side(self.other, other_axes, gain, axes)
+        return dataclasses.replace(self, others=(scaled, *self.others[1:]))
 
 
 def _outside_lift(value: AdaptedValue) -> str:
@@ -87,7 +132,7 @@ class AdaptedValue:
 
     def base_array(self) -> jax.Array:
         """The frozen array beneath all adapters; where it is stored in another form, expanded."""
-        return self.kernel.base_array() if is_adapted(self.kernel) else self.kernel
+        return self._beneath(lambda kernel: kernel, "base_array")
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -111,7 +156,7 @@ class AdaptedValue:
         return self.on_base(lambda kernel: kernel.astype(wide)).materialise().astype(dtype)
 
     def _side_dtypes(self) -> list[Any]:
-        beneath = self.kernel._side_dtypes() if is_adapted(self.kernel) else []
+        beneath = self._beneath(lambda kernel: [], "_side_dtypes")
         return [x.dtype for x in self.sides().values()] + beneath
 
     @property
@@ -144,82 +189,89 @@ class AdaptedValue:
         found = {name: getattr(self, name) for name in self.SIDES}
         return {name: x for name, x in found.items() if x is not None}
 
+    def _beneath(self, plain: Callable[[jax.Array], Any], method: str, *args: Any) -> Any:
+        """What `method(*args)` makes of an adapted value beneath, `plain` of the array itself."""
+        beneath = self.kernel
+        return getattr(beneath, method)(*args) if is_adapted(beneath) else plain(beneath)
+
+    def _on_kernel(self, kernel: Any, **sides: Any) -> Self | None:
+        """The value over what its kernel became; None where that could not follow."""
+        return None if kernel is None else dataclasses.replace(self, kernel=kernel, **sides)
+
     def on_base(self, change: Callable[[jax.Array], jax.Array]) -> Self:
         """The value with `change` applied to the frozen array, its shape kept."""
-        beneath = self.kernel
-        changed = beneath.on_base(change) if is_adapted(beneath) else change(beneath)
-        return dataclasses.replace(self, kernel=changed)
+        return dataclasses.replace(self, kernel=self._beneath(change, "on_base", change))
 
     def marked(self, mark: Callable[[jax.Array], jax.Array]) -> Self:
         """The value with a mark (a placement, a name) on the frozen array."""
-        beneath = self.kernel
-        changed = beneath.marked(mark) if is_adapted(beneath) else mark(beneath)
-        return dataclasses.replace(self, kernel=changed)
+        return dataclasses.replace(self, kernel=self._beneath(mark, "marked", mark))
 
     def convert(self, dtype) -> Self | None:
         # Side arrays keep their precision: they are cast once, at the product.
         if not jnp.issubdtype(dtype, jnp.floating):
             return None
-        beneath = self.kernel
-        if is_adapted(beneath):
-            return self._followed(beneath.convert(dtype), {})
-        return dataclasses.replace(self, kernel=lax.convert_element_type(beneath, dtype))
+        cast_to = functools.partial(lax.convert_element_type, new_dtype=dtype)
+        return self._on_kernel(self._beneath(cast_to, "convert", dtype))
 
     def scan_axis_is_stack(self) -> bool:
-        beneath = self.kernel
-        return self.current_roles[:1] == "s" and (
-            not is_adapted(beneath) or beneath.scan_axis_is_stack()
-        )
+        is_stack = self._beneath(lambda kernel: True, "scan_axis_is_stack")
+        return self.current_roles[:1] == "s" and is_stack
 
-    def _followed(self, kernel, sides, roles=None) -> Self | None:
-        if kernel is None:
-            return None
-        roles = self.roles if roles is None else roles
-        return dataclasses.replace(self, kernel=kernel, roles=roles, **sides)
+    def along_first_axis(self) -> Self:
+        """The value with its first axis, whatever its role, as a stack axis: for a scan along it.
+
+        What holds that axis (A along the inputs, B and a gain along the outputs) is cut with it,
+        and the rest is there whole for each index: ΔW[n] = scale · a[n] @ b.
+        """
+
+        def leading(axes, x):
+            if 0 in axes:
+                return jnp.moveaxis(x, axes.index(0), 0)
+            return jnp.broadcast_to(jnp.asarray(x), (self.shape[0], *x.shape))
+
+        kernel = self._beneath(lambda kernel: kernel, "along_first_axis")
+        sides = {name: leading(self.side_axes(name), x) for name, x in self.sides().items()}
+        return dataclasses.replace(self, kernel=kernel, roles="s" + self.current_roles[1:], **sides)
 
     def transpose(self, permutation) -> Self | None:
         """The value with its axes in this order."""
-        permutation = list(permutation)
+        roles = "".join(self.current_roles[n] for n in permutation)
 
         def order(name):
             old = self.side_axes(name)
-            kept = [axis for axis in permutation if axis in old]
-            by_role = [
-                axis
-                for role in self.SIDES[name]
-                for axis in (
-                    [RANK] if role == RANK else [n for n in kept if self.current_roles[n] == role]
-                )
-            ]
-            return [old.index(axis) for axis in by_role]
+            axes = {
+                role: [n for n in permutation if self.current_roles[n] == role] for role in "sio"
+            }
+            axes[RANK] = [RANK]
+            return [old.index(axis) for role in self.SIDES[name] for axis in axes[role]]
 
-        kernel = (
-            self.kernel.transpose(permutation)
-            if is_adapted(self.kernel)
-            else lax.transpose(self.kernel, permutation)
+        kernel = self._beneath(
+            lambda x: lax.transpose(x, permutation), "transpose", tuple(permutation)
         )
         sides = {name: permute(x, order(name)) for name, x in self.sides().items()}
-        return self._followed(kernel, sides, "".join(self.current_roles[n] for n in permutation))
+        return self._on_kernel(kernel, roles=roles, **sides)
 
     def reshape(self, shape) -> Self | None:
         """Follows a reshape that merges or splits axes of one role."""
-        segments = reshape_roles(self.shape, shape, self.current_roles)
-        if segments is None:
+        roles = reshape_roles(self.shape, shape, self.current_roles)
+        if roles is None:
             return None
-        sizes = {r: [size for role, size in segments if role == r] for r in "sio"}
+        sizes = {r: [n for n, role in zip(shape, roles, strict=True) if role == r] for r in "sio"}
 
         def reshaped(name, x):
             rank = [x.shape[n] for n, axis in enumerate(self.side_axes(name)) if axis == RANK]
             by_role = {**sizes, RANK: rank}
             return x.reshape([size for role in self.SIDES[name] for size in by_role[role]])
 
-        kernel = (
-            self.kernel.reshape(shape)
-            if is_adapted(self.kernel)
-            else lax.reshape(self.kernel, shape)
-        )
+        kernel = self._beneath(lambda x: lax.reshape(x, shape), "reshape", shape)
         sides = {name: reshaped(name, x) for name, x in self.sides().items()}
-        return self._followed(kernel, sides, "".join(role for role, _ in segments))
+        return self._on_kernel(kernel, roles=roles, **sides)
+
+    def _each_along(self, change: Callable[[Any, list], Any], method: str, *args) -> Self | None:
+        """The value with `change(array, the kernel's axis of each of its own)` of its arrays."""
+        kernel = self._beneath(lambda x: change(x, list(range(x.ndim))), method, *args)
+        sides = {name: change(x, self.side_axes(name)) for name, x in self.sides().items()}
+        return self._on_kernel(kernel, **sides)
 
     def slice_axes(self, starts, sizes, strides=None) -> Self | None:
         """A slice, each array cut where it holds the axis: static if `strides` is given, else
@@ -230,21 +282,13 @@ class AdaptedValue:
             if strides is not None:
                 begin = [0 if axis == RANK else starts[axis] for axis in x_axes]
                 step = [1 if axis == RANK else strides[axis] for axis in x_axes]
-                ends = [b + (n - 1) * s + 1 for b, n, s in zip(begin, size, step, strict=True)]
-                return lax.slice(x, begin, ends, step)
+                return strided_slice(x, begin, size, step)
             # dynamic_slice wants every start in one integer type.
             zero = lax.full_like(starts[0], 0)
             begin = [zero if axis == RANK else starts[axis] for axis in x_axes]
             return lax.dynamic_slice(x, begin, size)
 
-        kernel = (
-            self.kernel.slice_axes(starts, sizes, strides)
-            if is_adapted(self.kernel)
-            else cut(self.kernel, list(range(self.ndim)))
-        )
-        return self._followed(
-            kernel, {name: cut(x, self.side_axes(name)) for name, x in self.sides().items()}
-        )
+        return self._each_along(cut, "slice_axes", starts, sizes, strides)
 
     def reverse(self, dimensions) -> Self | None:
         """The value with these axes the other way round."""
@@ -252,20 +296,11 @@ class AdaptedValue:
         def flipped(x, x_axes):
             return lax.rev(x, [n for n, axis in enumerate(x_axes) if axis in dimensions])
 
-        kernel = (
-            self.kernel.reverse(dimensions)
-            if is_adapted(self.kernel)
-            else lax.rev(self.kernel, dimensions)
-        )
-        return self._followed(
-            kernel, {name: flipped(x, self.side_axes(name)) for name, x in self.sides().items()}
-        )
+        return self._each_along(flipped, "reverse", dimensions)
 
     def times(self, factor, bind: Callable[[jax.Array], jax.Array]) -> Self | None:
         """The value times a scalar; `bind` is the equation that multiplies the frozen array."""
-        beneath = self.kernel
-        kernel = beneath.times(factor, bind) if is_adapted(beneath) else bind(beneath)
-        return self._followed(kernel, {})
+        return self._on_kernel(self._beneath(bind, "times", factor, bind))
 
     def moved(self, sign: int, bind: Callable[[jax.Array], jax.Array]) -> Self | None:
         """The value, or minus it, plus an array; `bind` is that equation on the frozen array."""
@@ -290,39 +325,6 @@ def materialise(value: Any) -> Any:
     return within(type(value).materialise, value, like=value.base) if is_adapted(value) else value
 
 
-def placed(value: Any, put: Callable, put_side: Callable) -> Any:
-    """The value with the arrays it is made of put elsewhere: the frozen one, and its sides."""
-    if not is_adapted(value):
-        return put(value)
-    if isinstance(value, Stored):
-        return value.marked(put)
-    sides = {name: put_side(x) for name, x in value.sides().items()}
-    return dataclasses.replace(value, kernel=placed(value.kernel, put, put_side), **sides)
-
-
 def use_beneath(kernel: Any, use: Use) -> jax.Array | None:
     """The result of a use of what lies beneath: the frozen array, or another adapted value."""
     return kernel.use(use) if is_adapted(kernel) else use.bind(kernel)
-
-
-@like_first
-def times_side(x, x_axes, side, side_axes):
-    """`x` times an array that has some of its labelled axes, in `x`'s dtype."""
-    where = [x_axes.index(axis) for axis in side_axes]
-    shape = [1] * x.ndim
-    for axis, size in zip(where, side.shape, strict=True):
-        shape[axis] = size
-    in_order = sorted(range(len(where)), key=where.__getitem__)
-    side = lax.reshape(permute(side, in_order), shape)
-    # lax, not jnp: this runs once per product while the user waits for a trace.
-    return lax.mul(x, lax.broadcast_in_dim(cast(side, x.dtype), x.shape, range(x.ndim)))
-
-
-def permute(x, permutation):
-    """`x` with its axes in this order; itself if they are."""
-    return x if list(permutation) == list(range(x.ndim)) else lax.transpose(x, permutation)
-
-
-def cast(x, dtype):
-    """`x` in this dtype; itself if it is."""
-    return x if x.dtype == dtype else lax.convert_element_type(x, dtype)

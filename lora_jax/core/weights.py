@@ -17,17 +17,8 @@ from jax import lax
 
 from lora_jax.core.dtypes import float32_or_wider
 from lora_jax.core.explicit import region_of
-from lora_jax.core.labelled_dot import contract
-from lora_jax.core.values import (
-    RANK,
-    AdaptedValue,
-    Use,
-    cast,
-    is_adapted,
-    materialise,
-    times_side,
-    use_beneath,
-)
+from lora_jax.core.labelled_dot import cast, contract, times_side
+from lora_jax.core.values import RANK, AdaptedValue, Use, materialise, use_beneath
 
 
 @jax.tree_util.register_dataclass
@@ -77,9 +68,11 @@ class LoRAWeight(AdaptedValue):
         return times_side(x, x_axes, jnp.asarray(self.scale), self.side_axes("scale"))
 
     def use(self, use: Use) -> jax.Array | None:
+        def low_rank(others, weight):
+            return dataclasses.replace(use, others=others).low_rank(weight)
+
         region = region_of(self)
-        arrays = _arrays_of(use) if region.mesh is not None else {}
-        delta = region.run(_low_rank, use, arrays, self)
+        delta = region.run(low_rank, use.others, self)
         if delta is None:
             return None
         # The frozen product comes as it was: only so is a fresh adapter bit-equal to the base.
@@ -97,25 +90,21 @@ class LoRAWeight(AdaptedValue):
         return times and dataclasses.replace(times, scale=scale * factor)
 
     def moved(self, sign: int, bind) -> Self | None:
-        beneath = self.kernel
-        kernel = beneath.moved(sign, bind) if is_adapted(beneath) else bind(beneath)
-        return self._followed(kernel, {"scale": sign * jnp.asarray(self.scale)})
+        kernel = self._beneath(bind, "moved", sign, bind)
+        return self._on_kernel(kernel, scale=sign * jnp.asarray(self.scale))
 
     def pad(self, value, config) -> Self | None:
         # ΔW is zero in every row and column that is added, so either factor may hold the zeros.
         if any(tuple(config[axis]) != (0, 0, 0) for axis in self.axes("s")):
             return None
-        beneath = self.kernel
-        kernel = (
-            beneath.pad(value, config) if is_adapted(beneath) else lax.pad(beneath, value, config)
-        )
+        kernel = self._beneath(lambda x: lax.pad(x, value, config), "pad", value, config)
 
         def padded(x, x_axes):
             around = [(0, 0, 0) if axis == RANK else config[axis] for axis in x_axes]
             return lax.pad(x, jnp.zeros((), x.dtype), around)
 
         sides = {name: padded(getattr(self, name), self.side_axes(name)) for name in ("a", "b")}
-        return self._followed(kernel, sides)
+        return self._on_kernel(kernel, **sides)
 
     def dropped(self, x, uses: int):
         """Inverted dropout on the adapter's input, by a mask of its own at each equation.
@@ -129,18 +118,6 @@ class LoRAWeight(AdaptedValue):
         kept = 1.0 - rate
         keep = jax.random.bernoulli(jax.random.fold_in(key, uses), kept, x.shape)
         return jnp.where(keep, x / kept.astype(x.dtype), jnp.zeros_like(x))
-
-
-def _arrays_of(use: Use) -> dict[str, Any]:
-    """The other operands that a use holds."""
-    return {name: x for name, x in vars(use).items() if isinstance(x, jax.Array)}
-
-
-def _low_rank(use: Use, arrays: dict[str, Any], weight: LoRAWeight) -> jax.Array | None:
-    if arrays:
-        of_use: Any = use
-        use = dataclasses.replace(of_use, **arrays)
-    return use.low_rank(weight)
 
 
 @jax.tree_util.register_dataclass

@@ -28,7 +28,7 @@ from lora_jax.methods.base import Method, PyTree, Trainable
 from lora_jax.methods.lora import LoRA
 from lora_jax.methods.rows import rows_name
 from lora_jax.methods.sites import Site
-from lora_jax.methods.starts import from_matrices, to_matrices
+from lora_jax.methods.starts import to_matrices
 from lora_jax.methods.sums import Changes, side_by_side
 
 
@@ -213,24 +213,17 @@ def difference(
         trainable[name] = _balanced(p, sigma, q, site)
         norms[name] = _norm(sigma)
         errors[name] = _norm(sigma[..., site.rank :])
-    left_out = [
-        path
-        for path in before
-        if path not in sites
-        and path not in whole
-        and trees.is_array(before[path])
-        and not _are_equal(before[path], after[path])
-    ]
+    rest = [p for p, x in before.items() if trees.is_array(x) and p not in {*sites, *whole}]
+    left_out = tuple(path for path in rest if not _are_equal(before[path], after[path]))
     found = Adapter(method, trainable, base)
-    return _approximated(_plain(found, trainable, sites, {}), errors, norms, tuple(left_out))
+    return _approximated(_plain(found, trainable, sites, {}), errors, norms, left_out)
 
 
 def _are_equal(one: Any, other: Any) -> bool:
     """Whether two arrays hold the same numbers, NaN in the same places included."""
     one, other = np.asarray(one), np.asarray(other)
-    return np.array_equal(one, other) or (
-        one.dtype == other.dtype and one.tobytes() == other.tobytes()
-    )
+    same_bits = one.dtype == other.dtype and one.tobytes() == other.tobytes()
+    return same_bits or np.array_equal(one, other)
 
 
 def _check(adapters: Sequence[Adapter], weights: Sequence[float]) -> None:
@@ -258,11 +251,8 @@ def _plain(like: Adapter, trainable: Trainable, sites: Mapping[str, Site], rows)
     ]
     whole = [re.escape(path) for path, entry in trainable.items() if "value" in entry]
     shared = {"train": whole, "rows": {re.escape(path): own for path, own in rows.items()}}
-    if not rules:
-        method = Method(**shared)
-    else:
-        axes = {site.path: KernelAxes.from_roles(site.roles) for site in sites.values()}
-        method = LoRA(rules=rules, axes=axes, **shared)
+    axes = {site.path: KernelAxes.from_roles(site.roles) for site in sites.values()}
+    method = LoRA(rules=rules, axes=axes, **shared) if rules else Method(**shared)
     return Adapter(method, trainable, like.params, like.base_hash)
 
 
@@ -291,7 +281,7 @@ def _balanced(p, sigma, q, site: Site) -> dict[str, jax.Array]:
     root = jnp.sqrt(sigma[..., :rank])
     a = p[..., :rank] * root[..., None, :]
     b = q[..., :rank, :] * root[..., :, None]
-    return {"a": from_matrices(a, "sir", site), "b": from_matrices(b, "sro", site)}
+    return {"a": a.reshape(site.part_shape("sir")), "b": b.reshape(site.part_shape("sro"))}
 
 
 def _norm(sigma) -> float:
@@ -299,9 +289,7 @@ def _norm(sigma) -> float:
 
 
 def _approximated(adapter, errors, norms, left_out=()) -> Approximated:
-    def ratio(error: float, norm: float) -> float:
-        return error / norm if norm else 0.0
-
-    relative = {name: ratio(errors[name], norms[name]) for name in errors}
-    total = ratio(math.hypot(*errors.values()), math.hypot(*norms.values()))
+    # An error is at most its norm: where that is 0, both are.
+    relative = {name: errors[name] / (norms[name] or 1.0) for name in errors}
+    total = math.hypot(*errors.values()) / (math.hypot(*norms.values()) or 1.0)
     return Approximated(adapter, relative, total, left_out)

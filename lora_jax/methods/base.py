@@ -16,12 +16,12 @@ import optax
 
 from lora_jax.core import trees
 from lora_jax.core.errors import RequestError, not_a_parameter
-from lora_jax.core.rules import Aliases, check_each_matches, pattern_of
+from lora_jax.core.rules import Aliases, pattern_of
 from lora_jax.core.values import is_adapted, is_bound
 from lora_jax.methods.contract import Contract
+from lora_jax.methods.masked import by_part
 from lora_jax.methods.merging import merged
-from lora_jax.methods.part_optimizer import by_part
-from lora_jax.methods.rows import bind_rows, init_rows, row_indices, rows_name
+from lora_jax.methods.rows import bind_rows, chosen_rows, init_rows, matching, rows_name
 from lora_jax.methods.sites import path_of
 from lora_jax.methods.table import MethodTable, Row, in_natural_order
 
@@ -49,13 +49,20 @@ class Method(Contract):
     aliases: Aliases | None = dataclasses.field(default=None, repr=False, hash=False)
 
     def init(self, key: jax.Array, params: PyTree) -> tuple[Trainable, PyTree]:
-        """Splits `params` into `(trainable, frozen)`; `params` is untouched.
+        """Splits the parameters into what trains and what stays frozen.
 
-        `trainable` is `{path: {"a": …, "b": …}}` for adapters, `{path: {"value": …}}` for
-        parameters trained whole (copies, so that they may be donated) and `{"path[rows]": {"rows":
-        …}}` for rows. `frozen` is `params` with holes where `trainable` holds the parameter. Raises
-        `RequestError` if a rule, or a part of one, matches nothing, or where one array sits at two
-        paths (tied) and would be at one of them only what it was.
+        Args:
+          key: from which random factors are drawn.
+          params: the tree of parameters, which is untouched.
+
+        Returns:
+          `(trainable, frozen)`: `{path: {"a": …, "b": …}}` for adapters, `{path: {"value": …}}` for
+          parameters trained whole (copies, so that they may be donated), `{"path[rows]": {"rows":
+          …}}` for rows; and `params` with holes where `trainable` holds the parameter.
+
+        Raises:
+          RequestError: a rule, or a part of one, matches nothing, or one array sits at two paths
+            (tied) and would be at one of them only what it was.
         """
         whole = self.whole_paths(params)
         values, frozen = trees.take(params, whole)
@@ -79,22 +86,30 @@ class Method(Contract):
     ) -> PyTree:
         """The params tree for a lifted model: adapted values sit where arrays sat.
 
-        `frozen` may be what `init` gave or the full tree: what `trainable` holds wins. A `key`
-        turns adapter dropout on; with `training=True` a method that has dropout must get one.
-        `data`: `{name: {"scale": (), "dropout": ()}}` in place of the rules' (sweeps give each cell
-        its own). Raises `RequestError` for a path that the tree lacks, an adapter of other shapes
-        than its rule says, or a tree that is bound already: `bind_all` binds several.
+        Args:
+          trainable: as `init` gave it, trained or not.
+          frozen: what `init` gave, or the full tree: what `trainable` holds wins.
+          key: turns adapter dropout on.
+          training: if true, a method that has dropout must get a key.
+          data: `{name: {"scale": (), "dropout": ()}}` in place of the rules' (sweeps give each cell
+            its own).
+
+        Returns:
+          The tree of adapted values and arrays.
+
+        Raises:
+          RequestError: for a path that the tree lacks, an adapter of other shapes than its rule
+            says, or a tree that is bound already: `bind_all` binds several.
         """
         if training and key is None:
-            self._check_no_dropout()
-        flat = trees.flatten(frozen, is_leaf=is_adapted)
-        kernels = dict(flat.items())
-        for path in {path_of(name) for name in trainable}:
-            if is_bound(kernels.get(path)):
-                raise RequestError(
-                    f"{path!r} is bound already; bind the tree that `init` returned, or several "
-                    "adapters at once with lora_jax.bind_all"
-                )
+            for method in self.members():
+                method._check_no_dropout()
+        kernels = dict(trees.flatten(frozen, is_leaf=is_adapted).items())
+        if bound := [p for p in map(path_of, trainable) if is_bound(kernels.get(p))]:
+            raise RequestError(
+                f"{bound[0]!r} is bound already; bind the tree that `init` returned, or several "
+                "adapters at once with lora_jax.bind_all"
+            )
         return self._bind_over(trainable, frozen, key=key, data=data or {}, beneath={})
 
     def _bind_over(self, trainable, frozen, *, key, data, beneath: dict[str, list[str]]) -> PyTree:
@@ -117,21 +132,29 @@ class Method(Contract):
             if "rows" in entry:
                 values[path] = bind_rows(path, kernel, entry["rows"], self.indices_of(path))
             else:
-                self._check_beneath(name, beneath.get(path, ()))
-                values[path] = self._bind_adapter(name, kernel, entry, key, data)
+                owner = self.owner_of(name)
+                owner._check_beneath(name, beneath.get(path, ()))
+                values[path] = owner._bind_adapter(name, kernel, entry, key, data)
             beneath.setdefault(path, []).append(name)
         return trees.put(frozen, values, is_leaf=is_adapted)
 
     def merge(self, trainable: Trainable, frozen: PyTree, *, dtype: Any = None) -> PyTree:
         """Plain parameters with the adapters folded in (W + ΔW), in the same shapes.
 
-        The sum is made in float32 or wider and rounded once: to `dtype`, or to the kernel's own.
-        `dtype` is of the adapted and of the quantised parameters; all others, those trained whole
-        among them, keep theirs. A quantised base needs it ("stored": each the one it had before).
-        Inputs are untouched. Raises `RequestError` where it is not given, a kernel cannot hold the
-        sum (integers), the result holds NaN or infinity (an overflow of float16), or the method
-        adds to the computation and not to a parameter (`MERGES`).
         Source: Hu et al. 2021, §4.1, "no additional inference latency".
+
+        Args:
+          trainable: as for `bind`; untouched.
+          frozen: likewise.
+          dtype: of the adapted and of the quantised parameters (see `merging.merged`); by default
+            each kernel's own. A quantised base needs it.
+
+        Returns:
+          The tree of plain arrays; the sum is made in float32 or wider and rounded once.
+
+        Raises:
+          RequestError: `merging.merged` refuses, or the method adds to the computation and not to a
+            parameter (`MERGES`).
         """
         self.check_merges()
         return merged(self.bind(trainable, frozen), dtype)
@@ -146,17 +169,17 @@ class Method(Contract):
         """
         flat = trees.flatten(tree, is_leaf=is_adapted)
         if any(is_bound(leaf) for leaf in flat.leaves):
-            self._check_maskable(tree)
+            for method in self.members():
+                method._check_maskable(tree)
         whole = set(self.whole_paths(tree))
-        leaves = [
-            self._mask_of(path, leaf)
-            if is_bound(leaf)
-            else jax.tree.map(lambda _: False, leaf)
-            if isinstance(leaf, trees.Stored)
-            else path in whole
-            for path, leaf in flat.items()
-        ]
-        return flat.unflatten(leaves)
+
+        def trains(path, leaf):
+            if is_bound(leaf):
+                return self.owner_of(path)._mask_of(path, leaf)
+            is_stored = isinstance(leaf, trees.Stored)
+            return jax.tree.map(lambda _: False, leaf) if is_stored else path in whole
+
+        return flat.unflatten([trains(*item) for item in flat.items()])
 
     def optimizer(self, tx: optax.GradientTransformation) -> optax.GradientTransformation:
         """`tx` with this method's learning rates and weight decays of parts.
@@ -164,7 +187,11 @@ class Method(Contract):
         Frozen parts get no optimizer state, no decay, and stay bit for bit as they are. For most
         methods it is `tx` itself.
         """
-        return by_part(tx, self.rate_of, self.decay_of) if self._has_rates() else tx
+        has_own = any(
+            method.FROZEN_PARTS or method.rate_multipliers or method.DECAY_MULTIPLIERS
+            for method in self.members()
+        )
+        return by_part(tx, self.rate_of, self.decay_of) if has_own else tx
 
     def drawn(self, trainable: Trainable) -> dict[str, list[float]]:
         """A sample of each random array that binding draws again: `{name: numbers}`.
@@ -183,34 +210,35 @@ class Method(Contract):
 
     def roles_of(self, name: str, part: str) -> str | None:
         """The roles of a part's axes (see `PARTS`); None for a part that has none."""
-        return self.PARTS.get(part)
+        return self.owner_of(name).PARTS.get(part)
 
     def rate_of(self, name: str, part: str) -> float:
         """The factor on the learning rate of one part of one adapter: 0 where it is frozen."""
-        return 0.0 if part in self.FROZEN_PARTS else self.rate_multipliers.get(part, 1.0)
+        owner = self.owner_of(name)
+        return 0.0 if part in owner.FROZEN_PARTS else owner.rate_multipliers.get(part, 1.0)
 
     def decay_of(self, name: str, part: str) -> float:
         """The factor on the weight decay of one part of one adapter."""
-        return self.DECAY_MULTIPLIERS.get(part, 1.0)
+        return self.owner_of(name).DECAY_MULTIPLIERS.get(part, 1.0)
 
     @property
     def rate_multipliers(self) -> Mapping[str, float]:
         """`{part: factor}` on the learning rate, where it is not 1."""
         return self.RATE_MULTIPLIERS
 
-    def _has_rates(self) -> bool:
-        return bool(self.FROZEN_PARTS or self.rate_multipliers or self.DECAY_MULTIPLIERS)
-
     def check_merges(self) -> None:
         """Raises `RequestError` for a method whose adapters are no change of a parameter."""
-        if not self.MERGES:
-            raise not_a_parameter(self.TITLE)
+        for method in self.members():
+            if not method.MERGES:
+                raise not_a_parameter(method.TITLE)
 
     def table(self, params: PyTree) -> MethodTable:
         """What the method trains in `params`: path, shape, rank, scale, trainable parameters."""
         flat = dict(trees.flatten(params).items())
         whole = self.whole_paths(params)
-        rows = self._adapter_rows(params, frozenset(whole))
+        members, taken = self.members(), frozenset(whole)
+        rows = [row for method in members for row in method._adapter_rows(params, taken)]
+        skipped = dict.fromkeys(p for method in members for p in method._skipped(params, taken))
         rows += [Row(p, tuple(flat[p].shape), None, None, flat[p].size) for p in whole]
         for path, (leaf, indices) in self._rows(params, whole).items():
             shape = (len(indices), *leaf.shape[1:])
@@ -219,42 +247,28 @@ class Method(Contract):
         total = sum(leaf.size for leaf in flat.values() if trees.is_array(leaf))
         order = {path: place for place, path in enumerate(in_natural_order(flat))}
         in_order = sorted(rows, key=lambda row: (order[path_of(row.path)], row.path))
-        return MethodTable(tuple(in_order), total, tuple(self._skipped(params, frozenset(whole))))
+        return MethodTable(tuple(in_order), total, tuple(skipped))
 
     def whole_paths(self, params: PyTree) -> list[str]:
         """Paths of the parameters trained whole. Raises `RequestError` for what matches none."""
-        return _matching("train", self.train, params, self.aliases) if self.train else []
+        return matching("train", self.train, params, self.aliases) if self.train else []
 
     def _rows(self, params: PyTree, whole=()) -> dict[str, tuple[Any, tuple[int, ...]]]:
         """`{path: (parameter, indices)}` of the rows that train."""
-        leaves = dict(trees.flatten(params, is_leaf=is_adapted).items())
-        found: dict[str, tuple[Any, tuple[int, ...]]] = {}
-        for pattern, indices in self.rows.items():
-            for path in _matching("rows", pattern, params, self.aliases):
-                if path in found:
-                    raise RequestError(
-                        f"two entries of rows= name {path!r}; name all of its rows in one"
-                    )
-                if path in whole:
-                    raise RequestError(
-                        f"{path!r} is trained whole (train=) and by rows (rows=); leave it out of "
-                        "one of them"
-                    )
-                found[path] = leaves[path], row_indices(path, leaves[path], indices)
-        return found
+        found = (chosen_rows(m.rows, params, whole, m.aliases) for m in self.members())
+        return {path: rows for of_member in found for path, rows in of_member.items()}
 
     def indices_of(self, path: str) -> tuple[int, ...]:
         """The rows of the parameter at `path` that train. Raises `RequestError` for none."""
-        indices = self._own_indices(path)
-        if indices is None:
-            raise RequestError(f"no rows= of this method names {path!r}; use its own method")
-        return indices
+        for method in self.members():
+            for pattern, indices in method.rows.items():
+                if pattern_of(pattern, method.aliases).fullmatch(path):
+                    return tuple(int(n) for n in indices)
+        raise RequestError(f"no rows= of this method names {path!r}; use its own method")
 
-    def _own_indices(self, path: str) -> tuple[int, ...] | None:
-        for pattern, indices in self.rows.items():
-            if pattern_of(pattern, self.aliases).fullmatch(path):
-                return tuple(int(n) for n in indices)
-        return None
+    def members(self) -> tuple[Method, ...]:
+        """The methods that this one consists of."""
+        return (self,)
 
     def _check_beneath(self, name: str, beneath: Sequence[str]) -> None:
         """Raises `RequestError` if this adapter cannot sit on those bound before at its path."""
@@ -301,20 +315,3 @@ class Method(Contract):
 
     def _check_no_dropout(self) -> None:
         """Raises `RequestError` if this method drops anything in training."""
-
-
-def _matching(what: str, targets, params: PyTree, aliases) -> list[str]:
-    """The paths of floating-point parameters that match; `RequestError` if a member has none."""
-    flat = trees.flatten(params, is_leaf=is_adapted)
-    floats = [path for path, leaf in flat.items() if is_adapted(leaf) or trees.is_float(leaf)]
-    check_each_matches(what, targets, floats, aliases)
-    pattern = pattern_of(targets, aliases)
-    found = [path for path in floats if pattern.fullmatch(path)]
-    leaves = dict(flat.items())
-    stored = [path for path in found if isinstance(leaves[path], trees.Stored)]
-    if stored:
-        raise RequestError(
-            f"{what}={targets!r} would train {stored[0]!r} ({len(stored)} of {len(found)}), which "
-            "is quantised and stays as it is; train an adapter on it, or leave it out"
-        )
-    return found

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import dataclasses
 from collections.abc import Sequence
 from typing import Any
@@ -13,7 +14,7 @@ from lora_jax.core.errors import RequestError
 from lora_jax.methods.base import Method, PyTree, Trainable
 from lora_jax.methods.merging import merged
 from lora_jax.methods.sites import are_apart, path_of
-from lora_jax.methods.table import MethodTable, Row
+from lora_jax.methods.table import MethodTable
 
 
 def bind_all(
@@ -22,9 +23,19 @@ def bind_all(
     """The params tree with several adapters bound, each with its own scale; they may share weights.
 
     What is computed is W + ΔW₁ + ΔW₂ + …, each through its factors; a DoRA, first on its weight,
-    scales W and its own ΔW only, and the others add to that. `key` turns dropout on, with
-    masks of its own for each. Raises `RequestError` where a parameter that one trained whole is
-    touched by another, or where a DoRA is not the first on its weight: its norm is of the base.
+    scales W and its own ΔW only, and the others add to that.
+
+    Args:
+      adapters: `(method, trainable)` of each.
+      frozen: what `init` left of the base, or the full tree.
+      key: turns dropout on, with masks of its own for each.
+
+    Returns:
+      The tree for a lifted model.
+
+    Raises:
+      RequestError: a parameter that one trained whole is touched by another, or a DoRA is not the
+        first on its weight: its norm is of the base.
 
     >>> import jax.numpy as jnp, lora_jax as lj
     >>> params = {"w": jnp.eye(4)}
@@ -39,14 +50,14 @@ def bind_all(
     _check_go_together([method for method, _ in adapters])
     seen: dict[str, bool] = {}
     for _, trainable in adapters:
-        for name, entry in trainable.items():
-            path, whole = path_of(name), "value" in entry
-            if path in seen and (whole or seen[path]):
+        is_whole = {path_of(name): "value" in entry for name, entry in trainable.items()}
+        for path in is_whole:
+            if path in seen and (is_whole[path] or seen[path]):
                 raise RequestError(
                     f"{path!r} is trained whole by one of these adapters and touched by another; "
                     "a parameter can be replaced only once"
                 )
-        seen |= {path_of(name): "value" in entry for name, entry in trainable.items()}
+        seen |= is_whole
     tree, beneath = frozen, {}
     for number, (method, trainable) in enumerate(adapters):
         own = None if key is None else jax.random.fold_in(key, number)
@@ -58,7 +69,7 @@ def _check_go_together(methods: Sequence[Method]) -> None:
     alone = [type(method).__name__ for method in methods if method.EXCLUSIVE]
     if alone and len(methods) > 1:
         raise RequestError(
-            f"{alone[0]} moves all its parameters together and goes beside no other; name those "
+            f"{alone[0]} moves all its parameters together and cannot be combined; name those "
             "that train whole in its own train=, or merge one and bind the other to the result"
         )
 
@@ -66,9 +77,18 @@ def _check_go_together(methods: Sequence[Method]) -> None:
 def merge_all(
     adapters: Sequence[tuple[Method, Trainable]], frozen: PyTree, *, dtype: Any = None
 ) -> PyTree:
-    """Plain parameters with several adapters folded in, rounded once; see `bind_all`.
+    """Plain parameters with several adapters folded in, rounded once.
 
-    `dtype` as in `Method.merge`.
+    Args:
+      adapters: as for `bind_all`.
+      frozen: likewise.
+      dtype: as in `Method.merge`.
+
+    Returns:
+      The tree of plain arrays.
+
+    Raises:
+      RequestError: as `bind_all` and `Method.merge` do.
     """
     if len(adapters) == 1:
         return adapters[0][0].merge(adapters[0][1], frozen, dtype=dtype)
@@ -113,19 +133,18 @@ class Combined(Method):
         return super().table(params)
 
     def _check_apart(self, params: PyTree) -> None:
-        taken: dict[str, list[tuple[str, int]]] = {}
+        taken: dict[str, list[tuple[str, int]]] = collections.defaultdict(list)
         kinds = [type(method).__name__ for method in self.methods]
         for number, method in enumerate(self.methods):
             for name in (row.path for row in method.table(params).rows):
-                of_path = taken.setdefault(path_of(name), [])
-                for other, owner in of_path:
+                for other, owner in taken[path_of(name)]:
                     if owner != number and not are_apart(name, other):
                         raise RequestError(
                             f"{name!r} is taken by rules of {kinds[owner]} and of "
                             f"{kinds[number]}; exclude it from one of them "
                             "(Rule(exclude=…)), or give each a slice of its own"
                         )
-                of_path.append((name, number))
+                taken[path_of(name)].append((name, number))
 
     def whole_paths(self, params: PyTree) -> list[str]:
         return [path for method in self.methods for path in method.whole_paths(params)]
@@ -137,52 +156,10 @@ class Combined(Method):
     def owns(self, name: str) -> bool:
         return any(method.owns(name) for method in self.methods)
 
-    def rate_of(self, name: str, part: str) -> float:
-        return self.owner_of(name).rate_of(name, part)
-
-    def decay_of(self, name: str, part: str) -> float:
-        return self.owner_of(name).decay_of(name, part)
-
-    def roles_of(self, name: str, part: str) -> str | None:
-        return self.owner_of(name).roles_of(name, part)
-
-    def check_merges(self) -> None:
-        for method in self.methods:
-            method.check_merges()
-
-    def _has_rates(self) -> bool:
-        return any(method._has_rates() for method in self.methods)
-
     def owner_of(self, name: str) -> Method:
         # What none of them adapts is trained whole, where all of them do the same.
-        return next((method for method in self.methods if method.owns(name)), self.methods[0])
+        owner = next((method for method in self.methods if method.owns(name)), self.methods[0])
+        return owner.owner_of(name)
 
-    def _own_indices(self, path: str) -> tuple[int, ...] | None:
-        found = (method._own_indices(path) for method in self.methods)
-        return next((indices for indices in found if indices is not None), None)
-
-    def _check_beneath(self, name: str, beneath: Sequence[str]) -> None:
-        self.owner_of(name)._check_beneath(name, beneath)
-
-    def _check_maskable(self, tree: PyTree) -> None:
-        for method in self.methods:
-            method._check_maskable(tree)
-
-    def _bind_adapter(self, name: str, kernel, parts, key, data):
-        return self.owner_of(name)._bind_adapter(name, kernel, parts, key, data)
-
-    def _adapter_rows(self, params, whole: frozenset[str]) -> list[Row]:
-        return [row for method in self.methods for row in method._adapter_rows(params, whole)]
-
-    def _skipped(self, params, whole: frozenset[str]) -> list[str]:
-        return list(dict.fromkeys(p for m in self.methods for p in m._skipped(params, whole)))
-
-    def _rows(self, params: PyTree, whole=()) -> dict[str, Any]:
-        return {k: v for method in self.methods for k, v in method._rows(params, whole).items()}
-
-    def _mask_of(self, path: str, value):
-        return self.owner_of(path)._mask_of(path, value)
-
-    def _check_no_dropout(self) -> None:
-        for method in self.methods:
-            method._check_no_dropout()
+    def members(self) -> tuple[Method, ...]:
+        return tuple(one for method in self.methods for one in method.members())

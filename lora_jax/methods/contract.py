@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import warnings
 from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Any, ClassVar, cast
@@ -12,30 +11,7 @@ from typing import Any, ClassVar, cast
 from lora_jax.core.arguments import NamedSettings
 from lora_jax.core.errors import RequestError
 
-# Names that variants of earlier versions define or read.
-RENAMED = MappingProxyType(
-    {
-        "FIXED": "FROZEN_PARTS",
-        "ALONE": "EXCLUSIVE",
-        "PADS": "ZERO_PADDABLE",
-        "WITHOUT": "UNSUPPORTED_SETTINGS",
-    }
-)
 _EMPTY: Mapping[str, Any] = MappingProxyType({})
-
-
-class _Renamed:
-    """An attribute under its old name."""
-
-    def __init__(self, old: str):
-        self.old = old
-
-    def __get__(self, instance: Any, owner: type) -> Any:
-        new = RENAMED[self.old]
-        warnings.warn(
-            f"{owner.__name__}.{self.old} is now called {new}", DeprecationWarning, stacklevel=2
-        )
-        return getattr(owner, new)
 
 
 class Contract(NamedSettings):
@@ -67,19 +43,8 @@ class Contract(NamedSettings):
     # Whether a subclass's own fields extend `__init__`, instead of `dataclass` generating another.
     EXTENDS_INIT: ClassVar[bool] = False
 
-    FIXED, ALONE, PADS, WITHOUT = map(_Renamed, RENAMED)
-
     def __init_subclass__(cls, **options: Any):
         super().__init_subclass__(**options)
-        for old in [name for name in RENAMED if name in vars(cls)]:
-            new = RENAMED[old]
-            warnings.warn(
-                f"{cls.__name__} defines {old}, which is now called {new}; rename it",
-                DeprecationWarning,
-                stacklevel=2,
-            )
-            setattr(cls, new, vars(cls)[old])
-            delattr(cls, old)
         if "TITLE" not in vars(cls):
             cls.TITLE = cls.__name__
         if cls.EXTENDS_INIT and "__init__" not in vars(cls):
@@ -96,16 +61,15 @@ def _extended_init(cls: type[Contract]) -> Any:
     inherited, before = parent.__init__, parent.__dataclass_fields__
 
     @functools.wraps(inherited)
-    def __init__(self: Contract, **settings: Any):
+    def __init__(self: Any, **settings: Any):
         is_decorated = "__dataclass_fields__" in vars(cls)
-        values = {}
-        for field in dataclasses.fields(decorated) if is_decorated else ():
-            name = field.name
-            if field is not before.get(name):
-                value = settings.pop(name) if name in settings else _default(cls, field)
-                (settings if name in before else values)[name] = value
+        fields = {f.name: f for f in dataclasses.fields(decorated)} if is_decorated else {}
+        for name, field in fields.items():
+            if field is not before.get(name) and name not in settings:
+                settings[name] = _default(cls, field)
+        own = {name: settings.pop(name) for name in fields if name not in before}
         inherited(self, **settings)
-        for name, value in values.items():
+        for name, value in own.items():
             object.__setattr__(self, name, value)
         if "__post_init__" in vars(cls):
             vars(cls)["__post_init__"](self)
@@ -114,11 +78,11 @@ def _extended_init(cls: type[Contract]) -> Any:
 
 
 def _default(cls: type[Contract], field: dataclasses.Field) -> Any:
-    if field.default is not dataclasses.MISSING:
-        return field.default
     if field.default_factory is not dataclasses.MISSING:
         return field.default_factory()
-    raise RequestError(f"{cls.__name__} needs {field.name}=…, which has no default")
+    if field.default is dataclasses.MISSING:
+        raise RequestError(f"{cls.__name__} needs {field.name}=…, which has no default")
+    return field.default
 
 
 def _check_parts(cls: type[Contract]) -> None:

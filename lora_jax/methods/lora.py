@@ -16,7 +16,7 @@ import numpy as np
 
 from lora_jax.core import trees
 from lora_jax.core.apply import scale_of
-from lora_jax.core.axes import KernelAxes
+from lora_jax.core.axes import KernelAxes, roles_of_axes
 from lora_jax.core.dtypes import float32_or_wider
 from lora_jax.core.errors import RequestError
 from lora_jax.core.rules import Aliases, Rule, match_rules, split_parts
@@ -51,7 +51,7 @@ class LoRA(Method):
     """ΔW = (alpha / rank) · a @ b on every kernel that a rule matches; the kernel stays frozen.
 
     Either `targets` with `rank`, `alpha`, `dropout`, `init`, … (see `Rule`), or `rules`: an ordered
-    sequence of `Rule`, first match wins. `train` and `rows` name what trains beside (see `Method`);
+    sequence of `Rule`, first match wins. `train` and `rows` name what else trains (see `Method`);
     a parameter trained whole gets no adapter. `axes` is what `kernel_axes` gave: what it
     does not name meets no product and gets no adapter; without it a kernel of two axes is (in, out)
     and one of more is an error.
@@ -103,9 +103,9 @@ class LoRA(Method):
     def _checked_rules(self, targets, rules, given: Mapping[str, Any]) -> list[Rule]:
         """One rule of `targets` and the settings `given` for it, or `rules` as they are."""
         name = type(self).__name__
-        for setting in given:
-            if setting in self.UNSUPPORTED_SETTINGS:
-                raise RequestError(f"{name} has no {setting}: {self.UNSUPPORTED_SETTINGS[setting]}")
+        if useless := [key for key in given if key in self.UNSUPPORTED_SETTINGS]:
+            why = self.UNSUPPORTED_SETTINGS[useless[0]]
+            raise RequestError(f"{name} has no {useless[0]}: {why}")
         if (targets is None) == (rules is None):
             raise RequestError(f"{name} takes either targets=… (one rule) or rules=[Rule(…), …]")
         if rules is None:
@@ -114,12 +114,11 @@ class LoRA(Method):
             raise RequestError(f"{next(iter(given))!r} belongs into each Rule when rules= is used")
         if not rules:
             raise RequestError("rules is empty; name at least one target, or use HeadOnly")
-        for rule in rules:
-            if not isinstance(rule, Rule):
-                raise RequestError(
-                    f"rules holds {rule!r}; each must be a lora_jax.Rule, such as "
-                    "Rule('.*/query/kernel', rank=4)"
-                )
+        if others := [rule for rule in rules if not isinstance(rule, Rule)]:
+            raise RequestError(
+                f"rules holds {others[0]!r}; each must be a lora_jax.Rule, such as "
+                "Rule('.*/query/kernel', rank=4)"
+            )
         return list(rules)
 
     # What a variant changes.
@@ -147,18 +146,17 @@ class LoRA(Method):
 
     # What all of them share.
 
-    def sites(self, params) -> dict[str, Site]:
+    def sites(self, params, whole: frozenset[str] | None = None) -> dict[str, Site]:
         """`{name: site}` of every adapter, in the tree's order.
 
-        Raises `RequestError` for a rule that matches nothing, a rank above the matrix, a slice
-        outside of it, or a kernel of more than two axes without `axes`.
+        `whole` are the paths of what trains whole; by default those of this method. Raises
+        `RequestError` for a rule that matches nothing, a rank above the matrix, a slice outside of
+        it, or a kernel of more than two axes without `axes`.
         """
-        return self._sites(params, frozenset(self.whole_paths(params)))
-
-    def _sites(self, params, whole: frozenset[str]) -> dict[str, Site]:
+        whole = frozenset(self.whole_paths(params)) if whole is None else whole
         leaves = dict(trees.flatten(params).items())
         able = [path for path, leaf in leaves.items() if can_hold(leaf) and path not in whole]
-        candidates = [path for path in able if self._meets_product(path)]
+        candidates = [path for path in able if self.axes is None or path in self.axes]
         for path in self.axes or ():
             if path not in leaves:
                 raise RequestError(
@@ -172,31 +170,18 @@ class LoRA(Method):
             found[site.name] = site
         return found
 
-    def _meets_product(self, path: str) -> bool:
-        return self.axes is None or path in self.axes
-
     def _skipped(self, params, whole: frozenset[str]) -> list[str]:
+        if self.axes is None:
+            return []
         return [
             path
             for path, leaf in trees.flatten(params).items()
-            if can_hold(leaf) and path not in whole and not self._meets_product(path)
+            if can_hold(leaf) and path not in whole and path not in self.axes
             and any(rule.takes(path, self.aliases) for rule in self.rules)
         ]  # fmt: skip
 
     def _site(self, path: str, rule: Rule, shape) -> Site:
-        return Site(path, rule, self._roles(path, len(shape)), tuple(shape))
-
-    def _roles(self, path: str, ndim: int) -> str:
-        axes = None if self.axes is None else self.axes.get(path)
-        if axes is not None:
-            return axes.roles(ndim, path)
-        if ndim == 2:
-            return "io"
-        raise RequestError(
-            f"{path!r} has {ndim} axes and nothing says which are input and output; pass "
-            "axes=lora_jax.kernel_axes(apply, params, *inputs), or your own "
-            "{path: KernelAxes(stack=…, in_=…, out=…)}"
-        )
+        return Site(path, rule, roles_of_axes(self.axes, path, len(shape)), tuple(shape))
 
     def _init_adapters(self, key, params, whole: frozenset[str]) -> Trainable:
         leaves = dict(trees.flatten(params).items())
@@ -204,16 +189,16 @@ class LoRA(Method):
             name: self.init_parts(
                 key_of_name(key, name), self._start(leaves[site.path], site), site
             )
-            for name, site in self._sites(params, whole).items()
+            for name, site in self.sites(params, whole).items()
         }
 
     def _start(self, kernel, site: Site) -> Any:
         """What `init_parts` sees of the kernel: the part that is adapted."""
-        if not isinstance(kernel, trees.Stored):
-            return site.cut(kernel)
-        if self.FROM_KERNEL:
-            return site.cut(kernel.dequantize())
-        return jax.ShapeDtypeStruct(site.shape, kernel.dtype)
+        if isinstance(kernel, trees.Stored):
+            if not self.FROM_KERNEL:
+                return jax.ShapeDtypeStruct(site.shape, kernel.dtype)
+            kernel = kernel.dequantize()
+        return site.cut(kernel)
 
     def _bind_adapter(self, name, kernel, parts, key, data):
         base = kernel.base if is_adapted(kernel) else kernel
@@ -224,7 +209,9 @@ class LoRA(Method):
         parts = {**parts, **fixed}
         a, b = site.checked_factors(type(self).__name__, *self.factors(parts, site))
         stack, dtype = site.sizes("s"), jnp.result_type(a)
-        key = self._dropout_key(key, name, site)
+        key = None if key is None or not site.rule.dropout else key_of_name(key, name)
+        if key is not None and stack:
+            key = jax.random.split(key, stack)
         own = data.get(name, {"scale": self.scale(site.rule), "dropout": site.rule.dropout})
 
         def of_stack(value):
@@ -243,12 +230,6 @@ class LoRA(Method):
             path=site.path,
         )
         return self.weight(low_rank, parts, site)
-
-    def _dropout_key(self, key, name: str, site: Site):
-        if key is None or not site.rule.dropout:
-            return None
-        stack, key = site.sizes("s"), key_of_name(key, name)
-        return jax.random.split(key, stack) if stack else key
 
     def owns(self, name: str) -> bool:
         return self._rule_for(name) is not None
@@ -276,11 +257,11 @@ class LoRA(Method):
                 f"the adapter of {name!r} holds {sorted(parts)}, but {type(self).__name__} has "
                 f"{sorted(self.PARTS)}; use the method that made it"
             )
+        stack = site.sizes("s")
         for part, spec in self.PARTS.items():
             wanted, found = site.part_shape(spec), tuple(parts[part].shape)
             if wanted == found:
                 continue
-            stack = site.sizes("s")
             if "s" in spec and found[: len(stack)] != stack:
                 raise RequestError(
                     f"the adapter of {name!r} is for {found[: len(stack)]} stacked matrices "
@@ -294,20 +275,16 @@ class LoRA(Method):
 
     def _adapter_rows(self, params, whole: frozenset[str]) -> list[Row]:
         rows = []
-        for name, site in self._sites(params, whole).items():
-            count = sum(
-                math.prod(site.part_shape(spec))
-                for part, spec in self.PARTS.items()
-                if part not in self.FROZEN_PARTS
-            )
+        trained = [spec for part, spec in self.PARTS.items() if part not in self.FROZEN_PARTS]
+        for name, site in self.sites(params, whole).items():
+            count = sum(math.prod(site.part_shape(spec)) for spec in trained)
             rows.append(Row(name, site.shape, site.rank, self.scale(site.rule), count))
         return rows
 
     def _mask_of(self, path: str, value):
         plain = LoRA.factors is type(self).factors and LoRA.weight is type(self).weight
-        if not plain or type(value) is not LoRAWeight or is_bound(value.kernel):
-            return super()._mask_of(path, value)
-        if any(rule.slice and rule.takes(path, self.aliases) for rule in self.rules):
+        sliced = any(rule.slice and rule.takes(path, self.aliases) for rule in self.rules)
+        if not plain or sliced or type(value) is not LoRAWeight or is_bound(value.kernel):
             return super()._mask_of(path, value)
         trains = {name: name not in self.FROZEN_PARTS for name in self.PARTS}
         return dataclasses.replace(jax.tree.map(lambda _: False, value), **trains)

@@ -21,7 +21,7 @@ from lora_jax.methods.starts import times_ranks, top_singular
 class PiSSA(LoRA):
     """W' = W + s (a @ b − start_a @ start_b), where a, b start at the principal part of W / s.
 
-    The residual W − s · start_a @ start_b is not stored: its second term is a fixed adapter beside
+    The residual W − s · start_a @ start_b is not stored: its second term is a fixed adapter next to
     the trained one. So the base stays the one that all other adapters have, its hash too; ΔW is at
     hand, and is the plain LoRA of rank 2r that `to_lora` exports. The arithmetic is that of rank
     2r. A fresh adapter is the base to rounding.

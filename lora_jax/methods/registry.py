@@ -29,21 +29,11 @@ from lora_jax.settings.schema import join_method
 ENTRY_POINTS = "lora_jax.methods"
 _OURS: Mapping[str, type[Method]] = MappingProxyType(
     {
-        "lora": LoRA,
-        "rslora": RsLoRA,
-        "lora_plus": LoRAPlus,
-        "lora_fa": LoRAFA,
-        "dora": DoRA,
-        "pissa": PiSSA,
-        "vera": VeRA,
-        "lora_xs": LoRAXS,
-        "intrinsic": IntrinsicDimension,
-        "uni_lora": UniLoRA,
-        "full": FullFineTuning,
-        "bitfit": BitFit,
-        "head": HeadOnly,
+        "lora": LoRA, "rslora": RsLoRA, "lora_plus": LoRAPlus, "lora_fa": LoRAFA, "dora": DoRA,
+        "pissa": PiSSA, "vera": VeRA, "lora_xs": LoRAXS, "intrinsic": IntrinsicDimension,
+        "uni_lora": UniLoRA, "full": FullFineTuning, "bitfit": BitFit, "head": HeadOnly,
     }
-)
+)  # fmt: skip
 
 
 class _Registry(Mapping[str, type[Method]]):
@@ -59,7 +49,7 @@ class _Registry(Mapping[str, type[Method]]):
 
     def add(self, name: str, kind: type[Method]) -> None:
         self._kinds[name] = kind
-        _join(name, kind)  # its own settings are settings of configs from now on
+        _join(name, kind)
 
     def _complete(self) -> dict[str, type[Method]]:
         if not self._is_complete:
@@ -122,7 +112,7 @@ _RULE_FIELDS = tuple(f.name for f in dataclasses.fields(Rule) if f.name != "any_
 
 
 def settings_of(kind: type[Method]) -> tuple[str, ...]:
-    """The settings that a method takes, beside `train`, `rows`, `axes` and `aliases`.
+    """The settings that a method takes, besides `train`, `rows`, `axes` and `aliases`.
 
     >>> settings_of(HeadOnly), "ratio" in settings_of(METHODS["lora_plus"])
     ((), True)
@@ -141,15 +131,11 @@ def all_settings() -> tuple[str, ...]:
     return tuple(dict.fromkeys(name for kind in METHODS.values() for name in settings_of(kind)))
 
 
-def _fields_of(kind: type[Method]) -> list[dataclasses.Field]:
-    """The fields of the class, or of its rules, that a config sets."""
+def _join(name: str, kind: type[Method]) -> None:
+    """Makes the fields of the class, and of its rules, settings of configs."""
     of_rule = dataclasses.fields(Rule) if issubclass(kind, LoRA) else ()
     fields = {field.name: field for field in (*dataclasses.fields(kind), *of_rule)}
-    return [fields[name] for name in settings_of(kind)]
-
-
-def _join(name: str, kind: type[Method]) -> None:
-    join_method(name, _fields_of(kind), moves_all=kind.EXCLUSIVE)
+    join_method(name, [fields[key] for key in settings_of(kind)], moves_all=kind.EXCLUSIVE)
 
 
 for _name, _kind in _OURS.items():
@@ -180,16 +166,13 @@ def method_of(name: str, settings: Mapping[str, Any], *, axes: Any, aliases: Any
 
     `settings` may hold what means nothing to this method, as one config serves several: VeRA has no
     alpha, full fine-tuning no rank. Empty strings and None mean the default. Where `rules` holds
-    rules, `Rule`s or plain mappings, a mapping takes what it does not say from the settings beside.
+    rules, `Rule`s or plain mappings, keys that a mapping omits are taken from `settings`.
     Raises `RequestError` for an unknown name or values that the method refuses.
     """
     kind = kind_of(name)
     wanted = (*settings_of(kind), *(("rows", "train") if issubclass(kind, _WITH_WHOLE) else ()))
-    given = {
-        key: settings[key]
-        for key in wanted
-        if key in settings and settings[key] is not None and settings[key] != ""
-    }
+    found = {key: settings[key] for key in wanted if key in settings}
+    given = {key: value for key, value in found.items() if value is not None and value != ""}
     if issubclass(kind, LoRA | UniLoRA):
         given["axes"] = axes
     if issubclass(kind, LoRA) and given.get("rules"):
@@ -198,7 +181,7 @@ def method_of(name: str, settings: Mapping[str, Any], *, axes: Any, aliases: Any
     return kind(aliases=aliases, **given)
 
 
-def _rule_of(rule: Any, beside: Mapping[str, Any], kind: type[LoRA]) -> Rule:
+def _rule_of(rule: Any, defaults: Mapping[str, Any], kind: type[LoRA]) -> Rule:
     if isinstance(rule, Rule):
         return rule
     if not isinstance(rule, Mapping):
@@ -215,4 +198,4 @@ def _rule_of(rule: Any, beside: Mapping[str, Any], kind: type[LoRA]) -> Rule:
             )
     if "targets" not in rule:
         raise RequestError(f"the rule {dict(rule)!r} of method.rules names no targets")
-    return Rule(**{**beside, **rule})
+    return Rule(**{**defaults, **rule})

@@ -6,15 +6,17 @@ tied head and whatever else takes an adapter takes them.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from lora_jax.core import trees
 from lora_jax.core.dtypes import float32_or_wider
 from lora_jax.core.errors import RequestError
+from lora_jax.core.rules import Aliases, check_each_matches, pattern_of
 from lora_jax.core.values import AdaptedValue, is_adapted
 from lora_jax.core.weights import LoRAWeight
 
@@ -24,7 +26,43 @@ def rows_name(path: str) -> str:
     return f"{path}[rows]"
 
 
-def row_indices(path: str, table: Any, indices: Sequence[int]) -> tuple[int, ...]:
+def matching(what: str, targets: Any, params: Any, aliases: Aliases | None) -> list[str]:
+    """The paths of floating-point parameters that match; `RequestError` if a member has none."""
+    leaves = dict(trees.flatten(params, is_leaf=is_adapted).items())
+    floats = [path for path, leaf in leaves.items() if is_adapted(leaf) or trees.is_float(leaf)]
+    check_each_matches(what, targets, floats, aliases)
+    pattern = pattern_of(targets, aliases)
+    found = [path for path in floats if pattern.fullmatch(path)]
+    if stored := [path for path in found if isinstance(leaves[path], trees.Stored)]:
+        raise RequestError(
+            f"{what}={targets!r} would train {stored[0]!r} ({len(stored)} of {len(found)}), which "
+            "is quantised and stays as it is; train an adapter on it, or leave it out"
+        )
+    return found
+
+
+def chosen_rows(
+    rows: Mapping[str, Sequence[int]], params: Any, whole: Collection[str], aliases: Aliases | None
+) -> dict[str, tuple[Any, tuple[int, ...]]]:
+    """`{path: (parameter, indices)}` of the rows that train."""
+    leaves = dict(trees.flatten(params, is_leaf=is_adapted).items())
+    found: dict[str, tuple[Any, tuple[int, ...]]] = {}
+    for pattern, indices in rows.items():
+        for path in matching("rows", pattern, params, aliases):
+            if path in found:
+                raise RequestError(
+                    f"two entries of rows= name {path!r}; name all of its rows in one"
+                )
+            if path in whole:
+                raise RequestError(
+                    f"{path!r} is trained whole (train=) and by rows (rows=); leave it out of "
+                    "one of them"
+                )
+            found[path] = leaves[path], _row_indices(path, leaves[path], indices)
+    return found
+
+
+def _row_indices(path: str, table: Any, indices: Sequence[int]) -> tuple[int, ...]:
     """The indices, checked against the table. Raises `RequestError`."""
     found = tuple(indices) if isinstance(indices, Iterable) else ()
     count = table.shape[0] if table.ndim else 0

@@ -12,7 +12,7 @@ from jax import lax
 
 from lora_jax.core import trees
 from lora_jax.core.errors import RequestError
-from lora_jax.core.rules import Rule
+from lora_jax.core.rules import Rule, are_disjoint
 
 # "layers/0/c_attn/kernel[-1,0:768]", "embedding[rows]": the path, and what of it is meant. Other
 # brackets belong to the parameter's own name.
@@ -43,12 +43,7 @@ def window_of(name: str) -> tuple[int, int, int] | None:
 
 def are_apart(name: str, other: str) -> bool:
     """Whether two adapters touch nothing in common: other parameters, or other slices of one."""
-    if path_of(name) != path_of(other):
-        return True
-    one, two = window_of(name), window_of(other)
-    if one is None or two is None or one[0] != two[0]:
-        return False
-    return one[2] <= two[1] or two[2] <= one[1]
+    return path_of(name) != path_of(other) or are_disjoint(window_of(name), window_of(other))
 
 
 def name_of(path: str, window: tuple[int, int, int] | None) -> str:
@@ -103,14 +98,13 @@ class Site:
         """`(a, b)` as a method's `factors` gave them. Raises `RequestError` for other shapes than
         (stack…, in…, k) and (stack…, k, out…)."""
         stack, ins, outs = (self.sizes(role) for role in "sio")
-        shapes = tuple(jnp.shape(a)), tuple(jnp.shape(b))
-        k = shapes[0][-1] if shapes[0] else 0
-        if shapes != ((*stack, *ins, k), (*stack, k, *outs)):
-            wanted = [f"({', '.join(map(str, sizes))})" for sizes in
-                      ((*stack, *ins, "k"), (*stack, "k", *outs))]  # fmt: skip
+        a_shape, b_shape = tuple(jnp.shape(a)), tuple(jnp.shape(b))
+        k = a_shape[-1] if a_shape else 0
+        if (a_shape, b_shape) != ((*stack, *ins, k), (*stack, k, *outs)):
+            of_a, of_b = (", ".join(map(str, x)) for x in ((*stack, *ins), (*stack, "k", *outs)))
             raise RequestError(
-                f"{method}.factors of {self.name!r} {self.shape} gives a {shapes[0]} and b "
-                f"{shapes[1]}; it must give a {wanted[0]} and b {wanted[1]}, with any k"
+                f"{method}.factors of {self.name!r} {self.shape} gives a {a_shape} and b "
+                f"{b_shape}; it must give a ({of_a}, k) and b ({of_b}), with any k"
             )
         return a, b
 
@@ -144,10 +138,10 @@ class Site:
 
     def widen(self, x, spec: str, fill: float = 0.0):
         """A part whose axes have these roles, as the whole kernel has it: `fill` outside."""
-        at = self._sliced_axis(spec)
-        if at is None or self.rule.slice is None:
+        at, window = self._sliced_axis(spec), self.rule.slice
+        if at is None or window is None:
             return x
-        axis, start, stop = self.rule.slice
+        axis, start, stop = window
         more = [(0, 0)] * x.ndim
         more[at] = (start, self.kernel_shape[axis] - stop)
         return jnp.pad(x, more, constant_values=fill)
@@ -161,14 +155,9 @@ class Site:
         """Which axis of a part is the one that is sliced, if any."""
         if not self.rule.slice:
             return None
+        axes = [n for role in spec for n, r in enumerate(self.roles + "r") if r == role]
         place = len(self.roles) + self.rule.slice[0]
-        at = 0
-        for role in spec:
-            axes = [n for n, r in enumerate(self.roles) if r == role]
-            if place in axes:
-                return at + axes.index(place)
-            at += len(self.sizes(role))
-        return None
+        return axes.index(place) if place in axes else None
 
 
 def can_hold(leaf: Any) -> bool:
@@ -176,8 +165,5 @@ def can_hold(leaf: Any) -> bool:
 
     scale · a @ b of real factors would not reach the half of a complex kernel.
     """
-    return (
-        trees.is_float(leaf)
-        and leaf.ndim >= 2
-        and not jnp.issubdtype(leaf.dtype, jnp.complexfloating)
-    )
+    is_real = trees.is_array(leaf) and jnp.issubdtype(leaf.dtype, jnp.floating)
+    return is_real and leaf.ndim >= 2

@@ -52,11 +52,6 @@ def to_matrices(kernel: jax.Array, site: Site) -> jax.Array:
     return kernel.transpose(order).reshape(*site.sizes("s"), site.size("i"), site.size("o"))
 
 
-def from_matrices(x: jax.Array, spec: str, site: Site) -> jax.Array:
-    """A part whose inputs, or outputs, are one axis, with the axes of the kernel."""
-    return x.reshape(site.part_shape(spec))
-
-
 def top_singular(kernel: jax.Array, site: Site) -> tuple[jax.Array, jax.Array, jax.Array]:
     """The `rank` largest singular values of each matrix of a kernel, with their vectors.
 
@@ -71,7 +66,7 @@ def top_singular(kernel: jax.Array, site: Site) -> tuple[jax.Array, jax.Array, j
     largest = jnp.argmax(jnp.abs(p), axis=-2, keepdims=True)
     signs = jnp.sign(jnp.take_along_axis(p, largest, axis=-2))
     p, q = p * signs, q * jnp.swapaxes(signs, -1, -2)
-    return from_matrices(p, "sir", site), sigma, from_matrices(q, "sro", site)
+    return p.reshape(site.part_shape("sir")), sigma, q.reshape(site.part_shape("sro"))
 
 
 def times_ranks(x: jax.Array, ranks: jax.Array, spec: str, site: Site) -> jax.Array:

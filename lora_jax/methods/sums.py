@@ -93,15 +93,19 @@ class Changes:
         for name in self.low_rank:
             of_path[path_of(name)].append(name)
         for path, names in of_path.items():
-            if len({part.site.roles for name in names for part in self.low_rank[name]}) > 1:
+            parts = [part for name in names for part in self.low_rank[name]]
+            if len({part.site.roles for part in parts}) > 1:
                 raise RequestError(
                     f"the adapters see the axes of {path!r} differently; use one view (axes=)"
                 )
+            apart = all(are_apart(*pair) for pair in itertools.combinations(names, 2))
+            if path not in self.whole and apart:
+                continue
+            for name in names:
+                del self.low_rank[name]
             if path in self.whole:
-                parts = [part for name in names for part in self.low_rank.pop(name)]
                 self._beside[path] += [part.delta(self.base[path]) for part in parts]
-            elif not all(are_apart(*pair) for pair in itertools.combinations(names, 2)):
-                parts = [part for name in names for part in self.low_rank.pop(name)]
+            else:
                 self.low_rank[path] = [part.widened() for part in parts]
         for path in [path for path in self.rows if path in self.whole]:
             indices, change = self._change_of_rows(path, self.rows.pop(path))

@@ -24,22 +24,18 @@ def in_natural_order(paths: Iterable[str]) -> list[str]:
     >>> in_natural_order(["layers/0/w", "layers/10/w", "layers/2/w"])
     ['layers/0/w', 'layers/2/w', 'layers/10/w']
     """
-    children: dict[str, dict[str, None]] = {}
-    paths = list(paths)
+    children: dict[str, list[str]] = {}
     for path in paths:
-        keys = path.split("/")
-        for depth, key in enumerate(keys):
-            children.setdefault("/".join(keys[:depth]), {})[key] = None
-    places = {}
-    for parent, keys in children.items():
-        ordered = sorted(keys, key=_by_number) if list(keys) == sorted(keys) else list(keys)
-        places[parent] = {key: place for place, key in enumerate(ordered)}
-
-    def place_of(path: str) -> list[int]:
-        keys = path.split("/")
-        return [places["/".join(keys[:depth])][key] for depth, key in enumerate(keys)]
-
-    return sorted(paths, key=place_of)
+        key, _, rest = path.partition("/")
+        children.setdefault(key, []).append(rest)
+    keys = list(children)
+    if keys == sorted(keys):
+        keys.sort(key=_by_number)
+    return [
+        f"{key}/{rest}" if rest else key
+        for key in keys
+        for rest in (in_natural_order(children[key]) if any(children[key]) else [""])
+    ]
 
 
 def _by_number(key: str) -> list[str | int]:
@@ -69,24 +65,18 @@ class MethodTable:
         return iter(self.rows)
 
     def __str__(self) -> str:
-        head = ("path", "shape", "rank", "scale", "trainable")
-        body = [
-            (
-                row.path,
-                "×".join(map(str, row.shape)),
-                "whole" if row.rank is None else str(row.rank),
-                "" if row.scale is None else f"{row.scale:g}",
-                f"{row.num_trainable:,}",
-            )
-            for row in self.rows
-        ]
-        widths = [max(len(line[n]) for line in [head, *body]) for n in range(len(head))]
+        table = [("path", "shape", "rank", "scale", "trainable")]
+        for row in self.rows:
+            rank = "whole" if row.rank is None else str(row.rank)
+            scale = "" if row.scale is None else f"{row.scale:g}"
+            shape = "×".join(map(str, row.shape))
+            table.append((row.path, shape, rank, scale, f"{row.num_trainable:,}"))
+        widths = [max(map(len, column)) for column in zip(*table, strict=True)]
         lines = [
             "  ".join(
-                cell.ljust(width) if n < 2 else cell.rjust(width)
-                for n, (cell, width) in enumerate(zip(line, widths, strict=True))
+                f"{cell:{'<' if n < 2 else '>'}{widths[n]}}" for n, cell in enumerate(line)
             ).rstrip()
-            for line in [head, *body]
+            for line in table
         ]
         share = self.num_trainable / max(self.num_params, 1)
         lines.append(

@@ -11,41 +11,28 @@ import dataclasses
 import functools
 import math
 from collections.abc import Mapping, Sequence
-from types import MappingProxyType
 from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
 
-from lora_jax.core import trees
 from lora_jax.core.draws import partitionable
 from lora_jax.core.errors import RequestError
-from lora_jax.methods.base import PROBED, Method, PyTree, Trainable
+from lora_jax.methods.base import PROBED, PyTree, Trainable
 from lora_jax.methods.lora import LoRA
 from lora_jax.methods.projections import fastfood, grouped
 from lora_jax.methods.sites import Site
 from lora_jax.methods.starts import draw, key_of_name
-from lora_jax.methods.subspace import (
-    check_dim,
-    check_layout,
-    key_numbers,
-    key_of,
-    layout_of,
-    probe,
-)
-from lora_jax.methods.table import Row
+from lora_jax.methods.subspace import Subspace, key_of
 
-# The one entry of `trainable`: it is of all adapters together.
 NAME = "uni_lora"
-PROJECTIONS = MappingProxyType({"grouped": grouped, "fastfood": fastfood})
-STARTS = ("uniform", "lora")
 # θ starts in ±0.02, as in the authors' code and peft's: with all at zero nothing would have a
 # gradient.
 BOUND = 0.02
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class UniLoRA(Method):
+class UniLoRA(Subspace):
     """LoRA of `rank` on the kernels that `targets` match, all factors P θ with θ `(dim,)`.
 
     `projection`: "grouped", Uni-LoRA's own (one entry a row of P), or "fastfood", whose subspaces
@@ -53,9 +40,9 @@ class UniLoRA(Method):
     that a fresh adapter changes the model a little; or "lora", LoRA's random `a` and zero `b`
     beneath and θ = 0, so that it does not. `alpha`, `dropout`, `axes` are LoRA's.
 
-    `trainable["uni_lora"]` holds, in float32, `theta`, and what does not train: `key` and `layout`
-    as in `IntrinsicDimension`. It goes beside no other method. `to_lora` gives the adapters as
-    LoRA's, to save, analyse or merge. Raises `RequestError` for values outside.
+    `trainable["uni_lora"]` holds `theta` (see `Subspace`). It cannot be combined with others.
+    `to_lora` gives the adapters as LoRA's, to save, analyse or merge. Raises `RequestError` for
+    values outside.
 
     >>> params = {"kernel": jnp.ones((6, 4))}
     >>> method = UniLoRA(targets="kernel", rank=2, dim=5)
@@ -79,15 +66,12 @@ class UniLoRA(Method):
     axes: Mapping[str, Any] | None = dataclasses.field(default=None, repr=False, hash=False)
 
     TITLE: ClassVar = "Uni-LoRA"
-    FROZEN_PARTS: ClassVar = frozenset({"key", "layout"})
-    EXCLUSIVE: ClassVar = True
+    NAME: ClassVar = NAME
+    PROJECTIONS: ClassVar = {"grouped": grouped, "fastfood": fastfood}
+    CHOICES: ClassVar = {"projection": PROJECTIONS, "start": ("uniform", "lora")}
 
     def __post_init__(self):
-        check_dim(self.dim)
-        for name, known in (("projection", PROJECTIONS), ("start", STARTS)):
-            value = getattr(self, name)
-            if value not in known:
-                raise RequestError(f"{name} is {value!r}; {trees.nearest(str(value), known)}")
+        super().__post_init__()
         if self.rows:
             raise RequestError("UniLoRA has no rows=; train them whole (train=), or use LoRA")
         if not self.targets:
@@ -120,13 +104,9 @@ class UniLoRA(Method):
                 f"{NAME!r} holds {sorted(entry)} with {entry['theta'].size} dimensions, dim is "
                 f"{self.dim}; use the method that made it"
             )
-        sites = self._lora._sites(params, whole)
-        sizes = _sizes(sites)
-        check_layout(NAME, entry["layout"], sizes)
+        sites = self._lora.sites(params, whole)
+        values = self._steps(entry, _sizes_of(sites))
         key = key_of(entry["key"])
-        flat = PROJECTIONS[self.projection](entry["theta"], sum(sizes.values()), key)
-        # Split, not sliced: the adjoint is one concatenation.
-        values = dict(zip(sizes, jax.lax.split(flat, tuple(sizes.values())), strict=True))
         found: dict[str, dict[str, Any]] = {}
         for name, site in sites.items():
             beneath = self._begun(key, site) if self.start == "lora" else None
@@ -146,7 +126,7 @@ class UniLoRA(Method):
     @partitionable()
     def drawn(self, trainable: Trainable) -> dict[str, list[float]]:
         entry = trainable[NAME]
-        found = {"P": probe(PROJECTIONS[self.projection], entry["key"], self.dim)}
+        found = super().drawn(trainable)
         if self.start == "lora":
             start = jax.random.fold_in(key_of(entry["key"]), 0)
             found["a"] = jax.random.uniform(start, (PROBED,), jnp.float32).tolist()
@@ -154,8 +134,7 @@ class UniLoRA(Method):
 
     @partitionable()
     def _init_adapters(self, key, params, whole: frozenset[str]) -> Trainable:
-        sites = self._lora._sites(params, whole)
-        sizes = _sizes(sites)
+        sizes = self._sizes(params, whole)
         total = sum(sizes.values())
         if total < self.dim:
             raise RequestError(
@@ -166,40 +145,27 @@ class UniLoRA(Method):
         theta = jnp.zeros(self.dim, jnp.float32)
         if self.start == "uniform":
             theta = jax.random.uniform(of_theta, theta.shape, theta.dtype, -BOUND, BOUND)
-        return {NAME: {"theta": theta, "key": key_numbers(key), "layout": layout_of(sizes)}}
+        return self._entry(key, sizes, theta=theta)
+
+    def _sizes(self, params: PyTree, whole: frozenset[str]) -> dict[str, int]:
+        return _sizes_of(self._lora.sites(params, whole))
 
     def _bind_over(self, trainable, frozen, *, key, data, beneath) -> PyTree:
         if NAME in trainable:
             trainable = self.to_lora(trainable, frozen)[1]
         return self._lora._bind_over(trainable, frozen, key=key, data=data, beneath=beneath)
 
-    def owns(self, name: str) -> bool:
-        return name == NAME
-
-    def _adapter_rows(self, params, whole: frozenset[str]) -> list[Row]:
-        return []
-
     def _skipped(self, params, whole: frozenset[str]) -> list[str]:
         return self._lora._skipped(params, whole)
-
-    def table(self, params: PyTree):
-        table = super().table(params)
-        sizes = _sizes(self._lora._sites(params, frozenset(self.whole_paths(params))))
-        row = Row(NAME, (sum(sizes.values()),), self.rank, None, self.dim)
-        return dataclasses.replace(table, rows=(row, *table.rows))
-
-    def mask(self, tree: PyTree) -> PyTree:
-        """Raises `RequestError`: all that is bound is computed from what trains."""
-        return self._mask_of(NAME, None)
 
     def _check_no_dropout(self) -> None:
         self._lora._check_no_dropout()
 
 
-def _sizes(sites: Mapping[str, Site]) -> dict[str, int]:
+def _sizes_of(sites: Mapping[str, Site]) -> dict[str, int]:
     """`{"path:a": number of entries}`, a before b, in the tree's order: the order in P's rows."""
-    sizes = {}
-    for name, site in sites.items():
-        for part, spec in LoRA.PARTS.items():
-            sizes[f"{name}:{part}"] = math.prod(site.part_shape(spec))
-    return sizes
+    return {
+        f"{name}:{part}": math.prod(site.part_shape(spec))
+        for name, site in sites.items()
+        for part, spec in LoRA.PARTS.items()
+    }

@@ -58,19 +58,15 @@ def _evenly_spaced(count: int) -> np.ndarray:
 SCALE_CODES = _scale_codes()
 
 
-def encode(x: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """`x (…, n)` as codes, uint8 (…, n) from 0 to 15, and scales, float32 (…, n / 64).
+def encode(x: Any, table: np.ndarray = CODEBOOK, block: int = BLOCK) -> tuple[Any, Any]:
+    """`x (…, n)` as codes, uint8 (…, n), places in `table`, and scales, float32 (…, n / block).
 
-    Raises `ValueError` where n is no multiple of 64.
+    Raises `ValueError` where n is no multiple of the block.
 
     >>> codes, scales = encode(jnp.linspace(-2, 2, 64))
     >>> int(codes[0]), int(codes[-1]), float(scales[0])
     (0, 15, 2.0)
     """
-    return _encode(x, CODEBOOK, BLOCK)
-
-
-def _encode(x: Any, table, block) -> tuple[Any, Any]:
     if x.shape[-1] % block:
         raise ValueError(f"{x.shape[-1]} numbers are no whole blocks of {block}; pad with zeros")
     xp = np if isinstance(x, np.ndarray) else jnp
@@ -88,7 +84,7 @@ def _encode(x: Any, table, block) -> tuple[Any, Any]:
 
 
 def pack(codes: jax.Array) -> jax.Array:
-    """Codes (…, n), n even, two a byte: (…, n / 2), the first of two in the upper four bits.
+    """Codes (…, n), n even, two per byte: (…, n / 2), the first of two in the upper four bits.
 
     >>> pack(jnp.array([1, 2, 15, 0], jnp.uint8)).tolist()
     [18, 240]
@@ -139,7 +135,7 @@ def encode_scales(scales: Any) -> tuple[Any, Any, Any]:
     rest = scales - mean[..., None]
     short = -rest.shape[-1] % SCALE_BLOCK
     padded = xp.pad(rest, [*[(0, 0)] * (rest.ndim - 1), (0, short)])
-    codes, block_scales = _encode(padded, SCALE_CODES, SCALE_BLOCK)
+    codes, block_scales = encode(padded, SCALE_CODES, SCALE_BLOCK)
     return codes[..., : scales.shape[-1]], block_scales, mean
 
 

@@ -15,7 +15,7 @@ import numpy as np
 from jax.core import Tracer
 
 from lora_jax.core import trees
-from lora_jax.core.axes import KernelAxes
+from lora_jax.core.axes import KernelAxes, roles_of_axes
 from lora_jax.core.errors import RequestError
 from lora_jax.core.lift import lift
 from lora_jax.core.rules import Aliases, check_each_matches, pattern_of
@@ -44,15 +44,25 @@ def quantize(
 ) -> PyTree:
     """`params` with each matrix that `targets` names in four bits; the others are the same arrays.
 
-    `targets` is a regular expression over whole paths, or aliases of the model family joined by
-    commas ("all-linear"). The result goes wherever `params` went: `lift(apply)`, a method's `init`
-    and `bind`. 4.5 bits a parameter, 4.127 with `double_quant` (see `quant.nf4`). `axes` is what
-    `kernel_axes` gave, for kernels of more than two axes. Vectors, integers and, with `axes`, what
-    it does not name are left as they are where `targets` match them, and listed in a
-    `SkippedWarning`.
+    Source: QLoRA (arXiv:2305.14314), Section 3.
 
-    Raises `RequestError` for targets that name no matrix, one that is quantised or adapted already,
-    an unknown format, numbers that are not finite. Source: QLoRA (arXiv:2305.14314), Section 3.
+    Args:
+      params: the tree of parameters.
+      targets: a regular expression over whole paths, or aliases of the model family joined by
+        commas ("all-linear").
+      format: "nf4".
+      double_quant: keeps the scales in 8 bits: 4.127 bits per parameter, not 4.5 (see `quant.nf4`).
+      axes: what `kernel_axes` gave, for kernels of more than two axes.
+      aliases: `{name: expression}` of the model family.
+
+    Returns:
+      A tree that goes wherever `params` went: `lift(apply)`, a method's `init` and `bind`. Vectors,
+      integers and, with `axes`, what it does not name are left as they are where `targets` match
+      them, and listed in a `SkippedWarning`.
+
+    Raises:
+      RequestError: for targets that name no matrix, one that is quantised or adapted already, an
+        unknown format, or numbers that are not finite.
 
     >>> params = {"kernel": jax.random.normal(jax.random.key(0), (64, 32))}
     >>> quantized = quantize(params, "kernel", double_quant=False)
@@ -67,24 +77,25 @@ def quantize(
     check_each_matches("targets", targets, arrays, aliases)
     pattern = pattern_of(targets, aliases)
     named = {path: leaf for path, leaf in flat.items() if pattern.fullmatch(path)}
-    chosen, skipped = {}, {}
+    chosen: dict[str, str] = {}
+    skipped: list[str] = []
     for path, leaf in named.items():
         if is_adapted(leaf):
             how = "holds an adapter" if is_bound(leaf) else "is quantised"
             raise RequestError(f"{path!r} {how} already; quantise the plain parameters once")
         roles, why = _roles(path, leaf, axes)
         if roles is None:
-            skipped[path] = why
+            skipped.append(f"{path!r} {why}")
         else:
             chosen[path] = roles
     if not chosen:
-        path, why = next(iter(skipped.items()))
-        raise RequestError(f"targets={targets!r} name no matrix: {path!r} {why}")
-    values = {}
-    for path, roles in chosen.items():
-        values[path] = to_nf4(named[path], roles, path, double_quant=double_quant)
+        raise RequestError(f"targets={targets!r} name no matrix: {skipped[0]}")
+    values = {
+        path: to_nf4(named[path], roles, path, double_quant=double_quant)
+        for path, roles in chosen.items()
+    }
     if skipped:
-        listed = "; ".join(f"{path!r} {why}" for path, why in skipped.items())
+        listed = "; ".join(skipped)
         warnings.warn(f"left as they are: {listed}", SkippedWarning, stacklevel=2)
     return trees.put(params, values, is_leaf=is_adapted)
 
@@ -96,17 +107,16 @@ def check_format(format: str) -> None:
 
 
 def to_nf4(kernel: Any, roles: str, path: str, *, double_quant: bool, dtype=None) -> NF4Weight:
-    """`encode_kernel`, compiled once a shape, of one matrix of a stack at a time.
+    """`encode_kernel`, compiled once per shape, of one matrix of a stack at a time.
 
     Raises `RequestError` for numbers that are not finite.
     """
     traced = isinstance(kernel, Tracer)
-    on_host = double_quant and not traced
     dtype = None if dtype is None else jnp.dtype(dtype)
     value, finite = _encoder(roles, double_quant and traced, dtype)(kernel)
     if not traced and not bool(finite):
         raise RequestError(f"{path!r} holds NaN or infinity, which has no four-bit form")
-    if on_host:
+    if double_quant and not traced:  # on the host: see `nf4.encode_scales`
         flat = np.asarray(value.scales).reshape(*value.stack, -1)
         codes, block_scales, mean = map(jnp.asarray, nf4.encode_scales(flat))
         more = {"block_scales": block_scales, "mean": mean}
@@ -116,22 +126,20 @@ def to_nf4(kernel: Any, roles: str, path: str, *, double_quant: bool, dtype=None
 
 @functools.cache
 def _encoder(roles: str, double_quant: bool, dtype: Any) -> Callable:
-    settings = {"double_quant": double_quant, "dtype": dtype}
+    stacked = roles.count("s")
+
+    def one(matrix):
+        return encode_kernel(matrix, roles[stacked:], "", double_quant=double_quant, dtype=dtype)
 
     @jax.jit
     def encode(kernel):
-        one = functools.partial(encode_kernel, path="", **settings)
-        stacked = roles.count("s")
+        finite = jnp.isfinite(kernel).all()
         if not stacked:
-            value = one(kernel, roles)
-        else:
-            # Matrix by matrix, so that what is made on the way is of one matrix.
-            sizes = kernel.shape[:stacked]
-            matrices = kernel.reshape(-1, *kernel.shape[stacked:])
-            value = jax.lax.map(lambda x: one(x, roles[stacked:]), matrices)
-            value = jax.tree.map(lambda x: x.reshape(*sizes, *x.shape[1:]), value)
-            value = dataclasses.replace(value, roles=roles)
-        return value, jnp.isfinite(kernel).all()
+            return one(kernel), finite
+        # Matrix by matrix, so that what is made on the way is of one matrix.
+        value = jax.lax.map(one, kernel.reshape(-1, *kernel.shape[stacked:]))
+        value = jax.tree.map(lambda x: x.reshape(*kernel.shape[:stacked], *x.shape[1:]), value)
+        return dataclasses.replace(value, roles=roles), finite
 
     return encode
 
@@ -142,15 +150,9 @@ def _roles(path: str, leaf: Any, axes) -> tuple[str | None, str]:
         return None, f"is {leaf.dtype}"
     if leaf.ndim < 2:
         return None, "is a vector" if leaf.ndim else "is a number"
-    known = None if axes is None else axes.get(path)
-    if known is None and axes is not None:
+    if axes is not None and axes.get(path) is None:
         return None, "is in no product of the model (axes= does not name it)"
-    if known is None and leaf.ndim > 2:
-        raise RequestError(
-            f"{path!r} has {leaf.ndim} axes and nothing says which are input and output; pass "
-            "axes=lora_jax.kernel_axes(apply, params, *inputs)"
-        )
-    roles = "io" if known is None else known.roles(leaf.ndim, path)
+    roles = roles_of_axes(axes, path, leaf.ndim)
     stack = roles.count("s")
     if "s" in roles[stack:]:
         return None, "has stack axes behind others"
@@ -195,9 +197,21 @@ def merge_and_requantize(
 ) -> Requantized:
     """W + ΔW in four bits again, with the error of that, matrix by matrix.
 
-    With `apply`, the outputs for `apply(params, *inputs, **options)` are compared: of the adapter
-    on its base, and of the result. Rounding to four bits is not small beside ΔW: look at the drift
-    before using the result. Raises `RequestError` where nothing in `frozen` is quantised.
+    Rounding to four bits is not small compared with ΔW: look at the drift before using the result.
+
+    Args:
+      method: the adapter's.
+      trainable: the adapter.
+      frozen: its quantised base.
+      apply: a model, whose outputs with the adapter on its base and with the result are compared.
+      inputs: `apply(params, *inputs, **options)` is called.
+      **options: likewise.
+
+    Returns:
+      The tree, quantised where the base was, and its errors.
+
+    Raises:
+      RequestError: nothing in `frozen` is quantised, or the method adds to no parameter.
     """
     method.check_merges()
     bound = method.bind(trainable, frozen)
@@ -237,9 +251,8 @@ def merge_error(
 ) -> dict[str, float]:
     """For each quantised parameter, the error of merging it into `dtype`: ‖rounded − sum‖ / ‖sum‖.
 
-    The sum W + ΔW is of the dequantised W, in float32. `params` is what the merge gave, where it is
-    there already. The base that was quantised is not known
-    here: `quantize` lost it.
+    The sum W + ΔW is of the dequantised W, in float32: the base that was quantised is not known
+    here. `params` is what the merge gave, where it is there already.
     """
     method.check_merges()
     bound = method.bind(trainable, frozen)
@@ -255,7 +268,7 @@ def merge_error(
 
 
 def bits_per_param(params: PyTree) -> float:
-    """What the quantised parameters of a tree take, in bits a parameter, all told.
+    """What the quantised parameters of a tree take, in bits per parameter.
 
     Raises `RequestError` where there are none.
     """

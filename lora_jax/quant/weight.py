@@ -12,14 +12,15 @@ inputs, codes are kept as (stack…, out, in / 2), so that either side can be sp
 from __future__ import annotations
 
 import dataclasses
-import functools
 import math
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
+from lora_jax.core.labelled_dot import strided_slice
 from lora_jax.core.trees import Stored
 from lora_jax.core.values import AdaptedValue, Use
 from lora_jax.quant import nf4
@@ -29,19 +30,11 @@ from lora_jax.quant import nf4
 class View:
     """One step from the stored array to what the model made of it: a cast, a transpose, …"""
 
-    name: str
-    change: Any  # jax.Array -> jax.Array
-    argument: Any = None  # what makes two steps of one name equal
+    function: Callable[..., jax.Array]
+    options: tuple[tuple[str, Any], ...] = ()
 
-    def __eq__(self, other) -> bool:
-        if not isinstance(other, View):
-            return NotImplemented
-        if self.argument is None:
-            return self.change is other.change
-        return (self.name, self.argument) == (other.name, other.argument)
-
-    def __hash__(self) -> int:
-        return hash(self.name)
+    def __call__(self, x: jax.Array) -> jax.Array:
+        return self.function(x, **dict(self.options))
 
 
 @jax.tree_util.register_dataclass
@@ -49,7 +42,7 @@ class View:
 class NF4Weight(AdaptedValue, Stored):
     """A kernel in NF4 (see `quant.nf4`), dequantised where it is used.
 
-    Fields: `kernel` codes, uint8 (stack…, rows, columns / 2), two a byte; `scales` (stack…, rows,
+    Fields: `kernel` codes, uint8 (stack…, rows, columns / 2), two per byte; `scales` (stack…, rows,
     columns / 64), float32, or uint8 with `block_scales` (stack…, blocks) and `mean` (stack…)
     float32 (double quantisation); `matrix` the sizes of the kernel's other axes in their order;
     `stored_dtype` what `dequantize` gives. `roles` and `path` as of any adapted value.
@@ -90,14 +83,6 @@ class NF4Weight(AdaptedValue, Stored):
         return self.materialise()
 
     @property
-    def ndim(self) -> int:
-        return len(self.shape)
-
-    @property
-    def size(self) -> int:
-        return math.prod(self.shape)
-
-    @property
     def nbytes(self) -> int:
         """What is kept: codes, scales and theirs."""
         return sum(math.prod(x.shape) * x.dtype.itemsize for x in jax.tree.leaves(self))
@@ -128,14 +113,14 @@ class NF4Weight(AdaptedValue, Stored):
     def materialise(self) -> jax.Array:
         x = self.dequantize()
         for view in self.views:
-            x = view.change(x)
+            x = view(x)
         return x
 
     def use(self, use: Use) -> jax.Array | None:
         return jax.checkpoint(lambda packed: use.bind(packed.materialise()))(self)
 
     def on_base(self, change) -> NF4Weight:
-        return self._viewed(View("apply", change))
+        return self._viewed(change)
 
     def marked(self, mark) -> NF4Weight:
         return self  # where an array lies, or what it is called, says nothing of its four bits
@@ -143,8 +128,7 @@ class NF4Weight(AdaptedValue, Stored):
     def convert(self, dtype) -> NF4Weight | None:
         if not jnp.issubdtype(dtype, jnp.floating):
             return None
-        cast = functools.partial(lax.convert_element_type, new_dtype=dtype)
-        return self._viewed(View("convert", cast, jnp.dtype(dtype)))
+        return self._viewed(lax.convert_element_type, new_dtype=jnp.dtype(dtype))
 
     def scan_axis_is_stack(self) -> bool:
         return bool(self.stack) and self._is_whole()
@@ -153,35 +137,30 @@ class NF4Weight(AdaptedValue, Stored):
         """Whether the stack axes still lead, as they were: the model only cast it."""
         return self.seen is None or self.seen[0] is None
 
-    def _viewed(self, view: View) -> NF4Weight:
-        after = jax.eval_shape(view.change, self.base)
-        kept = self._is_whole() and view.name == "convert"
+    def _viewed(self, function: Callable[..., jax.Array], **options: Any) -> NF4Weight:
+        view = View(function, tuple(options.items()))
+        after = jax.eval_shape(view, self.base)
+        kept = self._is_whole() and function is lax.convert_element_type
         seen = (None if kept else tuple(after.shape), after.dtype)
         return dataclasses.replace(self, views=(*self.views, view), seen=seen)
 
     def transpose(self, permutation) -> NF4Weight | None:
-        permutation = tuple(permutation)
-        change = functools.partial(lax.transpose, permutation=permutation)
-        return self._viewed(View("transpose", change, permutation))
+        return self._viewed(lax.transpose, permutation=tuple(permutation))
 
     def reshape(self, shape) -> NF4Weight | None:
         shape, ones = tuple(shape), len(self.shape) - len(tuple(shape))
         if self._is_whole() and 0 < ones <= len(self.stack) and self.shape == (1,) * ones + shape:
             return self._on_stack(lambda x: x.reshape(x.shape[ones:]))
-        change = functools.partial(lax.reshape, new_sizes=shape)
-        return self._viewed(View("reshape", change, shape))
+        return self._viewed(lax.reshape, new_sizes=shape)
 
     def slice_axes(self, starts, sizes, strides=None) -> NF4Weight | None:
         count = len(self.stack)
         if self._is_whole() and tuple(sizes[count:]) == self.shape[count:] and count:
-            return self._on_stack(functools.partial(_cut, starts[:count], sizes[:count], strides))
+            return self._on_stack(lambda x: _cut(x, starts[:count], sizes[:count], strides))
         if strides is None:
             return None
-        ends = [b + (n - 1) * k + 1 for b, n, k in zip(starts, sizes, strides, strict=True)]
-        change = functools.partial(
-            lax.slice, start_indices=starts, limit_indices=ends, strides=strides
-        )
-        return self._viewed(View("slice", change, (tuple(starts), tuple(ends), tuple(strides))))
+        starts, sizes, strides = map(tuple, (starts, sizes, strides))
+        return self._viewed(strided_slice, starts=starts, sizes=sizes, strides=strides)
 
     def _on_stack(self, change) -> NF4Weight:
         """Every array with its stack axes changed alike."""
@@ -190,14 +169,13 @@ class NF4Weight(AdaptedValue, Stored):
     def reverse(self, dimensions) -> NF4Weight | None:
         if self._is_whole() and max(dimensions, default=0) < len(self.stack):
             return self._on_stack(lambda x: lax.rev(x, dimensions))
-        change = functools.partial(lax.rev, dimensions=tuple(dimensions))
-        return self._viewed(View("reverse", change, tuple(dimensions)))
+        return self._viewed(lax.rev, dimensions=tuple(dimensions))
 
     def times(self, factor, bind) -> None:
         return None  # the factor is data, and a view is not
 
 
-def _cut(starts, sizes, strides, x):
+def _cut(x, starts, sizes, strides):
     """The stack axes of `x` cut, the others whole."""
     rest = x.ndim - len(starts)
     whole = (*sizes, *x.shape[len(starts) :])
@@ -205,9 +183,7 @@ def _cut(starts, sizes, strides, x):
         zeros = [lax.full_like(starts[0], 0)] * rest
         return lax.dynamic_slice(x, [*starts, *zeros], whole)
     strides = [*strides[: len(starts)], *[1] * rest]
-    starts = [*starts, *[0] * rest]
-    ends = [b + (n - 1) * k + 1 for b, n, k in zip(starts, whole, strides, strict=True)]
-    return lax.slice(x, starts, ends, strides)
+    return strided_slice(x, [*starts, *[0] * rest], whole, strides)
 
 
 def _outputs_first(roles: str, matrix: tuple[int, ...]) -> tuple[list[int], list[int]]:

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import pytest
 
 import lora_jax as lj
-from lora_jax.core.unmatched import FAMILY_ALIASES
+from lora_jax.core.patterns import FAMILY_ALIASES
 from lora_jax.models.tiny import TINY_MODELS
 
 PARAMS = {

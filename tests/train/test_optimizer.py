@@ -7,7 +7,7 @@ import optax
 import pytest
 
 from lora_jax.core.errors import RequestError
-from lora_jax.methods.part_optimizer import by_part
+from lora_jax.methods.masked import by_part
 from lora_jax.parallel.offload import leaf_by_leaf
 from lora_jax.settings import OptimizerSettings
 from lora_jax.train.optimizer import make_optimizer, make_schedule, optimizer_parts
