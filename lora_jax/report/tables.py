@@ -78,6 +78,12 @@ class Row:
         """Mean test accuracy over seeds."""
         return self.accuracy.estimate if self.accuracy else float(np.mean(self.seed_accuracies))
 
+    def score(self, name: str) -> tuple[float, Interval | None]:
+        """The test "loss", or the test "accuracy" in percent, and its interval."""
+        if name == "loss":
+            return self.test_loss, self.loss
+        return 100 * self.test_accuracy, self.accuracy and self.accuracy.scaled(100)
+
 
 class ScoreNames(NamedTuple):
     """What the two scores of every run are called: `loss` with its unit, and `accuracy`."""
