@@ -134,11 +134,11 @@ def _grids_by_kind(
     for kind, modules in list(kinds.items())[:MAX_PANELS]:
         # Means are over what can be added: grids of the commonest size.
         sizes = [(grid_of(by_name[m]).shape, by_name[m].shape) for m in modules]
-        (most, shape), _ = Counter(sizes).most_common(1)[0]
-        some = [by_name[m] for m, size in zip(modules, sizes, strict=True) if size == (most, shape)]
+        (size, shape), _ = Counter(sizes).most_common(1)[0]
+        some = [by_name[m] for m, own in zip(modules, sizes, strict=True) if own == (size, shape)]
         found[f"{kind}\nmean of {len(some)}"] = np.mean([grid_of(p) for p in some], axis=0)
         title = f"random, expected\nof d = {shape[axis]:,}"
-        random.setdefault(title, np.asarray(expected_similarity(*most, shape[axis])))
+        random.setdefault(title, np.asarray(expected_similarity(size[0], size[1], shape[axis])))
     more = f" The first {MAX_PANELS} of {len(kinds)} kinds." if len(kinds) > MAX_PANELS else ""
     return found | random, more
 

@@ -207,7 +207,7 @@ def summary_table(profiles: Sequence[MatrixProfile]) -> list[tuple[str, ...]]:
     head: tuple[str, ...] = ("matrix", "layers", *_SPECTRUM)
     if _factors(profiles):
         head += ("amplification", "intruders")
-    lines = [head]
+    lines: list[tuple[str, ...]] = [head]
     for kind, modules in kinds.items():
         some = [by_name[module] for module in modules]
         line = [kind.removeprefix(f"{start}."), str(len(some))]
@@ -215,7 +215,7 @@ def summary_table(profiles: Sequence[MatrixProfile]) -> list[tuple[str, ...]]:
             line.append(f"{np.mean([getattr(p, name) for p in some]):{form}}")
         if factors := _factors(some):
             line.append(_shown(float(np.mean(factors))))
-            line.append(f"{np.mean([p.intruders for p in some]):.1f}")
+            line.append(f"{np.mean([p.intruders or 0 for p in some]):.1f}")
         lines.append(tuple(line))
     return lines
 

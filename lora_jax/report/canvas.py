@@ -124,7 +124,10 @@ def label_points(figure, axes, points, labels, colours, segments) -> None:
     canvas.draw()
     unit = figure.dpi / 72
     pixels = axes.transData.transform(points)
-    on_lines = [np.linspace(*axes.transData.transform(ends), 40) for ends in segments]
+    on_lines = [
+        np.linspace(start, end, 40)
+        for start, end in (axes.transData.transform(ends) for ends in segments)
+    ]
     taken = [_boxes(pixels, 5 * unit), *(_boxes(one, 2 * unit) for one in on_lines)]
     frame = axes.get_window_extent()
     places = [

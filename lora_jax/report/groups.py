@@ -164,7 +164,7 @@ def differing_settings(groups: list[Group]) -> list[str]:
 def _settings(config: Mapping[str, Any]) -> dict[str, Any]:
     flat = flatten(config)
     dropped = {*_SEEDS, *_BOOKKEEPING}
-    if kind := METHODS.get(flat.get("method.name")):
+    if kind := METHODS.get(str(flat.get("method.name"))):
         own = settings_of(kind)
         dropped |= {f"method.{name}" for name in _OF_ADAPTERS if name not in own}
     return {

@@ -6,9 +6,11 @@ from pathlib import Path
 import pytest
 
 from lora_jax.cli.main import main
-from lora_jax.cli.requests import Parser, printable, read_config
+from lora_jax.cli.parser import Parser
+from lora_jax.cli.requests import read_config
 from lora_jax.core.errors import RequestError
 from lora_jax.core.trees import nearest
+from lora_jax.io.untrusted import printable
 
 CONFIG = "--config=" + str(Path(__file__).parents[2] / "experiments" / "reviews_minilm.py")
 
