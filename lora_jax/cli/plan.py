@@ -57,7 +57,8 @@ def run(argv: Sequence[str]) -> int:
     options = parser.parse_args(argv)
     import jax
 
-    if not jax.config.read("jax_platforms"):
+    flags: Any = jax.config  # its attributes are made at run time
+    if not flags.jax_platforms:
         # Nothing runs on a device: none is waited for, and none complains that it is not there.
         jax.config.update("jax_platforms", "cpu")
     from lora_jax.plan.plan import find_smallest, make_plan
