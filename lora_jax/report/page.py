@@ -133,13 +133,11 @@ def _compared(row: Row) -> str:
     names = {"head": "the frozen encoder with a trained head", "full": "full fine-tuning"}
     clauses = []
     for reference, name in names.items():
-        difference = row.versus[reference]
-        if difference is None:
-            continue
-        points = difference.scaled(100)
-        side = "above" if points.estimate >= 0 else "below"
-        low, high = (number_text(value, "{:+.1f}") for value in (points.low, points.high))
-        clauses.append(f"{abs(points.estimate):.1f} points {side} {name} [{low}, {high}]")
+        if difference := row.versus[reference]:
+            points = difference.scaled(100)
+            side = "above" if points.estimate >= 0 else "below"
+            low, high = (number_text(value, "{:+.1f}") for value in (points.low, points.high))
+            clauses.append(f"{abs(points.estimate):.1f} points {side} {name} [{low}, {high}]")
     return f": {' and '.join(clauses)}" if clauses else ""
 
 

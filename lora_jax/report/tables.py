@@ -239,9 +239,8 @@ def _lora_beside(group: Group, groups) -> Group | None:
     if not issubclass(METHODS.get(group.method, object), LoRA):
         return None
     targets = group.settings.get("method.targets")
-    return _reference(
-        "lora", group, [g for g in groups if g.settings.get("method.targets") == targets]
-    )
+    candidates = [g for g in groups if g.settings.get("method.targets") == targets]
+    return _reference("lora", group, candidates)
 
 
 def _difference(
