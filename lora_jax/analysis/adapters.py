@@ -223,25 +223,19 @@ def profile_adapter(
 
 
 def _profile(module: str, factors: Factors, weight: np.ndarray | None) -> MatrixProfile:
-    delta = delta_svd(_float(factors.a), _float(factors.b), factors.scale)
-    beside: dict[str, Any] = {}
+    a, b = _float(factors.a), _float(factors.b)
+    delta = delta_svd(a, b, factors.scale)
+    with_base: dict[str, Any] = {}
     if weight is not None:
-        k = min(factors.rank, *factors.shape)
-        changed = weight + factors.scale * _float(factors.a) @ _float(factors.b)
-        base = kernel_svd(weight)
-        of_kernel, of_delta = base.basis("input"), delta.basis("input")
-        beside = {
-            "amplification": jax.tree.map(
-                float, amplification_of(delta, jnp.asarray(weight), k, kernel_s=base.s)
-            ),
-            "kernel_similarity": np.asarray(
-                basis_similarity(of_kernel[:, :NUM_DIRECTIONS], of_delta[:, :NUM_DIRECTIONS])
-            ),
-            "intruders": int(
-                intruders_of(
-                    base, kernel_svd(changed), INTRUDER_COSINE, NUM_INTRUDERS, "output"
-                ).count
-            ),
+        k, base = min(factors.rank, *factors.shape), kernel_svd(weight)
+        table7 = amplification_of(delta, jnp.asarray(weight), k, kernel_s=base.s)
+        bases = (svd.basis("input")[:, :NUM_DIRECTIONS] for svd in (base, delta))
+        tuned = kernel_svd(weight + factors.scale * a @ b)
+        intruders = intruders_of(base, tuned, INTRUDER_COSINE, NUM_INTRUDERS, "output")
+        with_base = {
+            "amplification": jax.tree.map(float, table7),
+            "kernel_similarity": np.asarray(basis_similarity(*bases)),
+            "intruders": int(intruders.count),
         }
     return MatrixProfile(
         module=module,
@@ -251,7 +245,7 @@ def _profile(module: str, factors: Factors, weight: np.ndarray | None) -> Matrix
         stable_rank=float(stable_rank(delta.s)),
         entropy_rank=float(entropy_rank(delta.s)),
         energy_rank=int(energy_rank(delta.s)),
-        **beside,
+        **with_base,
     )
 
 
@@ -269,37 +263,30 @@ def compare_adapters(
     """
     if num_directions < 1:
         raise RequestError(f"num_directions is {num_directions}; give at least 1")
-    common = [name for name in one.factors if name in other.factors]
-    unlike = [n for n in common if one.factors[n].shape != other.factors[n].shape]
-    found = []
-    for module in common:
-        if module not in unlike:
-            found.append(
-                _compare(module, one.factors[module], other.factors[module], num_directions)
-            )
+    found, unlike = [], []
+    for module in filter(other.factors.__contains__, one.factors):
+        first, second = one.factors[module], other.factors[module]
+        if first.shape != second.shape:
+            unlike.append(module)
+        else:
+            found.append(_compare(module, first, second, num_directions))
         if on_progress:
             on_progress(module)
-    return Pair(
-        first=one.name,
-        second=other.name,
-        profiles=tuple(found),
-        alone=tuple(sorted(one.factors.keys() ^ other.factors.keys())),
-        unlike=tuple(unlike),
-    )
+    alone = sorted(one.factors.keys() ^ other.factors.keys())
+    return Pair(one.name, other.name, tuple(found), tuple(alone), tuple(unlike))
 
 
 def _compare(module: str, one: Factors, other: Factors, num_directions: int) -> PairProfile:
     svds = [delta_svd(_float(x.a), _float(x.b), x.scale) for x in (one, other)]
-    grids = {}
-    for space in ("input", "output"):
-        first, second = (svd.basis(space)[:, :num_directions] for svd in svds)
-        grids[space] = np.asarray(basis_similarity(first, second))
+    grids = {
+        space: np.asarray(basis_similarity(*(svd.basis(space)[:, :num_directions] for svd in svds)))
+        for space in ("input", "output")
+    }
     (r1, r2), (d_in, d_out) = grids["input"].shape, one.shape
     return PairProfile(
         module=module,
         shape=one.shape,
-        input=grids["input"],
-        output=grids["output"],
+        **grids,
         expected=np.asarray(expected_similarity(r1, r2, d_in)),
         expected_output=np.asarray(expected_similarity(r1, r2, d_out)),
         highest=np.maximum(_highest(r1, r2, d_in), _highest(r1, r2, d_out)),

@@ -86,18 +86,15 @@ def amplification_of(
     """`amplification` of a ΔW whose SVD is there already, and perhaps W's singular values, too."""
     kernel = wide(kernel)
     d_in, d_out = kernel.shape[-2:]
-    if (delta.u.shape[-2], delta.v.shape[-2]) != (d_in, d_out):
-        found = (delta.u.shape[-2], delta.v.shape[-2])
+    found, most = (delta.u.shape[-2], delta.v.shape[-2]), min(delta.s.shape[-1], d_in, d_out)
+    if found != (d_in, d_out):
         raise RequestError(f"ΔW is {found}, the kernel {(d_in, d_out)}; give those of one kernel")
-    if not 1 <= rank <= min(delta.s.shape[-1], d_in, d_out):
-        most = min(delta.s.shape[-1], d_in, d_out)
+    if not 1 <= rank <= most:
         raise RequestError(f"rank is {rank}; it must be from 1 to {most}, the directions of ΔW")
     from_delta = projected_norm(
         kernel, delta.basis("input")[..., :rank], delta.basis("output")[..., :rank]
     )
-    delta_norm, inside = (
-        jnp.sqrt(jnp.sum(jnp.square(s), axis=-1)) for s in (delta.s, delta.s[..., :rank])
-    )
+    delta_norm, inside = _norm(delta.s, -1), _norm(delta.s[..., :rank], -1)
     kernel_s = kernel_svd(kernel).s if kernel_s is None else kernel_s
     keys = jax.random.split(jax.random.key(0) if key is None else key)
     random = [
@@ -106,7 +103,7 @@ def amplification_of(
     ]
     return Amplification(
         from_delta=from_delta,
-        from_kernel=jnp.sqrt(jnp.sum(jnp.square(kernel_s[..., :rank]), axis=-1)),
+        from_kernel=_norm(kernel_s[..., :rank], -1),
         from_random=projected_norm(kernel, *random),
         delta_norm=delta_norm,
         kernel_norm=_norm(kernel),
@@ -115,5 +112,5 @@ def amplification_of(
     )
 
 
-def _norm(matrix: jax.Array) -> jax.Array:
-    return jnp.sqrt(jnp.sum(jnp.square(matrix), axis=(-2, -1)))
+def _norm(array: jax.Array, axis: int | tuple[int, ...] = (-2, -1)) -> jax.Array:
+    return jnp.sqrt(jnp.sum(jnp.square(array), axis=axis))

@@ -5,8 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 
-from lora_jax.cli.requests import Parser, add_json, say
-from lora_jax.io.untrusted import printable
+from lora_jax.cli.parser import Parser, say
 
 EXAMPLES = """\
 Examples:
@@ -19,11 +18,11 @@ logs. `lora-jax verify` trains a run again and compares.
 
 
 def run(argv: Sequence[str]) -> int:
-    parser = Parser("cite", description="BibTeX for a finished run or sweep.", epilog=EXAMPLES)
+    parser = Parser("cite", epilog=EXAMPLES)
     parser.add_argument("run", help="a run's WORKDIR/cells/NAME, or a workdir")
-    add_json(parser)
     options = parser.parse_args(argv)
 
+    from lora_jax.io.untrusted import printable
     from lora_jax.report.cite import cite
 
     text = printable(cite(options.run))

@@ -5,11 +5,9 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
-from lora_jax.cli.requests import Parser, add_json, say
-from lora_jax.core.errors import RequestError
-from lora_jax.io.atomic import check_new
+import lora_jax as lj
+from lora_jax.cli.parser import Parser, add_peft_base, say
 
 EXAMPLES = """\
 Examples:
@@ -25,52 +23,38 @@ error that says what to do; `lora-jax merge` folds anything into its base.
 
 
 def run(argv: Sequence[str]) -> int:
-    parser = Parser(
-        "convert",
-        description="Write an adapter in PEFT's format (adapter_config.json and safetensors).",
-        epilog=EXAMPLES,
-    )
+    parser = Parser("convert", epilog=EXAMPLES)
     parser.add_argument("adapter", help="a run's WORKDIR/cells/NAME, or a folder in PEFT's format")
     parser.add_argument("--out", required=True, help="the folder to write; it must not exist yet")
-    parser.add_argument(
-        "--model", help="the base of a PEFT adapter, where its config names no good"
-    )
+    add_peft_base(parser)
     parser.add_argument("--plain", action="store_true", help="alpha = r, one rank, scales in B")
     parser.add_argument("--dtype", help="of the factors, as float16 (default float32)")
-    parser.add_argument(
-        "--untie", action="store_true", help="give a tied base's head a kernel of its own"
-    )
-    add_json(parser)
     options = parser.parse_args(argv)
-    check_new(options.out)
 
+    from lora_jax.io.atomic import check_new
     from lora_jax.models.load import checked_dtype
-    from lora_jax.serve.adapters import is_peft, load_adapter
+    from lora_jax.serve.adapters import is_peft
 
+    check_new(options.out)
     dtype = None if options.dtype is None else checked_dtype(options.dtype)
-    adapted = load_adapter(options.adapter, options.model, untie=options.untie)
-    model, method, trainable = adapted.model, adapted.method, adapted.trainable
-
+    adapted = lj.load_adapter(options.adapter, options.model, untie=options.untie)
+    model, trainable = adapted.model, adapted.trainable
     if is_peft(options.adapter):
         _check_names(options.adapter, model)
-
-    from lora_jax.peft.load import save_adapter
-
-    save_adapter(options.out, method, trainable, model, plain=options.plain, dtype=dtype)
-    names = (
-        [] if model.head is None else list(((model.labels or {}).get("id2label") or {}).values())
-    )
-    if options.json:
-        numbers = {"folder": str(options.out), "entries": len(trainable), "labels": names}
-        say(json.dumps(numbers))
-    else:
-        say(f"{len(trainable)} adapted or trained parameters; the adapter is in {options.out}")
-        if names:
-            say(f"classes {', '.join(map(str, names))}: in the file's metadata (lora_jax.labels)")
+    lj.save_adapter(options.out, adapted.method, trainable, model, plain=options.plain, dtype=dtype)
+    labels = {} if model.head is None else (model.labels or {}).get("id2label") or {}
+    names = list(labels.values())
+    lines = [f"{len(trainable)} adapted or trained parameters; the adapter is in {options.out}"]
+    if names:
+        lines.append(
+            f"classes {', '.join(map(str, names))}: in the file's metadata (lora_jax.labels)"
+        )
+    found = {"folder": str(options.out), "entries": len(trainable), "labels": names}
+    say(json.dumps(found) if options.json else "\n".join(lines))
     return 0
 
 
-def _check_names(adapter: str, model: Any) -> None:
+def _check_names(adapter: str, model: lj.Model) -> None:
     """Raises `RequestError` if the adapter's class has a head that `model` leaves out.
 
     What is written is named for `model`'s own class, where peft on the other would find nothing.
@@ -80,7 +64,7 @@ def _check_names(adapter: str, model: Any) -> None:
 
     keys = read_keys(Path(adapter))
     if cut := Names.of(model).view_of(keys.parts).cut:
-        raise RequestError(
+        raise lj.RequestError(
             f"{adapter} was made on a class with a head that {model.name} is read without (its "
             f"modules begin with {cut!r}) and could not be read there again; `lora-jax merge` it"
         )

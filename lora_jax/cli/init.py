@@ -6,7 +6,7 @@ import ast
 from collections.abc import Sequence
 from pathlib import Path
 
-from lora_jax.cli.requests import Parser, read_path, say
+from lora_jax.cli.parser import Parser, read_path, say
 from lora_jax.core.errors import RequestError
 from lora_jax.core.trees import nearest
 from lora_jax.io.atomic import write_text
@@ -19,7 +19,6 @@ def run(argv: Sequence[str]) -> int:
     shipped = "\n".join(f"  {name.ljust(width)}  {_title(path)}" for name, path in configs.items())
     parser = Parser(
         "init",
-        description="Write a config to start from: what you compare, its settings, and a sweep.",
         epilog=f"""\
 Example:
   lora-jax init my.py                            (--like=what_rank copies that one)

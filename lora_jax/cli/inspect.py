@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 
-from lora_jax.cli.requests import OVERRIDES, Parser, add_json, cell_of, needs_config, say
+import lora_jax as lj
+from lora_jax.cli.parser import OVERRIDES, Parser, say
 
 EXAMPLES = f"""\
 {OVERRIDES}
@@ -26,11 +27,7 @@ Targets may be aliases joined by commas: q k v o up down embed head all-linear.
 
 
 def run(argv: Sequence[str]) -> int:
-    parser = Parser(
-        "inspect",
-        description="What a method adapts: path, shape, rank, scale, trainable parameters.",
-        epilog=EXAMPLES,
-    )
+    parser = Parser("inspect", epilog=EXAMPLES)
     parser.add_argument("cell", nargs="?", help="a run's WORKDIR/cells/NAME")
     parser.add_argument("--config", metavar="FILE.py[:arg]", help="the experiment, instead")
     parser.add_argument(
@@ -38,41 +35,38 @@ def run(argv: Sequence[str]) -> int:
     )
     parser.add_argument("--targets", default="q,v", help="with --shapes (default: q,v)")
     parser.add_argument("--rank", type=int, default=8, help="with --shapes (default: 8)")
-    add_json(parser)
     options, config = parser.parse_with_config(argv)
 
-    import jax
-
-    from lora_jax.serve.adapters import load_adapter
-    from lora_jax.train import make_method, make_model
-
     if options.shapes is not None:
-        from lora_jax.methods import LoRA
         from lora_jax.models.shapes import abstract_model
 
         model = abstract_model(options.shapes)
-        method = LoRA(targets=options.targets, rank=options.rank, aliases=model.aliases)
+        method = lj.LoRA(targets=options.targets, rank=options.rank, aliases=model.aliases)
     elif options.cell is not None:
-        adapted = load_adapter(cell_of(options.cell))
+        from lora_jax.io.paths import cell_of
+
+        adapted = lj.load_adapter(cell_of(options.cell))
         model, method = adapted.model, adapted.method
     else:
+        import jax
+
+        from lora_jax.cli.requests import needs_config
+        from lora_jax.train import make_method, make_model
+
         config = needs_config(config, "inspect", sections=("model", "method"))
         model = make_model(config.model, jax.random.key(0))
         method = make_method(config.method, model)
     table = method.table(model.params)
-    if options.json:
-        rows = [
-            {
-                "path": row.path,
-                "shape": list(row.shape),
-                "rank": row.rank,
-                "scale": row.scale,
-                "trainable": row.num_trainable,
-            }
-            for row in table
-        ]
-        result = {"rows": rows, "trainable": table.num_trainable, "params": table.num_params}
-        say(json.dumps(result))
-    else:
-        say(str(table))
+    rows = [
+        {
+            "path": row.path,
+            "shape": list(row.shape),
+            "rank": row.rank,
+            "scale": row.scale,
+            "trainable": row.num_trainable,
+        }
+        for row in table
+    ]
+    found = {"rows": rows, "trainable": table.num_trainable, "params": table.num_params}
+    say(json.dumps(found) if options.json else str(table))
     return 0

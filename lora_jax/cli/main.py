@@ -65,13 +65,6 @@ def usage() -> str:
     )
 
 
-def _in_one_line(error: Exception) -> str:
-    """What an error says. A name or value in it may be a stranger's: escape codes and line ends."""
-    from lora_jax.io.untrusted import escaped
-
-    return escaped(" ".join(str(error).splitlines()))
-
-
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command; returns the exit code. A bad request is one line on stderr and code 2."""
     argv = list(sys.argv[1:] if argv is None else argv)
@@ -83,16 +76,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         if argv[0] == "--version":
             print(lora_jax.__version__)
             return 0
-        # JAX is imported from here on, not for the two answers above.
-        from lora_jax.core.errors import RequestError
-        from lora_jax.core.trees import nearest
-
         if argv[0] not in COMMANDS:
-            raise RequestError(
+            from lora_jax.core.trees import nearest
+
+            raise lora_jax.RequestError(
                 f"there is no command {argv[0]!r}; {nearest(argv[0], COMMANDS)}; "
                 "see `lora-jax --help`"
             )
-        # Each command imports what it needs: a typo should not wait for models and checkpoints.
+        # Each command imports what it needs: neither a typo nor --help should wait for JAX.
         return importlib.import_module(f"lora_jax.cli.{argv[0]}").run(argv[1:])
     except BrokenPipeError:  # `| head` has read enough; Python would complain once more at exit
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -100,22 +91,28 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("lora-jax: stopped", file=sys.stderr)
         return 130
-    except ModuleNotFoundError as error:
-        if (line := needs_extra(error)) is None:
-            raise
-        print(f"lora-jax {argv[0]}: {line}", file=sys.stderr)
-        return 2
-    except RequestError as error:
-        print(f"lora-jax: {_in_one_line(error)}", file=sys.stderr)
-        return 2
     except Exception as error:
-        # Only the trainer's request to stop carries an exit code; all else is our defect.
-        if (code := getattr(error, "exit_code", None)) is None:
+        if (answer := _answer_to(error, argv)) is None:
             raise
-        print(f"lora-jax: {error}", file=sys.stderr)
+        code, line = answer
+        print(f"lora-jax{line}", file=sys.stderr)
         return code
     finally:
         warnings.formatwarning = usual
+
+
+def _answer_to(error: Exception, argv: Sequence[str]) -> tuple[int, str] | None:
+    """The exit code, and what to say in one line; None for a defect of ours."""
+    from lora_jax.io.untrusted import escaped
+
+    if isinstance(error, ModuleNotFoundError) and (line := needs_extra(error)):
+        return 2, f" {argv[0]}: {line}"
+    if isinstance(error, lora_jax.RequestError):
+        # A name or value in it may be a stranger's: escape codes and line ends.
+        return 2, f": {escaped(' '.join(str(error).splitlines()))}"
+    # Only the trainer's request to stop carries an exit code.
+    code = getattr(error, "exit_code", None)
+    return None if code is None else (code, f": {error}")
 
 
 def _one_line(message, category, filename, lineno, line=None) -> str:

@@ -8,12 +8,8 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
-import numpy as np
-
-from lora_jax.cli.requests import Parser, add_json, say
-from lora_jax.core.errors import RequestError
-from lora_jax.core.trees import Stored, flatten, is_float
-from lora_jax.io.atomic import check_new
+import lora_jax as lj
+from lora_jax.cli.parser import Parser, add_peft_base, say
 
 DTYPES = ("bfloat16", "float16", "float32")
 EXAMPLES = """\
@@ -36,40 +32,10 @@ Merging needs no tokens: a run whose completions were encoded by an earlier vers
 
 
 def run(argv: Sequence[str]) -> int:
-    options = _parser().parse_args(argv)
-    check_new(options.out)
-
-    from lora_jax.models import save_model
-    from lora_jax.serve.adapters import load_adapter
-
-    adapted = load_adapter(options.cell, options.model, untie=options.untie)
-    model, trainable = adapted.model, adapted.trainable
-    fold = _in_four_bits if options.requantize else _merged
-    params, numbers, lines = fold(options, model, adapted.method, trainable, adapted.frozen)
-    save_model(options.out, model, params)
-    if options.json:
-        said = {"folder": str(options.out), "merged": len(trainable), **numbers}
-        say(json.dumps(said))
-        return 0
-    first = f"{len(trainable)} trained parameters merged; the model is in {options.out}"
-    say("\n".join([first, *lines]))
-    return 0
-
-
-def _parser() -> Parser:
-    parser = Parser(
-        "merge",
-        description="Fold a trained adapter into its base and write the model's folder.",
-        epilog=EXAMPLES,
-    )
+    parser = Parser("merge", epilog=EXAMPLES)
     parser.add_argument("cell", help="a run's WORKDIR/cells/NAME, or a folder in PEFT's format")
     parser.add_argument("--out", required=True, help="the folder to write; it must not exist yet")
-    parser.add_argument(
-        "--model", help="the base of a PEFT adapter, where its config names no good"
-    )
-    parser.add_argument(
-        "--untie", action="store_true", help="give a tied base's head a kernel of its own"
-    )
+    add_peft_base(parser)
     how = parser.add_mutually_exclusive_group()
     how.add_argument(
         "--dtype",
@@ -79,22 +45,36 @@ def _parser() -> Parser:
     how.add_argument(
         "--requantize", action="store_true", help="quantise what was: says what is lost"
     )
-    add_json(parser)
-    return parser
+    options = parser.parse_args(argv)
+
+    from lora_jax.io.atomic import check_new
+
+    check_new(options.out)
+    adapted = lj.load_adapter(options.cell, options.model, untie=options.untie)
+    fold = _in_four_bits if options.requantize else _merged
+    params, numbers, lines = fold(options, adapted)
+    lj.save_model(options.out, adapted.model, params)
+    count = len(adapted.trainable)
+    found = {"folder": str(options.out), "merged": count, **numbers}
+    first = f"{count} trained parameters merged; the model is in {options.out}"
+    say(json.dumps(found) if options.json else "\n".join([first, *lines]))
+    return 0
 
 
 # What follows a merge: the params, what `--json` adds, and the lines that say it.
 Merged = tuple[Any, dict[str, Any], list[str]]
 
 
-def _in_four_bits(options, model, method, trainable, frozen) -> Merged:
-    from lora_jax.quant import merge_and_requantize
+def _in_four_bits(options, adapted: lj.Adapted) -> Merged:
+    import numpy as np
 
+    model = adapted.model
     # Any tokens will do: it is the same function that is compared.
     ids = np.arange(3, 35, dtype=np.int32)[None] % model.config.vocab_size
-    found = merge_and_requantize(
-        method, trainable, frozen, apply=model.apply, inputs=(ids, np.ones_like(ids))
-    )
+    found = lj.merge_and_requantize(
+        adapted.method, adapted.trainable, adapted.frozen, apply=model.apply,
+        inputs=(ids, np.ones_like(ids)),
+    )  # fmt: skip
     changed = [path for path, change in found.changes.items() if change]
     numbers = {"drift": found.drift, "mean_drift": found.mean_drift, "errors": found.errors}
     if not changed:
@@ -110,20 +90,22 @@ def _in_four_bits(options, model, method, trainable, frozen) -> Merged:
     return found.params, numbers, lines
 
 
-def _merged(options, model, method, trainable, frozen) -> Merged:
+def _merged(options, adapted: lj.Adapted) -> Merged:
+    from lora_jax.core.trees import Stored, flatten
     from lora_jax.methods.merging import rounding_of, say_rounding
 
+    method, trainable, frozen = adapted.method, adapted.trainable, adapted.frozen
     numbers: dict[str, Any] = {}
     lines = []
     in_four_bits = any(isinstance(x, Stored) for x in flatten(frozen).leaves)
     if options.dtype is None and in_four_bits:
-        raise RequestError(
+        raise lj.RequestError(
             f"the base of {options.cell} is in four bits; say what the merged kernels shall "
             f"be: --dtype ({', '.join(DTYPES)}), or --requantize"
         )
     params = method.merge(trainable, frozen, dtype=options.dtype)
     if options.dtype:
-        params = _in_dtype(params, options.dtype, model.head_pattern)
+        params = _in_dtype(params, options.dtype, adapted.model.head_pattern)
     if in_four_bits:
         from lora_jax.quant import merge_error
 
@@ -141,6 +123,7 @@ def _merged(options, model, method, trainable, frozen) -> Merged:
 
 def _in_dtype(params: Any, dtype: str, head: str) -> Any:
     """All weights in one dtype; a task's head stays as it was trained."""
+    from lora_jax.core.trees import flatten, is_float
     from lora_jax.methods.merging import check_finite
 
     flat = flatten(params)

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import sys
 from collections.abc import Sequence
 from typing import Any
 
-from lora_jax.cli.requests import Parser, add_json, say
-from lora_jax.core.errors import RequestError
+import lora_jax as lj
+from lora_jax.cli.parser import Parser, say, tell
 
 EXAMPLES = """\
 Examples:
@@ -31,11 +30,7 @@ communication, no attention kernels, so a lower bound.
 
 
 def run(argv: Sequence[str]) -> int:
-    parser = Parser(
-        "plan",
-        description="Compile a train step for a TPU slice, and say what it takes.",
-        epilog=EXAMPLES,
-    )
+    parser = Parser("plan", epilog=EXAMPLES)
     parser.add_argument("--model", required=True, help="by its shapes: gpt3-175b, llama-2-7b, …")
     parser.add_argument("--method", default="lora", help="lora, full, dora, … (default: lora)")
     parser.add_argument("--targets", default="q,v", help="(default: q,v)")
@@ -59,41 +54,33 @@ def run(argv: Sequence[str]) -> int:
     )
     parser.add_argument("--offload", action="store_true", help="Adam's moments in hosts' memory")
     parser.add_argument("--compare", metavar="METHOD", help="another method beside: full")
-    add_json(parser)
     options = parser.parse_args(argv)
     import jax
 
-    if not jax.config.jax_platforms:
+    flags: Any = jax.config  # its attributes are made at run time
+    if not flags.jax_platforms:
         # Nothing runs on a device: none is waited for, and none complains that it is not there.
         jax.config.update("jax_platforms", "cpu")
     from lora_jax.plan.plan import find_smallest, make_plan
 
     request = _request(options)
-    methods = [options.method, *([options.compare] if options.compare else [])]
     plans: list[Any] = []
     try:
-        for method in methods:
+        for method in filter(None, (options.method, options.compare)):
             own = dataclasses.replace(request, method=method)
             if method == "full":  # what trains whole is not in four bits
                 own = dataclasses.replace(own, quantize="")
             if options.smallest:
-                plans += find_smallest(own, options.smallest, _show)
+                plans += find_smallest(own, options.smallest, tell)
             else:
-                plans.append(make_plan(own, _show))
-    except RequestError:
+                plans.append(make_plan(own, tell))
+    except lj.RequestError:
         if plans and not options.json:  # what took minutes is not thrown away
             say(table(plans))
         raise
-    if options.json:
-        found = [plan.to_json() for plan in plans]
-        say(json.dumps(found[0] if len(found) == 1 else found))
-    else:
-        say(table(plans))
+    found = [plan.to_json() for plan in plans]
+    say(json.dumps(found[0] if len(found) == 1 else found) if options.json else table(plans))
     return 0 if plans[-1].fits else 1
-
-
-def _show(text: str) -> None:
-    print(text, file=sys.stderr, flush=True)
 
 
 def _request(options: Any):
@@ -104,26 +91,16 @@ def _request(options: Any):
 
     for name in ("batch", "length", "rank", "accumulate"):
         if getattr(options, name) < 1:
-            raise RequestError(f"--{name}={getattr(options, name)} must be at least 1")
+            raise lj.RequestError(f"--{name}={getattr(options, name)} must be at least 1")
     check("train.remat", options.remat)
     sizes = read_mesh(options.mesh)
     if not options.mesh and options.topology:
         sizes["fsdp"] = chips_of(options.topology)
-    return Request(
-        model=options.model,
-        method=options.method,
-        topology=options.topology or "",
-        mesh=sizes,
-        batch=options.batch,
-        length=options.length,
-        settings={"targets": options.targets, "rank": options.rank, "alpha": 2.0 * options.rank},
-        dtype=options.dtype,
-        moments=options.moments,
-        remat=options.remat,
-        quantize=options.quantize,
-        accumulate=options.accumulate,
-        offload=options.offload,
-    )
+    fields = (field.name for field in dataclasses.fields(Request))
+    given: dict[str, Any] = {name: getattr(options, name, None) for name in fields}
+    of_method = {"targets": options.targets, "rank": options.rank, "alpha": 2.0 * options.rank}
+    own = {"topology": options.topology or "", "mesh": sizes, "settings": of_method}
+    return Request(**(given | own))
 
 
 def table(plans: Sequence[Any]) -> str:
@@ -137,8 +114,10 @@ def table(plans: Sequence[Any]) -> str:
         f"remat {first.remat or 'none'}"
         f"{f', in {first.accumulate} parts' if first.accumulate > 1 else ''}"
     )
-    rows = [("method", "slice", "mesh", "trainable", "arguments", "temporaries", "peak", "limit",
-             "whole slice", "step at least")]  # fmt: skip
+    rows: list[tuple[str, ...]] = [
+        ("method", "slice", "mesh", "trainable", "arguments", "temporaries", "peak", "limit",
+         "whole slice", "step at least"),
+    ]  # fmt: skip
     for plan in plans:
         mesh = ",".join(f"{name}={n}" for name, n in plan.request.mesh.items() if n > 1)
         kept = (plan.argument_bytes, plan.temp_bytes, plan.peak_bytes)
@@ -160,24 +139,14 @@ def table(plans: Sequence[Any]) -> str:
         )
     widths = [max(len(row[n]) for row in rows) for n in range(len(rows[0]))]
     lines = ["  ".join(cell.rjust(w) for cell, w in zip(row, widths, strict=True)) for row in rows]
-    return "\n".join(
-        [
-            head,
-            *lines,
-            "GB a device, arguments of the whole slice in all; peak against limit decides.",
-            *_offloaded(plans),
-            *_ratios(plans),
-        ]
-    )
-
-
-def _offloaded(plans: Sequence[Any]) -> list[str]:
-    return [
+    offloaded = [
         f"{plan.request.method}: {_gb(plan.host_bytes)} GB of moments a device lie in the memory "
         "of hosts, and in no column"
         for plan in plans
         if plan.host_bytes
     ]
+    units = "GB a device, arguments of the whole slice in all; peak against limit decides."
+    return "\n".join([head, *lines, units, *offloaded, *_ratios(plans)])
 
 
 def _ratios(plans: Sequence[Any]) -> list[str]:

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import json
-import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from lora_jax.cli.requests import Parser, add_json, say
-from lora_jax.core.errors import RequestError
+import lora_jax as lj
+from lora_jax.cli.parser import Parser, add_decoding, decoding_given, say, tell
 
 EXAMPLES = """\
 Examples:
@@ -34,11 +33,7 @@ SECONDS = 2.0  # between lines of progress
 
 
 def run(argv: Sequence[str]) -> int:
-    parser = Parser(
-        "predict",
-        description="Apply a finished run to new texts: classes, numbers or completions.",
-        epilog=EXAMPLES,
-    )
+    parser = Parser("predict", epilog=EXAMPLES)
     parser.add_argument("run", metavar="RUN", help="a run's WORKDIR/cells/NAME")
     given = parser.add_mutually_exclusive_group(required=True)
     given.add_argument("--data", metavar="FILE", help="the texts: jsonl, csv, tsv or parquet")
@@ -49,12 +44,10 @@ def run(argv: Sequence[str]) -> int:
         "--text", metavar="COLUMN", help="column of the texts, or A,B of pairs (default: the run's)"
     )
     parser.add_argument("--merged", action="store_true", help="merge first, then the plain model")
-    parser.add_argument("--max-new-tokens", type=int, metavar="N", help="of a completion: 64")
-    parser.add_argument("--num-beams", type=int, metavar="N", help="of a completion: 1, greedy")
-    add_json(parser)
+    add_decoding(parser.add_argument_group("of completions"), "max_new_tokens", "num_beams")
     options = parser.parse_args(argv)
     if options.text is not None and options.data is None:
-        raise RequestError("--text names a column of --data, and there is none")
+        raise lj.RequestError("--text names a column of --data, and there is none")
 
     from lora_jax.data.tables import kind_of, write_rows
 
@@ -62,16 +55,15 @@ def run(argv: Sequence[str]) -> int:
     if out is not None:
         kind_of(out)
         if out.exists() and not options.force:
-            raise RequestError(f"{out} exists already; choose another file, or add --force")
+            raise lj.RequestError(f"{out} exists already; choose another file, or add --force")
 
-    from lora_jax.serve.predict import predict
-
-    found = predict(
+    decoding = decoding_given(options)
+    found = lj.predict(
         options.run,
         options.texts or options.data,
         text_column=options.text and options.text.split(","),
         merged=options.merged,
-        settings=_decoding(options),
+        settings=lj.Decoding(**{"max_new_tokens": 64, **decoding}) if decoding else None,
         on_progress=_Progress(),
     )
     rows = list(found.rows())
@@ -89,19 +81,6 @@ def run(argv: Sequence[str]) -> int:
     return 0
 
 
-def _decoding(options):
-    given = {
-        name: value
-        for name in ("max_new_tokens", "num_beams")
-        if (value := getattr(options, name)) is not None
-    }
-    if not given:
-        return None
-    from lora_jax.generate.settings import Decoding
-
-    return Decoding(**{"max_new_tokens": 64, **given})
-
-
 def _counts(found) -> str:
     counts = [f"{name} {found.values.count(name)}" for name in found.class_names[:8]]
     return f": {', '.join(counts)}" if counts else ""
@@ -116,4 +95,4 @@ class _Progress:
     def __call__(self, done: int, total: int) -> None:
         if done < total and time.monotonic() - self._last >= SECONDS:
             self._last = time.monotonic()
-            print(f"{done:,} of {total:,}", file=sys.stderr, flush=True)
+            tell(f"{done:,} of {total:,}")

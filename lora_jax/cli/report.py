@@ -7,7 +7,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from lora_jax.cli.requests import Parser, add_json, say
+from lora_jax.cli.parser import Parser, say
 
 EXAMPLES = """\
 Examples:
@@ -23,11 +23,7 @@ Intervals are 95% bootstrap intervals over test examples, and over seeds where t
 
 
 def run(argv: Sequence[str]) -> int:
-    parser = Parser(
-        "report",
-        description="One self-contained page of a workdir: table, curves, figures.",
-        epilog=EXAMPLES,
-    )
+    parser = Parser("report", epilog=EXAMPLES)
     parser.add_argument("workdir", help="the folder that holds cells/")
     parser.add_argument("--out", help="an .html path or a folder (default: the workdir)")
     parser.add_argument("--beside", metavar="DIR", help="other runs, whose table is shown after")
@@ -35,7 +31,6 @@ def run(argv: Sequence[str]) -> int:
         "--keep", metavar="DIR", help="copy cards, metrics and predictions there, without weights"
     )
     parser.add_argument("--figures", metavar="DIR", help="each figure as an SVG file there too")
-    add_json(parser)
     options = parser.parse_args(argv)
 
     from rich.console import Console
@@ -46,13 +41,12 @@ def run(argv: Sequence[str]) -> int:
     from lora_jax.report.runs import read_runs
     from lora_jax.report.tables import summarise
 
-    place = lambda given: given and Path(given).expanduser()  # noqa: E731
-    keep, beside = place(options.keep), place(options.beside)
+    keep, beside = options.keep, options.beside
     summary = summarise(read_runs(options.workdir))
-    beside = Beside(beside, summarise(read_runs(beside))) if beside else None
+    beside = Beside(Path(beside), summarise(read_runs(beside))) if beside else None
     kept = keep_runs(options.workdir, keep) if keep else 0
-    figures = write_figures(summary, place(options.figures)) if options.figures else []
-    page = write_report(options.workdir, place(options.out), summary=summary, beside=beside)
+    figures = write_figures(summary, options.figures) if options.figures else []
+    page = write_report(options.workdir, options.out, summary=summary, beside=beside)
     if options.json:
         found = {"page": str(page), **json.loads(to_json(summary))}
         if beside:
@@ -62,16 +56,16 @@ def run(argv: Sequence[str]) -> int:
         if figures:
             found["figures"] = [str(path) for path in figures]
         say(json.dumps(found))
-    else:
-        # A file or a pipe has no width of its own; 80 columns would cut the table short.
-        console = Console(width=None if sys.stdout.isatty() else 110)
-        console.print(to_terminal(summary))
-        if beside:
-            say(f"{beside.label}:")
-            console.print(to_terminal(beside.summary))
-        if keep:
-            say(f"{kept} runs kept in {keep}")
-        if figures:
-            say(f"{len(figures)} figures in {figures[0].parent}")
-        say(f"the page: {page.resolve().as_uri()}")
+        return 0
+    # A file or a pipe has no width of its own; 80 columns would cut the table short.
+    console = Console(width=None if sys.stdout.isatty() else 110)
+    console.print(to_terminal(summary))
+    if beside:
+        say(f"{beside.label}:")
+        console.print(to_terminal(beside.summary))
+    if keep:
+        say(f"{kept} runs kept in {keep}")
+    if figures:
+        say(f"{len(figures)} figures in {figures[0].parent}")
+    say(f"the page: {page.resolve().as_uri()}")
     return 0

@@ -8,21 +8,9 @@ import shlex
 import sys
 from collections.abc import Sequence
 
-from lora_jax.cli.requests import (
-    ALL_SETTINGS,
-    MESH,
-    OVERRIDES,
-    Parser,
-    add_json,
-    add_mesh,
-    config_file,
-    config_name,
-    mesh_of,
-    needs_config,
-    say,
-)
-from lora_jax.core.errors import RequestError
-from lora_jax.io.untrusted import printable
+import lora_jax as lj
+from lora_jax.cli.parser import MESH, OVERRIDES, Parser, add_mesh, mesh_of, say
+from lora_jax.cli.requests import ALL_SETTINGS, config_file, config_name, needs_config
 
 EXAMPLES = f"""\
 {OVERRIDES}; it then holds for every cell that the sweep does not set.
@@ -56,11 +44,7 @@ them. What trains alone has those devices as data, where they divide its batch.
 
 
 def run(argv: Sequence[str]) -> int:
-    parser = Parser(
-        "sweep",
-        description="Train every cell of a sweep; cells whose shapes agree train as one program.",
-        epilog=EXAMPLES,
-    )
+    parser = Parser("sweep", epilog=EXAMPLES)
     parser.add_argument("--config", metavar="FILE.py[:arg]", help="the experiment (required)")
     parser.add_argument("--sweep", help="NAME of a sweep_NAME in that file (required)")
     parser.add_argument("--workdir", required=True, help="folder of the runs")
@@ -79,7 +63,6 @@ def run(argv: Sequence[str]) -> int:
     )
     parser.add_argument("--no-progress", action="store_true", help="no progress bars")
     add_mesh(parser, "cell=8")
-    add_json(parser)
     options, config = parser.parse_with_config(argv)
     if options.status:
         return _status(options)
@@ -100,24 +83,17 @@ def run(argv: Sequence[str]) -> int:
         lines = plan_sweep(sweep, options.workdir, source=file, add=options.add)
         say(json.dumps(lines) if options.json else "\n".join(lines))
         return 0
-    again = shlex.join(["lora-jax", "sweep", *argv])
     results = run_sweep(
-        sweep,
-        options.workdir,
-        source=config_name(argv),
-        add=options.add,
+        sweep, options.workdir, source=config_name(argv), add=options.add, mesh=mesh,
         memory_bytes=options.memory_gib and int(options.memory_gib * 2**30),
-        progress=not options.no_progress,
-        command=again,
-        mesh=mesh,
-    )
-    failed = [name for name, result in results.items() if isinstance(result, RequestError)]
-    if options.json:
-        say(json.dumps({name: str(r) if name in failed else r for name, r in results.items()}))
-    else:
-        say(f"{len(results) - len(failed)} of {len(results)} cells done in {options.workdir}")
+        progress=not options.no_progress, command=shlex.join(["lora-jax", "sweep", *argv]),
+    )  # fmt: skip
+    failed = [name for name, result in results.items() if isinstance(result, lj.RequestError)]
+    found = {name: str(r) if name in failed else r for name, r in results.items()}
+    done = f"{len(results) - len(failed)} of {len(results)} cells done in {options.workdir}"
+    say(json.dumps(found) if options.json else done)
     if failed:
-        raise RequestError(f"{len(failed)} cells failed: {', '.join(failed)}; see above")
+        raise lj.RequestError(f"{len(failed)} cells failed: {', '.join(failed)}; see above")
     return 0
 
 
@@ -134,13 +110,13 @@ def _status(options) -> int:
     from rich.console import Console
     from rich.table import Table
 
+    from lora_jax.io.untrusted import printable
     from lora_jax.train.progress import clock_time
 
-    table = Table(box=None, pad_edge=False)
-    for heading, side in (
-        ("cell", "left"), ("state", "left"), ("step", "right"), ("loss", "right"), ("", "left"),
-    ):  # fmt: skip
-        table.add_column(heading, justify=side)
+    table = Table("cell", "state", box=None, pad_edge=False)
+    for heading in ("step", "loss"):
+        table.add_column(heading, justify="right")
+    table.add_column("")
     for cell in cells:
         of = f"/{cell.num_steps}" if cell.num_steps else ""
         loss = "" if cell.loss is None else f"{cell.loss:.4f}"

@@ -7,18 +7,9 @@ import shlex
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from lora_jax.cli.requests import (
-    ALL_SETTINGS,
-    MESH,
-    OVERRIDES,
-    Parser,
-    add_json,
-    add_mesh,
-    config_name,
-    mesh_of,
-    needs_config,
-    say,
-)
+import lora_jax as lj
+from lora_jax.cli.parser import MESH, OVERRIDES, Parser, add_mesh, mesh_of, say
+from lora_jax.cli.requests import ALL_SETTINGS, config_name, needs_config
 
 if TYPE_CHECKING:
     from lora_jax.train.record import Card
@@ -50,37 +41,22 @@ adapter/; TensorBoard: tensorboard --logdir WORKDIR.
 
 
 def run(argv: Sequence[str]) -> int:
-    parser = Parser(
-        "train",
-        description="Train one cell: a method on a model and data. Resumes where it stopped.",
-        epilog=EXAMPLES,
-    )
+    parser = Parser("train", epilog=EXAMPLES)
     parser.add_argument("--config", metavar="FILE.py[:arg]", help="the experiment (required)")
     parser.add_argument("--workdir", required=True, help="folder of the runs")
     parser.add_argument("--name", default="run", help="the cell's name in it (default: run)")
     parser.add_argument("--no-progress", action="store_true", help="no progress bar")
     add_mesh(parser, "fsdp=4,tensor=2")
-    add_json(parser)
     options, config = parser.parse_with_config(argv)
     config = needs_config(config, "train")
 
-    from lora_jax.train import train
-
-    again = shlex.join(["lora-jax", "train", *argv])
-    progress = not options.no_progress
-    mesh = mesh_of(options)
-    card = train(
-        config,
-        options.workdir,
-        options.name,
-        progress=progress,
-        command=again,
-        config_file=config_name(argv),
-        mesh=mesh,
-    )
-    say(
-        json.dumps(card.to_json()) if options.json else summary(card, options.workdir, options.name)
-    )
+    card = lj.train(
+        config, options.workdir, options.name, progress=not options.no_progress,
+        command=shlex.join(["lora-jax", "train", *argv]), config_file=config_name(argv),
+        mesh=mesh_of(options),
+    )  # fmt: skip
+    said = summary(card, options.workdir, options.name)
+    say(json.dumps(card.to_json()) if options.json else said)
     return 0
 
 

@@ -6,8 +6,8 @@ import dataclasses
 import json
 from collections.abc import Sequence
 
-from lora_jax.cli.requests import Parser, add_json, cell_of, say
-from lora_jax.core.errors import RequestError
+import lora_jax as lj
+from lora_jax.cli.parser import Parser, say
 
 EXAMPLES = """\
 Examples:
@@ -21,9 +21,7 @@ losses must agree within --tolerance. Exit codes: 0 it holds; 1 it differs; 2 it
 
 
 def run(argv: Sequence[str]) -> int:
-    parser = Parser(
-        "verify", description="Train a finished cell again and compare.", epilog=EXAMPLES
-    )
+    parser = Parser("verify", epilog=EXAMPLES)
     parser.add_argument("cell", help="a run's WORKDIR/cells/NAME, or a kept copy of it")
     parser.add_argument("--alone", action="store_true", help="without the other cells of its pack")
     parser.add_argument(
@@ -32,16 +30,15 @@ def run(argv: Sequence[str]) -> int:
         help="largest difference of a loss, in nats, where bits need not agree (default: 0.01)",
     )
     parser.add_argument("--no-progress", action="store_true", help="no progress bars")
-    add_json(parser)
     options = parser.parse_args(argv)
     if options.tolerance is not None and not options.tolerance >= 0:
-        raise RequestError(f"--tolerance is {options.tolerance}; it must be at least 0")
-    cell = cell_of(options.cell, having="card.json")
+        raise lj.RequestError(f"--tolerance is {options.tolerance}; it must be at least 0")
 
+    from lora_jax.io.paths import cell_of
     from lora_jax.sweeps.verify import TOLERANCE, verify
 
     verdicts = verify(
-        cell,
+        cell_of(options.cell, having="card.json"),
         alone=options.alone,
         tolerance=TOLERANCE if options.tolerance is None else options.tolerance,
         progress=not options.no_progress,

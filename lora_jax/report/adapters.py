@@ -21,19 +21,23 @@ from lora_jax.analysis.adapters import (
     PairProfile,
     group_by_kind,
 )
-from lora_jax.core.errors import RequestError
 from lora_jax.io.atomic import write_text
-from lora_jax.io.paths import at_home
 from lora_jax.report.adapter_figures import (
     draw_against_kernel,
     draw_amplification,
     draw_similarity,
     draw_spectra,
 )
-from lora_jax.report.html import html_figure, html_page, html_table, html_warnings
+from lora_jax.report.html import (
+    html_figure,
+    html_leads,
+    html_note,
+    html_page,
+    html_table,
+    html_warnings,
+    page_path,
+)
 from lora_jax.report.quantities import ABSENT
-
-PAGE = "analysis.html"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,22 +52,6 @@ class Analysis:
     base: str = ""
 
 
-def page_path(out) -> Path:
-    """Where the page goes: `out` if it ends in .html, else a file in that folder.
-
-    Raises `RequestError` for a place that cannot be written, before any work is done for it.
-    """
-    out = at_home(out)
-    if out.suffix.lower() not in (".html", ".htm"):
-        if out.exists() and not out.is_dir():
-            raise RequestError(f"{out} is a file; give a folder, or a path that ends in .html")
-        out = out / PAGE
-    there = next(parent for parent in out.absolute().parents if parent.exists())
-    if out.is_dir() or not there.is_dir() or not os.access(there, os.W_OK):
-        raise RequestError(f"{out} cannot be written; give a folder of yours with --out")
-    return out
-
-
 def write_analysis(analysis: Analysis, out) -> Path:
     """Writes the page to `page_path(out)`; returns its path. Raises as that does."""
     out = page_path(out)
@@ -74,10 +62,10 @@ def write_analysis(analysis: Analysis, out) -> Path:
 def analysis_page(analysis: Analysis) -> str:
     """The page as HTML; everything that came from outside is escaped."""
     names = list(analysis.profiles)
-    known = _with_base(analysis)
+    known = {name: found for name, found in analysis.profiles.items() if _factors(found)}
     parts = [
         f"<h1>{escape(', '.join(names))}</h1>",
-        *(f'<p class="lead">{escape(line)}</p>' for line in headline(analysis)),
+        *html_leads(headline(analysis)),
         html_warnings(analysis.notes),
         '<h2 id="similarity">What they have in common</h2>' if analysis.pairs else "",
     ]
@@ -89,20 +77,21 @@ def analysis_page(analysis: Analysis) -> str:
             )
             parts += [html_figure(draw_similarity(pair, number, s)) for s in ("input", "output")]
     if analysis.pairs:
-        parts.append(f'<p class="quiet">{escape(_PAIR_NOTE)}</p>')
+        parts.append(html_note(_PAIR_NOTE))
     parts.append('<h2 id="spectra">What each learned</h2>')
     parts.append(html_figure(draw_spectra(analysis.profiles)))
     for name, profiles in analysis.profiles.items():
         parts.append(f"<h3>{escape(name)}</h3>")
         head = (*_HEAD, *_BASE_HEAD) if name in known else _HEAD
         parts.append(html_table(name, head, [_row(profile) for profile in profiles]))
-    parts.append(f'<p class="quiet">{escape(_NOTE)}</p>')
+    parts.append(html_note(_NOTE))
     if known:
-        parts.append(f'<h2 id="base">ΔW beside W{escape(_of(analysis.base))}</h2>')
+        of_base = f" of {analysis.base}" if analysis.base else ""
+        parts.append(f'<h2 id="base">ΔW beside W{escape(of_base)}</h2>')
         parts.append(html_figure(draw_amplification(known)))
         for number, (name, profiles) in enumerate(known.items()):
             parts.append(html_figure(draw_against_kernel(name, number, profiles)))
-        parts.append(f'<p class="quiet">{escape(_BASE_NOTE)}</p>')
+        parts.append(html_note(_BASE_NOTE))
     parts.append(
         '<footer class="quiet">Written by lora-jax analyze. This file holds all it shows and asks '
         "nothing of the network.</footer>"
@@ -141,15 +130,14 @@ def headline(analysis: Analysis) -> list[str]:
     return lines
 
 
-_HEAD = (
-    "matrix",
-    "inputs × outputs",
-    "rank",
-    "‖ΔW‖",
-    "stable rank",
-    "entropy rank",
-    "90% of energy",
-)
+# What is shown of ΔW: the field, its form for one matrix, and for the mean over several.
+_SPECTRUM = {
+    "‖ΔW‖": ("delta_norm", ".3g", ".3g"),
+    "stable rank": ("stable_rank", ".2f", ".2f"),
+    "entropy rank": ("entropy_rank", ".2f", ".2f"),
+    "90% of energy": ("energy_rank", "d", ".1f"),
+}
+_HEAD = ("matrix", "inputs × outputs", "rank", *_SPECTRUM)
 _BASE_HEAD = (
     *("‖ΔW‖ / ‖W‖", "amplification", "‖UᵀWV‖, ΔW's", "W's own", "random"),
     f"intruders of {NUM_INTRUDERS}",
@@ -180,17 +168,14 @@ def _row(profile: MatrixProfile) -> tuple[str, ...]:
         profile.module,
         f"{profile.shape[0]} × {profile.shape[1]}",
         str(profile.rank),
-        f"{profile.delta_norm:.3g}",
-        f"{profile.stable_rank:.2f}",
-        f"{profile.entropy_rank:.2f}",
-        str(profile.energy_rank),
+        *(f"{getattr(profile, name):{form}}" for name, form, _ in _SPECTRUM.values()),
     )
     one = profile.amplification
     if one is None:
         return found
     return (
         *found,
-        _shown(_ratio(float(one.delta_norm), float(one.kernel_norm))),
+        _shown(float(one.delta_norm / one.kernel_norm) if one.kernel_norm else math.nan),
         _shown(float(one.factor)),
         f"{one.from_delta:.3g}",
         f"{one.from_kernel:.3g}",
@@ -202,10 +187,8 @@ def _row(profile: MatrixProfile) -> tuple[str, ...]:
 def _pair_row(profile: PairProfile) -> tuple[str, ...]:
     last = min(profile.ranks) - 1
     found = [profile.module, " and ".join(map(str, profile.ranks))]
-    for grid, null in (
-        (profile.input, profile.expected),
-        (profile.output, profile.expected_output),
-    ):
+    spaces = ((profile.input, profile.expected), (profile.output, profile.expected_output))
+    for grid, null in spaces:
         found += [f"{grid[0, 0]:.3f}", f"{grid[last, last]:.3f}"]
         found.append(f"{null[0, 0]:.3f}, {null[last, last]:.3f}")
     return tuple(found)
@@ -216,28 +199,25 @@ def _factors(profiles: Sequence[MatrixProfile]) -> list[float]:
     return [float(p.amplification.factor) for p in profiles if p.amplification is not None]
 
 
-def summary_rows(profiles: Sequence[MatrixProfile]) -> list[tuple[str, ...]]:
-    """Texts for a terminal: a line for each kind of matrix, means over its layers."""
+def summary_table(profiles: Sequence[MatrixProfile]) -> list[tuple[str, ...]]:
+    """Texts for a terminal: the head, then the means of each kind of matrix over its layers."""
     by_name = {profile.module: profile for profile in profiles}
-    rows = []
     kinds = group_by_kind(list(by_name))
     start = os.path.commonprefix(list(kinds)).rpartition(".")[0] if len(kinds) > 1 else ""
+    head: tuple[str, ...] = ("matrix", "layers", *_SPECTRUM)
+    if _factors(profiles):
+        head += ("amplification", "intruders")
+    lines: list[tuple[str, ...]] = [head]
     for kind, modules in kinds.items():
         some = [by_name[module] for module in modules]
-        mean = lambda values: float(np.mean(list(values)))  # noqa: E731
-        row = [
-            kind.removeprefix(f"{start}."),
-            str(len(some)),
-            f"{mean(p.delta_norm for p in some):.3g}",
-            f"{mean(p.stable_rank for p in some):.2f}",
-            f"{mean(p.entropy_rank for p in some):.2f}",
-            f"{mean(p.energy_rank for p in some):.1f}",
-        ]
+        line = [kind.removeprefix(f"{start}."), str(len(some))]
+        for name, _, form in _SPECTRUM.values():
+            line.append(f"{np.mean([getattr(p, name) for p in some]):{form}}")
         if factors := _factors(some):
-            row.append(_shown(mean(factors)))
-            row.append(f"{mean(p.intruders for p in some):.1f}")
-        rows.append(tuple(row))
-    return rows
+            line.append(_shown(float(np.mean(factors))))
+            line.append(f"{np.mean([p.intruders or 0 for p in some]):.1f}")
+        lines.append(tuple(line))
+    return lines
 
 
 def analysis_json(analysis: Analysis) -> dict[str, Any]:
@@ -246,7 +226,7 @@ def analysis_json(analysis: Analysis) -> dict[str, Any]:
         "base": analysis.base or None,
         "notes": list(analysis.notes),
         "adapters": {
-            name: [_profile_json(profile) for profile in profiles]
+            name: [_matrix_json(profile) for profile in profiles]
             for name, profiles in analysis.profiles.items()
         },
         "pairs": [
@@ -255,62 +235,40 @@ def analysis_json(analysis: Analysis) -> dict[str, Any]:
                 "second": pair.second,
                 "only_one_changes": list(pair.alone),
                 "other_shapes": list(pair.unlike),
-                "matrices": [_pair_json(profile) for profile in pair.profiles],
+                "matrices": [_matrix_json(profile) for profile in pair.profiles],
             }
             for pair in analysis.pairs
         ],
     }
 
 
-def _profile_json(profile: MatrixProfile) -> dict[str, Any]:
-    found = {
-        "matrix": profile.module,
-        "shape": list(profile.shape),
-        "rank": profile.rank,
-        "singular_values": profile.s.tolist(),
-        "delta_norm": profile.delta_norm,
-        "stable_rank": profile.stable_rank,
-        "entropy_rank": profile.entropy_rank,
-        "energy_rank": profile.energy_rank,
-    }
-    if profile.amplification is not None and profile.kernel_similarity is not None:
-        # JSON has no infinity: where W holds nothing, nothing is what it is amplified from.
-        found["amplification"] = {
-            name: value if math.isfinite(value) else None
-            for name, value in profile.amplification._asdict().items()
-        }
-        found["kernel_similarity"] = profile.kernel_similarity.tolist()
-        found["intruders"] = profile.intruders
-    return found
+# Names in JSON of what a profile's fields call otherwise.
+_JSON_NAMES = {
+    "module": "matrix",
+    "s": "singular_values",
+    "expected": "input_expected",
+    "expected_output": "output_expected",
+    "highest": "random_highest",
+}
 
 
-def _pair_json(profile: PairProfile) -> dict[str, Any]:
+def _matrix_json(profile: MatrixProfile | PairProfile) -> dict[str, Any]:
+    """The fields that are known; what needs the base is left out without one."""
+    fields = {_JSON_NAMES.get(k, k): v for k, v in dataclasses.asdict(profile).items()}
+    if isinstance(profile, MatrixProfile):
+        fields["delta_norm"] = profile.delta_norm
+        if profile.amplification is not None:
+            # JSON has no infinity: where W holds nothing, nothing is what it is amplified from.
+            fields["amplification"] = {
+                name: value if math.isfinite(value) else None
+                for name, value in profile.amplification._asdict().items()
+            }
     return {
-        "matrix": profile.module,
-        "shape": list(profile.shape),
-        "input": profile.input.tolist(),
-        "input_expected": profile.expected.tolist(),
-        "output": profile.output.tolist(),
-        "output_expected": profile.expected_output.tolist(),
-        "random_highest": profile.highest.tolist(),
+        name: value.tolist() if isinstance(value, np.ndarray) else value
+        for name, value in fields.items()
+        if value is not None
     }
-
-
-def _with_base(analysis: Analysis) -> dict[str, list[MatrixProfile]]:
-    return {
-        name: profiles
-        for name, profiles in analysis.profiles.items()
-        if profiles[0].amplification is not None
-    }
-
-
-def _ratio(part: float, whole: float) -> float:
-    return part / whole if whole else math.nan
 
 
 def _shown(value: float, form: str = ".3g") -> str:
     return f"{value:{form}}" if math.isfinite(value) else ABSENT
-
-
-def _of(base: str) -> str:
-    return f" of {base}" if base else ""

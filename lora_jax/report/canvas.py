@@ -7,12 +7,15 @@ from typing import Any
 
 import matplotlib
 import numpy as np
+from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.legend import Legend
 
 FONT = "system-ui, -apple-system, 'Segoe UI', Roboto, 'Helvetica Neue', sans-serif"
 
 INK = "#010203"  # stands for the page's text colour until `to_svg` replaces it
+ACROSS = 3  # panels in a row
 WIDTH = 10.0  # inches; the page scales the picture to its column
 # Hues of Okabe & Ito's colour-blind safe set, lightness moved to stand out on white and on black.
 _STYLES = {
@@ -62,9 +65,29 @@ class Drawing:
     svg: str
 
 
-def style_sheet():
-    """A context in which matplotlib draws in the report's style."""
-    return matplotlib.rc_context(_STYLE_SHEET)
+# Decorates functions that draw.
+in_style = matplotlib.rc_context(_STYLE_SHEET)
+
+
+def panels(
+    number: int, margin: float, height: float, *, sharey: bool = False
+) -> tuple[Figure, list[Axes]]:
+    """A figure of `number` panels in rows of `ACROSS`, `height` inches a row and `margin` once."""
+    across = min(ACROSS, number)
+    down = -(-number // across)
+    figure = Figure(figsize=(WIDTH, margin + height * down), layout="constrained")
+    grid = figure.subplots(down, across, sharey=sharey, squeeze=False).ravel()
+    for empty in grid[number:]:
+        empty.remove()
+    return figure, list(grid[:number])
+
+
+def plain_legend(owner: Figure | Axes, handles, labels, **options) -> Legend:
+    """A legend whose labels are texts, not formulas; none is left out for how it begins."""
+    legend = owner.legend(list(handles), list(labels), **options)
+    for text in legend.get_texts():
+        text.set_parse_math(False)
+    return legend
 
 
 def method_styles(methods) -> dict[str, tuple[str, str]]:
@@ -80,15 +103,12 @@ def to_svg(figure: Figure, name: str) -> str:
     """The figure as an <svg> element: scalable, in the page's ink and font, with its own ids."""
     with matplotlib.rc_context({"svg.hashsalt": name}):
         text = io.StringIO()
-        figure.savefig(
-            text,
-            format="svg",
-            metadata={"Date": None, "Creator": None, "Format": None, "Type": None},
-        )
+        none = dict.fromkeys(("Date", "Creator", "Format", "Type"))
+        figure.savefig(text, format="svg", metadata=none)
     svg = text.getvalue()
     svg = svg[svg.index("<svg") :].replace(INK, "currentColor")
-    svg = re.sub(r'(<svg[^>]*?) width="[^"]*"', r"\1", svg, count=1)
-    svg = re.sub(r'(<svg[^>]*?) height="[^"]*"', r"\1", svg, count=1)
+    for side in ("width", "height"):
+        svg = re.sub(rf'(<svg[^>]*?) {side}="[^"]*"', r"\1", svg, count=1)
     svg = re.sub(r"'DejaVu Sans'(, sans-serif)?", FONT.replace("'", "&#39;"), svg)
     # Figures share a page, so an id such as "axes_1" must not be in two of them.
     svg = re.sub(r'(id="|href="#|url\(#)', rf"\g<1>{name}-", svg)
@@ -102,13 +122,13 @@ def label_points(figure, axes, points, labels, colours, segments) -> None:
     """
     canvas = FigureCanvasAgg(figure)  # measures text
     canvas.draw()
-    pixels = axes.transData.transform(points)
     unit = figure.dpi / 72
-    taken = [(x - 5 * unit, y - 5 * unit, x + 5 * unit, y + 5 * unit) for x, y in pixels]
-    for ends in segments:
-        start, end = axes.transData.transform(ends)
-        for x, y in np.linspace(start, end, 40):
-            taken.append((x - 2 * unit, y - 2 * unit, x + 2 * unit, y + 2 * unit))
+    pixels = axes.transData.transform(points)
+    on_lines = [
+        np.linspace(start, end, 40)
+        for start, end in (axes.transData.transform(ends) for ends in segments)
+    ]
+    taken = [_boxes(pixels, 5 * unit), *(_boxes(one, 2 * unit) for one in on_lines)]
     frame = axes.get_window_extent()
     places = [
         (side * across, up)
@@ -118,33 +138,29 @@ def label_points(figure, axes, points, labels, colours, segments) -> None:
     for point, label, colour in zip(points, labels, colours, strict=True):
         if not np.isfinite(point).all():
             continue
-        boxes = []
+        tried = []
         for right, up in places:
             text = axes.annotate(
-                label,
-                point,
-                (right, up),
-                textcoords="offset points",
-                ha="left" if right > 0 else "right",
-                va="center",
-                color=colour,
-                fontweight="bold",
-                fontsize=8.5,
-                parse_math=False,
-            )
-            extent = text.get_window_extent(canvas.get_renderer())
-            own = (extent.x0, extent.y0, extent.x1, extent.y1)
+                label, point, (right, up), textcoords="offset points",
+                ha="left" if right > 0 else "right", va="center", color=colour,
+                fontweight="bold", fontsize=8.5, parse_math=False,
+            )  # fmt: skip
+            own = text.get_window_extent(canvas.get_renderer()).extents
             outside = max(0.0, own[2] - frame.x1) + max(0.0, frame.x0 - own[0])
-            covered = sum(_overlap(own, other) for other in taken)
-            boxes.append((covered + outside, len(boxes), own, text))
-        best = min(boxes, key=lambda box: box[:2])
-        taken.append(best[2])
-        for box in boxes:
-            if box is not best:
-                box[3].remove()
+            tried.append((_overlap(own, np.concatenate(taken)) + outside, len(tried), own, text))
+        _, best, own, _ = min(tried, key=lambda one: one[:2])
+        taken.append(own[None])
+        for place, (*_, text) in enumerate(tried):
+            if place != best:
+                text.remove()
 
 
-def _overlap(one, other) -> float:
-    width = min(one[2], other[2]) - max(one[0], other[0])
-    height = min(one[3], other[3]) - max(one[1], other[1])
-    return max(0.0, width) * max(0.0, height)
+def _boxes(points: np.ndarray, reach: float) -> np.ndarray:
+    """(N, 4) boxes left, bottom, right, top around (N, 2) points."""
+    return np.concatenate([points - reach, points + reach], axis=1)
+
+
+def _overlap(box: np.ndarray, others: np.ndarray) -> float:
+    """The area that `box` (4,) shares with `others` (N, 4)."""
+    sides = np.minimum(box[2:], others[:, 2:]) - np.maximum(box[:2], others[:, :2])
+    return float(np.maximum(sides, 0.0).prod(axis=1).sum())

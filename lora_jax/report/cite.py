@@ -46,22 +46,21 @@ def _entry(runs: Sequence[FinishedRun], folder: Path) -> str:
     commits = sorted({card.commit for card in cards})
     models = sorted({str(card.config["model"].get("name")) for card in cards})
     years = sorted({(card.finished or "")[:4] for card in cards} - {""})
+    seed, result = [], []
+    title = f"lora_jax sweep {folder.name}: {len(runs)} runs"
     if len(runs) == 1:
         title = f"lora_jax run {runs[0].name}: {_what(cards[0].config)}"
         test = cards[0].metrics.test
-        result = f"test loss {test.loss:.6g}, accuracy {test.accuracy:.6g}"
-        config_word = "config"
-    else:
-        title = f"lora_jax sweep {folder.name}: {len(runs)} runs"
-        result, config_word = "", "configs"
+        seed = [f"seed {cards[0].config.get('seed')}"]
+        result = [f"test loss {test.loss:.6g}, accuracy {test.accuracy:.6g}"]
     note = [
-        f"{config_word} sha256 {whole}",
+        f"config{'s' if len(runs) > 1 else ''} sha256 {whole}",
         *(f"base sha256 {h}" for h in sorted({card.base_hash for card in cards})),
         *(f"data sha256 {h}" for h in sorted({card.data_hash for card in cards})),
         f"model {', '.join(models)}",
-        *([f"seed {cards[0].config.get('seed')}"] if len(runs) == 1 else []),
+        *seed,
         f"commit {', '.join(commits)}",
-        *([result] if result else []),
+        *result,
     ]
     fields = {
         "title": "{" + _escape(title) + "}",
@@ -84,11 +83,10 @@ def combined_hash(cards: Sequence[Card]) -> str:
 
 def _what(config: Mapping[str, Any]) -> str:
     method = config["method"]
-    name: str = method["name"]
-    words = [title_of(name)]
-    if name == "lora":
-        words += [f"rank {method.get('rank')}", f"targets {method.get('targets')}"]
-    return ", ".join(words)
+    title = title_of(method["name"])
+    if method["name"] != "lora":
+        return title
+    return f"{title}, rank {method.get('rank')}, targets {method.get('targets')}"
 
 
 def _escape(text: str) -> str:

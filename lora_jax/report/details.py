@@ -17,20 +17,15 @@ def setting_line(runs: tuple[Run, ...]) -> str:
     """Model, data, device and commit in one line."""
     finished = finished_runs(runs)
     commit = _values(finished, _short_commit)
-    parts = [
-        _values(runs, lambda run: _setting(run, "model.name")),
-        _values(runs, _data),
-        _values(finished, _device),
-        f"commit {commit}" if commit else "",
-    ]
-    return ", ".join(filter(None, parts))
+    model, data, device = _values(runs, _model), _values(runs, _data), _values(finished, _device)
+    return ", ".join(filter(None, (model, data, device, commit and f"commit {commit}")))
 
 
 def what_was_run(runs: tuple[Run, ...]) -> str:
     """Model, data, hashes, device, commit and versions; where runs differ, each value once."""
     finished = finished_runs(runs)
     entries = {
-        "model": _values(runs, lambda run: _setting(run, "model.name")),
+        "model": _values(runs, _model),
         "base weights": _values(finished, lambda run: f"sha256 {run.card.base_hash}"),
         "data": _values(runs, _data),
         "data hash": _values(finished, lambda run: run.card.data_hash),
@@ -67,21 +62,18 @@ def run_details(run: FinishedRun) -> str:
     }
     accuracy = number_text(100 * test.accuracy, "{:.1f}%")
     config = json.dumps(run.config, indent=2, sort_keys=True)
-    return (
-        f"<details><summary><b>{escape(run.name)}</b><span>{escape(accuracy)}</span>"
-        f"<span>{escape(run.status)}</span></summary>{_definitions(entries)}"
-        f"<p>Its settings:</p><pre>{escape(config)}</pre>"
-        f"{_its_command(run)}</details>"
-    )
-
-
-def _its_command(run: Run) -> str:
-    if (text := command(run)) is None:
-        return (
+    if (text := command(run)) is not None:
+        how = f"<p>Its command:</p><pre>{escape(text)}</pre>"
+    else:
+        how = (
             "<p>Its command is not known: the card names no config file, and no config in "
             "experiments/ has these settings.</p>"
         )
-    return f"<p>Its command:</p><pre>{escape(text)}</pre>"
+    return (
+        f"<details><summary><b>{escape(run.name)}</b><span>{escape(accuracy)}</span>"
+        f"<span>{escape(run.status)}</span></summary>{_definitions(entries)}"
+        f"<p>Its settings:</p><pre>{escape(config)}</pre>{how}</details>"
+    )
 
 
 def reproduction(runs: tuple[Run, ...], folder) -> str:
@@ -121,6 +113,10 @@ def _setting(run: Run, key: str) -> str:
     return "" if value is None else str(value)
 
 
+def _model(run: Run) -> str:
+    return _setting(run, "model.name")
+
+
 def _data(run: Run) -> str:
     source, path = _setting(run, "data.source"), _setting(run, "data.path")
     limit = _setting(run, "data.limit")
@@ -134,7 +130,7 @@ def _test_examples(run: FinishedRun) -> str:
     predictions = run.predictions
     number = f"{len(predictions.index):,}"
     if np.any(predictions.weight != 1):
-        prompts = len(set(predictions.label.tolist()))
+        prompts = len(np.unique(predictions.label))
         tokens = int(predictions.weight.sum())
         return (
             f"{number} of {prompts:,} prompts; loss and accuracy are means over their completions' "
@@ -142,10 +138,10 @@ def _test_examples(run: FinishedRun) -> str:
         )
     if np.issubdtype(predictions.label.dtype, np.floating):
         return number
-    share = (predictions.label == predictions.label.min()).mean()
-    labels = len(set(predictions.label.tolist()))
-    balance = f", {100 * share:.1f}% of them label {predictions.label.min()}"
-    return number + (balance if labels == 2 else f", {labels} labels")
+    labels, counts = np.unique(predictions.label, return_counts=True)
+    if len(labels) != 2:
+        return f"{number}, {len(labels)} labels"
+    return f"{number}, {100 * counts[0] / counts.sum():.1f}% of them label {labels[0]}"
 
 
 def _short_commit(run: FinishedRun) -> str:
@@ -171,10 +167,8 @@ def _seconds(value) -> str:
 
 def _plain(value) -> str:
     """A card's value as one line of text."""
-    if value is None:
-        return ""
     if isinstance(value, dict):
-        return ", ".join(f"{key} {_plain(item)}" for key, item in value.items())
+        value = [f"{key} {_plain(item)}" for key, item in value.items()]
     if isinstance(value, list | tuple):
-        return ", ".join(_plain(item) for item in value)
-    return str(value)
+        return ", ".join(map(_plain, value))
+    return "" if value is None else str(value)

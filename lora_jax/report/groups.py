@@ -15,11 +15,7 @@ BASIN_MARGIN = 0.01  # nats of validation loss within which a rate counts as goo
 
 _SEEDS = ("seed", "data.seed")
 # What may differ without making another experiment of it.
-_BOOKKEEPING = (
-    "train.log_every_steps",
-    "train.checkpoint_every_steps",
-    "train.eval_batch_size",
-)
+_BOOKKEEPING = ("train.log_every_steps", "train.checkpoint_every_steps", "train.eval_batch_size")
 _BOOKKEEPING_SECTIONS = ("workdir", "name", "mesh", "logging")
 # What a config may hold for a method that has no use for it.
 _OF_ADAPTERS = ("targets", "rank", "alpha", "dropout", "init")
@@ -168,7 +164,7 @@ def differing_settings(groups: list[Group]) -> list[str]:
 def _settings(config: Mapping[str, Any]) -> dict[str, Any]:
     flat = flatten(config)
     dropped = {*_SEEDS, *_BOOKKEEPING}
-    if kind := METHODS.get(flat.get("method.name")):
+    if kind := METHODS.get(str(flat.get("method.name"))):
         own = settings_of(kind)
         dropped |= {f"method.{name}" for name in _OF_ADAPTERS if name not in own}
     return {

@@ -2,14 +2,34 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Collection, Sequence
 from html import escape
 from importlib.resources import files
+from pathlib import Path
 
+from lora_jax.core.errors import RequestError
+from lora_jax.io.paths import at_home
 from lora_jax.report.canvas import Drawing
 
 # Forbids the page every request, so that it shows the same here, offline and in ten years.
 _POLICY = "default-src 'none'; style-src 'unsafe-inline'; img-src data:"
+
+
+def page_path(out: str | os.PathLike, name: str = "analysis.html") -> Path:
+    """Where the page goes: `out` if it ends in .html, else a file of that name in that folder.
+
+    Raises `RequestError` for a place that cannot be written, before any work is done for it.
+    """
+    out = at_home(out)
+    if out.suffix.lower() not in (".html", ".htm"):
+        if out.exists() and not out.is_dir():
+            raise RequestError(f"{out} is a file; give a folder, or a path that ends in .html")
+        out = out / name
+    there = next(parent for parent in out.absolute().parents if parent.exists())
+    if out.is_dir() or not there.is_dir() or not os.access(there, os.W_OK):
+        raise RequestError(f"{out} cannot be written; give a folder of yours with --out")
+    return out
 
 
 def html_page(title: str, parts: Sequence[str]) -> str:
@@ -63,6 +83,16 @@ def html_table(
         + "\n".join(lines)
         + "\n</tbody></table></div>"
     )
+
+
+def html_note(text: str) -> str:
+    """A paragraph of text beneath what it explains."""
+    return f'<p class="quiet">{escape(text)}</p>'
+
+
+def html_leads(lines: Sequence[str]) -> list[str]:
+    """The sentences that a page begins with."""
+    return [f'<p class="lead">{escape(line)}</p>' for line in lines]
 
 
 def html_figure(drawing: Drawing) -> str:

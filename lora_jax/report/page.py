@@ -4,13 +4,20 @@ from dataclasses import dataclass
 from html import escape
 from pathlib import Path
 
-from lora_jax.core.errors import RequestError
 from lora_jax.io.atomic import write_text
 from lora_jax.io.paths import at_home
 from lora_jax.report.details import reproduction, run_details, setting_line, what_was_run
 from lora_jax.report.figures import draw_figures
 from lora_jax.report.groups import BASIN_MARGIN
-from lora_jax.report.html import html_figure, html_page, html_table, html_warnings
+from lora_jax.report.html import (
+    html_figure,
+    html_leads,
+    html_note,
+    html_page,
+    html_table,
+    html_warnings,
+    page_path,
+)
 from lora_jax.report.quantities import count_text, number_text, rate_text
 from lora_jax.report.rendering import columns, to_csv, to_latex, to_markdown
 from lora_jax.report.runs import finished_runs, read_runs
@@ -32,17 +39,11 @@ def write_report(
       RequestError: no runs there, a malformed file of a run, or a place that cannot be written.
     """
     folder = at_home(folder)
-    out = folder if out is None else Path(out)
-    if out.suffix.lower() not in (".html", ".htm"):
-        if out.exists() and not out.is_dir():
-            raise RequestError(f"{out} is a file; give a folder, or a path that ends in .html")
-        out = out / "report.html"
     summary = summary or summarise(read_runs(folder))
-    page = to_page(summary, folder, beside)
-    write_text(out, page)
-    write_text(out.with_name("table.md"), to_markdown(summary))
-    write_text(out.with_name("table.tex"), to_latex(summary))
-    write_text(out.with_name("table.csv"), to_csv(summary))
+    out = page_path(folder if out is None else out, "report.html")
+    write_text(out, to_page(summary, folder, beside))
+    for kind, text_of in (("md", to_markdown), ("tex", to_latex), ("csv", to_csv)):
+        write_text(out.with_name(f"table.{kind}"), text_of(summary))
     return out
 
 
@@ -74,7 +75,7 @@ def to_page(summary: Summary, folder, beside: Beside | None = None) -> str:
     name = Path(folder).resolve().name
     parts = [
         f"<h1>{escape(name)}</h1>",
-        *(f'<p class="lead">{escape(line)}</p>' for line in headline(summary)),
+        *html_leads(headline(summary)),
         f'<p class="quiet">{escape(setting_line(summary.runs))} <a href="#what">in full</a></p>',
         html_warnings(summary.warnings),
         '<h2 id="table">Results</h2>' if summary.rows else "",
@@ -132,13 +133,11 @@ def _compared(row: Row) -> str:
     names = {"head": "the frozen encoder with a trained head", "full": "full fine-tuning"}
     clauses = []
     for reference, name in names.items():
-        difference = row.versus[reference]
-        if difference is None:
-            continue
-        points = difference.scaled(100)
-        side = "above" if points.estimate >= 0 else "below"
-        low, high = (number_text(value, "{:+.1f}") for value in (points.low, points.high))
-        clauses.append(f"{abs(points.estimate):.1f} points {side} {name} [{low}, {high}]")
+        if difference := row.versus[reference]:
+            points = difference.scaled(100)
+            side = "above" if points.estimate >= 0 else "below"
+            low, high = (number_text(value, "{:+.1f}") for value in (points.low, points.high))
+            clauses.append(f"{abs(points.estimate):.1f} points {side} {name} [{low}, {high}]")
     return f": {' and '.join(clauses)}" if clauses else ""
 
 
@@ -148,8 +147,7 @@ def _beside(beside: Beside | None) -> str:
     return "\n".join(
         [
             f'<h2 id="beside">Beside it: {escape(beside.folder.resolve().name)}</h2>',
-            f'<p class="quiet">{escape(beside.label)}: '
-            f"{escape(setting_line(beside.summary.runs))}</p>",
+            html_note(f"{beside.label}: {setting_line(beside.summary.runs)}"),
             html_warnings(beside.summary.warnings),
             _table(beside.summary),
             _reading_notes(beside.summary),
@@ -189,7 +187,7 @@ def _reading_notes(summary: Summary) -> str:
         )
     if any(1 < len(row.seeds) < 10 for row in summary.rows):
         sentences.append("With few seeds, their share of an interval is somewhat too narrow.")
-    return f'<p class="quiet">{escape(" ".join(sentences))}</p>'
+    return html_note(" ".join(sentences))
 
 
 def _rates(summary: Summary) -> str:

@@ -5,8 +5,9 @@ import math
 from matplotlib.figure import Figure
 from matplotlib.ticker import NullLocator
 
-from lora_jax.report.canvas import LINES, WIDTH, Drawing, method_styles, to_svg
-from lora_jax.report.tables import Row, score_names
+from lora_jax.report.canvas import LINES, WIDTH, Drawing, method_styles, plain_legend, to_svg
+from lora_jax.report.statistics import Interval
+from lora_jax.report.tables import REFERENCES, Row, score_names
 
 _HUES = ("#2f86c9", "#159b78", "#c2699a", "#d1940a", "#7a6fd0", "#4aa3c7")
 
@@ -35,34 +36,30 @@ def draw_ranks(rows: tuple[Row, ...], series: dict[tuple, list[tuple[int, Row]]]
     ranks = sorted({rank for some in series.values() for rank, _ in some})
     shift = 0.06 * math.log2(max(ranks) / min(ranks) * 2)
     measures = (
-        (both[0], "Test loss", names.loss, _loss),
-        (both[1], f"Test {names.accuracy}", f"{names.accuracy} (%)", _accuracy),
+        (both[0], "Test loss", names.loss, "loss"),
+        (both[1], f"Test {names.accuracy}", f"{names.accuracy} (%)", "accuracy"),
     )
     styles = method_styles(row.method for row in rows)
-    for axes, title, label, measure in measures:
+    lines = {}
+    for axes, title, label, score in measures:
         for row in rows:
-            if row.method in ("full", "head"):
-                value, low, high = measure(row)
+            if row.method in REFERENCES:
+                value, low, high = _with_ends(*row.score(score))
                 colour = styles[row.method][0]
-                axes.axhline(value, color=colour, linewidth=1.2, label=row.label)
+                lines[row.label] = axes.axhline(value, color=colour, linewidth=1.2)
                 axes.axhspan(low, high, color=colour, alpha=0.12, linewidth=0)
         for number, ((name, targets, rest), some) in enumerate(series.items()):
             colour = _HUES[number % len(_HUES)]
             # Side by side, or their intervals would lie on one another.
             move = 2 ** (shift * (number - (len(series) - 1) / 2) / 2)
             places = [rank * move for rank, _ in some]
-            points = [measure(row) for _, row in some]
+            points = [_with_ends(*row.score(score)) for _, row in some]
+            (line,) = axes.plot(
+                places, [value for value, _, _ in points], "o",
+                linestyle=LINES[number % len(LINES)], color=colour, markersize=6, linewidth=1.4,
+            )  # fmt: skip
             extra = "".join(f", {key.rpartition('.')[2]}={value}" for key, value in rest)
-            axes.plot(
-                places,
-                [value for value, _, _ in points],
-                "o",
-                linestyle=LINES[number % len(LINES)],
-                color=colour,
-                markersize=6,
-                linewidth=1.4,
-                label=f"{name} {targets}{extra}",
-            )
+            lines[f"{name} {targets}{extra}"] = line
             for place, (_, low, high) in zip(places, points, strict=True):
                 axes.plot([place] * 2, [low, high], color=colour, linewidth=2.4, alpha=0.45)
         axes.set_xscale("log", base=2)
@@ -71,10 +68,8 @@ def draw_ranks(rows: tuple[Row, ...], series: dict[tuple, list[tuple[int, Row]]]
         axes.set_title(title)
         axes.set_xlabel("rank")
         axes.set_ylabel(label)
-    lines, names = both[0].get_legend_handles_labels()
-    legend = figure.legend(lines, names, loc="outside lower center", ncols=min(4, len(names)))
-    for text in legend.get_texts():
-        text.set_parse_math(False)
+    ncols = min(4, len(lines))
+    plain_legend(figure, lines.values(), lines, loc="outside lower center", ncols=ncols)
     caption = (
         "Each choice of targets at each rank (logarithmic); bars and bands are 95% intervals over "
         "test examples, and over seeds where there are several. A flat line says that a higher "
@@ -83,14 +78,5 @@ def draw_ranks(rows: tuple[Row, ...], series: dict[tuple, list[tuple[int, Row]]]
     return Drawing("ranks", "What a higher rank brings", caption, to_svg(figure, "ranks"))
 
 
-def _loss(row: Row) -> tuple[float, float, float]:
-    interval = row.loss
-    low, high = (interval.low, interval.high) if interval else (row.test_loss, row.test_loss)
-    return row.test_loss, low, high
-
-
-def _accuracy(row: Row) -> tuple[float, float, float]:
-    value = 100 * row.test_accuracy
-    interval = row.accuracy and row.accuracy.scaled(100)
-    low, high = (interval.low, interval.high) if interval else (value, value)
-    return value, low, high
+def _with_ends(value: float, interval: Interval | None) -> tuple[float, float, float]:
+    return (value, interval.low, interval.high) if interval else (value, value, value)

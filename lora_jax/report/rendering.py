@@ -38,7 +38,6 @@ class Column:
 
 def columns(summary: Summary) -> list[Column]:
     """The columns of the full table; a difference has one only where its reference was run."""
-    versus = {"full": "accuracy vs full, points", "head": "accuracy vs head only, points"}
     return [
         Column("method", _method, numeric=False),
         Column("targets", lambda row: (row.targets or ABSENT, ""), numeric=False),
@@ -47,29 +46,37 @@ def columns(summary: Summary) -> list[Column]:
         Column("seeds", lambda row: (str(len(row.seeds)), "")),
         Column("trained: adapter + head", _trained),
         Column("adapter file", lambda row: (bytes_text(row.adapter_bytes), "")),
-        Column("test loss", lambda row: interval_text(row.test_loss, row.loss, "{:.3f}")),
-        *_loss_vs_lora(summary, "loss vs LoRA, nats"),
-        Column(f"test {score_names(summary.rows).accuracy}, %", _accuracy),
-        *_task_metrics(summary),
-        *(Column(versus[name], _versus(name)) for name in summary.references),
+        *_measured(
+            summary,
+            lora="loss vs LoRA, nats",
+            accuracy=f"test {score_names(summary.rows).accuracy}, %",
+            full="accuracy vs full, points",
+            head="accuracy vs head only, points",
+        ),
         Column("steps and time, and why it ended", _ended_in, numeric=False),
         *([Column("memory", _memory)] if any(row.memory_bytes for row in summary.rows) else []),
     ]
 
 
+def _measured(summary: Summary, *, lora: str, accuracy: str, **versus: str) -> list[Column]:
+    """What was measured on the test split, under these headings."""
+    found = [Column("test loss", lambda row: interval_text(*row.score("loss"), "{:.3f}"))]
+    if any(row.loss_vs_lora for row in summary.rows):
+        found.append(Column(lora, lambda row: _difference(row.loss_vs_lora, "{:+.3f}")))
+    found.append(Column(accuracy, lambda row: interval_text(*row.score("accuracy"), "{:.1f}")))
+    found += [Column(f"test {name}", _metric(name)) for name in _metric_names(summary)]
+    return found + [Column(versus[name], _versus(name)) for name in summary.references]
+
+
 def to_terminal(summary: Summary) -> Table:
     """A `rich` table that fits some 100 columns: one line of values, one of intervals, per row."""
-    versus = {"full": "vs full", "head": "vs head"}
+    accuracy = f"{score_names(summary.rows).accuracy} %"
     short = [
         Column("method, rate", _short_method, numeric=False),
         Column(
             "trained", lambda row: (count_text(row.adapter_count), bytes_text(row.adapter_bytes))
         ),
-        Column("test loss", lambda row: interval_text(row.test_loss, row.loss, "{:.3f}")),
-        *_loss_vs_lora(summary, "vs LoRA"),
-        Column(f"{score_names(summary.rows).accuracy} %", _accuracy),
-        *_task_metrics(summary),
-        *(Column(versus[name], _versus(name)) for name in summary.references),
+        *_measured(summary, lora="vs LoRA", accuracy=accuracy, full="vs full", head="vs head"),
         Column("steps, time", _ended_briefly, numeric=False),
     ]
     table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
@@ -81,8 +88,7 @@ def to_terminal(summary: Summary) -> Table:
         # Text, not markup: a setting such as "[red]" is printed, not obeyed.
         table.add_row(
             *(
-                Text(printable(value))
-                + Text(printable(f"\n{detail}" if detail else ""), style="dim")
+                Text.assemble(printable(value), (printable(detail and f"\n{detail}"), "dim"))
                 for value, detail in cells
             )
         )
@@ -181,19 +187,18 @@ def to_csv(summary: Summary) -> str:
 
 def to_json(summary: Summary) -> str:
     """Rows, learning-rate basins, unfinished runs and warnings as one JSON object."""
-    basins = [
-        {
-            "label": basin.label,
-            "rates": basin.rates,
-            "validation_losses": [_finite(loss) for loss in basin.losses],
-            "chosen": basin.chosen,
-            "within_margin": [basin.low, basin.high],
-        }
-        for basin in summary.basins
-    ]
     value = {
         "rows": to_records(summary),
-        "basins": basins,
+        "basins": [
+            {
+                "label": basin.label,
+                "rates": basin.rates,
+                "validation_losses": [_finite(loss) for loss in basin.losses],
+                "chosen": basin.chosen,
+                "within_margin": [basin.low, basin.high],
+            }
+            for basin in summary.basins
+        ],
         "unfinished": [{"name": run.name, "step": run.last_step} for run in summary.unfinished],
         "warnings": summary.warnings,
     }
@@ -217,52 +222,29 @@ def _trained(row: Row) -> tuple[str, str]:
     return count_text(row.adapter_count), f"+ {count_text(row.head_count)}"
 
 
-def _accuracy(row: Row) -> tuple[str, str]:
-    percent = row.accuracy and row.accuracy.scaled(100)
-    return interval_text(100 * row.test_accuracy, percent, "{:.1f}")
-
-
 def _metric_names(summary: Summary) -> list[str]:
+    """The metrics that a data set has of its own; means over seeds."""
     return list(dict.fromkeys(name for row in summary.rows for name in row.task_metrics))
 
 
-def _task_metrics(summary: Summary) -> list[Column]:
-    """A column for each metric that a data set has of its own, as means over seeds."""
+def _metric(name: str) -> Callable[[Row], tuple[str, str]]:
+    def cell(row: Row) -> tuple[str, str]:
+        value = row.task_metrics.get(name)
+        return ABSENT if value is None else number_text(value, "{:.3f}"), ""
 
-    def column(name: str) -> Column:
-        return Column(f"test {name}", lambda row: (_metric(row, name), ""))
-
-    return [column(name) for name in _metric_names(summary)]
-
-
-def _metric(row: Row, name: str) -> str:
-    value = row.task_metrics.get(name)
-    return ABSENT if value is None else number_text(value, "{:.3f}")
+    return cell
 
 
 def _versus(name: str) -> Callable[[Row], tuple[str, str]]:
     def cell(row: Row) -> tuple[str, str]:
         difference = row.versus[name]
-        if difference is None:
-            return ABSENT, ""
-        points = difference.scaled(100)
-        return interval_text(points.estimate, points, "{:+.1f}")
+        return _difference(difference and difference.scaled(100), "{:+.1f}")
 
     return cell
 
 
-def _loss_vs_lora(summary: Summary, heading: str) -> list[Column]:
-    """A column where variants were run beside plain LoRA."""
-
-    def cell(row: Row) -> tuple[str, str]:
-        difference = row.loss_vs_lora
-        return (
-            interval_text(difference.estimate, difference, "{:+.3f}")
-            if difference
-            else (ABSENT, "")
-        )
-
-    return [Column(heading, cell)] if any(row.loss_vs_lora for row in summary.rows) else []
+def _difference(found: Interval | None, form: str) -> tuple[str, str]:
+    return interval_text(found.estimate, found, form) if found else (ABSENT, "")
 
 
 def _ended(row: Row) -> tuple[str, str]:
@@ -302,20 +284,13 @@ def _finite(value):
 
 
 def _escape_markdown(text: str) -> str:
-    for character in "\\`*_<>|":
-        text = text.replace(character, f"\\{character}")
+    text = re.sub(r"([\\`*_<>|])", r"\\\1", text)
     return " ".join(text.replace("](", "]\\(").split())  # brackets alone make no link
 
 
 _LATEX = {
+    **{character: f"\\{character}" for character in "{}&%$#_"},
     "\\": r"\textbackslash{}",
-    "{": r"\{",
-    "}": r"\}",
-    "&": r"\&",
-    "%": r"\%",
-    "$": r"\$",
-    "#": r"\#",
-    "_": r"\_",
     "~": r"\textasciitilde{}",
     "^": r"\textasciicircum{}",
     MINUS: "$-$",
@@ -324,4 +299,4 @@ _LATEX = {
 
 
 def _escape_latex(text: str) -> str:
-    return "".join(_LATEX.get(character, character) for character in text)
+    return text.translate(str.maketrans(_LATEX))

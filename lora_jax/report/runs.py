@@ -66,13 +66,13 @@ class Run:
 
     def curve(self, split: str, quantity: str = "loss") -> tuple[np.ndarray, np.ndarray]:
         """Steps (M,) int64 and values (M,) float64 of one quantity on one split."""
-        points = [
-            (entry["step"], entry[quantity])
+        entries = [
+            entry
             for entry in self.history
             if entry.get("split") == split and entry.get(quantity) is not None
         ]
-        steps, values = zip(*points, strict=True) if points else ((), ())
-        return np.array(steps, np.int64), np.array(values, np.float64)
+        steps = np.array([entry["step"] for entry in entries], np.int64)
+        return steps, np.array([entry[quantity] for entry in entries], np.float64)
 
 
 @dataclass(frozen=True)
@@ -104,22 +104,13 @@ def read_runs(folder) -> list[Run]:
     folder = at_home(folder)
     if not folder.is_dir():
         raise RequestError(f"no folder {folder}; give the --workdir of a training run")
-    cells = folder / "cells"
     # A name that starts with a dot is a cell still being put in place (io.atomic).
-    found = (
-        sorted(p for p in cells.iterdir() if p.is_dir() and not p.name.startswith("."))
-        if (cells.is_dir())
-        else []
-    )
-    if not found:
-        if (folder / "card.json").exists() or (folder / "metrics.jsonl").exists():
-            raise RequestError(
-                f"{folder} is one cell; give its working folder {folder.parent.parent}"
-            )
-        raise RequestError(
-            f"{folder} holds no runs (no cells/*); give the --workdir of a training run"
-        )
-    return [_read_run(cell) for cell in found]
+    found = sorted(p for p in folder.glob("cells/[!.]*") if p.is_dir())
+    if found:
+        return [_read_run(cell) for cell in found]
+    if (folder / "card.json").exists() or (folder / "metrics.jsonl").exists():
+        raise RequestError(f"{folder} is one cell; give its working folder {folder.parent.parent}")
+    raise RequestError(f"{folder} holds no runs (no cells/*); give the --workdir of a training run")
 
 
 def _read_run(cell: Path) -> Run:
@@ -157,11 +148,11 @@ def _read_history(path: Path) -> tuple[dict[str, Any], ...]:
 def _read_predictions(path: Path) -> Predictions:
     try:
         arrays = read_arrays(path)
-        loss, correct, label, index = (arrays[n] for n in ("loss", "correct", "label", "index"))
-        weight = arrays["weight"] if "weight" in arrays else np.ones(index.shape)
+        lists = [arrays[name] for name in ("loss", "correct", "label", "index")]
+        lists.append(arrays["weight"] if "weight" in arrays else np.ones(lists[-1].shape))
     except (OSError, ValueError, KeyError) as error:
         raise _malformed(path, f"not the predictions of a run ({error})") from error
-    lists = (loss, correct, label, index, weight)
+    index, weight = lists[-2:]
     if index.ndim != 1 or any(one.shape != index.shape for one in lists):
         raise _malformed(path, "its arrays are not lists of one length")
     if any(one.dtype.kind not in "biuf" for one in lists) or index.dtype.kind not in "iu":
@@ -171,18 +162,13 @@ def _read_predictions(path: Path) -> Predictions:
         raise _malformed(path, "no example, or one example twice")
     if not np.all(weight > 0):
         raise _malformed(path, "a weight is not above 0")
-    return Predictions(
-        loss=loss[order].astype(np.float64),
-        correct=_as_it_is(correct[order], bool),
-        label=_as_it_is(label[order], np.int64),
-        index=index[order].astype(np.int64),
-        weight=weight[order].astype(np.float64),
+    # Of what may be a share, or a number: floating arrays are float64, others of the type given.
+    kinds = (np.float64, bool, np.int64, np.int64, np.float64)
+    loss, correct, label, index, weight = (
+        one[order].astype(np.float64 if one.dtype.kind == "f" else kind)
+        for one, kind in zip(lists, kinds, strict=True)
     )
-
-
-def _as_it_is(array: np.ndarray, dtype) -> np.ndarray:
-    """Floating arrays in float64, all others in `dtype`."""
-    return array.astype(np.float64 if np.issubdtype(array.dtype, np.floating) else dtype)
+    return Predictions(loss, correct, label, index, weight)
 
 
 def _malformed(path: Path, reason: str) -> RequestError:

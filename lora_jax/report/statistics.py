@@ -57,8 +57,10 @@ def mean_interval(
     (0.5, True, True)
     """
     rows = _rows(values)
-    replicates = _replicate_means(rows, *_generators(seed), num_resamples=num_resamples)
-    return _percentile(float(rows.mean()), replicates, level)
+    # Streams of their own, so that drawing more seeds leaves the drawn examples as they were.
+    of_examples, of_rows = np.random.default_rng(seed).spawn(2)
+    means = _resampled_example_means(rows, of_examples, num_resamples)
+    return _percentile(float(rows.mean()), _draw_rows(means, of_rows), level)
 
 
 def paired_difference(
@@ -112,12 +114,11 @@ def paired_difference(
     if _rows_correspond(first, second, first_seeds, second_seeds):
         # Subtracting before resampling makes identical predictions differ by exactly nothing.
         return mean_interval(first - second, seed=seed, num_resamples=num_resamples, level=level)
-    examples, rows_first, rows_second = _generators(seed, count=3)
-    stacked = np.concatenate([first, second])
-    means = _resampled_example_means(stacked, examples, num_resamples)
-    replicates = _draw_rows(means[: len(first)], rows_first)
-    replicates = replicates - _draw_rows(means[len(first) :], rows_second)
-    return _percentile(float(first.mean() - second.mean()), replicates, level)
+    of_examples, *of_rows = np.random.default_rng(seed).spawn(3)
+    means = _resampled_example_means(np.concatenate([first, second]), of_examples, num_resamples)
+    both = (means[: len(first)], means[len(first) :])
+    ours, theirs = (_draw_rows(own, rng) for own, rng in zip(both, of_rows, strict=True))
+    return _percentile(float(first.mean() - second.mean()), ours - theirs, level)
 
 
 def spread_over_weights(values, weights) -> np.ndarray:
@@ -156,16 +157,6 @@ def _rows_correspond(first, second, first_seeds, second_seeds) -> bool:
         if len(seeds) != len(rows):
             raise RequestError(f"{len(seeds)} seeds for {len(rows)} rows of scores; give one each")
     return tuple(first_seeds) == tuple(second_seeds)
-
-
-def _generators(seed: int, *, count: int = 2) -> list[np.random.Generator]:
-    """Independent streams, so that drawing more seeds leaves the drawn examples as they were."""
-    return [np.random.default_rng(child) for child in np.random.SeedSequence(seed).spawn(count)]
-
-
-def _replicate_means(rows, example_rng, row_rng, *, num_resamples) -> np.ndarray:
-    """(B,) means over drawn rows and drawn examples."""
-    return _draw_rows(_resampled_example_means(rows, example_rng, num_resamples), row_rng)
 
 
 def _resampled_example_means(rows, rng, num_resamples) -> np.ndarray:

@@ -78,6 +78,12 @@ class Row:
         """Mean test accuracy over seeds."""
         return self.accuracy.estimate if self.accuracy else float(np.mean(self.seed_accuracies))
 
+    def score(self, name: str) -> tuple[float, Interval | None]:
+        """The test "loss", or the test "accuracy" in percent, and its interval."""
+        if name == "loss":
+            return self.test_loss, self.loss
+        return 100 * self.test_accuracy, self.accuracy and self.accuracy.scaled(100)
+
 
 class ScoreNames(NamedTuple):
     """What the two scores of every run are called: `loss` with its unit, and `accuracy`."""
@@ -155,17 +161,10 @@ def _row(group: Group, groups, differing, rates_tried: int, seed: int, num_resam
     targets = group.settings.get("method.targets")
     predictions = _predictions(group)
     drawn = {"seed": seed, "num_resamples": num_resamples}
-
-    def interval(quantity: str) -> Interval | None:
-        if predictions is None:
-            return None
-        return mean_interval(_scores(predictions, quantity), **drawn)
-
-    versus = {}
-    for name in REFERENCES:
-        other = _reference(name, group, groups)
-        versus[name] = None if other is None else _difference("correct", group, other, **drawn)
-    lora = _lora_beside(group, groups)
+    intervals = {
+        quantity: predictions and mean_interval(_scores(predictions, quantity), **drawn)
+        for quantity in ("loss", "correct")
+    }
     measured = [run.card.metrics.test.task_metrics for run in group.runs]
     return Row(
         label=group.label,
@@ -181,12 +180,15 @@ def _row(group: Group, groups, differing, rates_tried: int, seed: int, num_resam
         head_count=card.counts.head,
         adapter_bytes=card.metrics.adapter_bytes,
         validation_loss=group.validation_loss,
-        loss=interval("loss"),
-        accuracy=interval("correct"),
+        loss=intervals["loss"],
+        accuracy=intervals["correct"],
         seed_losses=tuple(run.card.metrics.test.loss for run in group.runs),
         seed_accuracies=tuple(run.card.metrics.test.accuracy for run in group.runs),
-        versus=versus,
-        loss_vs_lora=None if lora is None else _difference("loss", group, lora, **drawn),
+        versus={
+            name: _difference("correct", group, _reference(name, group, groups), **drawn)
+            for name in REFERENCES
+        },
+        loss_vs_lora=_difference("loss", group, _lora_beside(group, groups), **drawn),
         task_metrics={
             name: float(np.mean([one[name] for one in measured]))
             for name in TASK_METRICS
@@ -197,15 +199,12 @@ def _row(group: Group, groups, differing, rates_tried: int, seed: int, num_resam
         steps=tuple(run.card.metrics.steps for run in group.runs),
         stopped=tuple(run.card.metrics.stopped for run in group.runs),
         seconds=float(np.mean([run.card.seconds.total for run in group.runs])),
-        memory_bytes=_memory_bytes(group.runs),
+        memory_bytes=max(
+            filter(None, (run.card.program.memory_bytes for run in group.runs)), default=None
+        ),
         cells=tuple(run.card.program.K for run in group.runs),
         runs=group.runs,
     )
-
-
-def _memory_bytes(runs: tuple[FinishedRun, ...]) -> int | None:
-    known = [run.card.program.memory_bytes for run in runs]
-    return max((value for value in known if value), default=None)
 
 
 def _predictions(group: Group) -> list[Predictions] | None:
@@ -239,19 +238,15 @@ def _lora_beside(group: Group, groups) -> Group | None:
     """Plain LoRA on a variant's targets, base weights and data; of several, the best there."""
     if not issubclass(METHODS.get(group.method, object), LoRA):
         return None
-
-    def shared(g: Group):
-        return g.data, g.settings.get("method.targets")
-
-    candidates = [g for g in groups if shared(g) == shared(group)]
-    return None if group.method == "lora" else _reference("lora", group, candidates)
+    targets = group.settings.get("method.targets")
+    candidates = [g for g in groups if g.settings.get("method.targets") == targets]
+    return _reference("lora", group, candidates)
 
 
 def _difference(
-    quantity: str, group: Group, other: Group, *, seed: int, num_resamples: int
+    quantity: str, group: Group, other: Group | None, *, seed: int, num_resamples: int
 ) -> Interval | None:
-    ours, theirs = _predictions(group), _predictions(other)
-    if ours is None or theirs is None:
+    if other is None or not (ours := _predictions(group)) or not (theirs := _predictions(other)):
         return None
     return paired_difference(
         _scores(ours, quantity),

@@ -5,9 +5,11 @@ import re
 import pytest
 
 from lora_jax.cli.main import main
-from lora_jax.cli.requests import Parser, printable, read_config
+from lora_jax.cli.parser import Parser
+from lora_jax.cli.requests import read_config
 from lora_jax.core.errors import RequestError
 from lora_jax.core.trees import nearest
+from lora_jax.io.untrusted import printable
 from lora_jax.settings.config import find_config
 
 CONFIG = "--config=reviews_minilm"

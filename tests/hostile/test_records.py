@@ -7,6 +7,7 @@ import io
 import json
 import os
 import zipfile
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -221,9 +222,10 @@ def test_a_setting_of_another_kind_has_its_nearest_names():
 def test_generating_with_a_run_of_another_task_says_so(tmp_path, monkeypatch, head):
     kind = "causal-lm" if head else "encoder"
     adapted = SimpleNamespace(model=SimpleNamespace(head=head, kind=kind), description={})
-    monkeypatch.setattr("lora_jax.train.adapted.load_run_adapter", lambda folder: adapted)
+    monkeypatch.setattr("lora_jax.load_adapter", lambda path, model: adapted)
+    monkeypatch.setattr("lora_jax.serve.adapters.run_adapter", Path)
     with pytest.raises(RequestError, match="not for language"):
-        generate._load_run(tmp_path)
+        generate._load(str(tmp_path))
 
 
 @pytest.mark.parametrize("marker", [{}, {"completions": 2}])
@@ -234,13 +236,14 @@ def test_generating_checks_the_format_of_completions_as_evaluating_does(
         model=SimpleNamespace(head=None, kind="causal-lm"),
         description={"model": {"name": "m"}, **marker},
     )
-    monkeypatch.setattr("lora_jax.train.adapted.load_run_adapter", lambda folder: adapted)
+    monkeypatch.setattr("lora_jax.load_adapter", lambda path, model: adapted)
+    monkeypatch.setattr("lora_jax.serve.adapters.run_adapter", Path)
     monkeypatch.setattr(again, "completion_format", lambda model, settings: {"completions": 2})
     if marker:
-        assert generate._load_run(tmp_path) is adapted
+        assert generate._load(str(tmp_path)) is adapted
         return
     with pytest.raises(RequestError, match="earlier version"):
-        generate._load_run(tmp_path)
+        generate._load(str(tmp_path))
 
 
 def test_an_optional_field_may_be_missing_and_is_checked_where_it_is():

@@ -11,7 +11,7 @@ from lora_jax.io.paths import at_home
 from lora_jax.io.run_adapter import load_trainable, save_trainable
 from lora_jax.models import save_model
 from lora_jax.peft import load as peft
-from lora_jax.report.adapters import page_path
+from lora_jax.report.html import page_path
 from lora_jax.report.runs import read_runs
 from lora_jax.serve.adapters import load_adapter
 from lora_jax.sweeps.status import sweep_status

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from lora_jax.cli.requests import Parser
+from lora_jax.cli.parser import Parser
 from lora_jax.report.commands import command, train_command
 from lora_jax.report.runs import FinishedRun, Run
 from lora_jax.settings import config_hash, plain_config
