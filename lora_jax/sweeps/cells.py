@@ -10,23 +10,11 @@ from lora_jax.core.errors import RequestError
 from lora_jax.core.trees import nearest
 from lora_jax.settings import Settings, complete
 from lora_jax.settings.config import run_file
+from lora_jax.train.cell import Cell as Cell
 from lora_jax.train.workdir import LONGEST_NAME, is_folder_name
 
 PREFIX = "sweep_"
 MIN_VALUES = 2
-
-
-@dataclasses.dataclass(frozen=True)
-class Cell:
-    """One run of a sweep: its name in the workdir and its settings."""
-
-    name: str
-    config: Settings
-
-    @property
-    def hash(self) -> str:
-        """The config's hash."""
-        return self.config.hash
 
 
 @dataclasses.dataclass(frozen=True)

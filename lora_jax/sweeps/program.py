@@ -16,12 +16,13 @@ from lora_jax.parallel.cells import CellPlacement
 from lora_jax.parallel.mesh import mesh_text
 from lora_jax.parallel.placement import place
 from lora_jax.sweeps.pack import Pack
-from lora_jax.sweeps.settings import CellSettings
 from lora_jax.train.build import keys_of
+from lora_jax.train.cell import Cell
 from lora_jax.train.compilation import compile_ahead, memory_of
 from lora_jax.train.evaluate import Evaluation, evaluate_stacked
 from lora_jax.train.loss import LossFunction
 from lora_jax.train.memory import num_bytes
+from lora_jax.train.program import Program
 from lora_jax.train.state import TrainState
 from lora_jax.train.step import step_function
 
@@ -77,84 +78,69 @@ class Use:
 
     memory_bytes: int = 0
     batch_shapes: set[tuple[int, ...]] = dataclasses.field(default_factory=set)
-    _seen: set[int] = dataclasses.field(default_factory=set)
-
-    def note(self, compiled: Any, batch: Any = None) -> None:
-        if isinstance(batch, dict) and "input_ids" in batch:
-            self.batch_shapes.add(tuple(batch["input_ids"].shape))
-        if id(compiled) not in self._seen:
-            self._seen.add(id(compiled))
-            self.memory_bytes = max(self.memory_bytes, memory_of(compiled))
 
     def to_json(self) -> dict[str, Any]:
         shapes = [list(shape) for shape in sorted(self.batch_shapes)]
         return {"memory_bytes": self.memory_bytes, "batch_shapes": shapes}
 
-    def add(self, told: dict[str, Any]) -> None:
-        """Takes in what another record said."""
-        self.memory_bytes = max(self.memory_bytes, told["memory_bytes"])
-        self.batch_shapes |= {tuple(shape) for shape in told["batch_shapes"]}
+    def add(self, memory_bytes: int, batch_shapes: Iterable[Sequence[int]] = ()) -> None:
+        self.memory_bytes = max(self.memory_bytes, memory_bytes)
+        self.batch_shapes |= set(map(tuple, batch_shapes))
 
 
-class PackedProgram:
+class PackedProgram(Program):
     """What packs with the same union share: the step and the score, mapped over the cells.
 
     `loss(trainable, frozen, batch, key) -> (loss, sums)` and `scores(trainable, frozen, batch)` are
     of one cell, where `frozen` is what `Pack.bind` takes; `tx_of(cell)` makes one cell's optimizer,
-    of one structure for all, since what differs is in its state; `batch_axis` is 0 where each cell
-    has batches of its own, None where all share them; `at_once` cells are computed side by side,
-    chunk after chunk (0: all); `accumulate` is into how many parts a step cuts its batch; `place`
-    puts all of it on a mesh.
+    of one structure for all, since what differs is in its state (`tx` is any of them); `batch_axis`
+    is 0 where each cell has batches of its own, None where all share them; `at_once` cells are
+    computed side by side, chunk after chunk (0: all); `accumulate` is into how many parts a step
+    cuts its batch; `placement` puts all of it on a mesh. `use` notes what is run.
     """
 
     def __init__(
         self,
         loss: LossFunction,
         scores: Callable[[Any, Any, Any], Any],
-        tx_of: Callable[[CellSettings], Any],
+        tx_of: Callable[[Cell], Any],
         tx: Any,
         *,
         batch_axis: int | None,
         at_once: int,
         accumulate: int = 1,
-        place: CellPlacement | None = None,
+        placement: CellPlacement | None = None,
     ):
-        self.at_once = at_once
-        self._place, self._stacked = place, batch_axis is not None
-        self._tx_of = tx_of
-        self._compiled: dict[Any, Any] = {}
+        self.at_once, self.use = at_once, Use()
+        self.num_parts = placement.num_parts if placement else 1
+        self.mesh = mesh_text(placement.placement.mesh) if placement else ""
+        self._place, self._stacked, self._tx_of = placement, batch_axis is not None, tx_of
+        # Each with the bytes that it holds.
+        self._compiled: dict[Any, tuple[Any, int]] = {}
         self._of_batch: dict[Any, Any] = {}
         self._compile_seconds = 0.0
-        self._use = Use()
         step = step_function(loss, tx, accumulate=accumulate)
-        self._step = over_cells(step, at_once, batch_axis, num_parts=self.num_parts)
-        self._scores = over_cells(scores, at_once, None, num_parts=self.num_parts)
-
-    @property
-    def mesh(self) -> str:
-        """As `--mesh` has it, "" for one device."""
-        return "" if self._place is None else mesh_text(self._place.placement.mesh)
-
-    @property
-    def num_parts(self) -> int:
-        """The parts of a mesh that have cells of their own."""
-        return self._place.num_parts if self._place else 1
+        self._of_all = {
+            "step": over_cells(step, at_once, batch_axis, num_parts=self.num_parts),
+            "scores": over_cells(scores, at_once, None, num_parts=self.num_parts),
+        }
 
     def padded(self, count: int) -> int:
         """The lanes that `count` cells need: their number must be a multiple of `num_parts`."""
         return count + -count % self.num_parts
 
-    def init(self, pack: Pack, cells: Sequence[CellSettings], params: Sequence[Any]) -> TrainState:
+    def init(self, pack: Pack, params: Sequence[Any]) -> TrainState:
         """The cells' states before the first step, leaves with a leading axis K.
 
         `params` has a tree for each cell, which differ at most in what is trained whole.
         """
-        keys = [keys_of(cell.seed) for cell in cells]
+        keys = [keys_of(cell.seed) for cell in pack.cells]
         each = pack.init([key[1] for key in keys], params)
-        opt_states = [self._tx_of(cell).init(own) for cell, own in zip(cells, each, strict=True)]
+        txs = map(self._tx_of, pack.cells)
+        opt_states = [tx.init(own) for tx, own in zip(txs, each, strict=True)]
         trainable, opt_state = _stack(*zip(each, opt_states, strict=True))
         return TrainState(
-            step=jnp.zeros(len(cells), jnp.int32),
+            step=jnp.zeros(len(each), jnp.int32),
             trainable=trainable,
             opt_state=opt_state,
             key=jnp.stack([key[2] for key in keys]),
@@ -163,15 +149,16 @@ class PackedProgram:
     def step(self, state: TrainState, frozen: Any, batch: Any):
         """`(state, metrics)`, both with the axis K; `state` is donated."""
         arguments = self._placed("step", state, frozen, batch)
-        compiled = self._get("step", *arguments)
-        self._use.note(compiled, batch)
+        compiled, num_bytes = self._get("step", *arguments)
+        is_text = isinstance(batch, dict) and "input_ids" in batch
+        self.use.add(num_bytes, [batch["input_ids"].shape] if is_text else ())
         return compiled(*arguments)
 
     def scores(self, trainable: Any, frozen: Any, batch: Any) -> Any:
         """Each cell's scores on a batch that all share, with the axis K."""
         arguments = self._placed("scores", trainable, frozen, batch)
-        compiled = self._get("scores", *arguments)
-        self._use.note(compiled)
+        compiled, num_bytes = self._get("scores", *arguments)
+        self.use.add(num_bytes)
         return compiled(*arguments)
 
     def evaluate(self, trainable: Any, frozen: Any, batches: Iterable[Any]) -> list[Evaluation]:
@@ -185,45 +172,37 @@ class PackedProgram:
         scores the optimizer's state.
         """
         state, frozen, batch = self._placed("step", state, frozen, batch)
-        best = num_bytes(state.trainable, of_a_device=True)
-        needed = memory_of(self._get("step", state, frozen, batch)) + best
+        needed = self._get("step", state, frozen, batch)[1]
         if evaluation is not None:
             arguments = self._placed("scores", state.trainable, frozen, evaluation)
-            scores = memory_of(self._get("scores", *arguments))
-            needed = max(needed, scores + best + num_bytes(state.opt_state, of_a_device=True))
-        return needed
-
-    def use(self) -> Use:
-        """From here on, what is called is noted in a new record."""
-        self._use = Use()
-        return self._use
+            moments = num_bytes(state.opt_state, of_a_device=True)
+            needed = max(needed, self._get("scores", *arguments)[1] + moments)
+        return needed + num_bytes(state.trainable, of_a_device=True)
 
     def finite(self, trainable: Any) -> np.ndarray:
-        """(lanes,) bool: whether all weights of a lane are finite."""
         return jax.device_get(_finite(trainable))
 
     def take_compile_seconds(self) -> float:
-        """Seconds spent compiling since the last call."""
         taken, self._compile_seconds = self._compile_seconds, 0.0
         return taken
 
-    def _get(self, name: str, first: Any, frozen: Any, batch: Any):
+    def _get(self, name: str, first: Any, frozen: Any, batch: Any) -> tuple[Any, int]:
         leaves, treedef = jax.tree.flatten((first, batch))
         key = (name, treedef, *((np.shape(leaf), str(leaf.dtype)) for leaf in leaves))
         if key not in self._compiled:
             start = time.perf_counter()
-            self._compiled[key] = compile_ahead(self._jitted(name, first), first, frozen, batch)
+            made = compile_ahead(self._jitted(name, first), first, frozen, batch)
+            self._compiled[key] = made, memory_of(made)
             self._compile_seconds += time.perf_counter() - start
         return self._compiled[key]
 
     def _jitted(self, name: str, state: Any) -> Any:
         if name == "scores":
-            return jax.jit(self._scores)
-        if self._place is None:
-            return jax.jit(self._step, donate_argnums=0)
-        # Its state comes back to where the next step takes it.
-        of_state = jax.tree.map(lambda x: x.sharding, state)
-        return jax.jit(self._step, donate_argnums=0, out_shardings=(of_state, None))
+            return jax.jit(self._of_all[name])
+        # On a mesh its state comes back to where the next step takes it.
+        of_state = self._place and jax.tree.map(lambda x: x.sharding, state)
+        out = of_state and (of_state, None)
+        return jax.jit(self._of_all[name], donate_argnums=0, out_shardings=out)
 
     def _placed(self, name: str, first: Any, frozen: Any, batch: Any) -> tuple[Any, Any, Any]:
         """The arguments where the program has them: arrays of `take` and `keep` are there, and so
@@ -246,10 +225,7 @@ class PackedProgram:
         )
 
     def take(self, kind: str, tree: Any, lanes: Sequence[int]) -> Any:
-        """These lanes of a tree with an axis of them, lying as the programs have it.
-
-        `kind` is "state", "trainable" or "data".
-        """
+        """These lanes of a tree with an axis of them, lying as the programs have it."""
         leaves = jax.tree.leaves(tree)
         if not leaves:  # cells that differ in nothing have no data of their own
             return tree
@@ -265,14 +241,12 @@ class PackedProgram:
     def keep(
         self, best: Any, new: Any, cells: Sequence[int], better: np.ndarray, count: int
     ) -> Any:
-        """The trainables `best` with the lanes of `new` that are better in the places of `cells`.
-
-        `best` has `count` places; without any it is zero in them. Cells beyond are dropped.
-        """
+        """As `Program.keep`; without any `best` it is zero in all places."""
         if best is None:
             best = self.take("trainable", _zeros(new, count), range(count))
-        where = None if self._place is None else self._place.of_trainable(best)
-        kept = _keep if where is None else jax.jit(_keep, out_shardings=where)
+        kept = _keep
+        if self._place is not None:
+            kept = jax.jit(_keep, out_shardings=self._place.of_trainable(best))
         return kept(best, new, jnp.asarray(cells), jnp.asarray(better))
 
 

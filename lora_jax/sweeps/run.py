@@ -15,11 +15,10 @@ from lora_jax.io.paths import at_home
 from lora_jax.io.untrusted import check_fields
 from lora_jax.settings import plain_config
 from lora_jax.sweeps.cells import Cell, Sweep, Tuning, choose_value
-from lora_jax.sweeps.memory import device_memory_bytes
 from lora_jax.sweeps.record import SWEEP, read_record
-from lora_jax.sweeps.runner import Runner
+from lora_jax.sweeps.runner import device_memory_bytes
 from lora_jax.sweeps.view import SweepView
-from lora_jax.sweeps.workdir import Result, Workdir, by_base
+from lora_jax.sweeps.workdir import Result, Workdir, by_base, pack_text
 from lora_jax.train import enable_compilation_cache
 from lora_jax.train.build import load_base
 from lora_jax.train.loop import Callback, Diverged
@@ -58,15 +57,14 @@ def run_sweep(
         check_sweep(sweep, workdir, source=source, add=add)
         enable_compilation_cache()
         budget = memory_bytes or device_memory_bytes(1 if mesh is None else mesh.size)
-        cells = Workdir(
+        runner = Workdir(
             workdir, view, budget, command=command, progress=progress, mesh=mesh,
             config_file=config_file, callbacks=callbacks,
         )  # fmt: skip
-        runner = Runner(cells, budget, view.say)
 
         def run(some: Sequence[Cell]) -> None:
             view.expect(len(some))
-            finished, waiting = cells.finished(some)
+            finished, waiting = runner.finished(some)
             runner.results |= finished
             if finished:
                 view.say(f"{len(finished)} of {len(some)} cells are finished already")
@@ -102,10 +100,10 @@ def plan_sweep(
     ]
     for cells in by_base(waiting):
         try:
-            groups, refused = there.groups_of(cells, load_base(cells[0].config))
+            packs, refused = there.packs_of(cells, load_base(cells[0].config))
         except RequestError as error:
-            groups, refused = [], {cell.name: error for cell in cells}
-        lines += [str(group) for group in groups]
+            packs, refused = [], {cell.name: error for cell in cells}
+        lines += map(pack_text, packs)
         lines += [f"refused: {name}: {why}" for name, why in refused.items()]
     for tuning in sweep.tunings:
         if tuning.more_seeds:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,14 +18,13 @@ from lora_jax.io.run_adapter import load_trainable
 from lora_jax.io.untrusted import read_arrays
 from lora_jax.parallel.mesh import make_mesh, read_mesh
 from lora_jax.settings import Settings, config_hash
-from lora_jax.sweeps.cells import Cell
 from lora_jax.sweeps.groups import make_groups
 from lora_jax.sweeps.prepared import make_ready
 from lora_jax.sweeps.stored import FAILURE, read_failure, train_pack, write_failure
 from lora_jax.sweeps.view import SweepView
 from lora_jax.train import enable_compilation_cache, train_cell
-from lora_jax.train.bookkeeping import CHANGED_TO
-from lora_jax.train.build import load_base
+from lora_jax.train.build import Base, load_base
+from lora_jax.train.cell import CHANGED_TO, Cell
 from lora_jax.train.environment import device_description, versions
 from lora_jax.train.evaluate_run import check_completion_format
 from lora_jax.train.loop import Diverged
@@ -129,15 +128,17 @@ def verify(
         ]
 
 
-def _train_pack(cells, base, at_once: int, workdir: Path, view: SweepView) -> None:
-    groups, refused = make_groups(cells, base)
-    if refused or len(groups) != 1:
+def _train_pack(
+    cells: Sequence[Cell], base: Base, at_once: int, workdir: Path, view: SweepView
+) -> None:
+    packs, refused = make_groups(cells, base)
+    if refused or len(packs) != 1:
         raise RequestError(
             f"the cells {', '.join(cell.name for cell in cells)} do not share a program in this "
             "version; use the one that their cards name, or --alone"
         )
-    ready = make_ready(groups[0], base, at_once=at_once)
-    train_pack(ready, workdir, memory_bytes=0, command="", show_with=view.show_with)
+    ready = make_ready(packs[0], base, at_once=at_once)
+    train_pack(ready, base, workdir, memory_bytes=0, command="", show_with=view.show_with)
 
 
 def _read_card(cell: Path) -> Card:

@@ -65,12 +65,12 @@ def load_run_adapter(
     sections = {name: description[name] for name in ("model", "method")}
     config = config_from(sections, f"{folder}/{DESCRIPTION}")
     head_key, init_key, _ = keys_of(description["seed"])
-    base_hash = description["base_hash"]
     if model is None:
         model = make_model(config.model, head_key, mesh)
     else:
-        model = redraw_head(_checked_base(model, config.model, folder), head_key)
-    if model.base_hash != base_hash:
+        _check_base(model, config.model, folder)
+        model = redraw_head(model, head_key)
+    if model.base_hash != (base_hash := description["base_hash"]):
         raise RequestError(
             f"the adapter in {folder} was trained on other weights than {config.model.name!r} has "
             f"(base hash {base_hash[:12]}, here {model.base_hash[:12]}); load the model it was "
@@ -79,7 +79,10 @@ def load_run_adapter(
     method = make_method(config.method, model)
     _, frozen = method.init(init_key, model.params)
     wanted = jax.eval_shape(lambda: method.init(init_key, model.params)[0])
-    if jax.tree.map(_signature, trainable) != jax.tree.map(_signature, wanted):
+    signatures = [
+        jax.tree.map(lambda x: (str(x.dtype), *x.shape), tree) for tree in (trainable, wanted)
+    ]
+    if signatures[0] != signatures[1]:
         raise RequestError(
             f"the tensors in {folder} are not those of its method.json; copy it again"
         )
@@ -87,8 +90,8 @@ def load_run_adapter(
     return Adapted(_with_labels(model, description), method, trainable, frozen, description)
 
 
-def _checked_base(model: Model, settings: Any, folder: Path) -> Model:
-    """`model`. Raises `RequestError` unless it has the head and the layers of the run's model."""
+def _check_base(model: Model, settings: Any, folder: Path) -> None:
+    """Raises `RequestError` unless `model` has the head and the layers of the run's model."""
     head = head_of(settings)
     head, count = None if head == "causal-lm" else head, settings.get("num_labels")
     if model.head != head or count not in (None, model.num_labels):
@@ -102,14 +105,14 @@ def _checked_base(model: Model, settings: Any, folder: Path) -> Model:
             f"the run in {folder} was trained with scan_layers={not stacked}; load the model so, "
             "or convert the adapter to PEFT's format first (lora-jax convert)"
         )
-    return model
 
 
 def _with_labels(model: Model, description: dict[str, Any]) -> Model:
     """The model with the names of the run's classes, which its exports keep."""
     names = description.get("label_names")
-    is_list = isinstance(names, list) and all(isinstance(name, str) for name in names)
-    if model.head != "classification" or not is_list or len(names) != model.num_labels:
+    if model.head != "classification" or not isinstance(names, list):
+        return model
+    if len(names) != model.num_labels or not all(isinstance(name, str) for name in names):
         return model
     return dataclasses.replace(model, labels=label_fields(names))
 
@@ -156,7 +159,3 @@ _DESCRIBED = {
     "base_hash": str, "?drawn": dict,
 }  # fmt: skip
 _COPY = "copy the folder again, or train this cell again"
-
-
-def _signature(leaf: Any) -> str:
-    return f"{leaf.dtype}{tuple(leaf.shape)}"

@@ -19,7 +19,7 @@ def enable_compilation_cache() -> None:
 
     The place is `JAX_COMPILATION_CACHE_DIR`, else `lora_jax/jax` in the user's cache folder.
     """
-    if jax.config.jax_compilation_cache_dir:
+    if jax.config.values["jax_compilation_cache_dir"]:
         return
     caches = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
     jax.config.update("jax_compilation_cache_dir", str(Path(caches) / "lora_jax" / "jax"))
@@ -32,7 +32,7 @@ def compile_ahead(function: Any, *arguments: Any) -> Any:
 
     Raises `RequestError` where `jax_disable_jit` forbids to compile.
     """
-    if jax.config.jax_disable_jit:
+    if jax.config.values["jax_disable_jit"]:
         raise RequestError(
             "JAX_DISABLE_JIT is on, and training compiles its step ahead of time; unset "
             "it, or take `jax.grad` of `lj.lift(apply)` yourself to debug a step"

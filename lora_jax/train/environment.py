@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.metadata
 import os
 import platform
@@ -12,6 +13,7 @@ from typing import Any
 
 import jax
 
+from lora_jax.train.cell import Progress
 from lora_jax.train.numerics import numerics
 from lora_jax.train.record import Program
 
@@ -39,17 +41,14 @@ def git_commit() -> str:
 
     def git(*arguments: str) -> str:
         command = ["git", "-C", str(folder), *arguments]
-        return subprocess.run(
-            command, capture_output=True, text=True, timeout=10, check=True
-        ).stdout.strip()
+        options: dict[str, Any] = {"capture_output": True, "text": True, "timeout": 10}
+        return subprocess.run(command, check=True, **options).stdout.strip()
 
     try:
         # A package installed inside somebody else's repository is not at that one's commit.
         git("ls-files", "--error-unmatch", __file__)
-        commit = git("rev-parse", "HEAD")
-        return (
-            f"{commit}+dirty" if git("status", "--porcelain", "--", str(folder.parent)) else commit
-        )
+        edited = git("status", "--porcelain", "--", str(folder.parent))
+        return git("rev-parse", "HEAD") + ("+dirty" if edited else "")
     except (OSError, subprocess.SubprocessError):
         return os.environ.get("LORA_JAX_COMMIT", "unknown")
 
@@ -74,41 +73,39 @@ def num_threads() -> int:
 
 def cpu_name() -> str:
     """The host's processor, as Linux names it: XLA compiles for what it can do."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    except OSError:
-        return platform.processor() or "unknown"
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor() or "unknown"
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or "unknown"
 
 
 def describe_program(
     table: Iterable[Any],
-    batch_shapes: Sequence[Sequence[int]],
+    batch_shapes: Iterable[Sequence[int]],
     *,
     memory_bytes: int,
+    progress: Progress,
     pack: Mapping[str, Any] | None = None,
-    mesh: str = "",
-    numerics_changes: Sequence[str] = (),
 ) -> Program:
     """What was compiled: ranks and targets, batch shapes, memory (of a device), threads, flags.
 
     `table` is a method's table (of a pack, the union's); a row without a rank is a parameter
-    trained whole. `pack` has the `Program` fields of a packed cell, which are `K`, `slot`, `pack`,
-    `cells` and `at_once`. `mesh` is as `--mesh` has it; `numerics_changes` what a resumed run found
-    changed of `numerics`.
+    trained whole. `pack` has the `Program` fields of a packed cell: `K`, `slot`, `pack`, `cells`
+    and `at_once`. `progress` knows the mesh, and what a resumed run found changed of `numerics`.
     """
     adapted = [row for row in table if row.rank]
+    now = numerics()
     return Program(
         **(pack or {"K": 1, "slot": 0}),
-        mesh=mesh or None,
+        mesh=progress.mesh or None,
         ranks=sorted({row.rank for row in adapted}),
         targets=[row.path for row in adapted],
         batch_shapes=[list(shape) for shape in batch_shapes],
         memory_bytes=memory_bytes,
         threads=num_threads(),
-        xla_flags=os.environ.get("XLA_FLAGS", ""),
-        matmul_precision=str(jax.config.jax_default_matmul_precision),
-        numerics=numerics(),
-        numerics_changes=list(numerics_changes) or None,
+        xla_flags=now["xla_flags"],
+        matmul_precision=now["matmul_precision"],
+        numerics=now,
+        numerics_changes=list(progress.numerics_changes) or None,
     )

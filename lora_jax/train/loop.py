@@ -14,7 +14,7 @@ import jax
 import numpy as np
 
 from lora_jax.core.errors import RequestError
-from lora_jax.train.cell import Schedule, TrainingCell
+from lora_jax.train.cell import Cell, Progress, Schedule, TrainingCell
 from lora_jax.train.evaluate import Evaluation
 from lora_jax.train.program import Program
 from lora_jax.train.state import TrainState
@@ -84,7 +84,7 @@ class Training:
 
     def __init__(
         self,
-        cells: Sequence[Any],
+        cells: Sequence[Cell],
         program: Program,
         state: TrainState,
         frozen_of: Callable[[Sequence[int]], Any],
@@ -93,7 +93,7 @@ class Training:
         schedule: Schedule,
         callbacks: Sequence[Callback] = (),
     ):
-        self.cells = [TrainingCell.on_mesh(settings, program.mesh) for settings in cells]
+        self.cells = [TrainingCell(cell, Progress(meshes=(program.mesh,))) for cell in cells]
         self.lanes = list(range(len(self.cells)))
         self.step, self.evaluated, self.saved = 0, 0, 0
         self.schedule = schedule
@@ -107,8 +107,6 @@ class Training:
     def begin(self, callbacks: Sequence[Callback], started: float) -> None:
         """Sets who is notified, and when (`time.perf_counter`) the preparation began."""
         self._callbacks, self._mark = callbacks, started
-        for cell in self.cells:
-            cell.begin()
 
     def restore(
         self, step: int, evaluated: int, lanes: Sequence[int], state: TrainState, best: Any
@@ -117,10 +115,22 @@ class Training:
         self.step, self.evaluated, self.saved = step, evaluated, step
         self.lanes, self.state, self.best = list(lanes), state, best
         for cell in self.cells:
-            cell.progress = cell.progress.on_mesh(self._program.mesh)
+            cell.progress.move_to(self._program.mesh)
         self._keep_lanes([lane for lane, k in enumerate(self.lanes) if k != EMPTY])
         if best is not None:
             self.best = self._program.take("trainable", best, self._every_cell())
+
+    def contents(self) -> tuple[dict[str, Any], dict[str, Any]]:
+        """The arrays, by group, and the facts of a checkpoint."""
+        raise NotImplementedError
+
+    def like(self, facts: dict[str, Any]) -> dict[str, Any]:
+        """Shapes of the arrays that the checkpoint of these facts holds."""
+        raise NotImplementedError
+
+    def go_on_from(self, groups: dict, facts: dict[str, Any], changes: tuple[str, ...]) -> None:
+        """Restores a checkpoint's `contents`; `changes` are those of `train/numerics.py` since."""
+        raise NotImplementedError
 
     def run(self) -> None:
         """Trains until every cell has ended. Raises `StopRequested`, after saving."""
@@ -195,10 +205,8 @@ class Training:
         passed, self._mark = max(0.0, now - self._mark - compiling), now
         cells = cells or [self._at(lane) for lane in self.going()] or self.cells
         for cell in cells:
-            seconds = dict(cell.progress.seconds)
-            for name, value in ((kind, passed), ("compile", compiling)):
-                seconds[name] = seconds.get(name, 0.0) + value / len(cells)
-            cell.add(seconds=seconds)
+            cell.progress.add_seconds(kind, passed / len(cells))
+            cell.progress.add_seconds("compile", compiling / len(cells))
 
     def _take_step(self) -> None:
         batch = self._batches.at(self.step, self._members)

@@ -19,7 +19,6 @@ LossFunction = Callable[[Any, Any, Any, jax.Array], tuple[jax.Array, dict[str, j
 # What a model is called with, in its order, as far as a batch has it.
 INPUTS = ("input_ids", "attention_mask", "token_type_ids")
 
-
 # Apart from what adapters fold their keys with, hashes of their paths.
 _OF_THE_MODEL = 2106_09685
 
@@ -33,8 +32,8 @@ def loss_settings(settings: TrainSettings) -> dict[str, Any]:
 def weighted_mean(values: jax.Array, weights: jax.Array) -> jax.Array:
     """`sum(w * v) / sum(w)`, 0 where all weights are 0; rows of weight 0 may hold anything."""
     total = jnp.sum(weights)
-    kept = jnp.where(weights > 0, values, 0.0)
-    return jnp.sum(kept * weights) / jnp.where(total > 0, total, 1.0)
+    counted = jnp.where(weights > 0, values, 0.0)
+    return jnp.sum(counted * weights) / jnp.where(total > 0, total, 1.0)
 
 
 def make_loss(
@@ -60,10 +59,10 @@ def make_loss(
     task.check_smoothing(label_smoothing)
     check("train.loss_chunk", loss_chunk)
     check("train.remat", remat)
-    settings: dict[str, Any] = {
-        "smoothing": label_smoothing, "chunk": loss_chunk, "remat": remat, "constrain": constrain,
-    }  # fmt: skip
-    score = make_scorer(apply, method, task=task, model_dropout=model_dropout, **settings)
+    score = make_scorer(
+        apply, method, task=task, model_dropout=model_dropout, smoothing=label_smoothing,
+        chunk=loss_chunk, remat=remat, constrain=constrain,
+    )  # fmt: skip
 
     def loss(trainable, frozen, batch, key):
         losses, right, _ = score(trainable, frozen, batch, key)
@@ -89,7 +88,7 @@ def make_scorer(
 
     That is the adapters', and with `model_dropout` the model's own, by its config's rates.
     """
-    lifted = lift(apply)
+    lifted, readout_of = lift(apply), task.readout
 
     def scores(trainable, frozen, batch, key=None):
         params = method.bind(trainable, frozen, key=key)
@@ -99,11 +98,11 @@ def make_scorer(
             options["constrain"] = constrain
         if model_dropout and key is not None:
             options["dropout_key"] = jax.random.fold_in(key, _OF_THE_MODEL)
-        if task.readout is None:
+        if readout_of is None:
             return task.score(lifted(params, *inputs, **options), batch, smoothing=smoothing)
 
         def readout(logits_of, states):
-            return task.readout(logits_of, states, batch, smoothing=smoothing, chunk=chunk)
+            return readout_of(logits_of, states, batch, smoothing=smoothing, chunk=chunk)
 
         return lifted(params, *inputs, readout=readout, **options)
 

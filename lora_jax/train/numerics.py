@@ -24,17 +24,18 @@ NOTED = ("disable_jit", "disable_most_optimizations", "xla_flags", "backend", "j
 
 def numerics() -> dict[str, Any]:
     """The settings, flags and versions that this process computes with, as JSON values."""
+    set_to = jax.config.values
     return {
-        "x64": bool(jax.config.jax_enable_x64),
-        "matmul_precision": str(jax.config.jax_default_matmul_precision),
-        "disable_jit": bool(jax.config.jax_disable_jit),
-        "disable_most_optimizations": bool(jax.config.values["jax_disable_most_optimizations"]),
+        "x64": bool(set_to["jax_enable_x64"]),
+        "matmul_precision": str(set_to["jax_default_matmul_precision"]),
+        "disable_jit": bool(set_to["jax_disable_jit"]),
+        "disable_most_optimizations": bool(set_to["jax_disable_most_optimizations"]),
         "xla_flags": os.environ.get("XLA_FLAGS", ""),
         "backend": jax.default_backend(),
         "jax": jax.__version__,
-        "jaxlib": jaxlib.__version__,
-        "prng_impl": str(jax.config.jax_default_prng_impl),
-        "threefry_partitionable": bool(jax.config.jax_threefry_partitionable),
+        "jaxlib": jaxlib.version.__version__,
+        "prng_impl": str(set_to["jax_default_prng_impl"]),
+        "threefry_partitionable": bool(set_to["jax_threefry_partitionable"]),
     }
 
 

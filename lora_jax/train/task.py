@@ -76,8 +76,8 @@ def score_tokens(logits: jax.Array, batch: Any, *, smoothing: float = 0.0) -> Ex
     count = jnp.maximum(asked.sum(-1), 1).astype(losses.dtype)
 
     def mean(values):
-        kept = jnp.where(asked > 0, values, jnp.zeros_like(values))
-        return kept.sum(-1).astype(losses.dtype) / count
+        counted = jnp.where(asked > 0, values, jnp.zeros_like(values))
+        return counted.sum(-1).astype(losses.dtype) / count
 
     return ExampleScores(mean(losses), mean(right).astype(jnp.float32), None)
 
@@ -178,13 +178,9 @@ class Task:
     def encode(self, model: Model, examples: Examples, *, max_length: int) -> EncodedExamples:
         """The examples' token ids, as `model` reads them."""
         if self.target == "text":
-            return encode_completions(
-                model.tokenizer,
-                examples,
-                max_length=max_length,
-                eos_token_id=model.eos_token_id,
-                pad_token_id=model.pad_token_id,
-            )
+            assert model.eos_token_id is not None  # `make_model` refuses one without
+            ids = {"eos_token_id": model.eos_token_id, "pad_token_id": model.pad_token_id}
+            return encode_completions(model.tokenizer, examples, max_length=max_length, **ids)
         encoded = encode_examples(model.tokenizer, examples, max_length=max_length)
         if getattr(model.config, "type_vocab_size", 0) < 2:  # it has no embedding for a second text
             return dataclasses.replace(encoded, type_ids=None)

@@ -13,7 +13,7 @@ from lora_jax.core.errors import RequestError
 from lora_jax.settings import Settings
 from lora_jax.sweeps import Sweep, plan_sweep, read_sweep, run_sweep
 from lora_jax.sweeps.cells import _check_name
-from lora_jax.sweeps.groups import PackRecord
+from lora_jax.sweeps.record import PackRecord
 from lora_jax.sweeps.run import note_sweep
 from lora_jax.sweeps.status import seconds_left, sweep_status
 from lora_jax.sweeps.view import SweepView
