@@ -176,8 +176,9 @@ def _whole(value: Any) -> int | None:
 
 
 def _wholes(value: Any) -> tuple[int, ...] | None:
-    found = tuple(map(_whole, value if isinstance(value, tuple) else (value,)))
-    return None if None in found else found
+    given = value if isinstance(value, tuple) else (value,)
+    found = tuple(n for n in map(_whole, given) if n is not None)
+    return found if len(found) == len(given) else None
 
 
 def _number(value: Any) -> float | None:

@@ -117,7 +117,7 @@ def sweep(
     if tx is not None:
         _check_own_optimizer(tx, made, optimizer)
     runner = InMemory(
-        memory_bytes or device_memory_bytes(),
+        memory_bytes=memory_bytes or device_memory_bytes(),
         loss=lift(_of_shown(loss_fn)),
         metrics=None if metrics is None else lift(_of_shown(metrics)),
         params=trees.hide_static(params),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import reprlib
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -156,32 +157,24 @@ def value_text(value: Any) -> str:
 
 
 def _seeds(name: str, more_seeds: Any) -> tuple[int, ...]:
-    try:
-        seeds = tuple(more_seeds)
-    except TypeError:
-        seeds = (more_seeds,)
-        more_seeds = None
-    if more_seeds is None or any(isinstance(s, bool) or not isinstance(s, int) for s in seeds):
+    seeds = tuple(more_seeds) if isinstance(more_seeds, Iterable) else more_seeds
+    if not isinstance(seeds, tuple) or not all(type(seed) is int for seed in seeds):
         raise RequestError(f"cell {name!r}: more_seeds is {seeds}; give whole numbers: (1, 2)")
     return seeds
 
 
 def _check_name(name: Any) -> None:
-    if isinstance(name, str) and (
-        len(name.encode("utf-8", "replace")) > LONGEST_NAME or "\0" in name
-    ):
-        raise RequestError(
-            f"cell name {name[:40]!r}… has {len(name)} characters; at most {LONGEST_NAME} bytes "
-            "without NUL can be a folder's"
-        )
     if not is_folder_name(name):
-        raise RequestError(f"cell name {name!r} cannot be a folder's; use letters, digits, -")
+        raise RequestError(
+            f"cell name {reprlib.repr(name)} cannot be a folder's; use letters, digits and -, "
+            f"{LONGEST_NAME} bytes at most"
+        )
 
 
 def _refuse_twins(sweep: Sweep) -> None:
     """Raises `RequestError` where two cells, first or possible, share a name or their settings."""
-    names: dict[str, Cell] = {}
-    hashes: dict[str, Cell] = {}
+    names: set[str] = set()
+    hashes: dict[str, str] = {}
     for cell in [*sweep.cells, *(cell for tuning in sweep.tunings for cell in tuning.possible)]:
         _check_name(cell.name)
         if cell.name in names:
@@ -189,13 +182,13 @@ def _refuse_twins(sweep: Sweep) -> None:
                 f"sweep {sweep.name!r}: two cells are named {cell.name!r}, one of them by a tune; "
                 "rename one"
             )
-        twin = hashes.setdefault(cell.hash, cell)
-        if twin.name != cell.name:
+        twin = hashes.setdefault(cell.hash, cell.name)
+        if twin != cell.name:
             raise RequestError(
-                f"sweep {sweep.name!r}: cells {twin.name!r} and {cell.name!r} have the same "
-                "settings; remove one, or give them different seeds"
+                f"sweep {sweep.name!r}: cells {twin!r} and {cell.name!r} have the same settings; "
+                "remove one, or give them different seeds"
             )
-        names[cell.name] = cell
+        names.add(cell.name)
 
 
 def choose_value(tuning: Tuning, losses: Sequence[float]) -> dict[str, Any]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import functools
+import dataclasses
 import itertools
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
@@ -91,36 +91,27 @@ def num_elements(batch: Any) -> int:
     return sum(jnp.size(leaf) for leaf in jax.tree.leaves(batch))
 
 
+@dataclasses.dataclass(kw_only=True)
 class InMemory(Runner):
     """Cells of dicts on one model in memory; their results stay there too.
 
-    `loss` and `metrics` take `(params, batch)` and are lifted; `make_tx(settings, num_steps)` makes
-    an optimizer.
+    `loss` and `metrics` take `(params, batch)` and are lifted; `lines` says which packs ran.
     """
 
-    def __init__(
-        self,
-        memory_bytes: int,
-        *,
-        loss: Callable[[Any, Any], jax.Array],
-        metrics: Callable[[Any, Any], Mapping[str, jax.Array]] | None,
-        params: Any,
-        source: SharedBatches | OwnBatches,
-        validation: Sequence[Any],
-        tx: Callable[[Any], optax.GradientTransformation] | None,
-        schedule: Schedule,
-        at_once: int,
-        progress: bool,
-        callbacks: Sequence[Callback],
-    ):
-        super().__init__(memory_bytes)
-        self.lines: list[str] = []
-        self._loss, self._metrics, self._params = loss, metrics, params
-        self._source, self._validation, self._schedule = source, validation, schedule
-        self._make_tx = make_optimizer if tx is None else functools.partial(make_own_optimizer, tx)
-        self._at_once, self._progress, self._callbacks = at_once, progress, callbacks
-        self._trained, self._stopped = False, ""
-        self._program: tuple[Any, PackedProgram] | None = None
+    loss: Callable[[Any, Any], jax.Array]
+    metrics: Callable[[Any, Any], Mapping[str, jax.Array]] | None
+    params: Any
+    source: SharedBatches | OwnBatches
+    validation: Sequence[Any]
+    tx: Callable[[Any], optax.GradientTransformation] | None
+    schedule: Schedule
+    at_once: int
+    progress: bool
+    callbacks: Sequence[Callback]
+    lines: list[str] = dataclasses.field(default_factory=list)
+    _program: tuple[Any, PackedProgram] | None = None
+    _trained: bool = False
+    _stopped: str = ""
 
     def run(self, cells):
         """Trains the cells; Ctrl-C and callbacks that stop a later pack leave what is finished."""
@@ -133,52 +124,44 @@ class InMemory(Runner):
             self.take({cell.name: stopped for cell in cells})
 
     def packs(self, cells):
-        yield make_packs(cells, self._params)
+        yield make_packs(cells, self.params)
 
     def ready(self, pack):
         # The parts of a pack share its program; one of another pack goes.
         if self._program is None or self._program[0] is not pack.union:
             program = PackedProgram(
-                *_loss_and_scores(pack, self._loss, self._metrics),
+                *_loss_and_scores(pack, self.loss, self.metrics),
                 self._tx_of,
                 self._tx_of(pack.cells[0]),
-                batch_axis=self._source.axis,
-                at_once=self._at_once,
+                batch_axis=self.source.axis,
+                at_once=self.at_once,
             )
             self._program = (pack.union, program)
-        frozen = pack.cells[0].method.init(jax.random.key(0), self._params)[1]
+        frozen = pack.cells[0].method.init(jax.random.key(0), self.params)[1]
         return Ready(
-            pack, self._program[1], lambda cell: self._params, frozen, self._source,
-            lambda: max(self._validation, key=num_elements, default=None),
+            pack, self._program[1], lambda cell: self.params, frozen, self.source,
+            lambda: max(self.validation, key=num_elements, default=None),
         )  # fmt: skip
 
     def _tx_of(self, cell: Cell) -> optax.GradientTransformation:
-        tx = self._make_tx(cell.config.optimizer, self._schedule.num_steps)
+        settings = (cell.config.optimizer, self.schedule.num_steps)
+        tx = (
+            make_optimizer(*settings) if self.tx is None else make_own_optimizer(self.tx, *settings)
+        )
         return cell.method.optimizer(tx)
-
-    def divide(self, pack, parts):
-        return [pack.take(part) for part in parts]
 
     def train(self, pack, ready, needed):
         number = len(self.lines) + 1
         self.lines.append(f"pack {number}: {pack} ({needed / 2**20:,.4g} MiB)")
-        if self._progress:
+        if self.progress:
             print(self.lines[-1])
-        num_steps = self._schedule.num_steps
-        with show_progress(f"pack {number}", num_steps, enabled=self._progress) as show:
+        num_steps = self.schedule.num_steps
+        with show_progress(f"pack {number}", num_steps, enabled=self.progress) as show:
             curves = Curves(pack, show)
-            training = PackTraining(
-                pack,
-                ready.program,
-                ready.params_of,
-                ready.frozen,
-                self._source,
-                _validation(ready.program, self._validation),
-                self._schedule,
-                [curves, *self._callbacks],
-            )
+            validate = _validation(ready.program, self.validation)
+            training = PackTraining(ready, validate, self.schedule)
             try:
-                training.run()
+                training.run([curves, *self.callbacks])
             except StopRequested as why:
                 self._stopped = str(why)
                 for lane in training.going():
@@ -238,7 +221,7 @@ class Curves(Display):
     def __init__(self, pack: Pack, show: Show):
         super().__init__(lambda step, loss, rate: show(step, loss, None))
         self._losses: list[list[float]] = [[] for _ in pack.cells]
-        self._metrics: list[list[tuple[int, dict[str, float]]]] = [[] for _ in pack.cells]
+        self.metrics: list[list[tuple[int, dict[str, float]]]] = [[] for _ in pack.cells]
 
     def stepped(self, training, k, rows):
         self._losses[k] += [row[1] for row in rows]

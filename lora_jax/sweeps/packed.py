@@ -2,44 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from lora_jax.core.errors import RequestError
-from lora_jax.sweeps.pack import Pack
-from lora_jax.sweeps.program import PackedProgram, Use, lane_of, with_lanes
-from lora_jax.train.cell import Cell, Progress, Schedule
-from lora_jax.train.loop import Callback, Training, Validate
+from lora_jax.sweeps.program import Use, lane_of, with_lanes
+from lora_jax.sweeps.runner import Ready
+from lora_jax.train.cell import Progress, Schedule
+from lora_jax.train.loop import Training, Validate
 
 
 class PackTraining(Training):
-    """The cells of a pack in training.
+    """The cells of a pack in training."""
 
-    `params_of(cell)` is the tree that a cell begins with, `base` the frozen part, which all share.
-    """
-
-    def __init__(
-        self,
-        pack: Pack,
-        program: PackedProgram,
-        params_of: Callable[[Cell], Any],
-        base: Any,
-        batches: Any,
-        validate: Validate,
-        schedule: Schedule,
-        callbacks: Sequence[Callback] = (),
-    ):
-        data = pack.data()
+    def __init__(self, ready: Ready, validate: Validate, schedule: Schedule):
+        pack, program, data = ready.pack, ready.program, ready.pack.data()
 
         def frozen_of(cells: Sequence[int]) -> tuple[Any, Any]:
-            return program.take("data", data, cells), base
+            return program.take("data", data, cells), ready.frozen
 
-        self.pack = pack
-        self.use = program.use = Use()
-        state = program.init(pack, list(map(params_of, pack.cells)))
-        super().__init__(
-            pack.cells, program, state, frozen_of, batches, validate, schedule, callbacks
-        )
+        self.pack, self.use = pack, Use()
+        program.use = self.use
+        state = program.init(pack, list(map(ready.params_of, pack.cells)))
+        super().__init__(pack.cells, program, state, frozen_of, ready.batches, validate, schedule)
 
     def trainable_of(self, k: int) -> Any:
         """Cell k's best trainable, at its own rank and targets; None if there never was one."""

@@ -209,19 +209,19 @@ class PackedProgram(Program):
         is the base; shape structs get their sharding."""
         if self._place is None:
             return first, frozen, batch
-        stacked = self._stacked and name == "step"
+        kind = "batch" if self._stacked and name == "step" else "shared batch"
         if not any(isinstance(x, jax.ShapeDtypeStruct) for x in jax.tree.leaves(first)):
             leaves, treedef = jax.tree.flatten(batch)
-            key = (stacked, treedef, *map(np.shape, leaves))
+            key = (kind, treedef, *map(np.shape, leaves))
             if key not in self._of_batch:
-                self._of_batch[key] = self._place.of_batch(batch, stacked=stacked)
+                self._of_batch[key] = self._place.of(kind, batch)
             return first, frozen, place(batch, self._of_batch[key])
-        of_first = self._place.of_state if name == "step" else self._place.of_trainable
+        of_first = self._place.of("state" if name == "step" else "trainable", first)
         data, base = frozen
         return (
-            place(first, of_first(first)),
-            (place(as_shapes(data), self._place.of_data(data)), base),
-            place(as_shapes(batch), self._place.of_batch(batch, stacked=stacked)),
+            place(first, of_first),
+            (place(as_shapes(data), self._place.of("data", data)), base),
+            place(as_shapes(batch), self._place.of(kind, batch)),
         )
 
     def take(self, kind: str, tree: Any, lanes: Sequence[int]) -> Any:
@@ -233,7 +233,7 @@ class PackedProgram(Program):
         if self._place is None:
             return tree if as_it_is else _take(tree, lanes)
         taking = functools.partial(_take, lanes=lanes)
-        where = getattr(self._place, f"of_{kind}")(jax.eval_shape(taking, tree))
+        where = self._place.of(kind, jax.eval_shape(taking, tree))
         if as_it_is:
             return jax.device_put(tree, where)
         return jax.jit(taking, out_shardings=where)(tree)
@@ -246,7 +246,7 @@ class PackedProgram(Program):
             best = self.take("trainable", _zeros(new, count), range(count))
         kept = _keep
         if self._place is not None:
-            kept = jax.jit(_keep, out_shardings=self._place.of_trainable(best))
+            kept = jax.jit(_keep, out_shardings=self._place.of("trainable", best))
         return kept(best, new, jnp.asarray(cells), jnp.asarray(better))
 
 

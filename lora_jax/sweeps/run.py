@@ -21,6 +21,7 @@ from lora_jax.sweeps.view import SweepView
 from lora_jax.sweeps.workdir import Result, Workdir, by_base, pack_text
 from lora_jax.train import enable_compilation_cache
 from lora_jax.train.build import load_base
+from lora_jax.train.callbacks import Options
 from lora_jax.train.loop import Callback, Diverged
 from lora_jax.train.signals import stop_requests
 from lora_jax.train.workdir import check_cell, lock_workdir, read_json_file
@@ -57,10 +58,12 @@ def run_sweep(
         check_sweep(sweep, workdir, source=source, add=add)
         enable_compilation_cache()
         budget = memory_bytes or device_memory_bytes(1 if mesh is None else mesh.size)
-        runner = Workdir(
-            workdir, view, budget, command=command, progress=progress, mesh=mesh,
-            config_file=config_file, callbacks=callbacks,
+        options = Options(
+            command=command or "run the sweep again with the same workdir",
+            config_file=config_file, callbacks=callbacks, progress=progress,
+            show_with=view.show_with,
         )  # fmt: skip
+        runner = Workdir(memory_bytes=budget, folder=workdir, view=view, options=options, mesh=mesh)
 
         def run(some: Sequence[Cell]) -> None:
             view.expect(len(some))
@@ -92,7 +95,8 @@ def plan_sweep(
     """
     workdir = Path(workdir)
     check_sweep(sweep, workdir, source=source, add=add)
-    there = Workdir(workdir, SweepView(enabled=False), device_memory_bytes())
+    silent = SweepView(enabled=False)
+    there = Workdir(memory_bytes=device_memory_bytes(), folder=workdir, view=silent)
     finished, waiting = there.finished(sweep.first)
     lines = [
         f"failed: {name}: {result}" if isinstance(result, RequestError) else f"finished: {name}"

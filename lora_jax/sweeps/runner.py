@@ -42,15 +42,15 @@ class Ready:
     evaluation: Callable[[], Any]
 
 
+@dataclasses.dataclass(kw_only=True)
 class Runner:
     """Runs cells; every result goes into `results`, and the first of a cell stays.
 
     A result is what `train` gives, or the `RequestError` that kept the cell from having one.
     """
 
-    def __init__(self, memory_bytes: int):
-        self.results: dict[str, Any] = {}
-        self.memory_bytes = memory_bytes
+    memory_bytes: int
+    results: dict[str, Any] = dataclasses.field(default_factory=dict)
 
     def packs(self, cells: Sequence[Cell]) -> Iterator[tuple[list[Pack], Mapping[str, Any]]]:
         """Packs of the cells that are still to be trained, and `{name: why}` of refused ones."""
@@ -66,10 +66,11 @@ class Runner:
 
     def divide(self, pack: Pack, parts: Sequence[Sequence[int]]) -> list[Pack]:
         """The pack's parts, by the numbers of their cells."""
-        raise NotImplementedError
+        return [pack.take(part) for part in parts]
 
-    def train(self, pack: Pack, ready: Ready | None, needed: int) -> Mapping[str, Any]:
-        """`{name: result}` of training the pack; `needed` bytes are what its program holds."""
+    def train(self, pack: Pack, ready: Any, needed: int) -> Mapping[str, Any]:
+        """`{name: result}` of training the pack; `ready` is what `ready` gave, `needed` the bytes
+        that its program holds."""
         raise NotImplementedError
 
     def failure(self, error: Exception) -> RequestError | None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 from lora_jax.core.draws import partitionable
@@ -15,11 +15,9 @@ from lora_jax.sweeps.packed import PackTraining
 from lora_jax.sweeps.record import PackRecord
 from lora_jax.sweeps.runner import Ready
 from lora_jax.train.build import Base, plan_steps
-from lora_jax.train.callbacks import StopAtSignal, train_on_disk, validate_on
+from lora_jax.train.callbacks import Options, train_on_disk, validate_on
 from lora_jax.train.environment import describe_program
-from lora_jax.train.evaluate import Evaluation
-from lora_jax.train.loop import Callback, Diverged
-from lora_jax.train.progress import ShowWith
+from lora_jax.train.loop import Diverged
 from lora_jax.train.record import Card
 from lora_jax.train.signals import stop_requests
 from lora_jax.train.workdir import claim_cell, read_json_file
@@ -33,12 +31,9 @@ def train_pack(
     ready: Ready,
     base: Base,
     workdir: Path,
+    options: Options,
     *,
     memory_bytes: int,
-    command: str,
-    show_with: ShowWith,
-    config_file: str = "",
-    callbacks: Sequence[Callback] = (),
 ) -> dict[str, Card | RequestError]:
     """Trains the cells of a pack on `base`; `{name: card, or its failure}`.
 
@@ -48,6 +43,7 @@ def train_pack(
     started = time.perf_counter()
     cells, program = ready.pack.cells, ready.program
     record = PackRecord(cells, memory_bytes)
+    home = record.folder(workdir)
     folders = [workdir / "cells" / cell.name for cell in cells]
     for cell, folder in zip(cells, folders, strict=True):
         claim_cell(folder, plain_config(cell.config))
@@ -55,59 +51,34 @@ def train_pack(
     config = cells[0].config
     schedule = plan_steps(config.train, base.train_batches_of(config).steps_per_epoch)
     validation, test = base.eval_batches_of(config)
-    with stop_requests() as requested:
-        training = PackTraining(
-            ready.pack, program, ready.params_of, ready.frozen, ready.batches,
-            validate_on(program, validation), schedule,
-        )  # fmt: skip
+    with stop_requests():
+        training = PackTraining(ready, validate_on(program, validation), schedule)
         tests = train_on_disk(
-            training,
-            record.folder(workdir),
-            folders,
-            test,
-            show_with,
-            unit=base.task.unit,
-            more=[StopAtSignal(requested), *callbacks],
-            started=started,
-            again=command or "run the sweep again with the same workdir",
+            training, home, folders, test, options, unit=base.task.unit, started=started
         )
-        return _write_results(training, program.at_once, base, folders, tests, record, config_file)
+        of_pack = {
+            "K": len(cells), "pack": home.name, "cells": [cell.name for cell in cells],
+            "at_once": program.at_once,
+        }  # fmt: skip
+        table = ready.pack.union.table(base.model.params)
 
-
-def _write_results(
-    training: PackTraining,
-    at_once: int,
-    base: Base,
-    folders: Sequence[Path],
-    tests: Mapping[int, Evaluation],
-    record: PackRecord,
-    config_file: str,
-) -> dict[str, Card | RequestError]:
-    cells, use = training.pack.cells, training.use
-    table = training.pack.union.table(base.model.params)
-    of_pack = {
-        "K": len(cells), "pack": record.name, "cells": [cell.name for cell in cells],
-        "at_once": at_once,
-    }  # fmt: skip
-    results: dict[str, Card | RequestError] = {}
-    for k, (cell, folder) in enumerate(zip(cells, folders, strict=True)):
-        progress = training.cells[k].progress
-        if (folder / "card.json").exists():
-            results[cell.name] = Card.read(folder / "card.json")
-        elif k not in tests:
-            home = record.folder(folder.parent.parent)
-            results[cell.name] = write_failure(folder, training.cells[k].error, [folder, home])
-        else:
-            program = describe_program(
-                table, sorted(use.batch_shapes), memory_bytes=use.memory_bytes, progress=progress,
-                pack={**of_pack, "slot": k},
+        def result_of(k: int) -> Card | RequestError:
+            cell, folder, ended = cells[k], folders[k], training.cells[k]
+            if (folder / "card.json").exists():
+                return Card.read(folder / "card.json")
+            if k not in tests:
+                return write_failure(folder, ended.error, [folder, home])
+            compiled = describe_program(
+                table, sorted(training.use.batch_shapes), progress=ended.progress,
+                memory_bytes=training.use.memory_bytes, pack={**of_pack, "slot": k},
             )  # fmt: skip
-            results[cell.name] = write_results(
+            return write_results(
                 folder, plain_config(cell.config), base.model_of(cell.seed), cell.method,
-                base.splits, progress, training.trainable_of(k), tests[k], program,
-                config_file=config_file,
+                base.splits, ended.progress, training.trainable_of(k), tests[k], compiled,
+                options.config_file,
             )  # fmt: skip
-    return results
+
+        return {cell.name: result_of(k) for k, cell in enumerate(cells)}
 
 
 def write_failure(folder: Path, why: str, homes: Sequence[Path]) -> Diverged:

@@ -34,7 +34,7 @@ class SweepView(contextlib.AbstractContextManager):
         self._begun = self._printed = clock()
         self._total = self._running = self._done = self._failed = 0
         self._work = self._worked = self._skipped = 0.0
-        self._told = ""
+        self._last = ""
         self._bars: rich.progress.Progress | None = None
         if enabled and self._stream.isatty():
             self._bars = rich.progress.Progress(
@@ -95,48 +95,38 @@ class SweepView(contextlib.AbstractContextManager):
         """As `train.progress.show_progress`: a bar of its own for what is running."""
         cells = max(1, self._running)
         self._skipped += cells * start
-        bar = None
-        if self._bars is not None:
-            bar = self._bars.add_task(name, total=num_steps, completed=start, values="")
+        bars = self._bars
+        bar = bars and bars.add_task(name, total=num_steps, completed=start, values="")
 
         def show(step: int, loss: float | None, rate: float | None) -> None:
             come = f"step {step}/{num_steps}"
             if step >= num_steps:  # nothing is shown again until that is over
                 come += f", {EVALUATING}"
-            told = f"{name} {come}"
             values = f"loss {loss:.4f}" if loss is not None else ""
-            if bar is not None:
-                self._bars.update(bar, completed=step, values=f"{come}  {values}")
+            if bars is not None and bar is not None:
+                bars.update(bar, completed=step, values=f"{come}  {values}")
                 done = (self._worked + cells * step) / max(1.0, self._work)
-                self._bars.update(self._whole, completed=done, values=self._counts(step))
+                bars.update(self._whole, completed=done, values=self._counts(step))
                 return
-            now = self._clock()
-            ends = step >= num_steps and told not in self._told
+            now, line = self._clock(), f"{name} {come}"
+            ends = step >= num_steps and line not in self._last
             if self._enabled and (ends or now - self._printed >= self._every_s):
-                self._printed, self._told = now, told
-                self.say("  ".join(filter(None, [self._counts(step), told, values])))
+                self._printed, self._last = now, line
+                self.say("  ".join(filter(None, [self._counts(step), line, values])))
 
         try:
-            yield show if self._enabled and enabled else _nothing
+            yield show if self._enabled and enabled else lambda step, loss, rate: None
         finally:
-            if bar is not None:
-                self._bars.remove_task(bar)
+            if bars is not None and bar is not None:
+                bars.remove_task(bar)
 
     def _counts(self, step: int) -> str:
         waiting = self._total - self._done - self._failed - self._running
         words = [f"{self._done} done", f"{self._running} running"]
         words += [f"{self._failed} failed"] if self._failed else []
         words += [f"{waiting} waiting"] if waiting else []
-        left = self._left(step)
-        return ", ".join(words) + (f"; {clock_time(left)} left" if left is not None else "")
-
-    def _left(self, step: int) -> float | None:
         worked = self._worked + self._running * step
-        here = worked - self._skipped
-        if here <= 0:
-            return None
-        return (self._clock() - self._begun) / here * max(0.0, self._work - worked)
-
-
-def _nothing(step, loss, rate) -> None:
-    pass
+        if (here := worked - self._skipped) <= 0:
+            return ", ".join(words)
+        left = (self._clock() - self._begun) / here * max(0.0, self._work - worked)
+        return f"{', '.join(words)}; {clock_time(left)} left"

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import jax
 from jax.sharding import Mesh
@@ -22,42 +21,28 @@ from lora_jax.sweeps.stored import read_failure, train_pack, write_failure
 from lora_jax.sweeps.view import SweepView
 from lora_jax.train import train_cell
 from lora_jax.train.build import Base, load_base
+from lora_jax.train.callbacks import Options
 from lora_jax.train.cell import Cell
-from lora_jax.train.loop import Callback, Diverged
+from lora_jax.train.loop import Diverged
 from lora_jax.train.record import Card
 from lora_jax.train.signals import Interrupted, stop_requests
 
 Result = Card | RequestError
 
 
+@dataclasses.dataclass(kw_only=True)
 class Workdir(Runner):
     """The cells of one workdir: finished ones are passed over, begun ones are gone on with."""
 
-    def __init__(
-        self,
-        folder: Path,
-        view: SweepView,
-        memory_bytes: int,
-        *,
-        command: str = "",
-        progress: bool = False,
-        mesh: Mesh | None = None,
-        config_file: str = "",
-        callbacks: Sequence[Callback] = (),
-    ):
-        super().__init__(memory_bytes)
-        self._folder, self._view, self._progress, self._mesh = folder, view, progress, mesh
-        self._command = command or "run the sweep again with the same workdir"
-        # What each training is given.
-        self._options: dict[str, Any] = {
-            "command": command, "config_file": config_file, "callbacks": callbacks,
-            "show_with": view.show_with,
-        }  # fmt: skip
-        self._bases: dict[str, Base] = {}
-        self._ready: list[Ready] = []
+    folder: Path
+    view: SweepView
+    options: Options = Options()
+    mesh: Mesh | None = None
+    _bases: dict[str, Base] = dataclasses.field(default_factory=dict)
+    _ready: list[Ready] = dataclasses.field(default_factory=list)
 
     def say(self, line):
-        self._view.say(line)
+        self.view.say(line)
 
     def packs(self, cells):
         for same in by_base(cells):
@@ -67,12 +52,12 @@ class Workdir(Runner):
                 yield [], {cell.name: error for cell in same}
                 continue
             yield [], refused
-            record = read_record(self._folder)
+            record = read_record(self.folder)
             for pack in packs:  # for `sweep --status`
                 record["num_steps"] |= {cell.name: pack.num_steps for cell in pack.cells}
-            write_json(self._folder / SWEEP, record)
+            write_json(self.folder / SWEEP, record)
             for number, pack in enumerate(packs, 1):
-                self._view.expect(0, len(pack.cells) * pack.num_steps)
+                self.view.expect(0, len(pack.cells) * pack.num_steps)
                 self.say(f"program {number} of {len(packs)}: {pack_text(pack)}")
             yield packs, {}
 
@@ -80,7 +65,7 @@ class Workdir(Runner):
         """The results of cells that are finished, or failed for good; and the other cells."""
         results, waiting = {}, []
         for cell in cells:
-            folder = self._folder / "cells" / cell.name
+            folder = self.folder / "cells" / cell.name
             if (folder / "card.json").exists():
                 results[cell.name] = Card.read(folder / "card.json")
             elif (failure := read_failure(folder)) is not None:
@@ -88,7 +73,7 @@ class Workdir(Runner):
             else:
                 waiting.append(cell)
                 continue
-            self._view.ended(failed=isinstance(results[cell.name], RequestError))
+            self.view.ended(failed=isinstance(results[cell.name], RequestError))
         return results, waiting
 
     def between(self):
@@ -98,12 +83,12 @@ class Workdir(Runner):
                 done = sum(not isinstance(r, RequestError) for r in self.results.values())
                 raise Interrupted(
                     f"stopped by {requested()} with {done} cells done; all is saved in "
-                    f"{self._folder}. To go on: {self._command}"
+                    f"{self.folder}. To go on: {self.options.command}"
                 )
 
     def ended(self, name, result):
         failed = isinstance(result, RequestError)
-        self._view.ended(failed=failed)
+        self.view.ended(failed=failed)
         self.say(f"{name}: {f'failed: {result}' if failed else _one_line(result)}")
 
     def failure(self, error):
@@ -132,7 +117,7 @@ class Workdir(Runner):
         return made
 
     def is_begun(self, pack):
-        return PackRecord(pack.cells, self.memory_bytes).has_checkpoint(self._folder)
+        return PackRecord(pack.cells, self.memory_bytes).has_checkpoint(self.folder)
 
     def divide(self, pack, parts):
         base = self._base_of(pack.cells[0])
@@ -140,23 +125,19 @@ class Workdir(Runner):
         for part in packs:
             # All now: killed after the first, the rest must not be divided anew.
             if len(part.cells) > 1:
-                PackRecord(part.cells, self.memory_bytes).write(self._folder)
+                PackRecord(part.cells, self.memory_bytes).write(self.folder)
         return packs
 
     def train(self, pack, ready, needed):
         base = self._base_of(pack.cells[0])
-        with self._view.running(len(pack.cells), pack.num_steps):
+        with self.view.running(len(pack.cells), pack.num_steps):
             if ready is not None:
-                return train_pack(
-                    ready, base, self._folder, memory_bytes=self.memory_bytes, **self._options
-                )
-            (cell,) = pack.cells
-            folder = self._folder / "cells" / cell.name
+                limit = self.memory_bytes
+                return train_pack(ready, base, self.folder, self.options, memory_bytes=limit)
+            cell = pack.cells[0]
+            folder = self.folder / "cells" / cell.name
             try:
-                card = train_cell(
-                    cell.config, folder, progress=self._progress, base=base, **self._options
-                )
-                return {cell.name: card}
+                return {cell.name: train_cell(cell.config, folder, self.options, base=base)}
             except Diverged as error:
                 return {cell.name: write_failure(folder, str(error), [folder])}
 
@@ -178,17 +159,17 @@ class Workdir(Runner):
             refused.update(impossible)
             return made
 
-        for record in read_packs(self._folder):
+        for record in read_packs(self.folder):
             if self._was_begun(record, waiting):
                 made = plan([waiting.pop(cell.name, None) or cell for cell in record.cells])
                 if [len(pack.cells) for pack in made] != [len(record.cells)]:
                     raise RequestError(
-                        f"{record.folder(self._folder)} was begun by a version that let its cells "
+                        f"{record.folder(self.folder)} was begun by a version that let its cells "
                         "share a program, which they do not here; use that version, or remove it "
                         "and the folders of its cells"
                     )
         for name in list(waiting):
-            if (self._folder / "cells" / name / "checkpoints").exists():
+            if (self.folder / "cells" / name / "checkpoints").exists():
                 plan([waiting.pop(name)])
         plan(list(waiting.values()))
         return packs, refused
@@ -197,11 +178,11 @@ class Workdir(Runner):
         """Whether cells of this pack wait, and it is to be gone on with."""
         mine = [cell for cell in record.cells if cell.name in waiting]
         same = [cell for cell in mine if waiting[cell.name].hash == cell.hash]
-        saved = record.has_checkpoint(self._folder)
+        saved = record.has_checkpoint(self.folder)
         if same and len(same) < len(mine):
             if saved:
                 others = [cell.name for cell in mine if cell not in same]
-                self._view.say(
+                self.view.say(
                     f"{record.name} was begun with other settings of {', '.join(others)}: its "
                     "unfinished cells begin again"
                 )
@@ -213,24 +194,24 @@ class Workdir(Runner):
         if key not in self._bases:
             self._bases.clear()  # one model in memory at a time
             self._ready.clear()
-            self._bases[key] = load_base(cell.config, self._mesh)
+            self._bases[key] = load_base(cell.config, self.mesh)
             for note in self._bases[key].splits.notes:
-                self._view.say(note)
+                self.view.say(note)
         return self._bases[key]
 
 
 def pack_text(pack: Pack) -> str:
     """The pack in a line."""
-    return str(pack) if len(pack.cells) > 1 else f"alone: {pack.cells[0].name}"
+    names = [cell.name for cell in pack.cells]
+    return f"alone: {names[0]}" if len(names) == 1 else str(pack)
 
 
 def _same_program(one: Pack, other: Pack) -> bool:
     """Whether two packs of one base compile to one program at equal widths."""
-    return (
-        one.union == other.union
-        and one.num_steps == other.num_steps
-        and one.cells[0].config.program_key() == other.cells[0].config.program_key()
-    )
+    keys = [
+        (pack.union, pack.num_steps, pack.cells[0].config.program_key()) for pack in (one, other)
+    ]
+    return keys[0] == keys[1]
 
 
 def _one_line(card: Card) -> str:

@@ -43,6 +43,11 @@ class Adapted:
         """The model's parameters with the adapter bound, for `model.apply`."""
         return self.method.bind(self.trainable, self.frozen)
 
+    @property
+    def merged(self) -> tuple[dict[str, Any], Any]:
+        """`(trainable, frozen)` that bind to the plain model with the adapter folded in."""
+        return {}, self.method.merge(self.trainable, self.frozen, dtype="stored")
+
 
 @partitionable()
 def load_run_adapter(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,8 +16,8 @@ from lora_jax.train.metrics import MetricsWriter
 from lora_jax.train.numerics import check_resumed, numerics
 from lora_jax.train.optimizer import make_schedule
 from lora_jax.train.program import Program
-from lora_jax.train.progress import Show
-from lora_jax.train.signals import Interrupted
+from lora_jax.train.progress import Show, ShowWith, show_progress
+from lora_jax.train.signals import Interrupted, stop_requests
 
 
 class MetricsFiles(Callback):
@@ -25,16 +26,12 @@ class MetricsFiles(Callback):
     `unit` is what is trained per second.
     """
 
-    def __init__(self, writers: Sequence[MetricsWriter], training: Training, unit: str):
+    def __init__(self, writers: Sequence[MetricsWriter], unit: str):
         self._writers, self._unit = writers, unit
-        num_steps = training.schedule.num_steps
-        self._rates = [
-            make_schedule(cell.settings.config.optimizer, num_steps) for cell in training.cells
-        ]
 
     def logged(self, training, k, values):
         cell = training.cells[k]
-        rate = float(self._rates[k](cell.progress.step - 1))
+        rate = _rate_at(training, k, cell.progress.step - 1)
         more = {"lr": rate, f"{self._unit}_per_s": cell.rate}
         self._write(training, k, "train", {**values, **more})
 
@@ -75,13 +72,12 @@ class SavedCheckpoints(Callback):
             return
         with contextlib.suppress(RequestError):
             self._checkpoints.wait()
-        good, config = self._checkpoints.latest_step, training.cells[k].settings.config
-        rate = make_schedule(config.optimizer, training.schedule.num_steps)(max(0, step - 1))
+        good, rate = self._checkpoints.latest_step, _rate_at(training, k, max(0, step - 1))
         saved = "no checkpoint was written yet"
         if good is not None:
             saved = f"the checkpoint of step {good} is kept"
         raise Diverged(
-            f"{what} at step {step} (learning rate {float(rate):g}); {saved}. Lower optimizer.lr "
+            f"{what} at step {step} (learning rate {rate:g}); {saved}. Lower optimizer.lr "
             "or optimizer.clip_norm and train in another workdir"
         )
 
@@ -105,6 +101,22 @@ class StopAtSignal(Callback):
         self.stop_requested = requested
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Options:
+    """How a training on disk is shown, stopped and noted; nothing of it decides the result.
+
+    `command` is what to tell the user to type after an interruption; `config_file`
+    ("FILE.py[:arg]") is noted in the cards; `show_with` shows how far it is, if there is
+    `progress`.
+    """
+
+    command: str = ""
+    config_file: str = ""
+    callbacks: Sequence[Callback] = ()
+    progress: bool = True
+    show_with: ShowWith = show_progress
+
+
 def validate_on(program: Program, batches: Iterable[Any]) -> Validate:
     """Evaluates each lane's loss and accuracy on `batches`."""
 
@@ -120,21 +132,22 @@ def train_on_disk(
     home: Path,
     folders: Sequence[Path],
     test: Iterable[Any],
-    show: Callable[..., contextlib.AbstractContextManager[Show]],
+    options: Options,
     *,
     unit: str,
-    more: Sequence[Callback],
     started: float,
-    again: str,
 ) -> dict[int, Evaluation]:
     """Trains to the end, from the latest checkpoint in `home`; `{cell: scores}` on `test`.
 
-    Each cell's metrics are in its folder, and all is on the disk in the end. `show(name, num_steps,
-    start=…)` shows the way. Raises `Interrupted`, after saving, when a callback of `more` asks to
-    stop; `again` says how to go on.
+    Each cell's metrics are in its folder, and all is on the disk in the end. `unit` is what rates
+    count. Raises `Interrupted`, after saving, at a signal or when a callback asks to stop.
     """
     num_steps = training.schedule.num_steps
-    with Checkpoints(home / "checkpoints") as checkpoints, contextlib.ExitStack() as stack:
+    with (
+        stop_requests() as requested,
+        Checkpoints(home / "checkpoints") as checkpoints,
+        contextlib.ExitStack() as stack,
+    ):
         _resume(training, checkpoints)
         writers = [
             stack.enter_context(
@@ -142,17 +155,24 @@ def train_on_disk(
             )
             for folder, cell in zip(folders, training.cells, strict=True)
         ]
-        shown = stack.enter_context(show(home.name, num_steps, start=training.step))
-        files = [MetricsFiles(writers, training, unit), SavedCheckpoints(checkpoints)]
-        training.begin([*files, Display(shown), *more], started)
+        show = options.show_with(
+            home.name, num_steps, start=training.step, enabled=options.progress, unit=unit
+        )
+        callbacks = [
+            MetricsFiles(writers, unit),
+            SavedCheckpoints(checkpoints),
+            Display(stack.enter_context(show)),
+            StopAtSignal(requested),
+            *options.callbacks,
+        ]
         try:
-            training.run()
+            training.run(callbacks, started)
             found = training.test(test)
         except StopRequested as why:
             checkpoints.wait()
             raise Interrupted(
                 f"stopped by {why} at step {training.step} of {num_steps}; all is saved in "
-                f"{checkpoints.folder.parent}. To go on: {again}"
+                f"{checkpoints.folder.parent}. To go on: {options.command}"
             ) from None
         checkpoints.wait()
         return found
@@ -171,6 +191,13 @@ def _resume(training: Training, checkpoints: Checkpoints) -> None:
     found = checkpoints.restore(like)
     if found is not None:
         training.go_on_from(*found, changes)
+
+
+def _rate_at(training: Training, k: int, step: int) -> float:
+    """The learning rate of cell k."""
+    optimizer = training.cells[k].settings.config.optimizer
+    rate: Any = make_schedule(optimizer, training.schedule.num_steps)(step)
+    return float(rate)
 
 
 def _mean(values: Sequence[float | None]) -> float | None:

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 from lora_jax.core.errors import RequestError
@@ -55,7 +54,8 @@ class Cell:
 class Schedule:
     """What all cells of a training share: its length, the intervals in steps, and the patience.
 
-    `eval_every` of 0 evaluates once, after the last step; `checkpoint_every` of 0 never saves.
+    `eval_every` of 0 evaluates once, after the last step; `checkpoint_every` of 0 never saves;
+    `patience` counts evaluations without a better loss, 0 for no limit.
     """
 
     num_steps: int
@@ -120,20 +120,17 @@ class Progress:
     def add_seconds(self, kind: str, seconds: float) -> None:
         self.seconds[kind] = self.seconds.get(kind, 0.0) + seconds
 
-    def evaluate(self, loss: float, accuracy: float, *, patience: int, num_steps: int) -> None:
-        """Notes an evaluation at the current step: the best so far, and whether to stop.
-
-        `patience` counts evaluations without a better loss, 0 for no limit.
-        """
+    def evaluate(self, loss: float, accuracy: float, schedule: Schedule) -> None:
+        """Notes an evaluation at the current step: the best so far, and whether to stop."""
         self.evaluated_step = self.step
         self.evaluations_since_best += 1
         if self.best_loss is None or loss < self.best_loss:
             self.best_step, self.best_loss, self.best_accuracy = self.step, loss, accuracy
             self.evaluations_since_best = 0
-        if patience and self.evaluations_since_best >= patience:
+        if schedule.patience and self.evaluations_since_best >= schedule.patience:
             self.stopped = STOPPED_IMPROVING
-        elif self.step >= num_steps:
-            self.stopped = f"budget of {num_steps} steps ended"
+        elif self.step >= schedule.num_steps:
+            self.stopped = f"budget of {schedule.num_steps} steps ended"
 
 
 @dataclasses.dataclass
@@ -153,12 +150,6 @@ class TrainingCell:
     def ended(self) -> bool:
         return bool(self.progress.stopped or self.error)
 
-    def take_steps(self, rows: Sequence[tuple[float, ...]]) -> None:
-        """Notes steps as (step, loss, correct, weight, gradient norm)."""
-        if rows:
-            self.progress.window += tuple(rows)
-            self.progress.step = int(rows[-1][0])
-
     def log(self) -> dict[str, float]:
         """Empties the window of steps and sets `rate`; returns loss, accuracy and grad_norm.
 
@@ -177,10 +168,3 @@ class TrainingCell:
             "accuracy": sum(row[2] for row in window) / weight,
             "grad_norm": sum(row[4] for row in window) / len(window),
         }
-
-    def evaluate(self, values: Mapping[str, float], schedule: Schedule) -> None:
-        """Notes an evaluation."""
-        self.progress.evaluate(
-            values["loss"], values.get("accuracy", math.nan),
-            patience=schedule.patience, num_steps=schedule.num_steps,
-        )  # fmt: skip

@@ -1,7 +1,4 @@
-"""The training loop: cells in the lanes of one program, each with its own end.
-
-A run alone has one cell and one lane, a pack has many.
-"""
+"""The training loop: cells in the lanes of one program; a run alone has one, a pack has many."""
 
 from __future__ import annotations
 
@@ -91,22 +88,16 @@ class Training:
         batches: Any,
         validate: Validate,
         schedule: Schedule,
-        callbacks: Sequence[Callback] = (),
     ):
         self.cells = [TrainingCell(cell, Progress(meshes=(program.mesh,))) for cell in cells]
         self.lanes = list(range(len(self.cells)))
         self.step, self.evaluated, self.saved = 0, 0, 0
-        self.schedule = schedule
-        self.state, self.best = state, None
+        self.schedule, self.state, self.best = schedule, state, None
         self._program, self._batches = program, batches
         self._frozen_of, self._validate = frozen_of, validate
         self._keep_lanes(self.lanes)
         self._pending: list[dict[str, jax.Array]] = []
-        self.begin(callbacks, time.perf_counter())
-
-    def begin(self, callbacks: Sequence[Callback], started: float) -> None:
-        """Sets who is notified, and when (`time.perf_counter`) the preparation began."""
-        self._callbacks, self._mark = callbacks, started
+        self._callbacks: Sequence[Callback] = ()
 
     def restore(
         self, step: int, evaluated: int, lanes: Sequence[int], state: TrainState, best: Any
@@ -132,8 +123,13 @@ class Training:
         """Restores a checkpoint's `contents`; `changes` are those of `train/numerics.py` since."""
         raise NotImplementedError
 
-    def run(self) -> None:
-        """Trains until every cell has ended. Raises `StopRequested`, after saving."""
+    def run(self, callbacks: Sequence[Callback] = (), started: float | None = None) -> None:
+        """Trains until every cell has ended. Raises `StopRequested`, after saving.
+
+        `started` is when (`time.perf_counter`) the preparation began.
+        """
+        self._callbacks = callbacks
+        self._mark = time.perf_counter() if started is None else started
         self._end_section("setup")
         while True:
             try:
@@ -252,12 +248,14 @@ class Training:
             for step, values in enumerate(by_lane, first):
                 rows.append((step, *(float(value[lane]) for value in values)))
                 # The loss is from before the step's update, the gradient is what goes into it.
-                of_both = (("loss", rows[-1][1]), ("gradient norm", rows[-1][4]))
-                wrong = next((both for both in of_both if not math.isfinite(both[1])), None)
-                if wrong:
+                both = (("loss", rows[-1][1]), ("gradient norm", rows[-1][4]))
+                if wrong := next((one for one in both if not math.isfinite(one[1])), None):
                     break
             self._notify("stepped", self.lanes[lane], rows)
-            self._at(lane).take_steps(rows)
+            if rows:
+                progress = self._at(lane).progress
+                progress.window += tuple(rows)
+                progress.step = int(rows[-1][0])
             if wrong:
                 self._fail(lane, *wrong, int(rows[-1][0]))
 
@@ -272,7 +270,7 @@ class Training:
     def _validate_cells(self) -> None:
         trainable, lanes = self.state.trainable, self.going()
         scores = self._validate(trainable, self._frozen, self._watched)
-        # Without validation the last step is the best: nothing chooses among them.
+        # Without validation the last step is the best.
         values = scores or [{"loss": -float(self.step)}] * len(self.lanes)
         self.check_weights()
         better = np.zeros(len(self.lanes), bool)
@@ -281,11 +279,11 @@ class Training:
             if not cell.error and not math.isfinite(loss):
                 self._fail(lane, "validation loss", loss, self.step)
             if not cell.error:
-                cell.evaluate(values[lane], self.schedule)
+                accuracy = values[lane].get("accuracy", math.nan)
+                cell.progress.evaluate(loss, accuracy, self.schedule)
                 better[lane] = cell.progress.best_step == self.step
-        # Beyond the last: what is kept of an empty lane goes nowhere.
         count = self._program.padded(len(self.cells))
-        cells = [count if k == EMPTY else k for k in self.lanes]
+        cells = [count if k == EMPTY else k for k in self.lanes]  # what is beyond goes nowhere
         self.best = self._program.keep(self.best, trainable, cells, better, count)
         # The time goes to all that took part, those that end with it too.
         self._end_section("evaluate", [self._at(lane) for lane in lanes])
@@ -297,21 +295,15 @@ class Training:
                 self._notify("evaluated", self.lanes[lane], values[lane])
 
     def _fail(self, lane: int, what: str, value: float, step: int) -> None:
-        cell = self._at(lane)
-        cause = (
-            f"learning rate {cell.settings.lr:g}; lower it"
-            if step > 1 or what == "a weight"
-            else "before any update; look at the data and the model"
-        )
+        cell, cause = self._at(lane), "before any update; look at the data and the model"
+        if step > 1 or what == "a weight":
+            cause = f"learning rate {cell.settings.lr:g}; lower it"
         cell.error = f"{what} is {value} at step {step} ({cause})"
         self._notify("failed", self.lanes[lane], f"{what} is {value}", step)
 
     def _repack(self) -> None:
-        """Takes ended cells out once half of the lanes are theirs: then a narrower program pays.
-
-        The rule depends on steps and the cells' own ends alone, so that the same sweep repacks the
-        same way.
-        """
+        """Takes ended cells out once half of the lanes are theirs: then a narrower program pays."""
+        # By steps and the cells' own ends alone, so that the same sweep repacks the same way.
         going = self.going()
         left = self.schedule.num_steps - self.step
         if not going or 2 * len(going) > len(self.lanes) or left < FEWEST_STEPS:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -88,7 +89,7 @@ def make_scorer(
 
     That is the adapters', and with `model_dropout` the model's own, by its config's rates.
     """
-    lifted, readout_of = lift(apply), task.readout
+    lifted = lift(apply)
 
     def scores(trainable, frozen, batch, key=None):
         params = method.bind(trainable, frozen, key=key)
@@ -98,12 +99,9 @@ def make_scorer(
             options["constrain"] = constrain
         if model_dropout and key is not None:
             options["dropout_key"] = jax.random.fold_in(key, _OF_THE_MODEL)
-        if readout_of is None:
+        if task.readout is None:
             return task.score(lifted(params, *inputs, **options), batch, smoothing=smoothing)
-
-        def readout(logits_of, states):
-            return readout_of(logits_of, states, batch, smoothing=smoothing, chunk=chunk)
-
+        readout = functools.partial(task.readout, batch=batch, smoothing=smoothing, chunk=chunk)
         return lifted(params, *inputs, readout=readout, **options)
 
     return scores

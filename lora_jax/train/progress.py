@@ -38,14 +38,14 @@ def show_progress(
     (standard error) every `every_s` seconds, and one at the last step, which evaluation follows.
     Not `enabled`, it does nothing.
     """
-    stream = stream or sys.stderr
+    out: TextIO = stream or sys.stderr
     if not enabled:
         yield lambda step, loss, rate: None
-    elif stream.isatty():
-        with _bar(name, num_steps, start, unit, stream) as show:
+    elif out.isatty():
+        with _bar(name, num_steps, start, unit, out) as show:
             yield show
     else:
-        yield _lines(name, num_steps, start, unit, stream, every_s, clock)
+        yield _lines(name, num_steps, start, unit, out, every_s, clock)
 
 
 @contextlib.contextmanager

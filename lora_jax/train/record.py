@@ -26,7 +26,7 @@ _SETTINGS: Mapping[str, Any] = {
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Section:
+class CardPart:
     """A JSON object of a card, with an attribute per key.
 
     A field without a default is in every card; the others are None in cards of versions that had
@@ -41,7 +41,7 @@ class Section:
         own = {name: getattr(self, name) for name in _fields_of(type(self))}
         found = {**self.others, **{name: x for name, x in own.items() if x is not None}}
         return {
-            name: x.to_json() if isinstance(x, Section) else x for name, x in sorted(found.items())
+            name: x.to_json() if isinstance(x, CardPart) else x for name, x in sorted(found.items())
         }
 
     def __getitem__(self, name: str) -> Any:
@@ -56,7 +56,7 @@ class Section:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Counts(Section):
+class Counts(CardPart):
     """Trained parameters: of the task head, of all else, and of both."""
 
     adapter: int
@@ -65,7 +65,7 @@ class Counts(Section):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Seconds(Section):
+class Seconds(CardPart):
     """Seconds that the run took, by kind of work; of a packed run its share of the pack's.
 
     `total` includes `compile`; `shared_by` counts the runs of the pack. Other kinds ("train",
@@ -79,7 +79,7 @@ class Seconds(Section):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Program(Section):
+class Program(CardPart):
     """The compiled program, and the pack if the run was one of several.
 
     `K` runs shared the program, this one in lane `slot`; `cells` names them by lane, `at_once` is
@@ -106,14 +106,14 @@ class Program(Section):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class TrainLoss(Section):
+class TrainLoss(CardPart):
     """The mean training loss of the last entry of metrics.jsonl."""
 
     loss: float
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class BestScores(Section):
+class BestScores(CardPart):
     """Of the best step on the validation split, whose weights were kept."""
 
     loss: float
@@ -122,7 +122,7 @@ class BestScores(Section):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class FinalScores(Section):
+class FinalScores(CardPart):
     """Of the kept weights on the `n` examples of the test split; `tokens` counts those of texts."""
 
     loss: float
@@ -137,7 +137,7 @@ class FinalScores(Section):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Metrics(Section):
+class Metrics(CardPart):
     """What came out: scores by split, why and when training stopped, and what was saved."""
 
     train: TrainLoss
@@ -150,7 +150,7 @@ class Metrics(Section):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Card(Section):
+class Card(CardPart):
     """The record of a finished run.
 
     The hashes (sha256, hex) are of the config's settings, the base model's weights and the data.
@@ -230,11 +230,11 @@ def config_parts(name: str) -> tuple[str | None, str | None]:
     return file or None, arg if colon else None
 
 
-_S = typing.TypeVar("_S", bound=Section)
+_S = typing.TypeVar("_S", bound=CardPart)
 
 
 @functools.cache
-def _fields_of(section: type[Section]) -> dict[str, tuple[Any, bool]]:
+def _fields_of(section: type[CardPart]) -> dict[str, tuple[Any, bool]]:
     """`{name: (type, whether every card has it)}` of a section's own fields."""
     hints = typing.get_type_hints(section)
     found = {}
@@ -263,7 +263,7 @@ def _typed(hint: Any, value: Any, name: str, place: Any) -> Any:
     if hint is Any:
         return value
     kind = typing.get_origin(hint) or hint
-    is_section = issubclass(kind, Section)
+    is_section = issubclass(kind, CardPart)
     wanted = dict if is_section else {int: COUNT, float: NUMBER}.get(kind, kind)
     check_kind(value, wanted, name, place, RESTORE)
     if is_section:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import os
 import sys
 import time
@@ -17,14 +16,13 @@ from lora_jax.io.paths import at_home
 from lora_jax.parallel.mesh import mesh_text
 from lora_jax.settings import Settings, complete, plain_config
 from lora_jax.train.build import Base, Setup, build
-from lora_jax.train.callbacks import StopAtSignal, train_on_disk, validate_on
+from lora_jax.train.callbacks import Options, train_on_disk, validate_on
 from lora_jax.train.cell import Cell, Progress
 from lora_jax.train.compilation import enable_compilation_cache
 from lora_jax.train.environment import describe_program
 from lora_jax.train.loop import Callback, Training
 from lora_jax.train.memory import StepMemory, device_limit_bytes
 from lora_jax.train.program import Program, copy_arrays
-from lora_jax.train.progress import ShowWith, show_progress
 from lora_jax.train.record import Card
 from lora_jax.train.signals import stop_requests
 from lora_jax.train.state import TrainState
@@ -81,29 +79,26 @@ def train(
     if not is_folder_name(name):
         raise RequestError(f"name {name!r} is not the name of a folder; use letters, digits and -")
     config, workdir = complete(config), at_home(workdir)
+    options = Options(
+        command=command or "call train() again with the same config and workdir",
+        config_file=config_file, callbacks=callbacks, progress=progress,
+    )  # fmt: skip
     with lock_workdir(workdir):
-        return train_cell(
-            config, workdir / "cells" / name, progress=progress, command=command,
-            config_file=config_file, mesh=mesh, callbacks=callbacks,
-        )  # fmt: skip
+        return train_cell(config, workdir / "cells" / name, options, mesh=mesh)
 
 
 @partitionable()
 def train_cell(
     config: Settings,
     cell: str | os.PathLike,
+    options: Options,
     *,
-    progress: bool = True,
-    command: str = "",
-    config_file: str = "",
     base: Base | None = None,
     mesh: Mesh | None = None,
-    show_with: ShowWith = show_progress,
-    callbacks: Sequence[Callback] = (),
 ) -> Card:
     """`train` for the folder `cell` of a workdir whose lock the caller holds.
 
-    `base` saves loading model and data again; `show_with` shows the way in place of a bar.
+    `base` saves loading model and data again.
     """
     cell, plain = at_home(cell), plain_config(config)
     check_inside(cell)
@@ -116,25 +111,16 @@ def train_cell(
     setup, state = build(config, base, mesh)
     notes = [setup.note] if setup.note else []
     memory = _check_memory(setup, state)
-    if progress and base is None:
+    if options.progress and base is None:
         of_each = "" if setup.placement is None else " on each device"
         notes = [*setup.splits.notes, *notes, f"a step takes {memory}{of_each}"]
     for note in notes:
         print(f"{cell.name}: {note}", file=sys.stderr)
     claim_cell(cell, plain)
-    unit = setup.task.unit
-    with stop_requests() as requested:
+    with stop_requests():
         training = SingleTraining(Cell(cell.name, config), setup, state)
         tests = train_on_disk(
-            training,
-            cell,
-            [cell],
-            setup.test,
-            functools.partial(show_with, enabled=progress, unit=unit),
-            unit=unit,
-            more=[StopAtSignal(requested), *callbacks],
-            started=started,
-            again=command or "call train() again with the same config and workdir",
+            training, cell, [cell], setup.test, options, unit=setup.task.unit, started=started
         )
         done = training.cells[0].progress
         program = describe_program(
@@ -145,7 +131,7 @@ def train_cell(
         )
         return write_results(
             cell, plain, setup.model, setup.method, setup.splits, done, training.best, tests[0],
-            program, config_file=config_file,
+            program, options.config_file,
         )  # fmt: skip
 
 

@@ -179,8 +179,10 @@ class Task:
         """The examples' token ids, as `model` reads them."""
         if self.target == "text":
             assert model.eos_token_id is not None  # `make_model` refuses one without
-            ids = {"eos_token_id": model.eos_token_id, "pad_token_id": model.pad_token_id}
-            return encode_completions(model.tokenizer, examples, max_length=max_length, **ids)
+            return encode_completions(
+                model.tokenizer, examples, max_length=max_length,
+                eos_token_id=model.eos_token_id, pad_token_id=model.pad_token_id,
+            )  # fmt: skip
         encoded = encode_examples(model.tokenizer, examples, max_length=max_length)
         if getattr(model.config, "type_vocab_size", 0) < 2:  # it has no embedding for a second text
             return dataclasses.replace(encoded, type_ids=None)

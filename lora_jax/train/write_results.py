@@ -49,7 +49,6 @@ def write_results(
     trainable: Any,
     test: Evaluation,
     program: Program,
-    *,
     config_file: str = "",
 ) -> Card:
     """Writes adapter/, test_predictions.npz and card.json into `cell`; returns the card.
@@ -65,6 +64,7 @@ def write_results(
     save_trainable(cell / "adapter", trainable, description)
     write_predictions(cell / "test_predictions.npz", test)
     file, arg = config_parts(config_file)
+    kinds, scores = dict(progress.seconds), measure(test, splits.metrics)
     card = Card(
         config_file=file,
         config_arg=arg,
@@ -76,7 +76,13 @@ def write_results(
         device=device_description(),
         program=program,
         counts=count_trainable(method.table(model.params), model.head_pattern),
-        seconds=_seconds(progress, program),
+        seconds=Seconds(
+            total=sum(progress.seconds.values()),
+            compile=kinds.pop("compile", 0.0),
+            per_step=kinds.get("train", 0.0) / max(1, progress.step),
+            shared_by=program.K,
+            others=kinds,
+        ),
         metrics=Metrics(
             train=TrainLoss(loss=progress.train_loss),
             validation=BestScores(
@@ -84,7 +90,13 @@ def write_results(
                 accuracy=progress.best_accuracy,
                 best_step=progress.best_step,
             ),
-            test=_test_scores(test, splits.metrics),
+            test=FinalScores(
+                loss=test.loss,
+                accuracy=test.accuracy,
+                n=test.num_examples,
+                tokens=scores.pop("tokens", None),
+                others=scores,
+            ),
             stopped=progress.stopped,
             steps=progress.step,
             adapter_bytes=os.path.getsize(cell / "adapter" / TENSORS),
@@ -98,30 +110,7 @@ def write_results(
     return card
 
 
-def _seconds(progress: Progress, program: Program) -> Seconds:
-    kinds = dict(progress.seconds)
-    return Seconds(
-        total=sum(kinds.values()),
-        compile=kinds.pop("compile", 0.0),
-        per_step=kinds.get("train", 0.0) / max(1, progress.step),
-        shared_by=program.K,
-        others=kinds,
-    )
-
-
-def _test_scores(test: Evaluation, names: Sequence[str]) -> FinalScores:
-    found = measure(test, names)
-    tokens = found.pop("tokens", None)
-    return FinalScores(
-        loss=test.loss,
-        accuracy=test.accuracy,
-        n=test.num_examples,
-        tokens=None if tokens is None else int(tokens),
-        others=found,
-    )
-
-
-def measure(test: Evaluation, names: Sequence[str]) -> dict[str, float]:
+def measure(test: Evaluation, names: Sequence[str]) -> dict[str, Any]:
     """The metrics of these names, from labels and predictions; and where examples have weights
     other than 1, as texts do, the sum of them: `tokens`.
     """

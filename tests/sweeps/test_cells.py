@@ -253,7 +253,7 @@ def test_a_packs_name_is_of_its_cells_in_their_slots(make_config):
 
 @pytest.mark.parametrize("name", ["x" * 300, "a\0b"])
 def test_a_name_that_no_file_system_holds_is_refused(name):
-    with pytest.raises(RequestError, match="can be a folder's"):
+    with pytest.raises(RequestError, match="cannot be a folder's"):
         _check_name(name)
 
 

@@ -15,7 +15,7 @@ from lora_jax.data import load_splits
 from lora_jax.serve.adapters import load_adapter
 from lora_jax.train import train
 from lora_jax.train.build import build, keys_of, make_model, plan_steps
-from lora_jax.train.cell import STOPPED_IMPROVING, Progress
+from lora_jax.train.cell import STOPPED_IMPROVING, Progress, Schedule
 
 CARD_KEYS = {
     "config", "config_hash", "base_hash", "data_hash", "seeds", "versions", "commit", "device",
@@ -180,10 +180,11 @@ def test_best_weights_are_kept_not_the_last(make_config, tmp_path):
 
 @pytest.mark.parametrize("patience", [0, 2])
 def test_progress_of_evaluations(patience):
+    schedule = Schedule(num_steps=5, eval_every=1, patience=patience)
     progress, history = Progress(), []
     for step, loss in enumerate([0.9, 0.7, 0.8, 0.7, 0.6], 1):
         progress = Progress.from_json(json.loads(json.dumps(progress.to_json() | {"step": step})))
-        progress.evaluate(loss, 0.5, patience=patience, num_steps=5)
+        progress.evaluate(loss, 0.5, schedule)
         history.append((progress.best_step, progress.evaluations_since_best, progress.stopped))
         if progress.stopped:
             break
