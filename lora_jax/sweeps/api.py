@@ -65,7 +65,7 @@ def sweep(
       num_steps: optimizer steps of each cell.
       tune: a setting and its values, `("lr", (1e-4, 1e-3))`: each cell runs once for each, and
         `results.tuned()` says which is best on validation, with the basin.
-      validation: batches for all; the mean of their losses chooses the trainable that is kept.
+      validation: batches for all; the mean of their losses chooses which trainable is returned.
       metrics: `metrics(params, batch) -> {name: ()}`, more numbers of the validation batches; their
         means are each result's `metrics`.
       eval_every: steps between evaluations on `validation`; 0 for one, after the last step.

@@ -20,9 +20,9 @@ MIN_VALUES = 2
 
 @dataclasses.dataclass(frozen=True)
 class Tuning:
-    """One contestant, tuned: a cell for each value of `key`, then more seeds with the best.
+    """One arm, tuned: a cell for each value of `key`, then more seeds with the best.
 
-    `config` is the contestant's, without the value.
+    `config` is the arm's, without the value.
     """
 
     name: str
@@ -52,7 +52,7 @@ class Tuning:
 
 @dataclasses.dataclass(frozen=True)
 class Sweep:
-    """A named sweep: its plain cells, and the contestants that are tuned."""
+    """A named sweep: its plain cells, and the arms that are tuned."""
 
     name: str
     cells: tuple[Cell, ...]
@@ -66,8 +66,8 @@ class Sweep:
     def only(self, text: str) -> Sweep:
         """The cells whose name contains `text`.
 
-        A contestant all of whose cells do is tuned; of one where only some do, these run, and
-        nothing is chosen. Raises `RequestError` where no name contains it.
+        An arm all of whose cells do is tuned; of one where only some do, these run, and nothing is
+        chosen. Raises `RequestError` where no name contains it.
         """
         cells = tuple(cell for cell in self.cells if text in cell.name)
         whole = [t for t in self.tunings if all(text in cell.name for cell in t.first)]
@@ -83,7 +83,7 @@ def read_sweep(path: str, sweep: str, config: Settings) -> Sweep:
     """Calls `sweep_<sweep>(add)` of the config file `path`; each `add` is `config` overridden.
 
     `add(name, **{"method.rank": 4, "seed": 1})` adds a cell. `add(name, tune=("optimizer.lr",
-    rates), more_seeds=(1, 2), …)` adds a tuned contestant: a cell for each rate, and when all have
+    rates), more_seeds=(1, 2), …)` adds a tuned arm: a cell for each rate, and when all have
     ended, the rate with the best validation loss runs with the other seeds too. Raises
     `RequestError` for a sweep the file does not have, a name given twice, two cells with the same
     settings, or a setting the config does not know.

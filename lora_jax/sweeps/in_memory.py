@@ -1,4 +1,4 @@
-"""The engine of `lj.sweep`: cells of dicts on one model in memory, and what is kept of them."""
+"""The engine of `lj.sweep`: cells of dicts on one model in memory, and their results."""
 
 from __future__ import annotations
 
@@ -221,7 +221,7 @@ class Curves(Display):
     def __init__(self, pack: Pack, show: Show):
         super().__init__(lambda step, loss, rate: show(step, loss, None))
         self._losses: list[list[float]] = [[] for _ in pack.cells]
-        self.metrics: list[list[tuple[int, dict[str, float]]]] = [[] for _ in pack.cells]
+        self._metrics: list[list[tuple[int, dict[str, float]]]] = [[] for _ in pack.cells]
 
     def stepped(self, training, k, rows):
         self._losses[k] += [row[1] for row in rows]

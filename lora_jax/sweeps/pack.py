@@ -83,11 +83,11 @@ class Pack:
         cells = []
         for k, (cell, key, tree) in enumerate(zip(self.cells, keys, params, strict=True)):
             own, _ = cell.method.init(key, tree)
-            wide = {
-                name: self._wide(name, own[name], k, entry) if name in own else entry
+            padded = {
+                name: self._padded_shapes(name, own[name], k, entry) if name in own else entry
                 for name, entry in union.items()
             }
-            leaves, treedef = jax.tree.flatten(wide)
+            leaves, treedef = jax.tree.flatten(padded)
             cells.append(_padded(own, treedef, tuple((x.shape, x.dtype) for x in leaves)))
         return cells
 
@@ -130,7 +130,7 @@ class Pack:
     def _part_shape(self, part: str, site: Site) -> tuple[int, ...]:
         return site.part_shape(self.union.PARTS[part])
 
-    def _wide(self, name: str, entry, k: int, union):
+    def _padded_shapes(self, name: str, entry, k: int, union):
         """The shapes that cell k's entry is padded to."""
         shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), entry)
         if self.widths and name == SUBSPACE:
@@ -138,10 +138,9 @@ class Pack:
         if name not in self.ranks:
             return shapes
         site = self.sites[k][name]
-        wide = dataclasses.replace(site.rule, rank=self.ranks[name])
-        wide = dataclasses.replace(site, rule=wide)
+        site = dataclasses.replace(site, rule=dataclasses.replace(site.rule, rank=self.ranks[name]))
         return {
-            part: jax.ShapeDtypeStruct(self._part_shape(part, wide), x.dtype)
+            part: jax.ShapeDtypeStruct(self._part_shape(part, site), x.dtype)
             for part, x in shapes.items()
         }
 
@@ -205,9 +204,9 @@ def _padded_pack(pack: Pack, methods: Sequence[LoRA], params: PyTree) -> Pack:
 
 # One program for a whole tree: leaf by leaf, each shape would be one to compile.
 @functools.partial(jax.jit, static_argnums=(1, 2))
-def _padded(own: Trainable, treedef: Any, wide: tuple) -> Trainable:
-    """`own` with zeros up to the shapes `wide`, and zeros alone where it has no entry."""
-    shapes = jax.tree.unflatten(treedef, [jax.ShapeDtypeStruct(*both) for both in wide])
+def _padded(own: Trainable, treedef: Any, padded: tuple) -> Trainable:
+    """`own` with zeros up to the shapes `padded`, and zeros alone where it has no entry."""
+    shapes = jax.tree.unflatten(treedef, [jax.ShapeDtypeStruct(*both) for both in padded])
     return {
         name: jax.tree.map(lambda x, like: _pad(x, like.shape), own[name], entry)
         if name in own
@@ -224,4 +223,4 @@ def _cut(leaves: tuple[jax.Array, ...], shapes: tuple[tuple[int, ...], ...]) -> 
 def _pad(x: jax.Array, shape: Sequence[int]) -> jax.Array:
     if not x.ndim:  # `jnp.pad` takes no empty list of widths
         return x
-    return jnp.pad(x, [(0, wide - own) for own, wide in zip(x.shape, shape, strict=True)])
+    return jnp.pad(x, [(0, new - old) for old, new in zip(x.shape, shape, strict=True)])

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from lora_jax.core.errors import RequestError
-from lora_jax.sweeps.program import Use, lane_of, with_lanes
+from lora_jax.sweeps.program import lane_of, with_lanes
 from lora_jax.sweeps.runner import Ready
 from lora_jax.train.cell import Progress, Schedule
 from lora_jax.train.loop import Training, Validate
@@ -21,8 +21,8 @@ class PackTraining(Training):
         def frozen_of(cells: Sequence[int]) -> tuple[Any, Any]:
             return program.take("data", data, cells), ready.frozen
 
-        self.pack, self.use = pack, Use()
-        program.use = self.use
+        self.pack = pack
+        program.begin_use()
         state = program.init(pack, list(map(ready.params_of, pack.cells)))
         super().__init__(pack.cells, program, state, frozen_of, ready.batches, validate, schedule)
 
@@ -41,7 +41,7 @@ class PackTraining(Training):
         facts = {
             "training": training,
             "schedules": self._batches.fingerprints,
-            "program": self.use.to_json(),
+            "program": self._program.use().to_json(),
         }
         return {"state": self.state, **({} if self.best is None else {"best": self.best})}, facts
 
@@ -68,4 +68,4 @@ class PackTraining(Training):
             training["step"], training["looked"], training["slots"], groups["state"],
             groups.get("best"),
         )  # fmt: skip
-        self.use.add(**facts["program"])
+        self._program.begin_use(facts["program"])

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import dataclasses
 import functools
-import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -18,8 +16,7 @@ from lora_jax.parallel.placement import place
 from lora_jax.sweeps.pack import Pack
 from lora_jax.train.build import keys_of
 from lora_jax.train.cell import Cell
-from lora_jax.train.compilation import compile_ahead, memory_of
-from lora_jax.train.evaluate import Evaluation, evaluate_stacked
+from lora_jax.train.compilation import CompiledByShape, memory_of
 from lora_jax.train.loss import LossFunction
 from lora_jax.train.memory import num_bytes
 from lora_jax.train.program import Program
@@ -71,23 +68,6 @@ def over_cells(
     return of_all
 
 
-@dataclasses.dataclass
-class Use:
-    """Which programs a pack ran: bytes of the largest (on one device), batch shapes (lanes, B, T)
-    of the steps."""
-
-    memory_bytes: int = 0
-    batch_shapes: set[tuple[int, ...]] = dataclasses.field(default_factory=set)
-
-    def to_json(self) -> dict[str, Any]:
-        shapes = [list(shape) for shape in sorted(self.batch_shapes)]
-        return {"memory_bytes": self.memory_bytes, "batch_shapes": shapes}
-
-    def add(self, memory_bytes: int, batch_shapes: Iterable[Sequence[int]] = ()) -> None:
-        self.memory_bytes = max(self.memory_bytes, memory_bytes)
-        self.batch_shapes |= set(map(tuple, batch_shapes))
-
-
 class PackedProgram(Program):
     """What packs with the same union share: the step and the score, mapped over the cells.
 
@@ -96,7 +76,7 @@ class PackedProgram(Program):
     of one structure for all, since what differs is in its state (`tx` is any of them); `batch_axis`
     is 0 where each cell has batches of its own, None where all share them; `at_once` cells are
     computed side by side, chunk after chunk (0: all); `accumulate` is into how many parts a step
-    cuts its batch; `placement` puts all of it on a mesh. `use` notes what is run.
+    cuts its batch; `placement` puts all of it on a mesh.
     """
 
     def __init__(
@@ -111,19 +91,33 @@ class PackedProgram(Program):
         accumulate: int = 1,
         placement: CellPlacement | None = None,
     ):
-        self.at_once, self.use = at_once, Use()
+        self.at_once, self._place, self._tx_of = at_once, placement, tx_of
         self.num_parts = placement.num_parts if placement else 1
-        self.mesh = mesh_text(placement.placement.mesh) if placement else ""
-        self._place, self._stacked, self._tx_of = placement, batch_axis is not None, tx_of
-        # Each with the bytes that it holds.
-        self._compiled: dict[Any, tuple[Any, int]] = {}
-        self._of_batch: dict[Any, Any] = {}
-        self._compile_seconds = 0.0
         step = step_function(loss, tx, accumulate=accumulate)
-        self._of_all = {
-            "step": over_cells(step, at_once, batch_axis, num_parts=self.num_parts),
-            "scores": over_cells(scores, at_once, None, num_parts=self.num_parts),
-        }
+        step = over_cells(step, at_once, batch_axis, num_parts=self.num_parts)
+        scores = over_cells(scores, at_once, None, num_parts=self.num_parts)
+        jitted = jax.jit(step, donate_argnums=0) if placement is None else _OnMesh(step)
+        kind = "shared batch" if batch_axis is None else "batch"
+        super().__init__(
+            CompiledByShape(jitted, self._placer(kind)),
+            CompiledByShape(jax.jit(scores), self._placer("shared batch")),
+            mesh_text(placement.placement.mesh) if placement else "",
+        )
+
+    def _placer(self, kind: str) -> Callable[[Any], Any] | None:
+        """Puts batches, or their shapes, on the mesh."""
+        if (placement := self._place) is None:
+            return None
+        shardings: dict[Any, Any] = {}
+
+        def put(batch):
+            leaves, treedef = jax.tree.flatten(batch)
+            key = (treedef, *map(np.shape, leaves))
+            if key not in shardings:
+                shardings[key] = placement.of(kind, batch)
+            return place(batch, shardings[key])
+
+        return put
 
     def padded(self, count: int) -> int:
         """The lanes that `count` cells need: their number must be a multiple of `num_parts`."""
@@ -146,83 +140,30 @@ class PackedProgram(Program):
             key=jnp.stack([key[2] for key in keys]),
         )
 
-    def step(self, state: TrainState, frozen: Any, batch: Any):
-        """`(state, metrics)`, both with the axis K; `state` is donated."""
-        arguments = self._placed("step", state, frozen, batch)
-        compiled, num_bytes = self._get("step", *arguments)
-        is_text = isinstance(batch, dict) and "input_ids" in batch
-        self.use.add(num_bytes, [batch["input_ids"].shape] if is_text else ())
-        return compiled(*arguments)
-
-    def scores(self, trainable: Any, frozen: Any, batch: Any) -> Any:
-        """Each cell's scores on a batch that all share, with the axis K."""
-        arguments = self._placed("scores", trainable, frozen, batch)
-        compiled, num_bytes = self._get("scores", *arguments)
-        self.use.add(num_bytes)
-        return compiled(*arguments)
-
-    def evaluate(self, trainable: Any, frozen: Any, batches: Iterable[Any]) -> list[Evaluation]:
-        """Each cell's scores on all batches."""
-        return evaluate_stacked(self.scores, trainable, frozen, batches)
-
     def bytes_needed(self, state: Any, frozen: Any, batch: Any, evaluation: Any = None) -> int:
         """The bytes that a step or the scores of the batch `evaluation` hold, whichever is more.
 
         All arguments are arrays or shape structs. The best trainables are counted too, and for the
         scores the optimizer's state.
         """
-        state, frozen, batch = self._placed("step", state, frozen, batch)
-        needed = self._get("step", state, frozen, batch)[1]
+        state, frozen = self._placed(state, frozen)
+        needed = memory_of(self._step.compiled(state, frozen, batch))
         if evaluation is not None:
-            arguments = self._placed("scores", state.trainable, frozen, evaluation)
+            scores = self._scores.compiled(state.trainable, frozen, evaluation)
             moments = num_bytes(state.opt_state, of_a_device=True)
-            needed = max(needed, self._get("scores", *arguments)[1] + moments)
+            needed = max(needed, memory_of(scores) + moments)
         return needed + num_bytes(state.trainable, of_a_device=True)
+
+    def _placed(self, state: Any, frozen: Any) -> tuple[Any, Any]:
+        """Shapes with the sharding that arrays of `take` have; the base has its own."""
+        if self._place is None:
+            return state, frozen
+        data, base = frozen
+        data = place(as_shapes(data), self._place.of("data", data))
+        return place(state, self._place.of("state", state)), (data, base)
 
     def finite(self, trainable: Any) -> np.ndarray:
         return jax.device_get(_finite(trainable))
-
-    def take_compile_seconds(self) -> float:
-        taken, self._compile_seconds = self._compile_seconds, 0.0
-        return taken
-
-    def _get(self, name: str, first: Any, frozen: Any, batch: Any) -> tuple[Any, int]:
-        leaves, treedef = jax.tree.flatten((first, batch))
-        key = (name, treedef, *((np.shape(leaf), str(leaf.dtype)) for leaf in leaves))
-        if key not in self._compiled:
-            start = time.perf_counter()
-            made = compile_ahead(self._jitted(name, first), first, frozen, batch)
-            self._compiled[key] = made, memory_of(made)
-            self._compile_seconds += time.perf_counter() - start
-        return self._compiled[key]
-
-    def _jitted(self, name: str, state: Any) -> Any:
-        if name == "scores":
-            return jax.jit(self._of_all[name])
-        # On a mesh its state comes back to where the next step takes it.
-        of_state = self._place and jax.tree.map(lambda x: x.sharding, state)
-        out = of_state and (of_state, None)
-        return jax.jit(self._of_all[name], donate_argnums=0, out_shardings=out)
-
-    def _placed(self, name: str, first: Any, frozen: Any, batch: Any) -> tuple[Any, Any, Any]:
-        """The arguments where the program has them: arrays of `take` and `keep` are there, and so
-        is the base; shape structs get their sharding."""
-        if self._place is None:
-            return first, frozen, batch
-        kind = "batch" if self._stacked and name == "step" else "shared batch"
-        if not any(isinstance(x, jax.ShapeDtypeStruct) for x in jax.tree.leaves(first)):
-            leaves, treedef = jax.tree.flatten(batch)
-            key = (kind, treedef, *map(np.shape, leaves))
-            if key not in self._of_batch:
-                self._of_batch[key] = self._place.of(kind, batch)
-            return first, frozen, place(batch, self._of_batch[key])
-        of_first = self._place.of("state" if name == "step" else "trainable", first)
-        data, base = frozen
-        return (
-            place(first, of_first),
-            (place(as_shapes(data), self._place.of("data", data)), base),
-            place(as_shapes(batch), self._place.of(kind, batch)),
-        )
 
     def take(self, kind: str, tree: Any, lanes: Sequence[int]) -> Any:
         """These lanes of a tree with an axis of them, lying as the programs have it."""
@@ -244,10 +185,22 @@ class PackedProgram(Program):
         """As `Program.keep`; without any `best` it is zero in all places."""
         if best is None:
             best = self.take("trainable", _zeros(new, count), range(count))
-        kept = _keep
+        keep = _keep
         if self._place is not None:
-            kept = jax.jit(_keep, out_shardings=self._place.of("trainable", best))
-        return kept(best, new, jnp.asarray(cells), jnp.asarray(better))
+            keep = jax.jit(_keep, out_shardings=self._place.of("trainable", best))
+        return keep(best, new, jnp.asarray(cells), jnp.asarray(better))
+
+
+class _OnMesh:
+    """The step on a mesh: its state comes back to where the next step takes it."""
+
+    def __init__(self, step: Callable):
+        self._step = step
+
+    def lower(self, state: Any, frozen: Any, batch: Any) -> Any:
+        out = (jax.tree.map(lambda x: x.sharding, state), None)
+        jitted = jax.jit(self._step, donate_argnums=0, out_shardings=out)
+        return jitted.lower(state, frozen, batch)
 
 
 def as_shapes(tree: Any) -> Any:
@@ -289,8 +242,8 @@ def _take(tree: Any, lanes: Sequence[int]) -> Any:
 
 @jax.jit
 def _keep(best: Any, new: Any, cells: jax.Array, better: jax.Array) -> Any:
-    def keep(old, x):
+    def put(old, x):
         chosen = better.reshape(-1, *[1] * (x.ndim - 1))
         return old.at[cells].set(jnp.where(chosen, x, old[cells]))
 
-    return jax.tree.map(keep, best, new)
+    return jax.tree.map(put, best, new)

@@ -41,14 +41,14 @@ def read_record(workdir: Path) -> dict[str, Any]:
 
 @dataclasses.dataclass(frozen=True)
 class PackRecord:
-    """A pack's cells in the order of their slots, and the memory budget they were divided by."""
+    """A pack's cells in the order of their lanes, and the memory budget they were divided by."""
 
     cells: tuple[Cell, ...]
     memory_bytes: int
 
     @property
     def name(self) -> str:
-        """The folder's name: the same cells in the same slots are the same pack."""
+        """The folder's name: the same cells in the same lanes are the same pack."""
         text = "\n".join(f"{cell.name} {cell.hash}" for cell in self.cells)
         return f"pack-{hashlib.sha256(text.encode()).hexdigest()[:10]}"
 

@@ -62,7 +62,7 @@ class CellResult:
 
 @dataclasses.dataclass(frozen=True)
 class Tuned:
-    """What tuning one contestant found: the best of its cells, and the basin it is the bottom of.
+    """What tuning one arm found: the best of its cells, and the basin it is the bottom of.
 
     `losses` are the validation losses at `values` (inf where a cell failed). `at_edge` says that
     `chosen` is the smallest or largest value tried: a better one may lie beyond.
@@ -112,9 +112,9 @@ class SweepResults(Sequence):
         return best
 
     def tuned(self) -> list[Tuned]:
-        """For each contestant, the value that `tune` chose on validation, and from what.
+        """For each arm, the value that `tune` chose on validation, and from what.
 
-        A contestant whose every cell failed is left out. Raises `RequestError` without `tune`.
+        An arm whose every cell failed is left out. Raises `RequestError` without `tune`.
         """
         if not self._tuned_by:
             raise RequestError(

@@ -43,8 +43,8 @@ def run_sweep(
 
     Cells whose shapes agree train as one program (see `groups`), those of full fine-tuning one
     after another. Stopped in whatever way, the same call goes on where it was: finished cells are
-    not run again, packs keep their cells and slots. A cell that cannot be run, or whose loss turns
-    into no number, is reported and the others still run. `source` (the config, "FILE.py[:arg]") is
+    not run again, packs keep their cells and lanes. A cell that cannot be run, or whose loss
+    is not finite, is reported and the others still run. `source` (the config, "FILE.py[:arg]") is
     noted in every card, its file and the sweep's name in the workdir; `add` lets another sweep in.
     `memory_bytes` is what a pack may hold of each device (default: what it has, half of the host's
     memory on CPU). On `mesh` the cells of a pack are divided over `cell`, and each trains on what
@@ -156,7 +156,7 @@ def note_sweep(
 def _more_cells(
     tuning: Tuning, results: Mapping[str, Result], workdir: Path, view: SweepView
 ) -> list[Cell]:
-    """The tuned contestant's cells of the other seeds; notes what was chosen and from what."""
+    """The tuned arm's cells of the other seeds; notes what was chosen and from what."""
     losses = []
     for cell in tuning.first:
         result = results[cell.name]

@@ -69,8 +69,7 @@ def train_pack(
             if k not in tests:
                 return write_failure(folder, ended.error, [folder, home])
             compiled = describe_program(
-                table, sorted(training.use.batch_shapes), progress=ended.progress,
-                memory_bytes=training.use.memory_bytes, pack={**of_pack, "slot": k},
+                table, program.use(), ended.progress, {**of_pack, "slot": k}
             )  # fmt: skip
             return write_results(
                 folder, plain_config(cell.config), base.model_of(cell.seed), cell.method,

@@ -26,10 +26,9 @@ from lora_jax.train import enable_compilation_cache, train_cell
 from lora_jax.train.build import Base, load_base
 from lora_jax.train.callbacks import Options
 from lora_jax.train.cell import CHANGED_TO, Cell
-from lora_jax.train.environment import device_description, versions
+from lora_jax.train.environment import device_description, differences, versions
 from lora_jax.train.evaluate_run import check_completion_format, check_unchanged
 from lora_jax.train.loop import Diverged
-from lora_jax.train.numerics import differences
 from lora_jax.train.record import Card
 from lora_jax.train.signals import Interrupted
 from lora_jax.train.workdir import config_from, lock_workdir, read_json_file
@@ -199,9 +198,11 @@ def _compare(
     )  # fmt: skip
     if not (first / "card.json").exists() or not (second / "card.json").exists():
         was, now = (_failure(path) for path in (first, second))
-        told = f"failure was: {was or 'did not fail'}; is: {now or 'did not fail'}"
+        difference = f"failure was: {was or 'did not fail'}; is: {now or 'did not fail'}"
         same = bool(was and now) and (was == now or not exact)
-        return verdict(same=same, differences=() if was == now else (told,), loss_differences={})
+        return verdict(
+            same=same, differences=() if was == now else (difference,), loss_differences={}
+        )
     was, now = (Card.read(path / "card.json").metrics for path in (first, second))
     found, again = was.to_json(), now.to_json()
     differences = [

@@ -10,10 +10,10 @@ from typing import Any
 
 from lora_jax.core.errors import RequestError
 from lora_jax.train.checkpoint import Checkpoints
+from lora_jax.train.environment import check_resumed, numerics
 from lora_jax.train.evaluate import Evaluation
 from lora_jax.train.loop import Callback, Diverged, StopRequested, Training, Validate
 from lora_jax.train.metrics import MetricsWriter
-from lora_jax.train.numerics import check_resumed, numerics
 from lora_jax.train.optimizer import make_schedule
 from lora_jax.train.program import Program
 from lora_jax.train.progress import Show, ShowWith, show_progress

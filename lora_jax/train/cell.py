@@ -73,7 +73,7 @@ class Progress:
     yet, as (step, loss, correct, weight, grad_norm); `seconds` what each kind of work took,
     `logged_seconds` those of training at the last log; `metrics_lines` how many lines of the
     metrics file are true; `stopped` why the training is over, "" while it is not; `meshes` those it
-    was on, in order; `numerics_changes` what of `train/numerics.py` changed on the way.
+    was on, in order; `numerics_changes` what of `numerics` changed on the way.
     """
 
     step: int = 0
@@ -96,7 +96,7 @@ class Progress:
 
     @classmethod
     def from_json(cls, values: dict[str, Any], changes: tuple[str, ...] = ()) -> Progress:
-        """What `to_json` gave; `changes` are those of `train/numerics.py` since."""
+        """What `to_json` gave; `changes` are those of `numerics` since."""
         # Checkpoints of earlier versions lack these.
         earlier = {"logged_seconds": values["seconds"].get("train", 0.0)}
         found = cls(**{**earlier, **values})

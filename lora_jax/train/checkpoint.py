@@ -31,7 +31,7 @@ PyTree = Any
 
 
 class Checkpoints(contextlib.AbstractContextManager):
-    """The checkpoints of one run in `folder`, the last two of them kept; a context manager.
+    """The checkpoints of one run in `folder`, at most the last two; a context manager.
 
     Opening removes what a killed process left half written. Leaving waits for what is being
     written. Failing to write is a `RequestError`, and the checkpoints before stay as they are.
@@ -198,13 +198,13 @@ def _is_key(leaf: Any) -> bool:
 
 
 def _plain(leaf: Any) -> Any:
-    """The leaf as arrays are stored: keys as their data."""
+    """The leaf as it is saved: of a key its data."""
     return jax.random.key_data(leaf) if _is_key(leaf) else leaf
 
 
 def _shape_dtype(leaf: Any) -> tuple[list[int], str]:
-    stored = jax.eval_shape(_plain, leaf)
-    return list(stored.shape), str(stored.dtype)
+    plain = jax.eval_shape(_plain, leaf)
+    return list(plain.shape), str(plain.dtype)
 
 
 def _is_not_orbax(record: logging.LogRecord) -> bool:

@@ -120,7 +120,7 @@ class Training:
         raise NotImplementedError
 
     def go_on_from(self, groups: dict, facts: dict[str, Any], changes: tuple[str, ...]) -> None:
-        """Restores a checkpoint's `contents`; `changes` are those of `train/numerics.py` since."""
+        """Restores a checkpoint's `contents`; `changes` are those of `numerics` since."""
         raise NotImplementedError
 
     def run(self, callbacks: Sequence[Callback] = (), started: float | None = None) -> None:

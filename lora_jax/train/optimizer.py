@@ -153,7 +153,7 @@ class RateState(NamedTuple):
 
 
 def _scale_by_rate(peak: float, shape: optax.Schedule) -> optax.GradientTransformation:
-    """Updates times `-peak * shape(step)`, the peak kept in the state.
+    """Updates times `-peak * shape(step)`, the peak in the state.
 
     So runs that differ in their learning rate alone compile to one program, and may share it.
     """
@@ -172,7 +172,7 @@ class DecayState(NamedTuple):
 
 
 def _decay_weights(rate: float) -> optax.GradientTransformation:
-    """Updates plus `rate * parameter`, the rate kept in the state for the same reason."""
+    """Updates plus `rate * parameter`, the rate in the state for the same reason."""
 
     def update(updates, state, params=None):
         add = lambda u, p: u + (state.rate * p).astype(u.dtype)  # noqa: E731

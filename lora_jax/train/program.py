@@ -9,8 +9,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lora_jax.train.compilation import CompiledByShape
-from lora_jax.train.evaluate import Evaluation, evaluate
+from lora_jax.train.compilation import CompiledByShape, Use
+from lora_jax.train.evaluate import Evaluation, evaluate_stacked
 from lora_jax.train.state import TrainState
 
 
@@ -29,9 +29,13 @@ class Program:
         """`(state, metrics)`, the metrics with a value for each lane; `state` is donated."""
         return self._step(state, frozen, batch)
 
+    def scores(self, trainable: Any, frozen: Any, batch: Any) -> Any:
+        """Each lane's scores on a batch that all share."""
+        return self._scores(trainable, frozen, batch)
+
     def evaluate(self, trainable: Any, frozen: Any, batches: Iterable[Any]) -> list[Evaluation]:
         """The scores of each lane on all batches."""
-        return [evaluate(self._scores, trainable, frozen, batches)]
+        return evaluate_stacked(self._scores, trainable, frozen, batches)
 
     def padded(self, count: int) -> int:
         """The number of lanes that `count` cells need."""
@@ -58,6 +62,16 @@ class Program:
         """Seconds spent compiling since the last call."""
         before, self._counted = self._counted, self._step.seconds + self._scores.seconds
         return self._counted - before
+
+    def use(self) -> Use:
+        """What was run since `begin_use`: the memory of all, the batch shapes of steps."""
+        memory_bytes = max(self._step.use.memory_bytes, self._scores.use.memory_bytes)
+        return Use(memory_bytes, self._step.use.batch_shapes)
+
+    def begin_use(self, earlier: dict[str, Any] | None = None) -> None:
+        """Begins a new record of what is run, with an `earlier` one's `to_json` in it."""
+        self._step.use, self._scores.use = Use(**(earlier or {})), Use()
+        self._step.use.batch_shapes = set(map(tuple, self._step.use.batch_shapes))
 
 
 def copy_arrays(tree: Any) -> Any:

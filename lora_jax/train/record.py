@@ -38,11 +38,11 @@ class CardPart:
 
     def to_json(self) -> dict[str, Any]:
         """The JSON object, keys in order."""
-        own = {name: getattr(self, name) for name in _fields_of(type(self))}
-        found = {**self.others, **{name: x for name, x in own.items() if x is not None}}
-        return {
-            name: x.to_json() if isinstance(x, CardPart) else x for name, x in sorted(found.items())
-        }
+        found = dict(self.others)
+        for name in _fields_of(type(self)):
+            if (value := getattr(self, name)) is not None:
+                found[name] = value.to_json() if isinstance(value, CardPart) else value
+        return dict(sorted(found.items()))
 
     def __getitem__(self, name: str) -> Any:
         """Deprecated, for one release: cards were dicts."""
@@ -114,7 +114,7 @@ class TrainLoss(CardPart):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class BestScores(CardPart):
-    """Of the best step on the validation split, whose weights were kept."""
+    """Of the best step on the validation split, whose weights were saved."""
 
     loss: float
     accuracy: float
@@ -123,7 +123,7 @@ class BestScores(CardPart):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class FinalScores(CardPart):
-    """Of the kept weights on the `n` examples of the test split; `tokens` counts those of texts."""
+    """Of the saved weights on the `n` examples of the test split; `tokens` counts texts' tokens."""
 
     loss: float
     accuracy: float
@@ -200,7 +200,7 @@ class Card(CardPart):
             that are no folders.
         """
         check_fields(values, {}, place, RESTORE)
-        card = _section(cls, values, place)
+        card = _part(cls, values, place)
         check_fields(values, _SETTINGS, place, RESTORE)
         if card.program.K > 1:
             of_pack = {"program.cells": list, "program.at_once": COUNT}
@@ -230,32 +230,31 @@ def config_parts(name: str) -> tuple[str | None, str | None]:
     return file or None, arg if colon else None
 
 
-_S = typing.TypeVar("_S", bound=CardPart)
+_P = typing.TypeVar("_P", bound=CardPart)
 
 
 @functools.cache
-def _fields_of(section: type[CardPart]) -> dict[str, tuple[Any, bool]]:
-    """`{name: (type, whether every card has it)}` of a section's own fields."""
-    hints = typing.get_type_hints(section)
+def _fields_of(kind: type[CardPart]) -> dict[str, tuple[Any, bool]]:
+    """`{name: (type, whether every card has it)}` of the fields of a part, without `others`."""
+    hints = typing.get_type_hints(kind)
     found = {}
-    for field in dataclasses.fields(section):
+    for field in dataclasses.fields(kind):
         hint = hints[field.name]
         if isinstance(hint, types.UnionType):
             hint = typing.get_args(hint)[0]
-        if field.name != "others":
-            found[field.name] = (hint, field.default is dataclasses.MISSING)
+        found[field.name] = (hint, field.default is dataclasses.MISSING)
+    del found["others"]
     return found
 
 
-def _section(section: type[_S], values: Mapping[str, Any], place: Any, prefix: str = "") -> _S:
+def _part(kind: type[_P], values: Mapping[str, Any], place: Any, prefix: str = "") -> _P:
     found = {}
-    for name, (hint, always) in _fields_of(section).items():
+    for name, (hint, always) in _fields_of(kind).items():
         if name in values:
             found[name] = _typed(hint, values[name], f"{prefix}{name}", place)
         elif always:
             raise RequestError(f"{place}: {prefix}{name} is missing; {RESTORE}")
-    others = {name: value for name, value in values.items() if name not in found}
-    return section(**found, others=others)
+    return kind(**found, others={name: x for name, x in values.items() if name not in found})
 
 
 def _typed(hint: Any, value: Any, name: str, place: Any) -> Any:
@@ -263,11 +262,11 @@ def _typed(hint: Any, value: Any, name: str, place: Any) -> Any:
     if hint is Any:
         return value
     kind = typing.get_origin(hint) or hint
-    is_section = issubclass(kind, CardPart)
-    wanted = dict if is_section else {int: COUNT, float: NUMBER}.get(kind, kind)
+    is_part = issubclass(kind, CardPart)
+    wanted = dict if is_part else {int: COUNT, float: NUMBER}.get(kind, kind)
     check_kind(value, wanted, name, place, RESTORE)
-    if is_section:
-        return _section(kind, value, place, f"{name}.")
+    if is_part:
+        return _part(kind, value, place, f"{name}.")
     items = value.items() if kind is dict else enumerate(value) if kind is list else ()
     for key, item in items:
         _typed(typing.get_args(hint)[-1], item, f"{name}[{reprlib.repr(key)}]", place)

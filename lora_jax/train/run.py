@@ -123,12 +123,8 @@ def train_cell(
             training, cell, [cell], setup.test, options, unit=setup.task.unit, started=started
         )
         done = training.cells[0].progress
-        program = describe_program(
-            setup.method.table(setup.model.params),
-            setup.step.shapes,
-            memory_bytes=max(setup.step.memory_bytes, setup.scores.memory_bytes),
-            progress=done,
-        )
+        table = setup.method.table(setup.model.params)
+        program = describe_program(table, training.use(), done)
         return write_results(
             cell, plain, setup.model, setup.method, setup.splits, done, training.best, tests[0],
             program, options.config_file,
@@ -141,7 +137,7 @@ class SingleTraining(Training):
     def __init__(self, cell: Cell, setup: Setup, state: TrainState):
         mesh = "" if setup.placement is None else mesh_text(setup.placement.mesh)
         program = Program(setup.step, setup.scores, mesh)
-        self._data = setup.batches
+        self._data, self.use = setup.batches, program.use
         validate = validate_on(program, setup.validation)
         super().__init__(
             [cell], program, state, lambda cells: setup.frozen, self, validate, setup.schedule

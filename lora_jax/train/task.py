@@ -40,8 +40,7 @@ def cross_entropy(logits: jax.Array, labels: jax.Array, *, smoothing: float = 0.
     >>> cross_entropy(jnp.zeros((1, 4)), jnp.array([2]), smoothing=0.1)[0].item()  # log 4
     1.386294...
     """
-    wide = logits.astype(float32_or_wider(logits.dtype))
-    log_p = jax.nn.log_softmax(wide, axis=-1)
+    log_p = jax.nn.log_softmax(logits.astype(float32_or_wider(logits.dtype)), axis=-1)
     nll = -jnp.take_along_axis(log_p, labels[..., None], axis=-1)[..., 0]
     if smoothing == 0.0:
         return nll
@@ -115,8 +114,8 @@ def readout_tokens(
         logits = logits_of(h)
         losses = cross_entropy(logits, tokens, smoothing=smoothing)
         right = _is_right(logits, tokens)
-        kept = (jnp.where(wanted > 0, x, jnp.zeros_like(x)) for x in (losses, right))
-        return tuple(x.sum(-1, dtype=like.dtype) for x, like in zip(kept, start, strict=True))
+        counted = (jnp.where(wanted > 0, x, jnp.zeros_like(x)) for x in (losses, right))
+        return tuple(x.sum(-1, dtype=like.dtype) for x, like in zip(counted, start, strict=True))
 
     zero = jnp.zeros(batch_size, float32_or_wider(h_BTD.dtype))
     start = (zero, jnp.zeros(batch_size, jnp.int32))

@@ -190,13 +190,13 @@ def test_cells_over_cell_send_each_other_nothing(make_config, at_once):
         program = ready.program
         state = program.init(pack, [ready.params_of(cell) for cell in pack.cells])
         state, batch = as_shapes(state), as_shapes(ready.batches.at(0, pack.cells))
-        programs = [("step", state, batch)]
+        state, frozen = program._placed(state, (pack.data(), ready.frozen))
+        compiled = {"step": program._step.compiled(state, frozen, batch)}
         if text == "cell=8":
-            programs.append(("scores", state.trainable, ready.batches.widest_evaluation()))
-        for name, first, own in programs:
-            arguments = program._placed(name, first, (pack.data(), ready.frozen), own)
-            compiled, _ = program._get(name, *arguments)
-            counts[text, name] = len(COLLECTIVES.findall(compiled.as_text()))
+            widest = ready.batches.widest_evaluation()
+            compiled["scores"] = program._scores.compiled(state.trainable, frozen, widest)
+        for name, one in compiled.items():
+            counts[text, name] = len(COLLECTIVES.findall(one.as_text()))
     assert counts["cell=8", "step"] == counts["cell=8", "scores"] == 0
     assert counts["cell=4,fsdp=2", "step"] > 0  # what is counted is there to be counted
 

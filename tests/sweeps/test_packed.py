@@ -246,9 +246,9 @@ def test_the_base_has_no_axis_of_cells_and_arguments_grow_by_the_adapters_only(a
         state = program.init(pack, [base()] * count)
         _, frozen = pack.cells[0].method.init(jax.random.key(0), base())
         both = (pack.data(), frozen)
-        compiled, _ = program._get("step", state, both, batches_of(0, 1)[0])
+        compiled = program._step.compiled(state, both, batches_of(0, 1)[0])
         bytes_of[count] = compiled.memory_analysis().argument_size_in_bytes
-        lowered = program._jitted("step", state).lower(state, both, batches_of(0, 1)[0])
+        lowered = program._step._function.lower(state, both, batches_of(0, 1)[0])
         products[count] = lowered.as_text().count("stablehlo.dot_general")
         grown[count] = sum(leaf.nbytes for leaf in jax.tree.leaves(state.trainable))
         if count == 8:
