@@ -93,7 +93,7 @@ class CompiledByShape:
         """The program and the bytes that it holds at once, arguments included."""
         leaves, treedef = jax.tree.flatten(batch)
         lanes = [np.shape(leaf) for leaf in jax.tree.leaves(state)[:1]]
-        key = (*lanes, treedef, *((np.shape(leaf), str(leaf.dtype)) for leaf in leaves))
+        key = (*lanes, treedef, *((np.shape(leaf), leaf.dtype) for leaf in leaves))
         if key not in self._compiled:
             start = time.perf_counter()
             program = compile_ahead(self._function, state, frozen, batch)
