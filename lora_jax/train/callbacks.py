@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -196,8 +197,11 @@ def _resume(training: Training, checkpoints: Checkpoints) -> None:
 def _rate_at(training: Training, k: int, step: int) -> float:
     """The learning rate of cell k."""
     optimizer = training.cells[k].settings.config.optimizer
-    rate: Any = make_schedule(optimizer, training.schedule.num_steps)(step)
+    rate: Any = _schedule_of(optimizer, training.schedule.num_steps)(step)
     return float(rate)
+
+
+_schedule_of = functools.lru_cache(maxsize=1024)(make_schedule)
 
 
 def _mean(values: Sequence[float | None]) -> float | None:
