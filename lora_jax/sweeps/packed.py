@@ -68,4 +68,4 @@ class PackTraining(Training):
             training["step"], training["looked"], training["slots"], groups["state"],
             groups.get("best"),
         )  # fmt: skip
-        self._program.begin_use(facts["program"])
+        self._program.begin_use(**facts["program"])

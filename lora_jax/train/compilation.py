@@ -56,7 +56,7 @@ class Use:
     memory_bytes: int = 0
     batch_shapes: set[tuple[int, ...]] = dataclasses.field(default_factory=set)
 
-    def add(self, memory_bytes: int, batch_shapes: Iterable[Sequence[int]] = ()) -> None:
+    def add(self, memory_bytes: int = 0, batch_shapes: Iterable[Sequence[int]] = ()) -> None:
         self.memory_bytes = max(self.memory_bytes, memory_bytes)
         self.batch_shapes |= set(map(tuple, batch_shapes))
 

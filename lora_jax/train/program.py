@@ -68,10 +68,10 @@ class Program:
         memory_bytes = max(self._step.use.memory_bytes, self._scores.use.memory_bytes)
         return Use(memory_bytes, self._step.use.batch_shapes)
 
-    def begin_use(self, earlier: dict[str, Any] | None = None) -> None:
+    def begin_use(self, **earlier: Any) -> None:
         """Begins a new record of what is run, with an `earlier` one's `to_json` in it."""
-        self._step.use, self._scores.use = Use(**(earlier or {})), Use()
-        self._step.use.batch_shapes = set(map(tuple, self._step.use.batch_shapes))
+        self._step.use, self._scores.use = Use(), Use()
+        self._step.use.add(**earlier)
 
 
 def copy_arrays(tree: Any) -> Any:

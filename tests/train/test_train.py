@@ -199,6 +199,18 @@ def test_progress_of_evaluations(patience):
         assert history[4] == (5, 0, "budget of 5 steps ended")
 
 
+def test_progress_of_a_checkpoint_of_an_earlier_version_goes_on():
+    progress = Progress(
+        step=7, seconds={"train": 2.0}, logged_seconds=1.5, window=((7, 1, 1, 1, 1),)
+    )
+    earlier = json.loads(json.dumps(progress.to_json()))
+    del earlier["logged_seconds"], earlier["meshes"], earlier["numerics_changes"]
+    found = Progress.from_json(earlier, changes=("jax was 1, then 2",))
+    assert (found.step, found.window, found.meshes) == (7, progress.window, ())
+    assert found.logged_seconds == 2.0  # rates count from here on
+    assert found.numerics_changes == ("jax was 1, then 2",)
+
+
 def test_loss_that_is_not_finite_stops_the_run(make_config, tmp_path):
     changes = {"optimizer.lr": 1e38, "optimizer.schedule": "constant", "optimizer.clip_norm": 0.0}
     changes |= {"optimizer.warmup_ratio": 0.0, "train.log_every_steps": 1}
