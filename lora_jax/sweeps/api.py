@@ -99,11 +99,11 @@ def sweep(
     >>> [row.trainable["w"]["a"].shape for row in found]
     [(4, 1), (4, 2)]
     """
-    least = {"num_steps": (num_steps, 1), "eval_every": (eval_every, 0), "patience": (patience, 0)}
-    least["at_once"] = (at_once or 0, 0)
-    if any(value < bound for value, bound in least.values()):
-        given = ", ".join(f"{name}={value}" for name, (value, _) in least.items())
-        raise RequestError(f"{given}: at least 1, 0, 0, 0")
+    if num_steps < 1 or min(eval_every, patience, at_once or 0) < 0:
+        raise RequestError(
+            f"num_steps={num_steps} must be at least 1; eval_every={eval_every}, "
+            f"patience={patience} and at_once={at_once} at least 0"
+        )
     if patience and not (validation and eval_every):
         raise RequestError(f"patience={patience} needs validation batches and eval_every")
     if tune is not None and not validation:
