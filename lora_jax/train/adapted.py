@@ -16,7 +16,7 @@ from lora_jax.core.draws import partitionable
 from lora_jax.core.errors import RequestError
 from lora_jax.io.paths import at_home
 from lora_jax.io.run_adapter import DESCRIPTION, TENSORS, load_trainable
-from lora_jax.io.untrusted import check_fields
+from lora_jax.io.untrusted import COUNT, check_fields
 from lora_jax.methods import Method
 from lora_jax.models import Model
 from lora_jax.models.load import redraw_head
@@ -64,8 +64,6 @@ def load_run_adapter(
     folder = at_home(folder)
     trainable, description = load_trainable(folder)
     check_fields(description, _DESCRIBED, f"{folder}/{DESCRIPTION}", _COPY)
-    if not 0 <= description["seed"] < 2**63:
-        raise RequestError(f"{folder}/{DESCRIPTION}: seed is {description['seed']}; {_COPY}")
     _check_against_card(folder, trainable, description)
     sections = {name: description[name] for name in ("model", "method")}
     config = config_from(sections, f"{folder}/{DESCRIPTION}")
@@ -82,12 +80,11 @@ def load_run_adapter(
             "trained on"
         )
     method = make_method(config.method, model)
-    _, frozen = method.init(init_key, model.params)
-    wanted = jax.eval_shape(lambda: method.init(init_key, model.params)[0])
-    signatures = [
+    wanted, frozen = method.init(init_key, model.params)
+    there, here = (
         jax.tree.map(lambda x: (str(x.dtype), *x.shape), tree) for tree in (trainable, wanted)
-    ]
-    if signatures[0] != signatures[1]:
+    )
+    if there != here:
         raise RequestError(
             f"the tensors in {folder} are not those of its method.json; copy it again"
         )
@@ -160,7 +157,7 @@ def _check_against_card(folder: Path, trainable: Any, description: Mapping[str, 
 
 
 _DESCRIBED = {
-    "model": dict, "model.name": str, "method": dict, "method.name": str, "seed": int,
+    "model": dict, "model.name": str, "method": dict, "method.name": str, "seed": COUNT,
     "base_hash": str, "?drawn": dict,
 }  # fmt: skip
 _COPY = "copy the folder again, or train this cell again"
