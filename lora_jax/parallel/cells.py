@@ -29,25 +29,20 @@ class CellPlacement:
         """Into how many parts the cells are divided."""
         return self.placement.mesh.shape["cell"]
 
-    def of_state(self, state: Any) -> Any:
-        """Shardings of a `TrainState` of K cells: of each cell those it has alone."""
-        return self._stacked(self.placement.state(self.method, _one(state)))
-
-    def of_trainable(self, trainable: Any) -> Any:
-        """Of the trainable trees of K cells."""
-        return self._stacked(self.placement.trainable(self.method, _one(trainable)))
-
-    def of_data(self, data: Any) -> Any:
-        """Of what `Pack.data` gives of K cells."""
-        return self._stacked(jax.tree.map(lambda x: self.placement.replicated, data))
-
-    def of_batch(self, batch: Any, *, stacked: bool) -> Any:
-        """Of a batch that all share, or (`stacked`) of one for each of K cells."""
-        if not stacked:
-            return self.placement.batch(batch)
-        return self._stacked(self.placement.batch(_one(batch)))
-
-    def _stacked(self, of_one: Any) -> Any:
+    def of(self, kind: str, tree: Any) -> Any:
+        """Shardings of a "state", a "trainable", what `Pack.data` gives ("data") or a "batch" of K
+        cells: of each cell those it has alone. A "shared batch" has no cells."""
+        placement, one = self.placement, tree if kind == "shared batch" else _one(tree)
+        if "batch" in kind:
+            of_one = placement.batch(one)
+        elif kind == "state":
+            of_one = placement.state(self.method, one)
+        elif kind == "trainable":
+            of_one = placement.trainable(self.method, one)
+        else:
+            of_one = jax.tree.map(lambda x: placement.replicated, one)
+        if kind == "shared batch":
+            return of_one
         return jax.tree.map(
             lambda where: NamedSharding(where.mesh, PartitionSpec("cell", *where.spec)), of_one
         )

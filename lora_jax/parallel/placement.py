@@ -152,9 +152,9 @@ class Placement:
     def alone(self, batch_size: int, accumulate: int = 1) -> Placement:
         """For one cell by itself: the devices of `cell` share its batch where they divide it, and
         else they all do the same."""
-        wide = without_cells(self.mesh)
-        divides = batch_size % (batch_parts(wide.shape) * accumulate) == 0
-        return dataclasses.replace(self, mesh=wide) if divides else self
+        mesh = without_cells(self.mesh)
+        divides = batch_size % (batch_parts(mesh.shape) * accumulate) == 0
+        return dataclasses.replace(self, mesh=mesh) if divides else self
 
     def check_batch(self, size: int, accumulate: int = 1) -> None:
         """Raises `RequestError` where the rows of a training batch do not divide over the mesh."""

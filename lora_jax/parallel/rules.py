@@ -67,20 +67,20 @@ def fitted(
     Such a one goes to the first of the axes `elsewhere` that it divides beside what is there: a
     table of 50,257 words is split by its width.
     """
-    kept: list[tuple[str, ...]] = []
+    fitting: list[tuple[str, ...]] = []
     homeless: list[str] = []
     for axis, size in zip(spec, shape, strict=True):
         names = () if axis is None else (axis,) if isinstance(axis, str) else tuple(axis)
         names = tuple(name for name in names if mesh.shape[name] > 1)
         fits = size % _places(names, mesh) == 0
-        kept.append(names if fits else ())
+        fitting.append(names if fits else ())
         homeless += [] if fits else names
     for name in homeless:
         for axis in elsewhere:
-            if shape[axis] % _places((*kept[axis], name), mesh) == 0:
-                kept[axis] = (*kept[axis], name)
+            if shape[axis] % _places((*fitting[axis], name), mesh) == 0:
+                fitting[axis] = (*fitting[axis], name)
                 break
-    return PartitionSpec(*(names[0] if len(names) == 1 else names or None for names in kept))
+    return PartitionSpec(*(names[0] if len(names) == 1 else names or None for names in fitting))
 
 
 def _places(names: tuple[str, ...], mesh: Mesh) -> int:

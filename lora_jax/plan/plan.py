@@ -116,18 +116,13 @@ def make_plan(request: Request, show: Callable[[str], None] = lambda text: None)
     state, frozen, batch, tx = _abstract(request, model, method)
     of_state = placement.state(method, state)
     if request.offload:
-        tx, of_state = offload(
-            optimizer_parts(_settings(request), NUM_STEPS),
-            method.optimizer,
-            lambda tx: _state_of(state.trainable, tx),
-            lambda shapes: placement.state(method, shapes),
-        )
-        state = _state_of(state.trainable, tx)
-    arguments = (
-        place(state, of_state),
-        place(frozen, placement.params(frozen)),
-        place(batch, placement.batch(batch)),
-    )
+        parts = optimizer_parts(_settings(request), NUM_STEPS)
+        state_of = functools.partial(_state_of, state.trainable)
+        shardings_of = functools.partial(placement.state, method)
+        tx, of_state = offload(parts, method.optimizer, state_of, shardings_of)
+        state = state_of(tx)
+    shardings = (of_state, placement.params(frozen), placement.batch(batch))
+    arguments = tuple(map(place, (state, frozen, batch), shardings))
     task = dataclasses.replace(TASKS["causal-lm"], readout=readout_tokens)
     loss = make_loss(
         model.apply, method, task=task, remat=request.remat, constrain=placement.constrain,
@@ -157,16 +152,14 @@ def _model_and_method(request: Request) -> tuple[Model, Method]:
             "gpt3-175b or llama-2-7b"
         )
     settings = {"targets": "q,v", "rank": 4, "alpha": 8.0, "train": "", **request.settings}
+    names = {"axes": model.axes, "aliases": model.aliases}
     if request.quantize:
-        params = jax.eval_shape(
-            lambda params: quantize(
-                params, "all-linear", format=request.quantize, axes=model.axes,
-                aliases=model.aliases,
-            ),
-            model.params,
-        )  # fmt: skip
+        quantized = functools.partial(
+            quantize, targets="all-linear", format=request.quantize, **names
+        )
+        params = jax.eval_shape(quantized, model.params)
         model = dataclasses.replace(model, params=params)
-    return model, method_of(request.method, settings, axes=model.axes, aliases=model.aliases)
+    return model, method_of(request.method, settings, **names)
 
 
 def _abstract(request: Request, model: Model, method: Method):
@@ -205,8 +198,6 @@ def _described(request, model, method, mesh, arguments, memory, needed, start) -
     state, frozen, _ = arguments
     kind = request.topology.partition(":")[0]
     limit, flops_per_s, bytes_per_s = CHIPS[kind]
-    table = method.table(model.params)
-    sizes = [leaf.size for leaf in flatten(model.params).leaves]
     flops = step_flops(
         model, method, tokens=request.batch * request.length, length=request.length,
         again=request.remat == "nothing_saveable",
@@ -219,8 +210,8 @@ def _described(request, model, method, mesh, arguments, memory, needed, start) -
     return Plan(
         request=request,
         num_devices=mesh.size,
-        num_params=sum(sizes),
-        num_trainable=table.num_trainable,
+        num_params=sum(leaf.size for leaf in flatten(model.params).leaves),
+        num_trainable=method.table(model.params).num_trainable,
         base_bytes=num_bytes(frozen),
         state_bytes=num_bytes(state),
         argument_bytes=argument,

@@ -59,9 +59,10 @@ def describe_topology(name: str) -> Any:
     # Else it complains that it finds no TPU here; the name that it is given decides.
     os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
     os.environ.setdefault("TPU_ACCELERATOR_TYPE", "v5p-8")
-    options = _one_host(layout)
+    # Slices smaller than a host are described with the chips that their host has.
+    one_chip = {"chips_per_host_bounds": (1, 1, 1)} if chips_of(name) == 1 else {}
     try:
-        return topologies.get_topology_desc(platform="tpu", topology_name=name, **options)
+        return topologies.get_topology_desc(platform="tpu", topology_name=name, **one_chip)
     except Exception as error:  # noqa: BLE001 - XLA's errors share no class of their own
         text = " ".join(str(error).split())
         if "not installed" in text or "libtpu" in text.lower():
@@ -83,14 +84,6 @@ def chips_of(topology: str) -> int:
     return math.prod(int(n) for n in layout.split("x"))
 
 
-def _one_host(layout: str) -> dict[str, Any]:
-    """Slices smaller than a host are described with the chips that their host has."""
-    sizes = tuple(int(n) for n in layout.split("x"))
-    if all(n == 1 for n in sizes):
-        return {"chips_per_host_bounds": (1, 1, 1)}
-    return {}
-
-
 def needed_bytes(text: str) -> int:
     """What XLA wanted. Raises `RequestError` for an error of another kind."""
     if "RESOURCE_EXHAUSTED" not in text:
@@ -98,5 +91,5 @@ def needed_bytes(text: str) -> int:
     found = _OUT_OF_MEMORY.search(text)
     if found is None:
         return 0
-    number, unit = (found[1], found[2]) if found[1] else (found[3], found[4])
+    number, unit = found.group(1, 2) if found[1] else found.group(3, 4)
     return int(float(number) * _UNITS[unit])

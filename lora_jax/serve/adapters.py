@@ -11,8 +11,10 @@ from typing import Any
 from lora_jax.core.errors import RequestError
 from lora_jax.io.paths import at_home, cell_of
 from lora_jax.io.run_adapter import DESCRIPTION
-from lora_jax.models import Model
-from lora_jax.models.sources import find_adapter
+from lora_jax.models import Model, load_model
+from lora_jax.models.checkpoint import HEAD_FILE
+from lora_jax.models.config_fields import read_json
+from lora_jax.models.sources import embedded_names, find_adapter, find_source
 from lora_jax.train.adapted import Adapted as Adapted
 from lora_jax.train.adapted import load_run_adapter
 
@@ -89,7 +91,6 @@ def load_adapter(
 
 def base_of(folder: Path) -> str:
     """The base model that a PEFT folder names. Raises `RequestError` if it names none."""
-    from lora_jax.models.config_fields import read_json
     from lora_jax.peft.config import check_is_peft
 
     raw = read_json(folder / PEFT_CONFIG, kind=dict)
@@ -102,8 +103,6 @@ def base_of(folder: Path) -> str:
 
 def _base_here(folder: Path) -> str:
     """`base_of`. Raises `RequestError` if no model is there under that name."""
-    from lora_jax.models.sources import embedded_names, find_source
-
     base = base_of(folder)
     if base not in embedded_names():
         try:
@@ -126,12 +125,9 @@ def _load_peft(
     from lora_jax.peft.save import read_labels
 
     folder = find_adapter(path, adapter_name)
-    if isinstance(base, Model):
-        if untie:
-            raise RequestError("untie is for a base that is loaded here; load_model has it, too")
-        model = base
-    else:
-        model = _load_base(folder, base, untie)
+    if isinstance(base, Model) and untie:
+        raise RequestError("untie is for a base that is loaded here; load_model has it, too")
+    model = base if isinstance(base, Model) else _load_base(folder, base, untie)
     method, trainable = peft.load_adapter(folder, model)
     if model.head is not None and (labels := read_labels(folder, model.num_labels)):
         model = dataclasses.replace(model, labels=labels)
@@ -140,7 +136,6 @@ def _load_peft(
 
 def _load_base(folder: Path, base: str | os.PathLike | None, untie: bool) -> Model:
     """The base of a PEFT folder, with a head if the adapter is of a classifier."""
-    from lora_jax.models import load_model
     from lora_jax.peft.keys import read_keys
 
     base = base or _base_here(folder)
@@ -156,7 +151,6 @@ def _load_base(folder: Path, base: str | os.PathLike | None, untie: bool) -> Mod
 def _num_labels(folder: Path, whole: Mapping[str, Any]) -> int | None:
     """Outputs of the classifier that the adapter brings; None if it brings none."""
     from lora_jax.io.safetensors import read_tensors
-    from lora_jax.models.checkpoint import HEAD_FILE
 
     if (folder / HEAD_FILE).is_file():
         bias = read_tensors(folder / HEAD_FILE).get("head.bias")
@@ -169,8 +163,6 @@ def _num_labels(folder: Path, whole: Mapping[str, Any]) -> int | None:
 
 def _is_classifier(base: Path | None, keys: Any) -> bool:
     """Whether the base's folder, or the adapter's own modules, are those of a classifier."""
-    from lora_jax.models.config_fields import read_json
-
     if any(name.startswith(("classifier", "score")) for name in keys.parts):
         return True
     if base is None or not (base / "config.json").is_file():

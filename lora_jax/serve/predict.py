@@ -14,15 +14,16 @@ import numpy as np
 from lora_jax.core.draws import partitionable
 from lora_jax.core.errors import RequestError
 from lora_jax.core.lift import lift
-from lora_jax.data import Examples, bucket_lengths, eval_batches
+from lora_jax.data import Examples
 from lora_jax.data.glue import GLUE_TASKS
 from lora_jax.data.tables import read_texts
 from lora_jax.generate.score import answer
 from lora_jax.generate.settings import Decoding
 from lora_jax.io.paths import at_home, cell_of
+from lora_jax.settings import Settings
 from lora_jax.train.adapted import Adapted, load_run_adapter
 from lora_jax.train.compilation import CompiledByShape, enable_compilation_cache
-from lora_jax.train.evaluate_run import check_completion_format, config_of
+from lora_jax.train.evaluate_run import check_completion_format, config_of, encoded_batches
 from lora_jax.train.loss import INPUTS
 from lora_jax.train.task import task_of
 from lora_jax.train.workdir import config_from
@@ -94,6 +95,9 @@ def predict(
     Raises:
       RequestError: the run is unfinished or damaged, its base is not found, an input is empty, or
         a file lacks the column.
+
+    >>> list(lj.predict("runs/cells/lora", ["a fine film"]))  # doctest: +SKIP
+    ['positive']
     """
     cell = cell_of(run)
     if not (cell / "card.json").is_file():
@@ -170,63 +174,49 @@ def _class_names(adapted: Adapted, count: int) -> tuple[str, ...]:
     return tuple(map(str, known))
 
 
-def _completions(adapted, cell, texts, settings, merged, on_progress) -> tuple[str, ...]:
-    check_completion_format(
-        adapted.description, adapted.model, adapted.description["model"], cell.name
-    )
+def _completions(adapted: Adapted, cell, texts, settings, merged, on_progress) -> tuple[str, ...]:
+    description, model = adapted.description, adapted.model
+    check_completion_format(description, model, description["model"], cell.name)
     show = None if on_progress is None else lambda done: on_progress(done, len(texts))
     prompts = [text for (text,) in texts]
-    settings = Decoding(64) if settings is None else settings
-    params = _merged(adapted) if merged else adapted.params
-    return tuple(answer(adapted.model, params, prompts, settings, show=show))
-
-
-def _merged(adapted: Adapted) -> Any:
-    return adapted.method.merge(adapted.trainable, adapted.frozen, dtype="stored")
+    trainable, frozen = adapted.merged if merged else (adapted.trainable, adapted.frozen)
+    params = adapted.method.bind(trainable, frozen)
+    return tuple(answer(model, params, prompts, settings or Decoding(64), show=show))
 
 
 @partitionable()
-def _outputs(adapted, config, texts, places, merged, on_progress) -> np.ndarray:
+def _outputs(
+    adapted: Adapted, config: Settings, texts, places, merged: bool, on_progress: Progress | None
+) -> np.ndarray:
     """The head's outputs (N, classes) in at least float32, by the batches of an evaluation."""
-    method, model = adapted.method, adapted.model
-    paired = len(texts[0]) == 2
+    method, count = adapted.method, len(texts)
+    first, *second = zip(*texts, strict=True)
     examples = Examples(
-        texts=tuple(own[0] for own in texts),
-        labels=np.zeros(len(texts), np.int32),
+        texts=first,
+        labels=np.zeros(count, np.int32),
         ids=places,
-        seconds=tuple(own[1] for own in texts) if paired else None,
+        seconds=second[0] if second else None,
     )
-    encoded = task_of(config.model).encode(model, examples, max_length=config.data.max_length)
     # A few texts need not fill a batch of the run's evaluation; powers of two compile few shapes.
-    batches = eval_batches(
-        encoded,
-        batch_size=min(config.train.eval_batch_size, 1 << (len(texts) - 1).bit_length()),
-        buckets=bucket_lengths(config.data.buckets, config.data.max_length),
-    )
-    trainable, frozen = adapted.trainable, adapted.frozen
-    if merged:
-        trainable, frozen = {}, _merged(adapted)
-    lifted = lift(model.apply)
+    largest = 1 << (count - 1).bit_length()
+    batches = encoded_batches(config, task_of(config.model), adapted.model, examples, largest)
+    trainable, frozen = adapted.merged if merged else (adapted.trainable, adapted.frozen)
+    lifted = lift(adapted.model.apply)
 
     def outputs_of(trainable, frozen, batch):
         inputs = [batch[name] for name in INPUTS if name in batch]
         return lifted(method.bind(trainable, frozen), *inputs)
 
     program = CompiledByShape(jax.jit(outputs_of))
-    found: np.ndarray | None = None
-    done = 0
+    found: dict[int, np.ndarray] = {}
     for batch in batches:
         inputs = {name: batch[name] for name in INPUTS if name in batch}
         own = np.asarray(jax.device_get(program(trainable, frozen, inputs)), np.float32)
-        kept = batch["index"] >= 0
-        if found is None:
-            found = np.zeros((len(texts), own.shape[-1]), np.float32)
-        found[batch["index"][kept]] = own[kept]
-        done += int(kept.sum())
+        found |= {int(n): row for n, row in zip(batch["index"], own, strict=True) if n >= 0}
         if on_progress is not None:
-            on_progress(done, len(texts))
-    assert found is not None  # there is at least one input
-    if not np.isfinite(found).all():
-        bad = int(np.argmin(np.isfinite(found).all(-1)))
+            on_progress(len(found), count)
+    outputs = np.stack([found[place] for place in range(count)])
+    if not np.isfinite(outputs).all():
+        bad = int(np.argmin(np.isfinite(outputs).all(-1)))
         raise RequestError(f"{places[bad]}: the run's output is not finite; evaluate it first")
-    return found
+    return outputs

@@ -31,7 +31,7 @@ def make_config(*changes: Mapping[str, Any]) -> ConfigDict:
     return config
 
 
-def put_settings(config: ConfigDict, values: Mapping[str, Any]) -> None:
+def put_settings(config: Any, values: Mapping[str, Any]) -> None:
     """Puts `{"section.key": value}` into a `ConfigDict`, of whatever type its value was before.
 
     Raises `RequestError` for a setting of methods that the config does not list and its method
@@ -39,14 +39,14 @@ def put_settings(config: ConfigDict, values: Mapping[str, Any]) -> None:
     """
     listed = set(config.get("method") or {})
     _put(config, values)
-    method = config.get("method") or {}
+    method: Any = config.get("method") or {}
     for key in values:
         section, _, name = key.partition(".")
         if section == "method" and name not in listed and "name" in method:
             check_method_has(method.name, name)
 
 
-def _put(config: ConfigDict, values: Mapping[str, Any]) -> None:
+def _put(config: Any, values: Mapping[str, Any]) -> None:
     with config.unlocked(), config.ignore_type():
         for key, value in values.items():
             *sections, name = key.split(".")

@@ -8,9 +8,13 @@ from lora_jax.settings.schema import METHODS, SECTIONS, SETTINGS
 
 def described() -> str:
     """A line each: the setting with its default, and what it is."""
-    said = {key: f"{key}{_equals(SETTINGS[key])}" for key in _in_order()}
-    width = max(map(len, said.values()))
-    return "\n".join(f"  {said[key]:{width}}  {_about(SETTINGS[key])}" for key in said)
+    names = {}
+    for key, facts in _in_order():
+        names[key] = key
+        if not facts.required and facts.default not in (None, ""):
+            names[key] += f"={str(facts.default).lower()}".replace(" ", "")
+    width = max(map(len, names.values()))
+    return "\n".join(f"  {names[key]:{width}}  {_about(facts)}" for key, facts in _in_order())
 
 
 def table() -> str:
@@ -19,22 +23,15 @@ def table() -> str:
         "| setting | type | default | range | role | |",
         "|---|---|---|---|---|---|",
     ]
-    for key in _in_order():
-        facts = SETTINGS[key]
+    for key, facts in _in_order():
         cells = (f"`{key}`", facts.kind, _default(key), facts.range, facts.role, _about(facts))
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
-def _in_order() -> list[str]:
+def _in_order() -> list[tuple[str, Setting]]:
     sections = ("seed", *SECTIONS)
-    return sorted(SETTINGS, key=lambda key: sections.index(key.partition(".")[0]))
-
-
-def _equals(facts: Setting) -> str:
-    if facts.required or facts.default in (None, ""):
-        return ""
-    return f"={str(facts.default).lower()}".replace(" ", "")
+    return sorted(SETTINGS.items(), key=lambda row: sections.index(row[0].partition(".")[0]))
 
 
 def _default(key: str) -> str:
@@ -43,11 +40,11 @@ def _default(key: str) -> str:
         return "required"
     if facts.default is not None:
         return f"`{facts.default!r}`"
-    name = key.partition(".")[2]
-    of = {m: joined.settings[name].default for m, joined in METHODS.items()
-          if name in joined.settings}  # fmt: skip
-    values = {repr(value): [m for m in of if of[m] == value] for value in of.values()}
-    return ", ".join(f"`{value}` ({', '.join(names)})" for value, names in values.items())
+    methods: dict[str, list[str]] = {}  # by their own defaults
+    for method, joined in METHODS.items():
+        if (own := joined.settings.get(key.partition(".")[2])) is not None:
+            methods.setdefault(repr(own.default), []).append(method)
+    return ", ".join(f"`{value}` ({', '.join(names)})" for value, names in methods.items())
 
 
 def _about(facts: Setting) -> str:

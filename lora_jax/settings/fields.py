@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import dataclasses
+import functools
 import math
 from collections.abc import Mapping
 from typing import Any
@@ -80,9 +81,8 @@ def setting(default: Any = None, help: str = "", **facts: Any) -> Any:
     return dataclasses.field(default=default, metadata={"help": help, **facts})
 
 
-def optional(default: Any = None, help: str = "", **facts: Any) -> Any:
-    """A `setting` that a config records only where it names it or it is not the default."""
-    return setting(default, help, recorded=False, **facts)
+# A `setting` that a config records only where it names it or it is not the default.
+optional = functools.partial(setting, recorded=False)
 
 
 def setting_of(field: dataclasses.Field, **facts: Any) -> Setting:
@@ -176,8 +176,9 @@ def _whole(value: Any) -> int | None:
 
 
 def _wholes(value: Any) -> tuple[int, ...] | None:
-    found = tuple(map(_whole, value if isinstance(value, tuple) else (value,)))
-    return None if None in found else found
+    given = value if isinstance(value, tuple) else (value,)
+    found = tuple(n for n in map(_whole, given) if n is not None)
+    return found if len(found) == len(given) else None
 
 
 def _number(value: Any) -> float | None:

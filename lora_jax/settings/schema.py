@@ -25,6 +25,7 @@ from lora_jax.settings.fields import (
 TABLES = ("jsonl", "csv", "tsv", "parquet")
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Section:
     """What the sections share: `section["name"]`, `section.get("name")`, `dict(section)`."""
 
@@ -217,7 +218,7 @@ def check(key: str, value: Any) -> Any:
     return check_range(key, value, facts_of(key))
 
 
-def check_method_has(method: str, name: str) -> None:
+def check_method_has(method: Any, name: str) -> None:
     """Raises `RequestError` if the method has no setting of this name, or is unknown."""
     if method not in METHODS:
         raise RequestError(f"method.name={method!r} is unknown; {nearest(str(method), METHODS)}")

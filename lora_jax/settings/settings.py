@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import hashlib
 import json
 from collections.abc import Mapping
@@ -104,9 +105,7 @@ class Settings:
         nested: dict[str, Any] = {name: {} for name in SECTIONS}
         for key, value in self.flat().items():
             *parents, name = key.split(".")
-            place = nested
-            for parent in parents:
-                place = place.setdefault(parent, {})
+            place = functools.reduce(lambda at, parent: at.setdefault(parent, {}), parents, nested)
             place[name] = value
         return nested
 
@@ -128,9 +127,10 @@ class Settings:
             if key in self.extra and old is not None and not isinstance(value, type(old)):
                 raise RequestError(f"{key}={value!r} has another type than the config's {old!r}")
             flat[key] = value
-        for key in changes:
-            if key.startswith("method.") and key not in self.flat():
-                check_method_has(flat.get("method.name"), key.partition(".")[2])
+        for key in changes.keys() - self.flat().keys():
+            section, _, name = key.partition(".")
+            if section == "method":
+                check_method_has(flat.get("method.name"), name)
         return Settings.from_flat(flat)
 
     def check(self) -> None:
@@ -168,10 +168,12 @@ class Settings:
 
         `with_seed` counts the seed, for runs whose seed decides what they share.
         """
-        lanes = {key for key, facts in SETTINGS.items() if facts.role == LANE}
-        lanes -= {"seed"} if with_seed else set()
-        flat = hashed_settings(plain_config(self))
-        return json.dumps({k: x for k, x in flat.items() if k not in lanes}, sort_keys=True)
+        shared = {
+            key: value
+            for key, value in hashed_settings(plain_config(self)).items()
+            if key not in SETTINGS or SETTINGS[key].role != LANE or (with_seed and key == "seed")
+        }
+        return json.dumps(shared, sort_keys=True)
 
 
 def complete(config: Any) -> Settings:
@@ -234,14 +236,12 @@ def plain_config(config: Any) -> dict[str, Any]:
 
 def hashed_settings(config: Mapping[str, Any]) -> dict[str, Any]:
     """The settings that make a run what it is, by dotted name: a plain config's, as it stands."""
-
-    def counts(key: str) -> bool:
-        facts = SETTINGS.get(key)
-        if key.partition(".")[0] in _NOT_HASHED:
-            return False
-        return facts is None or facts.role != BOOKKEEPING
-
-    return {key: value for key, value in flat_config(config).items() if counts(key)}
+    return {
+        key: value
+        for key, value in flat_config(config).items()
+        if key.partition(".")[0] not in _NOT_HASHED
+        and (key not in SETTINGS or SETTINGS[key].role != BOOKKEEPING)
+    }
 
 
 def config_hash(config: Mapping[str, Any]) -> str:

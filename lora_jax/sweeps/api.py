@@ -9,21 +9,19 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 
 from lora_jax.core import trees
 from lora_jax.core.errors import RequestError
 from lora_jax.core.lift import lift
-from lora_jax.sweeps.batches import OwnBatches, SharedBatches
-from lora_jax.sweeps.in_memory import InMemory
-from lora_jax.sweeps.memory import device_memory_bytes
+from lora_jax.settings import OptimizerSettings
+from lora_jax.sweeps.in_memory import InMemory, OwnBatches, SharedBatches
 from lora_jax.sweeps.program import default_at_once
 from lora_jax.sweeps.results import CellResult, SweepResults
-from lora_jax.sweeps.runner import Runner
-from lora_jax.sweeps.settings import CellSettings, read_cells, tuned_cells
-from lora_jax.train.cell import Schedule
-from lora_jax.train.loop import Callback, StopRequested
+from lora_jax.sweeps.runner import device_memory_bytes
+from lora_jax.sweeps.settings import read_cells, tuned_cells
+from lora_jax.train.cell import Cell, Schedule
+from lora_jax.train.loop import Callback
 
 
 def sweep(
@@ -67,7 +65,7 @@ def sweep(
       num_steps: optimizer steps of each cell.
       tune: a setting and its values, `("lr", (1e-4, 1e-3))`: each cell runs once for each, and
         `results.tuned()` says which is best on validation, with the basin.
-      validation: batches for all; the mean of their losses chooses the trainable that is kept.
+      validation: batches for all; the mean of their losses chooses which trainable is returned.
       metrics: `metrics(params, batch) -> {name: ()}`, more numbers of the validation batches; their
         means are each result's `metrics`.
       eval_every: steps between evaluations on `validation`; 0 for one, after the last step.
@@ -85,10 +83,13 @@ def sweep(
       progress: show a bar and print the plan.
       callbacks: are notified of what each pack does (`lora_jax.train.Callback`), and may stop it.
 
-    Returns one result a cell. A cell that fails (a wrong setting, a loss that is not finite)
-    has its `error`, and the others go on. What has finished is never thrown away: a later pack that
-    cannot run, or Ctrl-C, leaves its cells with an `error`. Raises `RequestError` for what is wrong
-    with the sweep as a whole.
+    Returns:
+      `SweepResults`, one `CellResult` per cell. A cell that fails (a wrong setting, a loss that is
+      not finite) has its `error`, and the others go on. What has finished is never thrown away: a
+      later pack that cannot run, or Ctrl-C, leaves its cells with an `error`.
+
+    Raises:
+      RequestError: something is wrong with the sweep as a whole.
 
     >>> import jax.numpy as jnp, lora_jax as lj
     >>> base = {"w": jnp.eye(4), "v": jnp.ones((4, 1))}
@@ -98,98 +99,68 @@ def sweep(
     >>> [row.trainable["w"]["a"].shape for row in found]
     [(4, 1), (4, 2)]
     """
-    if num_steps < 1 or eval_every < 0 or patience < 0 or (at_once or 0) < 0:
+    if num_steps < 1 or min(eval_every, patience, at_once or 0) < 0:
         raise RequestError(
-            f"num_steps={num_steps}, eval_every={eval_every}, patience={patience}, "
-            f"at_once={at_once}: at least 1, 0, 0, 0"
+            f"num_steps={num_steps} must be at least 1; eval_every={eval_every}, "
+            f"patience={patience} and at_once={at_once} at least 0"
         )
     if patience and not (validation and eval_every):
         raise RequestError(f"patience={patience} needs validation batches and eval_every")
-    source = OwnBatches(batches) if callable(batches) else SharedBatches(batches)
     if tune is not None and not validation:
         raise RequestError(f"tune={tune!r} chooses on validation; give validation batches")
-    cells, tuned = tuned_cells(cells, tune)
-    named = read_cells(cells, axes=axes, aliases=aliases)
-    optimizer = {
-        "schedule": schedule,
-        "warmup_ratio": warmup_ratio,
-        "clip_norm": clip_norm,
-        "beta1": beta1,
-        "beta2": beta2,
-        "eps": eps,
-    }
+    optimizer = OptimizerSettings(
+        schedule=schedule, warmup_ratio=warmup_ratio, clip_norm=clip_norm, beta1=beta1,
+        beta2=beta2, eps=eps,
+    )  # fmt: skip
+    expanded, tuned = tuned_cells(cells, tune)
+    made = read_cells(expanded, axes=axes, aliases=aliases, optimizer=optimizer)
     if tx is not None:
-        _check_own_optimizer(tx, named, (beta1, beta2, eps))
-    spec = InMemory(
-        lift(_of_shown(loss_fn)),
-        None if metrics is None else lift(_of_shown(metrics)),
-        trees.hide_static(params),
-        source,
-        [jax.tree.map(jnp.asarray, batch) for batch in validation],
-        optimizer,
-        tx,
-        Schedule(num_steps, eval_every, patience),
+        _check_own_optimizer(tx, made, optimizer)
+    runner = InMemory(
+        memory_bytes=memory_bytes or device_memory_bytes(),
+        loss=lift(_of_shown(loss_fn)),
+        metrics=None if metrics is None else lift(_of_shown(metrics)),
+        params=trees.hide_static(params),
+        source=OwnBatches(batches) if callable(batches) else SharedBatches(batches),
+        validation=[jax.tree.map(jnp.asarray, batch) for batch in validation],
+        tx=tx,
+        schedule=Schedule(num_steps, eval_every, patience),
         at_once=default_at_once() if at_once is None else at_once,
         progress=progress,
         callbacks=callbacks,
     )
-    runner = Runner(spec, memory_bytes or device_memory_bytes(), lambda line: None)
-    try:
-        runner.run(named)
-    except (KeyboardInterrupt, StopRequested) as why:
-        if not spec.trained:
-            raise
-        runner.take({cell.name: f"stopped by {str(why) or 'Ctrl-C'}" for cell in named})
+    runner.run(made)
     rows = []
-    for cell in named:
-        result = runner.results[cell.name]
-        row = _refused(cell, result) if isinstance(result, str) else result
+    for cell in made:
+        row = runner.results[cell.name]
+        if isinstance(row, RequestError):
+            row = CellResult(cell.name, cell.shown, cell.made, error=str(row))
         rows.append(dataclasses.replace(row, group=tuned.get(row.name, "")))
-    return SweepResults(rows, "\n".join(spec.lines), tune[0] if tune else "")
+    return SweepResults(rows, "\n".join(runner.lines), tune[0] if tune else "")
 
 
-def _check_own_optimizer(tx: Any, cells: Sequence[CellSettings], adam: tuple) -> None:
+def _check_own_optimizer(tx: Any, cells: Sequence[Cell], settings: OptimizerSettings) -> None:
     if not callable(tx):
         raise RequestError(
             f"tx is a {type(tx).__name__}; give a function of the learning rate, such as "
             "tx=optax.lion, so that cells of different rates may share a program"
         )
-    if adam != (0.9, 0.999, 1e-8):
+    default = OptimizerSettings()
+    if any(settings[name] != default[name] for name in ("beta1", "beta2", "eps")):
         raise RequestError("beta1, beta2 and eps are AdamW's; give them to the optimizer in tx")
     for cell in cells:
-        if cell.weight_decay > 0:
+        if cell.refused is None and cell.config.optimizer.weight_decay > 0:
             raise RequestError(
-                f"cell {cell.name!r} gives weight_decay={cell.weight_decay:g}, which is AdamW's; "
-                "give it to the optimizer in tx"
+                f"cell {cell.name!r} gives weight_decay={cell.config.optimizer.weight_decay:g}, "
+                "which is AdamW's; give it to the optimizer in tx"
             )
 
 
-def _of_shown(loss_fn: Callable[[Any, Any], jax.Array]):
-    """The user's loss, which sees the Python leaves (activations, flags) of its own tree."""
+def _of_shown(function: Callable[[Any, Any], Any]) -> Callable[[Any, Any], Any]:
+    """The user's function, which sees the Python leaves (activations, flags) of its own tree."""
 
-    @functools.wraps(loss_fn)
+    @functools.wraps(function)
     def of_shown(params, batch):
-        return loss_fn(trees.show_static(params), batch)
+        return function(trees.show_static(params), batch)
 
     return of_shown
-
-
-def _refused(cell: CellSettings, why: str) -> CellResult:
-    """The result of a cell that was never begun, or not brought to an end."""
-    return CellResult(
-        name=cell.name,
-        settings=cell.settings,
-        method=cell.method,
-        losses=np.zeros(0, np.float32),
-        validation=(),
-        best_step=0,
-        best_loss=None,
-        trainable=None,
-        num_trainable=0,
-        stopped="",
-        error=why,
-        seconds=0.0,
-        compile_seconds=0.0,
-        pack=0,
-        width=0,
-    )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import reprlib
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -10,6 +11,7 @@ from lora_jax.core.errors import RequestError
 from lora_jax.core.trees import nearest
 from lora_jax.settings import Settings, complete
 from lora_jax.settings.config import run_file
+from lora_jax.train.cell import Cell as Cell
 from lora_jax.train.workdir import LONGEST_NAME, is_folder_name
 
 PREFIX = "sweep_"
@@ -17,23 +19,10 @@ MIN_VALUES = 2
 
 
 @dataclasses.dataclass(frozen=True)
-class Cell:
-    """One run of a sweep: its name in the workdir and its settings."""
-
-    name: str
-    config: Settings
-
-    @property
-    def hash(self) -> str:
-        """The config's hash."""
-        return self.config.hash
-
-
-@dataclasses.dataclass(frozen=True)
 class Tuning:
-    """One contestant, tuned: a cell for each value of `key`, then more seeds with the best.
+    """One arm, tuned: a cell for each value of `key`, then more seeds with the best.
 
-    `config` is the contestant's, without the value.
+    `config` is the arm's, without the value.
     """
 
     name: str
@@ -63,7 +52,7 @@ class Tuning:
 
 @dataclasses.dataclass(frozen=True)
 class Sweep:
-    """A named sweep: its plain cells, and the contestants that are tuned."""
+    """A named sweep: its plain cells, and the arms that are tuned."""
 
     name: str
     cells: tuple[Cell, ...]
@@ -77,8 +66,8 @@ class Sweep:
     def only(self, text: str) -> Sweep:
         """The cells whose name contains `text`.
 
-        A contestant all of whose cells do is tuned; of one where only some do, these run, and
-        nothing is chosen. Raises `RequestError` where no name contains it.
+        An arm all of whose cells do is tuned; of one where only some do, these run, and nothing is
+        chosen. Raises `RequestError` where no name contains it.
         """
         cells = tuple(cell for cell in self.cells if text in cell.name)
         whole = [t for t in self.tunings if all(text in cell.name for cell in t.first)]
@@ -94,7 +83,7 @@ def read_sweep(path: str, sweep: str, config: Settings) -> Sweep:
     """Calls `sweep_<sweep>(add)` of the config file `path`; each `add` is `config` overridden.
 
     `add(name, **{"method.rank": 4, "seed": 1})` adds a cell. `add(name, tune=("optimizer.lr",
-    rates), more_seeds=(1, 2), …)` adds a tuned contestant: a cell for each rate, and when all have
+    rates), more_seeds=(1, 2), …)` adds a tuned arm: a cell for each rate, and when all have
     ended, the rate with the best validation loss runs with the other seeds too. Raises
     `RequestError` for a sweep the file does not have, a name given twice, two cells with the same
     settings, or a setting the config does not know.
@@ -168,32 +157,24 @@ def value_text(value: Any) -> str:
 
 
 def _seeds(name: str, more_seeds: Any) -> tuple[int, ...]:
-    try:
-        seeds = tuple(more_seeds)
-    except TypeError:
-        seeds = (more_seeds,)
-        more_seeds = None
-    if more_seeds is None or any(isinstance(s, bool) or not isinstance(s, int) for s in seeds):
+    seeds = tuple(more_seeds) if isinstance(more_seeds, Iterable) else more_seeds
+    if not isinstance(seeds, tuple) or not all(type(seed) is int for seed in seeds):
         raise RequestError(f"cell {name!r}: more_seeds is {seeds}; give whole numbers: (1, 2)")
     return seeds
 
 
 def _check_name(name: Any) -> None:
-    if isinstance(name, str) and (
-        len(name.encode("utf-8", "replace")) > LONGEST_NAME or "\0" in name
-    ):
-        raise RequestError(
-            f"cell name {name[:40]!r}… has {len(name)} characters; at most {LONGEST_NAME} bytes "
-            "without NUL can be a folder's"
-        )
     if not is_folder_name(name):
-        raise RequestError(f"cell name {name!r} cannot be a folder's; use letters, digits, -")
+        raise RequestError(
+            f"cell name {reprlib.repr(name)} cannot be a folder's; use letters, digits and -, "
+            f"{LONGEST_NAME} bytes at most"
+        )
 
 
 def _refuse_twins(sweep: Sweep) -> None:
     """Raises `RequestError` where two cells, first or possible, share a name or their settings."""
-    names: dict[str, Cell] = {}
-    hashes: dict[str, Cell] = {}
+    names: set[str] = set()
+    hashes: dict[str, str] = {}
     for cell in [*sweep.cells, *(cell for tuning in sweep.tunings for cell in tuning.possible)]:
         _check_name(cell.name)
         if cell.name in names:
@@ -201,13 +182,13 @@ def _refuse_twins(sweep: Sweep) -> None:
                 f"sweep {sweep.name!r}: two cells are named {cell.name!r}, one of them by a tune; "
                 "rename one"
             )
-        twin = hashes.setdefault(cell.hash, cell)
-        if twin.name != cell.name:
+        twin = hashes.setdefault(cell.hash, cell.name)
+        if twin != cell.name:
             raise RequestError(
-                f"sweep {sweep.name!r}: cells {twin.name!r} and {cell.name!r} have the same "
-                "settings; remove one, or give them different seeds"
+                f"sweep {sweep.name!r}: cells {twin!r} and {cell.name!r} have the same settings; "
+                "remove one, or give them different seeds"
             )
-        names[cell.name] = cell
+        names.add(cell.name)
 
 
 def choose_value(tuning: Tuning, losses: Sequence[float]) -> dict[str, Any]:

@@ -1,162 +1,119 @@
-"""Cells of a command-line sweep, grouped by what must agree before they can share a program."""
+"""Who shares a program: cells whose shapes agree once ranks are padded within a bucket."""
 
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import re
-from collections.abc import Sequence
-from pathlib import Path
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, cast
 
 from lora_jax.core import trees
 from lora_jax.core.errors import RequestError
-from lora_jax.io.atomic import write_json
+from lora_jax.methods import FullFineTuning, LoRA
 from lora_jax.models import Model
-from lora_jax.settings import Settings, flat_config, plain_config
-from lora_jax.sweeps.cells import Cell
-from lora_jax.sweeps.plan import Planned, make_plan
-from lora_jax.sweeps.settings import CellSettings
+from lora_jax.sweeps.pack import Pack, is_padded, is_subspace, make_pack
 from lora_jax.train.build import Base, make_method, plan_steps
+from lora_jax.train.cell import Cell
 from lora_jax.train.optimizer import make_optimizer
-from lora_jax.train.workdir import check_inside, is_folder_name, read_json_file
+
+# In the place of any dimension: subspaces of all of them share a program, whose cost is what moves.
+_ANY = 1
+NARROWEST_BUCKET = 8  # below it, padding a rank costs nothing that could be measured
 
 
-@dataclasses.dataclass(frozen=True)
-class Group:
-    """Cells that train as one program, or one cell that trains alone."""
+def bucket_of(rank: int) -> int:
+    """The width of the bucket a rank is padded in: 8, 16, 32, …, so that 1 never pays for 64.
 
-    cells: tuple[Cell, ...]
-    plan: Planned
-    num_steps: int
-
-    @property
-    def is_pack(self) -> bool:
-        """Whether it is more than one cell."""
-        return len(self.cells) > 1
-
-    def __str__(self) -> str:
-        if self.is_pack:
-            return str(self.plan)
-        return f"alone: {self.cells[0].name}"
-
-
-def make_groups(cells: Sequence[Cell], base: Base) -> tuple[list[Group], dict[str, RequestError]]:
-    """The groups of cells that share `base`, in order of their first cells; and who is refused.
-
-    A cell that cannot be run (an impossible rank, a bad rate) is refused, the others still run.
+    >>> [bucket_of(rank) for rank in (1, 8, 9, 64, 65)]
+    [8, 8, 16, 64, 128]
     """
+    return max(NARROWEST_BUCKET, 1 << (rank - 1).bit_length())
+
+
+def make_packs(
+    cells: Sequence[Cell], params: Any, key_of: Callable[[Cell], Any] = lambda cell: None
+) -> tuple[list[Pack], dict[str, RequestError]]:
+    """The packs, in order of their first cells, and `{name: why}` of cells that cannot be run.
+
+    A cell whose rules do not fit `params` (a rank above the matrix, no such target) is refused; the
+    others still run. Cells with another `key_of` do not share a program.
+    """
+    groups: list[tuple[Any, dict[str, str], list[Cell]]] = []
     refused: dict[str, RequestError] = {}
-    families: dict[str, list[tuple[Cell, CellSettings]]] = {}
-    num_steps: dict[str, int] = {}
     for cell in cells:
         try:
-            steps = _num_steps(cell, base)
-            settings = cell_settings(cell, base.model_of(cell.config.seed), steps)
-            key = shared_key(cell, base.model, settings)
+            if cell.refused is not None:
+                raise cell.refused
+            own, roles = _shape_of(cell, params)
+            kind = (key_of(cell), own)
         except RequestError as error:
             refused[cell.name] = error
             continue
-        families.setdefault(key, []).append((cell, settings))
-        num_steps[cell.name] = steps
-    groups = []
-    for family in families.values():
-        by_name = {cell.name: cell for cell, _ in family}
-        planned, impossible = make_plan([settings for _, settings in family], base.model.params)
-        refused |= {name: RequestError(why) for name, why in impossible.items()}
-        for plan in planned:
-            members = tuple(by_name[settings.name] for settings in plan.cells)
-            groups.append(Group(members, plan, num_steps[members[0].name]))
-    order = {cell.name: place for place, cell in enumerate(cells)}
-    return sorted(groups, key=lambda group: order[group.cells[0].name]), refused
+        for same, taken, members in groups:
+            if same == kind and all(taken.get(p, r) == r for p, r in roles.items()):
+                taken |= roles
+                members.append(cell)
+                break
+        else:
+            groups.append((kind, dict(roles), [cell]))
+    return [make_pack(members, params) for _, _, members in groups], refused
 
 
-def cell_settings(cell: Cell, model: Model, num_steps: int) -> CellSettings:
-    """A config's cell as packs take them. Raises `RequestError` for settings out of range."""
+def _shape_of(cell: Cell, params) -> tuple[Any, dict[str, str]]:
+    """What must agree for two cells to share a program, and the roles of each adapter's axes, which
+    must agree where both have it."""
+    method = cell.method
+    whole = tuple(method.whole_paths(params))
+    if not is_padded(method):
+        method.table(params)  # for its checks
+        if isinstance(method, FullFineTuning):
+            return object(), {}  # each trains a base of its own: nothing to share
+        if is_subspace(method):
+            return (dataclasses.replace(cast(Any, method), dim=_ANY), whole), {}
+        # Nothing is known of other methods but that equal ones have equal programs.
+        return method, {}
+    sites = cast(LoRA, method).sites(params)
+    bucket = bucket_of(max(own.rank for own in sites.values()))
+    # What is left of the method once all that may differ is gone: its type and own settings.
+    names = {field.name for field in dataclasses.fields(method)}
+    own = {name: getattr(method, name) for name in names - {"rules", "axes", "train", "aliases"}}
+    targets = None if "targets" in method.ZERO_PADDABLE else tuple(sites)
+    roles = {name: own.roles for name, own in sites.items()}
+    return (type(method), own, whole, bucket, targets), roles
+
+
+def make_groups(cells: Sequence[Cell], base: Base) -> tuple[list[Pack], dict[str, RequestError]]:
+    """`make_packs` of configs' cells that share `base`, which is what makes their methods.
+
+    A cell that cannot be run (an impossible rank, a bad rate) is refused, the others still run.
+    """
+    made = [_completed(cell, base) for cell in cells]
+    return make_packs(made, base.model.params, lambda cell: _shared_key(cell, base.model))
+
+
+def _completed(cell: Cell, base: Base) -> Cell:
+    """The cell with its method and its number of steps, or with why it is refused."""
     config = cell.config
-    config.check()
-    make_optimizer(config.optimizer, num_steps)  # for what its settings mean together
-    return CellSettings(
-        name=cell.name,
-        settings=flat_config(plain_config(config)),
-        method=make_method(config.method, model),
-        lr=config.optimizer.lr,
-        weight_decay=config.optimizer.weight_decay,
-        seed=config.seed,
-    )
+    try:
+        steps_per_epoch = base.train_batches_of(config).steps_per_epoch
+        num_steps = plan_steps(config.train, steps_per_epoch).num_steps
+        config.check()
+        make_optimizer(config.optimizer, num_steps)  # for what its settings mean together
+        method = make_method(config.method, base.model_of(cell.seed))
+    except RequestError as error:
+        return dataclasses.replace(cell, refused=error)
+    return dataclasses.replace(cell, made=method, num_steps=num_steps)
 
 
-def shared_key(cell: Cell, model: Model, settings: CellSettings) -> str:
+def _shared_key(cell: Cell, model: Model) -> str:
     """Cells of one key may share a program, if their shapes agree."""
     # A new head that stays frozen differs by seed.
-    return cell.config.program_key(with_seed=not _whole_head(model, settings))
+    return cell.config.program_key(with_seed=not _whole_head(cell, model))
 
 
-def _whole_head(model: Model, settings: CellSettings) -> bool:
+def _whole_head(cell: Cell, model: Model) -> bool:
     if not model.head_is_new:
         return True
-    whole = set(settings.method.whole_paths(model.params))
+    whole = set(cell.method.whole_paths(model.params))
     heads = [p for p in trees.flatten(model.params).paths if re.fullmatch(model.head_pattern, p)]
     return whole.issuperset(heads)
-
-
-def _num_steps(cell: Cell, base: Base) -> int:
-    batches = base.train_batches_of(cell.config)
-    return plan_steps(cell.config.train, batches.steps_per_epoch)["num_steps"]
-
-
-@dataclasses.dataclass(frozen=True)
-class PackRecord:
-    """A pack's cells in the order of their slots, and the memory budget they were divided by."""
-
-    cells: tuple[Cell, ...]
-    memory_bytes: int
-
-    @property
-    def name(self) -> str:
-        """The folder's name: the same cells in the same slots are the same pack."""
-        text = "\n".join(f"{cell.name} {cell.hash}" for cell in self.cells)
-        return f"pack-{hashlib.sha256(text.encode()).hexdigest()[:10]}"
-
-    def folder(self, workdir: Path) -> Path:
-        return workdir / "packs" / self.name
-
-    def has_checkpoint(self, workdir: Path) -> bool:
-        """Whether anything of it was trained and saved."""
-        return any((self.folder(workdir) / "checkpoints").glob("[0-9]*"))
-
-    def write(self, workdir: Path) -> None:
-        """Writes `packs/NAME/pack.json`, atomically."""
-        cells = [{"name": c.name, "config": plain_config(c.config)} for c in self.cells]
-        told = {"cells": cells, "memory_bytes": self.memory_bytes}
-        check_inside(self.folder(workdir))
-        write_json(self.folder(workdir) / "pack.json", told)
-
-
-def read_packs(workdir: Path) -> list[PackRecord]:
-    """The packs that were begun in `workdir`. Raises `RequestError` for a damaged record."""
-    found = []
-    for path in sorted((workdir / "packs").glob("*/pack.json")):
-        check_inside(path.parent)
-        told: Any = read_json_file(path)
-        try:
-            cells = [
-                Cell(one["name"], Settings.from_config(one["config"])) for one in told["cells"]
-            ]
-            record = PackRecord(tuple(cells), told["memory_bytes"])
-            name = record.name
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
-            raise RequestError(f"{path} is no pack's record; remove its folder") from error
-        for cell in cells:
-            if not is_folder_name(cell.name):
-                raise RequestError(
-                    f"{path} names a cell {cell.name!r}, which cannot be a folder's name; remove "
-                    "the pack's folder"
-                )
-        if not isinstance(record.memory_bytes, int | float) or name != path.parent.name:
-            raise RequestError(
-                f"{path} is not the record of {path.parent.name}: its cells or memory_bytes were "
-                "changed; remove its folder"
-            )
-        found.append(record)
-    return found

@@ -1,10 +1,10 @@
-"""The spec of `lj.sweep`: cells of dicts on one model in memory, and what is kept of them there."""
+"""The engine of `lj.sweep`: cells of dicts on one model in memory, and their results."""
 
 from __future__ import annotations
 
 import dataclasses
-import functools
-from collections.abc import Callable, Mapping, Sequence
+import itertools
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -12,125 +12,175 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from lora_jax.settings import OptimizerSettings
-from lora_jax.sweeps.batches import OwnBatches, SharedBatches, num_elements
-from lora_jax.sweeps.memory import DoesNotFit
+from lora_jax.core.errors import RequestError
+from lora_jax.sweeps.groups import make_packs
 from lora_jax.sweeps.pack import Pack
 from lora_jax.sweeps.packed import PackTraining
-from lora_jax.sweeps.plan import Planned, make_plan
 from lora_jax.sweeps.program import PackedProgram
 from lora_jax.sweeps.results import CellResult
-from lora_jax.sweeps.runner import Spec
-from lora_jax.sweeps.settings import CellSettings
+from lora_jax.sweeps.runner import DoesNotFit, Ready, Runner
 from lora_jax.train.callbacks import Display
-from lora_jax.train.cell import Schedule
+from lora_jax.train.cell import Cell, Schedule
 from lora_jax.train.loop import Callback, StopRequested
 from lora_jax.train.optimizer import make_optimizer, make_own_optimizer
 from lora_jax.train.progress import Show, show_progress
 
 
-@dataclasses.dataclass(frozen=True)
-class _Ready:
-    """What trains a group, as `Spec.ready` says."""
+class SharedBatches:
+    """A sequence that all cells go through in order, over and over."""
 
-    plan: Planned
-    program: PackedProgram
-    frozen: Any
-    batches: SharedBatches | OwnBatches
-    params_of: Callable[[CellSettings], Any]
-    evaluation: Any
+    axis = None
+
+    def __init__(self, batches: Sequence[Any]):
+        if isinstance(batches, dict) or not batches:
+            raise RequestError(
+                f"batches is {'one dict' if batches else 'empty'}; give a sequence of batches, or "
+                "a function of a seed"
+            )
+        self._batches = batches
+
+    def widest(self, cells: Sequence[Cell]) -> Any:
+        """The largest batch."""
+        return _as_arrays(max(self._batches, key=num_elements))
+
+    def at(self, step: int, cells: Sequence[Cell]) -> Any:
+        """The batch of the step that comes after `step` others."""
+        return _as_arrays(self._batches[step % len(self._batches)])
 
 
-@dataclasses.dataclass
-class InMemory(Spec):
-    """Cells of dicts on one model in memory; their results stay there too."""
+class OwnBatches:
+    """Each cell's own order, `source(seed)`, opened once; batches have a leading axis of cells."""
+
+    axis = 0
+
+    def __init__(self, source: Callable[[int], Iterable[Any]]):
+        self._source = source
+        self._open: dict[str, Any] = {}
+
+    def widest(self, cells: Sequence[Cell]) -> Any:
+        """The shapes of the first batch of `cells`, taken from the first one's order."""
+        first = self._next(cells[0], 0)
+        self._open[cells[0].name] = itertools.chain([first], self._open[cells[0].name])
+        return jax.tree.map(
+            lambda leaf: jax.ShapeDtypeStruct((len(cells), *leaf.shape), leaf.dtype),
+            _as_arrays(first),
+        )
+
+    def at(self, step: int, cells: Sequence[Cell]) -> Any:
+        """The next batches of these cells, stacked. Raises `RequestError` where one has ended."""
+        each = [_as_arrays(self._next(cell, step)) for cell in cells]
+        return jax.tree.map(lambda *leaves: jnp.stack(leaves), *each)
+
+    def _next(self, cell: Cell, step: int) -> Any:
+        if cell.name not in self._open:
+            self._open[cell.name] = iter(self._source(cell.seed))
+        batch = next(self._open[cell.name], None)
+        if batch is None:
+            raise RequestError(
+                f"batches({cell.seed}) gave {step or 'no'} batches; a sweep needs one for each step"
+            )
+        return batch
+
+
+def _as_arrays(batch: Any) -> Any:
+    return jax.tree.map(jnp.asarray, batch)
+
+
+def num_elements(batch: Any) -> int:
+    """How many numbers a batch holds."""
+    return sum(jnp.size(leaf) for leaf in jax.tree.leaves(batch))
+
+
+@dataclasses.dataclass(kw_only=True)
+class InMemory(Runner):
+    """Cells of dicts on one model in memory; their results stay there too.
+
+    `loss` and `metrics` take `(params, batch)` and are lifted; `lines` says which packs ran.
+    """
 
     loss: Callable[[Any, Any], jax.Array]
     metrics: Callable[[Any, Any], Mapping[str, jax.Array]] | None
     params: Any
     source: SharedBatches | OwnBatches
     validation: Sequence[Any]
-    optimizer: Mapping[str, Any]
-    own_optimizer: Callable[[Any], optax.GradientTransformation] | None
+    tx: Callable[[Any], optax.GradientTransformation] | None
     schedule: Schedule
     at_once: int
     progress: bool
     callbacks: Sequence[Callback]
     lines: list[str] = dataclasses.field(default_factory=list)
-    trained: bool = False
-    stopped: str = ""
     _program: tuple[Any, PackedProgram] | None = None
+    _trained: bool = False
+    _stopped: str = ""
 
-    def groups(self, cells):
-        planned, refused = make_plan(cells, self.params)
-        yield planned, refused
+    def run(self, cells):
+        """Trains the cells; Ctrl-C and callbacks that stop a later pack leave what is finished."""
+        try:
+            super().run(cells)
+        except (KeyboardInterrupt, StopRequested) as why:
+            if not self._trained:
+                raise
+            stopped = RequestError(f"stopped by {str(why) or 'Ctrl-C'}")
+            self.take({cell.name: stopped for cell in cells})
 
-    def ready(self, group):
-        # The parts of a group share its program; one of another group goes.
-        if self._program is None or self._program[0] is not group.pack.union:
+    def packs(self, cells):
+        yield make_packs(cells, self.params)
+
+    def ready(self, pack):
+        # The parts of a pack share its program; one of another pack goes.
+        if self._program is None or self._program[0] is not pack.union:
             program = PackedProgram(
-                *_loss_and_scores(group.pack, self.loss, self.metrics),
+                *_loss_and_scores(pack, self.loss, self.metrics),
                 self._tx_of,
-                self._tx_of(group.cells[0]),
+                self._tx_of(pack.cells[0]),
                 batch_axis=self.source.axis,
                 at_once=self.at_once,
             )
-            self._program = (group.pack.union, program)
-        frozen = group.cells[0].method.init(jax.random.key(0), self.params)[1]
-        largest = max(self.validation, key=num_elements, default=None)
-        return _Ready(
-            group, self._program[1], frozen, self.source, lambda cell: self.params, largest
+            self._program = (pack.union, program)
+        frozen = pack.cells[0].method.init(jax.random.key(0), self.params)[1]
+        return Ready(
+            pack, self._program[1], lambda cell: self.params, frozen, self.source,
+            lambda: max(self.validation, key=num_elements, default=None),
+        )  # fmt: skip
+
+    def _tx_of(self, cell: Cell) -> optax.GradientTransformation:
+        settings = (cell.config.optimizer, self.schedule.num_steps)
+        tx = (
+            make_optimizer(*settings) if self.tx is None else make_own_optimizer(self.tx, *settings)
         )
+        return cell.method.optimizer(tx)
 
-    def _tx_of(self, cell: CellSettings):
-        own = {"lr": cell.lr, "weight_decay": cell.weight_decay}
-        settings = OptimizerSettings(**self.optimizer, **own)
-        make = make_optimizer
-        if self.own_optimizer is not None:
-            make = functools.partial(make_own_optimizer, self.own_optimizer)
-        return cell.method.optimizer(make(settings, self.schedule.num_steps))
-
-    def divide(self, group, parts):
-        return [group.take(part) for part in parts]
-
-    def train(self, group, ready, needed):
+    def train(self, pack, ready, needed):
         number = len(self.lines) + 1
-        self.lines.append(f"pack {number}: {group} ({needed / 2**20:,.4g} MiB)")
+        self.lines.append(f"pack {number}: {pack} ({needed / 2**20:,.4g} MiB)")
         if self.progress:
             print(self.lines[-1])
         num_steps = self.schedule.num_steps
         with show_progress(f"pack {number}", num_steps, enabled=self.progress) as show:
-            curves = Curves(group, show)
-            training = PackTraining(
-                group,
-                ready.program,
-                [self.params] * len(group.cells),
-                ready.frozen,
-                self.source,
-                _validation(ready.program, self.validation),
-                self.schedule,
-                [curves, *self.callbacks],
-            )
+            curves = Curves(pack, show)
+            validate = _validation(ready.program, self.validation)
+            training = PackTraining(ready, validate, self.schedule)
             try:
-                training.run()
+                training.run([curves, *self.callbacks])
             except StopRequested as why:
-                self.stopped = str(why)
+                self._stopped = str(why)
                 for lane in training.going():
                     training.cells[training.lanes[lane]].error = f"stopped by {why}"
-        self.trained = True
+        self._trained = True
         return {row.name: row for row in curves.results(training, number)}
 
-    def between(self, results):
-        if self.stopped:
-            raise StopRequested(self.stopped)
+    def between(self):
+        if self._stopped:
+            raise StopRequested(self._stopped)
 
     def failure(self, error):
         if isinstance(error, DoesNotFit):
-            return str(error)
+            return error
         # What is wrong for all shows in the first pack; later, what is finished must not go.
-        if not self.trained or isinstance(error, StopRequested):
+        if not self._trained or isinstance(error, StopRequested):
             return None
-        return f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
+        first_line = str(error).splitlines()[0] if str(error) else ""
+        return RequestError(f"{type(error).__name__}: {first_line}")
 
 
 def _loss_and_scores(pack: Pack, loss: Callable, metrics: Callable | None):
@@ -168,41 +218,40 @@ def _validation(program: PackedProgram, batches: Sequence[Any]):
 class Curves(Display):
     """The curves of a pack's cells; shows the mean of their last losses."""
 
-    def __init__(self, plan: Planned, show: Show):
+    def __init__(self, pack: Pack, show: Show):
         super().__init__(lambda step, loss, rate: show(step, loss, None))
-        self._losses: list[list[float]] = [[] for _ in plan.cells]
-        self._validation: list[list[tuple[int, float]]] = [[] for _ in plan.cells]
-        self._metrics: list[list[tuple[int, dict[str, float]]]] = [[] for _ in plan.cells]
+        self._losses: list[list[float]] = [[] for _ in pack.cells]
+        self._metrics: list[list[tuple[int, dict[str, float]]]] = [[] for _ in pack.cells]
 
     def stepped(self, training, k, rows):
         self._losses[k] += [row[1] for row in rows]
 
     def evaluated(self, training, k, values):
-        own = dict(values)
-        self._validation[k].append((training.step, own.pop("loss")))
-        self._metrics[k].append((training.step, own))
+        self._metrics[k].append((training.step, dict(values)))
 
     def results(self, training: PackTraining, number: int) -> list[CellResult]:
         """One result per cell, in their order."""
-        return [
-            CellResult(
+        rows = []
+        for k, cell in enumerate(training.cells):
+            seconds = dict(cell.progress.seconds)
+            evaluated = self._metrics[k]
+            row = CellResult(
                 name=cell.settings.name,
-                settings=cell.settings.settings,
+                settings=cell.settings.shown,
                 method=cell.settings.method,
                 losses=np.asarray(self._losses[k], np.float32),
-                validation=tuple(self._validation[k]),
-                metrics=tuple(self._metrics[k]),
+                validation=tuple((step, values.pop("loss")) for step, values in evaluated),
+                metrics=tuple(evaluated),
                 best_step=cell.progress.best_step,
-                best_loss=cell.progress.best_loss if self._validation[k] else None,
+                best_loss=cell.progress.best_loss if evaluated else None,
                 trainable=training.trainable_of(k),
-                num_trainable=training.plan.counts[k],
+                num_trainable=training.pack.counts[k],
                 stopped=cell.progress.stopped,
                 error=cell.error,
-                seconds=sum(cell.progress.seconds.values())
-                - cell.progress.seconds.get("compile", 0.0),
-                compile_seconds=cell.progress.seconds.get("compile", 0.0),
+                compile_seconds=seconds.pop("compile", 0.0),
+                seconds=sum(seconds.values()),
                 pack=number,
                 width=len(training.cells),
             )
-            for k, cell in enumerate(training.cells)
-        ]
+            rows.append(row)
+        return rows

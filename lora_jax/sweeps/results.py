@@ -31,20 +31,25 @@ class CellResult:
     name: str
     settings: Mapping[str, Any]
     method: Any
-    losses: np.ndarray
-    validation: tuple[tuple[int, float], ...]
-    best_step: int
-    best_loss: float | None
-    trainable: Any
-    num_trainable: int
-    stopped: str
-    error: str
-    seconds: float
-    compile_seconds: float
-    pack: int
-    width: int
+    losses: np.ndarray = dataclasses.field(default_factory=lambda: np.zeros(0, np.float32))
+    validation: tuple[tuple[int, float], ...] = ()
+    best_step: int = 0
+    best_loss: float | None = None
+    trainable: Any = None
+    num_trainable: int = 0
+    stopped: str = ""
+    error: str = ""
+    seconds: float = 0.0
+    compile_seconds: float = 0.0
+    pack: int = 0
+    width: int = 0
     metrics: tuple[tuple[int, Mapping[str, float]], ...] = ()
     group: str = ""
+
+    @property
+    def is_good(self) -> bool:
+        """Whether there is something trained, and nothing went wrong."""
+        return self.trainable is not None and not self.error
 
     def __repr__(self) -> str:
         """One line without the arrays."""
@@ -57,7 +62,7 @@ class CellResult:
 
 @dataclasses.dataclass(frozen=True)
 class Tuned:
-    """What tuning one contestant found: the best of its cells, and the basin it is the bottom of.
+    """What tuning one arm found: the best of its cells, and the basin it is the bottom of.
 
     `losses` are the validation losses at `values` (inf where a cell failed). `at_edge` says that
     `chosen` is the smallest or largest value tried: a better one may lie beyond.
@@ -101,15 +106,15 @@ class SweepResults(Sequence):
 
         Raises `ValueError` if every cell failed.
         """
-        good = [row for row in self._rows if row.trainable is not None and not row.error]
-        if not good:
+        best = min(self._rows, key=_score)
+        if not best.is_good:
             raise ValueError("every cell failed; see each result's `error`")
-        return min(good, key=_score)
+        return best
 
     def tuned(self) -> list[Tuned]:
-        """For each contestant, the value that `tune` chose on validation, and from what.
+        """For each arm, the value that `tune` chose on validation, and from what.
 
-        A contestant whose every cell failed is left out. Raises `RequestError` without `tune`.
+        An arm whose every cell failed is left out. Raises `RequestError` without `tune`.
         """
         if not self._tuned_by:
             raise RequestError(
@@ -119,10 +124,7 @@ class SweepResults(Sequence):
         found = []
         for group in dict.fromkeys(row.group for row in self._rows if row.group):
             rows = [row for row in self._rows if row.group == group]
-            losses = tuple(
-                _score(row) if row.trainable is not None and not row.error else math.inf
-                for row in rows
-            )
+            losses = tuple(map(_score, rows))
             if min(losses) < math.inf:
                 best = rows[losses.index(min(losses))]
                 values = tuple(row.settings[self._tuned_by] for row in rows)
@@ -147,6 +149,7 @@ class SweepResults(Sequence):
 
 
 def _record(row: CellResult) -> dict[str, Any]:
+    names = ("num_trainable", "seconds", "compile_seconds", "pack", "width", "stopped", "error")
     return {
         "name": row.name,
         **({"group": row.group} if row.group else {}),
@@ -156,17 +159,14 @@ def _record(row: CellResult) -> dict[str, Any]:
         **{f"best_{name}": x for name, x in dict(row.metrics).get(row.best_step, {}).items()},
         "last_train_loss": float(row.losses[-1]) if len(row.losses) else None,
         "steps": len(row.losses),
-        "num_trainable": row.num_trainable,
-        "seconds": row.seconds,
-        "compile_seconds": row.compile_seconds,
-        "pack": row.pack,
-        "width": row.width,
-        "stopped": row.stopped,
-        "error": row.error,
+        **{name: getattr(row, name) for name in names},
     }
 
 
 def _score(row: CellResult) -> float:
+    """What cells are compared by; inf for one that failed."""
+    if not row.is_good:
+        return math.inf
     if row.best_loss is not None:
         return row.best_loss
-    return float(row.losses[-1]) if len(row.losses) else float("inf")
+    return float(row.losses[-1]) if len(row.losses) else math.inf

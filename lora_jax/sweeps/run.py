@@ -15,13 +15,13 @@ from lora_jax.io.paths import at_home
 from lora_jax.io.untrusted import check_fields
 from lora_jax.settings import plain_config
 from lora_jax.sweeps.cells import Cell, Sweep, Tuning, choose_value
-from lora_jax.sweeps.memory import device_memory_bytes
 from lora_jax.sweeps.record import SWEEP, read_record
-from lora_jax.sweeps.runner import Runner
+from lora_jax.sweeps.runner import device_memory_bytes
 from lora_jax.sweeps.view import SweepView
-from lora_jax.sweeps.workdir import Result, Workdir, by_base
+from lora_jax.sweeps.workdir import Result, Workdir, by_base, pack_text
 from lora_jax.train import enable_compilation_cache
 from lora_jax.train.build import load_base
+from lora_jax.train.callbacks import Options
 from lora_jax.train.loop import Callback, Diverged
 from lora_jax.train.signals import stop_requests
 from lora_jax.train.workdir import check_cell, lock_workdir, read_json_file
@@ -43,8 +43,8 @@ def run_sweep(
 
     Cells whose shapes agree train as one program (see `groups`), those of full fine-tuning one
     after another. Stopped in whatever way, the same call goes on where it was: finished cells are
-    not run again, packs keep their cells and slots. A cell that cannot be run, or whose loss turns
-    into no number, is reported and the others still run. `source` (the config, "FILE.py[:arg]") is
+    not run again, packs keep their cells and lanes. A cell that cannot be run, or whose loss
+    is not finite, is reported and the others still run. `source` (the config, "FILE.py[:arg]") is
     noted in every card, its file and the sweep's name in the workdir; `add` lets another sweep in.
     `memory_bytes` is what a pack may hold of each device (default: what it has, half of the host's
     memory on CPU). On `mesh` the cells of a pack are divided over `cell`, and each trains on what
@@ -58,15 +58,16 @@ def run_sweep(
         check_sweep(sweep, workdir, source=source, add=add)
         enable_compilation_cache()
         budget = memory_bytes or device_memory_bytes(1 if mesh is None else mesh.size)
-        cells = Workdir(
-            workdir, view, budget, command=command, progress=progress, mesh=mesh,
-            config_file=config_file, callbacks=callbacks,
+        options = Options(
+            command=command or "run the sweep again with the same workdir",
+            config_file=config_file, callbacks=callbacks, progress=progress,
+            show_with=view.show_with,
         )  # fmt: skip
-        runner = Runner(cells, budget, view.say)
+        runner = Workdir(memory_bytes=budget, folder=workdir, view=view, options=options, mesh=mesh)
 
         def run(some: Sequence[Cell]) -> None:
             view.expect(len(some))
-            finished, waiting = cells.finished(some)
+            finished, waiting = runner.finished(some)
             runner.results |= finished
             if finished:
                 view.say(f"{len(finished)} of {len(some)} cells are finished already")
@@ -94,7 +95,8 @@ def plan_sweep(
     """
     workdir = Path(workdir)
     check_sweep(sweep, workdir, source=source, add=add)
-    there = Workdir(workdir, SweepView(enabled=False), device_memory_bytes())
+    silent = SweepView(enabled=False)
+    there = Workdir(memory_bytes=device_memory_bytes(), folder=workdir, view=silent)
     finished, waiting = there.finished(sweep.first)
     lines = [
         f"failed: {name}: {result}" if isinstance(result, RequestError) else f"finished: {name}"
@@ -102,10 +104,10 @@ def plan_sweep(
     ]
     for cells in by_base(waiting):
         try:
-            groups, refused = there.groups_of(cells, load_base(cells[0].config))
+            packs, refused = there.packs_of(cells, load_base(cells[0].config))
         except RequestError as error:
-            groups, refused = [], {cell.name: error for cell in cells}
-        lines += [str(group) for group in groups]
+            packs, refused = [], {cell.name: error for cell in cells}
+        lines += map(pack_text, packs)
         lines += [f"refused: {name}: {why}" for name, why in refused.items()]
     for tuning in sweep.tunings:
         if tuning.more_seeds:
@@ -154,7 +156,7 @@ def note_sweep(
 def _more_cells(
     tuning: Tuning, results: Mapping[str, Result], workdir: Path, view: SweepView
 ) -> list[Cell]:
-    """The tuned contestant's cells of the other seeds; notes what was chosen and from what."""
+    """The tuned arm's cells of the other seeds; notes what was chosen and from what."""
     losses = []
     for cell in tuning.first:
         result = results[cell.name]

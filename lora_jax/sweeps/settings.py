@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -12,40 +11,29 @@ from lora_jax.core.errors import RequestError
 from lora_jax.core.rules import Rule
 from lora_jax.methods import LoRA, Method, UniLoRA
 from lora_jax.methods.registry import METHODS, all_settings, settings_of
-from lora_jax.settings import SETTINGS
+from lora_jax.settings import SETTINGS, OptimizerSettings, Settings
 from lora_jax.settings.fields import check_range
 from lora_jax.sweeps.cells import read_tune, value_text
+from lora_jax.train.cell import Cell
 
 # Settings of a rule that a table shows even where they have their default.
 SHOWN = ("targets", "rank", "alpha", "dropout", "init")
 OF_ANY = ("name", "method", "train", "rows", "lr", "weight_decay", "seed")
 
 
-@dataclasses.dataclass(frozen=True)
-class CellSettings:
-    """One cell: its settings with their defaults, and the method and rates that they mean.
-
-    `refused`, "" if all is well, says why no method could be made of it (`method` is None then).
-    """
-
-    name: str
-    settings: Mapping[str, Any]
-    method: Method | None
-    lr: float
-    weight_decay: float
-    seed: int
-    refused: str = ""
-
-
 def read_cells(
-    cells: Sequence[Mapping[str, Any]], *, axes: Any = None, aliases: Any = None
-) -> list[CellSettings]:
+    cells: Sequence[Mapping[str, Any]],
+    *,
+    axes: Any = None,
+    aliases: Any = None,
+    optimizer: OptimizerSettings | None = None,
+) -> list[Cell]:
     """The cells in order; one that no method can be made of says so in `refused`.
 
-    Raises `RequestError` for what is wrong with the sweep as a whole: no cells, or two that were
-    given one name or the same settings.
+    `optimizer` has what they share. Raises `RequestError` for what is wrong with the sweep as a
+    whole: no cells, or two that were given one name or the same settings.
     """
-    found: dict[str, CellSettings] = {}
+    found: dict[str, Cell] = {}
     seen: dict[str, str] = {}
     for number, given in enumerate(cells):
         name = _name_of(given, number, found)
@@ -56,13 +44,15 @@ def read_cells(
                 "them different seeds"
             )
         seen[same] = name
-        found[name] = _read_cell(name, given, axes, aliases)
+        found[name] = _read_cell(name, given, axes, aliases, optimizer or OptimizerSettings())
     if not found:
         raise RequestError("cells is empty; a sweep needs at least one")
     return list(found.values())
 
 
-def _read_cell(name: str, given: Mapping[str, Any], axes: Any, aliases: Any) -> CellSettings:
+def _read_cell(
+    name: str, given: Mapping[str, Any], axes: Any, aliases: Any, optimizer: OptimizerSettings
+) -> Cell:
     """One cell; where a setting is wrong, `refused` says why and what was given stands as it is."""
     try:
         known = (*OF_ANY, *all_settings())
@@ -70,17 +60,16 @@ def _read_cell(name: str, given: Mapping[str, Any], axes: Any, aliases: Any) -> 
             if key not in known:
                 near = trees.nearest(str(key), known)
                 raise RequestError(f"cell {name!r} has an unknown setting {key!r}; {near}")
-        rates = {
-            key: float(_checked(name, f"optimizer.{key}", given.get(key, default)))
-            for key, default in (("lr", None), ("weight_decay", 0.0))
-        }
+        lr = float(_checked(name, "optimizer.lr", given.get("lr")))
+        decay = float(_checked(name, "optimizer.weight_decay", given.get("weight_decay", 0.0)))
         seed = _checked(name, "seed", given.get("seed", 0))
         method = _method_of(given, axes, aliases)
     except RequestError as error:
         as_given = {key: value for key, value in given.items() if key != "name"}
-        return CellSettings(name, as_given, None, math.nan, math.nan, 0, refused=str(error))
-    settings = _in_full(given, rates, seed)
-    return CellSettings(name, settings, method, **rates, seed=seed)
+        return Cell(name, Settings(), refused=error, shown=as_given)
+    own = dataclasses.replace(optimizer, lr=lr, weight_decay=decay)
+    shown = _in_full(given) | {"lr": lr, "weight_decay": decay, "seed": seed}
+    return Cell(name, Settings(seed=seed, optimizer=own), method, shown=shown)
 
 
 def tuned_cells(
@@ -140,7 +129,7 @@ def _checked(name: str, key: str, value: Any) -> Any:
         raise RequestError(f"cell {name!r}: {error}") from None
 
 
-def _in_full(given: Mapping[str, Any], rates, seed: int) -> dict[str, Any]:
+def _in_full(given: Mapping[str, Any]) -> dict[str, Any]:
     """The settings with the defaults of those that count."""
     method = given.get("method", "lora")
     full = {"method": method if isinstance(method, str) else type(method).__name__}
@@ -149,8 +138,7 @@ def _in_full(given: Mapping[str, Any], rates, seed: int) -> dict[str, Any]:
         fields = {field.name: field.default for kind in own for field in dataclasses.fields(kind)}
         shown = [key for key in settings_of(METHODS[method]) if key in SHOWN]
         full |= {key: given.get(key, fields[key]) for key in shown}
-    rest = {key: value for key, value in given.items() if key not in ("name", "method")}
-    return {**full, **rest, **rates, "seed": seed}
+    return full | {key: value for key, value in given.items() if key not in ("name", "method")}
 
 
 def _name_of(given: Mapping[str, Any], number: int, taken) -> str:

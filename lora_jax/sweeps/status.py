@@ -5,13 +5,14 @@ from __future__ import annotations
 import dataclasses
 import os
 from pathlib import Path
+from typing import Any
 
 from lora_jax.core.errors import RequestError
 from lora_jax.io.paths import at_home
 from lora_jax.sweeps.record import SWEEP, read_record
 from lora_jax.train.metrics import read_metrics
 from lora_jax.train.record import Card
-from lora_jax.train.workdir import is_folder_name, is_locked, read_json_file
+from lora_jax.train.workdir import is_locked, read_json_file
 
 STATES = ("done", "running", "stopped", "failed", "waiting")
 
@@ -53,22 +54,11 @@ def sweep_status(workdir: str | os.PathLike) -> list[CellStatus]:
 
 
 def _statuses(workdir: Path) -> list[CellStatus]:
-    told = read_record(workdir)
+    record = read_record(workdir)
     folders = sorted(path.name for path in (workdir / "cells").glob("[!.]*"))
-    names = list(dict.fromkeys([*told["cells"], *folders]))
-    for name in names:
-        if not is_folder_name(name):
-            raise RequestError(f"{workdir}/sweep.json names a cell {name!r}; restore that file")
+    names = dict.fromkeys([*record["cells"], *folders])
     at_work = is_locked(workdir)
-    return [
-        _status(
-            workdir / "cells" / name,
-            told["num_steps"].get(name),
-            told["refused"].get(name, ""),
-            at_work,
-        )
-        for name in names
-    ]
+    return [_status(workdir / "cells" / name, record, at_work) for name in names]
 
 
 def seconds_left(cells: list[CellStatus]) -> float | None:
@@ -81,7 +71,7 @@ def seconds_left(cells: list[CellStatus]) -> float | None:
     return sum(left) if left else None
 
 
-def _status(folder: Path, num_steps: int | None, refused: str, at_work: bool) -> CellStatus:
+def _status(folder: Path, record: dict[str, Any], at_work: bool) -> CellStatus:
     rows = read_metrics(folder / "metrics.jsonl")
     trained = [row for row in rows if row["split"] == "train"]
     begun = (folder / "config.json").exists()
@@ -93,17 +83,9 @@ def _status(folder: Path, num_steps: int | None, refused: str, at_work: bool) ->
         note = f"test loss {metrics.test.loss:.4f}, {metrics.stopped}"
     elif (folder / "failure.json").exists():
         state, note = "failed", read_json_file(folder / "failure.json")["error"]
-    elif refused and not begun:
+    elif not begun and (refused := record["refused"].get(folder.name)):
         state, note = "failed", refused
-    if num_steps is not None and type(num_steps) is not int:
-        raise TypeError(f"the number of steps of {folder.name} is {num_steps!r}")
-    loss = trained[-1]["loss"] if trained else None
-    return CellStatus(
-        name=folder.name,
-        state=state,
-        step=step,
-        num_steps=num_steps,
-        loss=None if loss is None else float(loss),
-        seconds=max((row.get("seconds") or 0.0 for row in rows), default=0.0),
-        note=note,
-    )
+    seconds = max((row.get("seconds") or 0.0 for row in rows), default=0.0)
+    loss = float(trained[-1]["loss"]) if trained else None
+    num_steps = record["num_steps"].get(folder.name)
+    return CellStatus(folder.name, state, step, num_steps, loss, seconds, note)

@@ -2,32 +2,22 @@
 
 from __future__ import annotations
 
-import dataclasses
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 from lora_jax.core.draws import partitionable
 from lora_jax.core.errors import RequestError
-from lora_jax.data import Splits
 from lora_jax.io.atomic import write_json
 from lora_jax.io.untrusted import check_fields
-from lora_jax.methods import Method
-from lora_jax.models import Model
 from lora_jax.settings import plain_config
-from lora_jax.sweeps.groups import PackRecord
 from lora_jax.sweeps.packed import PackTraining
-from lora_jax.sweeps.prepared import Ready
-from lora_jax.sweeps.program import Use
-from lora_jax.train.build import plan_steps
-from lora_jax.train.callbacks import StopAtSignal, restored, train_on_disk, validate_on
-from lora_jax.train.cell import Schedule
-from lora_jax.train.checkpoint import Checkpoints
+from lora_jax.sweeps.record import PackRecord
+from lora_jax.sweeps.runner import Ready
+from lora_jax.train.build import Base, plan_steps
+from lora_jax.train.callbacks import Options, train_on_disk, validate_on
 from lora_jax.train.environment import describe_program
-from lora_jax.train.evaluate import Evaluation
-from lora_jax.train.loop import Callback, Diverged
-from lora_jax.train.optimizer import make_schedule
-from lora_jax.train.progress import ShowWith
+from lora_jax.train.loop import Diverged
 from lora_jax.train.record import Card
 from lora_jax.train.signals import stop_requests
 from lora_jax.train.workdir import claim_cell, read_json_file
@@ -36,31 +26,22 @@ from lora_jax.train.write_results import write_results
 FAILURE = "failure.json"
 
 
-@dataclasses.dataclass(frozen=True)
-class _Subject:
-    model: Model
-    method: Method
-    splits: Splits
-
-
 @partitionable()
 def train_pack(
     ready: Ready,
+    base: Base,
     workdir: Path,
+    options: Options,
     *,
     memory_bytes: int,
-    command: str,
-    show_with: ShowWith,
-    config_file: str = "",
-    callbacks: Sequence[Callback] = (),
 ) -> dict[str, Card | RequestError]:
-    """Trains the cells of a group as one pack; `{name: card, or its failure}`.
+    """Trains the cells of a pack on `base`; `{name: card, or its failure}`.
 
-    A cell whose loss is no number leaves `failure.json` where others leave their card. Raises
+    A cell whose loss is not finite leaves `failure.json` where others leave their card. Raises
     `Interrupted`, after saving, on SIGINT or SIGTERM; `RequestError` for what concerns them all.
     """
     started = time.perf_counter()
-    cells, part, base = ready.group.cells, ready.group.plan, ready.base
+    cells, program = ready.pack.cells, ready.program
     record = PackRecord(cells, memory_bytes)
     home = record.folder(workdir)
     folders = [workdir / "cells" / cell.name for cell in cells]
@@ -68,104 +49,35 @@ def train_pack(
         claim_cell(folder, plain_config(cell.config))
     record.write(workdir)
     config = cells[0].config
-    steps = plan_steps(config.train, base.train_batches_of(config).steps_per_epoch)
-    schedule = Schedule(**steps)
-    splits, batches = base.eval_batches_of(config), ready.batches
-    use = ready.program.use()
-    validate = validate_on(ready.program, splits["validation"])
-
-    def contents(training: PackTraining):
-        facts = {
-            "training": training.facts(),
-            "schedules": batches.fingerprints,
-            "program": use.to_json(),
-        }
-        return training.groups(), facts
-
-    with stop_requests() as requested, Checkpoints(home / "checkpoints") as checkpoints:
-        params = [ready.params_of(cell) for cell in part.cells]
-        training = PackTraining(
-            part, ready.program, params, ready.frozen, batches, validate, schedule
-        )
-        _resume(training, checkpoints, batches.fingerprints, use)
+    schedule = plan_steps(config.train, base.train_batches_of(config).steps_per_epoch)
+    validation, test = base.eval_batches_of(config)
+    with stop_requests():
+        training = PackTraining(ready, validate_on(program, validation), schedule)
         tests = train_on_disk(
-            training,
-            checkpoints,
-            folders,
-            [make_schedule(cell.config.optimizer, schedule.num_steps) for cell in cells],
-            base.task.unit,
-            splits["test"],
-            show_with(record.name, schedule.num_steps, start=training.step, enabled=True),
-            contents=contents,
-            more=[StopAtSignal(requested), *callbacks],
-            started=started,
-            again=command or "run the sweep again with the same workdir",
+            training, home, folders, test, options, unit=base.task.unit, started=started
         )
-        return _write_results(training, ready, folders, tests, home, use, config_file)
+        of_pack = {
+            "K": len(cells), "pack": home.name, "cells": [cell.name for cell in cells],
+            "at_once": program.at_once,
+        }  # fmt: skip
+        table = ready.pack.union.table(base.model.params)
 
+        def result_of(k: int) -> Card | RequestError:
+            cell, folder, ended = cells[k], folders[k], training.cells[k]
+            if (folder / "card.json").exists():
+                return Card.read(folder / "card.json")
+            if k not in tests:
+                return write_failure(folder, ended.error, [folder, home])
+            compiled = describe_program(
+                table, program.use(), ended.progress, {**of_pack, "slot": k}
+            )  # fmt: skip
+            return write_results(
+                folder, plain_config(cell.config), base.model_of(cell.seed), cell.method,
+                base.splits, ended.progress, training.trainable_of(k), tests[k], compiled,
+                options.config_file,
+            )  # fmt: skip
 
-def _resume(
-    training: PackTraining, checkpoints: Checkpoints, fingerprints: list[str], use: Use
-) -> None:
-    found = restored(checkpoints, lambda facts: training.like(facts["training"]))
-    if found is None:
-        return
-    groups, facts, changes = found
-    if facts["schedules"] != fingerprints:
-        raise RequestError(
-            f"{checkpoints.folder} is of other data or batches than the configs name now; put the "
-            "old data back, or choose another workdir"
-        )
-    training.go_on_from(groups, facts["training"], changes)
-    use.add(facts["program"])
-
-
-def _write_results(
-    training: PackTraining,
-    ready: Ready,
-    folders: Sequence[Path],
-    tests: Mapping[int, Evaluation],
-    home: Path,
-    use: Use,
-    config_file: str,
-) -> dict[str, Card | RequestError]:
-    cells = ready.group.cells
-    union = training.plan.pack.union.table(ready.base.model.params)
-    results: dict[str, Card | RequestError] = {}
-    for k, (cell, folder) in enumerate(zip(cells, folders, strict=True)):
-        if (folder / "card.json").exists():
-            results[cell.name] = Card.read(folder / "card.json")
-        elif k not in tests:
-            results[cell.name] = write_failure(folder, training.cells[k].error, [folder, home])
-        else:
-            own = {
-                "K": len(cells),
-                "slot": k,
-                "pack": home.name,
-                "cells": [cell.name for cell in cells],
-                "at_once": ready.program.at_once,
-            }
-            program = describe_program(
-                union,
-                sorted(use.batch_shapes),
-                memory_bytes=use.memory_bytes,
-                pack=own,
-                mesh=training.cells[k].progress.mesh,
-                numerics_changes=training.cells[k].progress.numerics_changes,
-            )
-            settings = training.cells[k].settings
-            model = ready.base.model_of(settings.seed)
-            results[cell.name] = write_results(
-                folder,
-                plain_config(cell.config),
-                _Subject(model, settings.method, ready.base.splits),
-                training.cells[k].progress,
-                training.trainable_of(k),
-                tests[k],
-                program,
-                config_file=config_file,
-            )
-    return results
+        return {cell.name: result_of(k) for k, cell in enumerate(cells)}
 
 
 def write_failure(folder: Path, why: str, homes: Sequence[Path]) -> Diverged:
@@ -176,7 +88,7 @@ def write_failure(folder: Path, why: str, homes: Sequence[Path]) -> Diverged:
     # Relative to the workdir, which may be moved.
     named = [f"{home.parent.name}/{home.name}" for home in homes]
     write_json(folder / FAILURE, {"error": why, "homes": named})
-    return read_failure(folder)
+    return _as_error(folder, why, named)
 
 
 def read_failure(folder: Path) -> Diverged | None:
@@ -184,7 +96,11 @@ def read_failure(folder: Path) -> Diverged | None:
     path = folder / FAILURE
     if not path.exists():
         return None
-    told = read_json_file(path)
-    check_fields(told, {"error": str, "homes": list}, path, "remove the cell's folder")
-    homes = " and ".join(str(folder.parent.parent / home) for home in told["homes"])
-    return Diverged(f"{told['error']}; it will not run again before {homes} are removed")
+    values = read_json_file(path)
+    check_fields(values, {"error": str, "homes": list}, path, "remove the cell's folder")
+    return _as_error(folder, values["error"], values["homes"])
+
+
+def _as_error(folder: Path, why: str, homes: Sequence[str]) -> Diverged:
+    named = " and ".join(str(folder.parent.parent / home) for home in homes)
+    return Diverged(f"{why}; it will not run again before {named} are removed")

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import jax
 import numpy as np
@@ -18,19 +18,18 @@ from lora_jax.io.run_adapter import load_trainable
 from lora_jax.io.untrusted import read_arrays
 from lora_jax.parallel.mesh import make_mesh, read_mesh
 from lora_jax.settings import Settings, config_hash
-from lora_jax.sweeps.cells import Cell
 from lora_jax.sweeps.groups import make_groups
 from lora_jax.sweeps.prepared import make_ready
 from lora_jax.sweeps.stored import FAILURE, read_failure, train_pack, write_failure
 from lora_jax.sweeps.view import SweepView
 from lora_jax.train import enable_compilation_cache, train_cell
-from lora_jax.train.bookkeeping import CHANGED_TO
-from lora_jax.train.build import load_base
-from lora_jax.train.environment import device_description, versions
-from lora_jax.train.evaluate_run import check_completion_format
+from lora_jax.train.build import Base, load_base
+from lora_jax.train.callbacks import Options
+from lora_jax.train.cell import CHANGED_TO, Cell
+from lora_jax.train.environment import device_description, differences, versions
+from lora_jax.train.evaluate_run import check_completion_format, check_unchanged
 from lora_jax.train.loop import Diverged
-from lora_jax.train.numerics import differences
-from lora_jax.train.record import Card, Section
+from lora_jax.train.record import Card
 from lora_jax.train.signals import Interrupted
 from lora_jax.train.workdir import config_from, lock_workdir, read_json_file
 from lora_jax.train.write_results import hash_trainable
@@ -89,15 +88,8 @@ def verify(
     enable_compilation_cache()
     conditions = tuple(_conditions(card))
     base = load_base(cells[0].config, _mesh_of(card))
-    for what, there, here in (
-        ("data", card.data_hash, base.splits.data_hash),
-        ("base model's weights", card.base_hash, base.model.base_hash),
-    ):
-        if there != here:
-            raise RequestError(
-                f"the {what} have changed since {run.name} was trained (hash {there[:12]}, now "
-                f"{here[:12]}); put the old ones back"
-            )
+    check_unchanged("data", card.data_hash, base.splits.data_hash, run.name)
+    check_unchanged("base model's weights", card.base_hash, base.model.base_hash, run.name)
     for folder, cell in zip(folders, cells, strict=True):
         if not (folder / "adapter").exists():
             continue
@@ -117,7 +109,9 @@ def verify(
                     _train_pack(cells, base, card.program.at_once or 0, again, view)
                 else:
                     folder = again / "cells" / run.name
-                    train_cell(cells[0].config, folder, base=base, show_with=view.show_with)
+                    train_cell(
+                        cells[0].config, folder, Options(show_with=view.show_with), base=base
+                    )
             except Diverged as error:
                 write_failure(again / "cells" / run.name, str(error), [])
             except Interrupted:
@@ -129,15 +123,17 @@ def verify(
         ]
 
 
-def _train_pack(cells, base, at_once: int, workdir: Path, view: SweepView) -> None:
-    groups, refused = make_groups(cells, base)
-    if refused or len(groups) != 1:
+def _train_pack(
+    cells: Sequence[Cell], base: Base, at_once: int, workdir: Path, view: SweepView
+) -> None:
+    packs, refused = make_groups(cells, base)
+    if refused or len(packs) != 1:
         raise RequestError(
             f"the cells {', '.join(cell.name for cell in cells)} do not share a program in this "
             "version; use the one that their cards name, or --alone"
         )
-    ready = make_ready(groups[0], base, at_once=at_once)
-    train_pack(ready, workdir, memory_bytes=0, command="", show_with=view.show_with)
+    ready = make_ready(packs[0], base, at_once=at_once)
+    train_pack(ready, base, workdir, Options(show_with=view.show_with), memory_bytes=0)
 
 
 def _read_card(cell: Path) -> Card:
@@ -167,22 +163,12 @@ def _config_of(cell: Path) -> Settings:
 
 def _conditions(card: Card) -> list[str]:
     """What is different here from where the card was made, of what decides about rounding."""
-    here = device_description()
-    found = [
-        (f"device {key}", there, here.get(key))
-        for key, there in card.device.items()
-        if there != here.get(key)
-    ]
-    now = versions()
-    found += [
-        (name, card.versions.get(name), now[name])
-        for name in COMPARED_VERSIONS
-        if card.versions.get(name) != now[name]
-    ]
-    program = card.program
+    device, own_versions, program = device_description(), versions(), card.program
     record = program.numerics
     if record is None:  # cards from before the whole record have these two of it
         record = {"xla_flags": program.xla_flags, "matmul_precision": program.matmul_precision}
+    found = [(f"device {key}", there, device.get(key)) for key, there in card.device.items()]
+    found += [(name, card.versions.get(name), own_versions[name]) for name in COMPARED_VERSIONS]
     found += [
         (_SHOWN_AS.get(name, name), repr(was), repr(now))
         for name, (was, now) in differences(record).items()
@@ -190,9 +176,9 @@ def _conditions(card: Card) -> list[str]:
     ]
     if program.mesh and CHANGED_TO in program.mesh:
         found.append(("mesh", program.mesh, "one device"))
-    told = [f"{what} was {there}, is {now}" for what, there, now in found]
+    changed = [f"{what} was {there}, is {now}" for what, there, now in found if there != now]
     changes = program.numerics_changes or ()
-    return [*told, *(f"in the middle of training, {change}" for change in changes)]
+    return [*changed, *(f"in the middle of training, {change}" for change in changes)]
 
 
 def _mesh_of(card: Card) -> Mesh | None:
@@ -206,25 +192,29 @@ def _mesh_of(card: Card) -> Mesh | None:
 def _compare(
     first: Path, second: Path, exact: bool, tolerance: float, conditions: tuple[str, ...]
 ) -> Verdict:
+    verdict = functools.partial(
+        Verdict, first.name, exact=exact, tolerance=0.0 if exact else tolerance,
+        conditions=conditions,
+    )  # fmt: skip
     if not (first / "card.json").exists() or not (second / "card.json").exists():
-        ends = [_failure(path) for path in (first, second)]
-        same = all(ends) and (ends[0] == ends[1] or not exact)
-        told = [end or "did not fail" for end in ends]
-        differences = () if ends[0] == ends[1] else (f"failure was: {told[0]}; is: {told[1]}",)
-        allowed = 0.0 if exact else tolerance
-        return Verdict(first.name, same, exact, allowed, differences, conditions, {})
+        was, now = (_failure(path) for path in (first, second))
+        difference = f"failure was: {was or 'did not fail'}; is: {now or 'did not fail'}"
+        same = bool(was and now) and (was == now or not exact)
+        return verdict(
+            same=same, differences=() if was == now else (difference,), loss_differences={}
+        )
     was, now = (Card.read(path / "card.json").metrics for path in (first, second))
-    pairs = {name: (getattr(was, name), getattr(now, name)) for name in COMPARED_METRICS}
+    found, again = was.to_json(), now.to_json()
     differences = [
-        f"metrics.{name} was {_shown(one)}, is {_shown(other)}"
-        for name, (one, other) in pairs.items()
-        if one != other
+        f"metrics.{name} was {found.get(name)}, is {again.get(name)}"
+        for name in COMPARED_METRICS
+        if found.get(name) != again.get(name)
     ]
-    both = [_predictions(path / "test_predictions.npz") for path in (first, second)]
+    before, after = (_predictions(path / "test_predictions.npz") for path in (first, second))
     differences += [
-        f"predictions: {name} differs in {_num_different(both[0].get(name), value)} places"
-        for name, value in both[1].items()
-        if name not in both[0] or both[0][name].tobytes() != value.tobytes()
+        f"predictions: {name} differs in {_num_different(before.get(name), value)} places"
+        for name, value in after.items()
+        if name not in before or before[name].tobytes() != value.tobytes()
     ]
     if (first / "adapter").exists():
         found = hash_trainable(load_trainable(first / "adapter")[0])
@@ -234,20 +224,8 @@ def _compare(
         "validation": abs(was.validation.loss - now.validation.loss),
         "test": abs(was.test.loss - now.test.loss),
     }
-    within = all(difference <= tolerance for difference in losses.values())
-    return Verdict(
-        cell=first.name,
-        same=not differences if exact else within,
-        exact=exact,
-        tolerance=0.0 if exact else tolerance,
-        differences=tuple(differences),
-        conditions=conditions,
-        loss_differences=losses,
-    )
-
-
-def _shown(value: Any) -> Any:
-    return value.to_json() if isinstance(value, Section) else value
+    same = not differences if exact else all(loss <= tolerance for loss in losses.values())
+    return verdict(same=same, differences=tuple(differences), loss_differences=losses)
 
 
 def _failure(cell: Path) -> str:

@@ -3,64 +3,24 @@
 from __future__ import annotations
 
 import contextlib
-import sys
-import time
-from collections.abc import Callable, Iterator
-from typing import TextIO
+from collections.abc import Iterator
+from typing import Any
 
-import rich.console
-import rich.progress
-
-from lora_jax.io.untrusted import escaped
-from lora_jax.train.progress import EVALUATING, clock_time
+from lora_jax.train.progress import EVALUATING, Output, Show, clock_time
 
 
-class SweepView(contextlib.AbstractContextManager):
+class SweepView(Output):
     """Two bars on a terminal, lines elsewhere; not `enabled`, only what `say` is given.
 
     The time left is that of the steps to come, each cell's counted alike, at the pace so far.
     """
 
-    def __init__(
-        self,
-        *,
-        enabled: bool = True,
-        stream: TextIO | None = None,
-        every_s: float = 10.0,
-        clock: Callable[[], float] = time.monotonic,
-    ):
-        self._stream = stream or sys.stderr
-        self._enabled, self._every_s, self._clock = enabled, every_s, clock
-        self._begun = self._printed = clock()
+    def __init__(self, **options: Any):
+        super().__init__(**options)
         self._total = self._running = self._done = self._failed = 0
         self._work = self._worked = self._skipped = 0.0
-        self._told = ""
-        self._bars: rich.progress.Progress | None = None
-        if enabled and self._stream.isatty():
-            self._bars = rich.progress.Progress(
-                rich.progress.TextColumn("{task.description}"),
-                rich.progress.BarColumn(bar_width=None),
-                rich.progress.TextColumn("{task.fields[values]}"),
-                console=rich.console.Console(file=self._stream),
-            )
-            self._whole = self._bars.add_task("sweep", total=1.0, values="")
-
-    def __enter__(self) -> SweepView:
-        if self._bars is not None:
-            self._bars.start()
-        return self
-
-    def __exit__(self, kind, error, trace) -> None:
-        if self._bars is not None:
-            self._bars.stop()
-
-    def say(self, text: str) -> None:
-        """One line, above the bars."""
-        text = escaped(text)
-        if self._bars is not None:
-            self._bars.console.print(text, markup=False, highlight=False)
-        else:
-            print(text, file=self._stream, flush=True)
+        if self.bars is not None:
+            self._whole = self.bars.add_task("sweep", total=1.0, values="")
 
     def expect(self, num_cells: int, num_steps: float = 0) -> None:
         """More cells are known; `num_steps` is the sum of the steps they will take."""
@@ -84,59 +44,34 @@ class SweepView(contextlib.AbstractContextManager):
 
     @contextlib.contextmanager
     def show_with(
-        self,
-        name: str,
-        num_steps: int,
-        *,
-        start: int = 0,
-        enabled: bool = True,
-        unit: str = "examples",
-    ):
+        self, name: str, num_steps: int, *, start: int = 0, enabled: bool = True, unit: str = ""
+    ) -> Iterator[Show]:
         """As `train.progress.show_progress`: a bar of its own for what is running."""
         cells = max(1, self._running)
         self._skipped += cells * start
-        bar = None
-        if self._bars is not None:
-            bar = self._bars.add_task(name, total=num_steps, completed=start, values="")
 
-        def show(step: int, loss: float | None, rate: float | None) -> None:
-            come = f"step {step}/{num_steps}"
-            if step >= num_steps:  # nothing is shown again until that is over
-                come += f", {EVALUATING}"
-            told = f"{name} {come}"
-            values = f"loss {loss:.4f}" if loss is not None else ""
-            if bar is not None:
-                self._bars.update(bar, completed=step, values=f"{come}  {values}")
-                done = (self._worked + cells * step) / max(1.0, self._work)
-                self._bars.update(self._whole, completed=done, values=self._counts(step))
-                return
-            now = self._clock()
-            ends = step >= num_steps and told not in self._told
-            if self._enabled and (ends or now - self._printed >= self._every_s):
-                self._printed, self._told = now, told
-                self.say("  ".join(filter(None, [self._counts(step), told, values])))
+        def line_of(step: int, values: str) -> str:
+            come = f"{name} step {step}/{num_steps}"
+            come += f", {EVALUATING}" if step >= num_steps else ""
+            return "  ".join(filter(None, [self._counts(step), come, values]))
 
-        try:
-            yield show if self._enabled and enabled else _nothing
-        finally:
-            if bar is not None:
-                self._bars.remove_task(bar)
+        with self.shown(name, num_steps, start, line_of) as show:
+
+            def show_values(step: int, loss: float | None, rate: float | None) -> None:
+                show(step, "" if loss is None else f"loss {loss:.4f}")
+                if self.bars is not None:
+                    done = (self._worked + cells * step) / max(1.0, self._work)
+                    self.bars.update(self._whole, completed=done, values=self._counts(step))
+
+            yield show_values if self.enabled and enabled else lambda step, loss, rate: None
 
     def _counts(self, step: int) -> str:
         waiting = self._total - self._done - self._failed - self._running
         words = [f"{self._done} done", f"{self._running} running"]
         words += [f"{self._failed} failed"] if self._failed else []
         words += [f"{waiting} waiting"] if waiting else []
-        left = self._left(step)
-        return ", ".join(words) + (f"; {clock_time(left)} left" if left is not None else "")
-
-    def _left(self, step: int) -> float | None:
         worked = self._worked + self._running * step
-        here = worked - self._skipped
-        if here <= 0:
-            return None
-        return (self._clock() - self._begun) / here * max(0.0, self._work - worked)
-
-
-def _nothing(step, loss, rate) -> None:
-    pass
+        if (here := worked - self._skipped) <= 0:
+            return ", ".join(words)
+        left = (self.clock() - self.begun) / here * max(0.0, self._work - worked)
+        return f"{', '.join(words)}; {clock_time(left)} left"

@@ -16,7 +16,7 @@ from lora_jax.core.draws import partitionable
 from lora_jax.core.errors import RequestError
 from lora_jax.io.paths import at_home
 from lora_jax.io.run_adapter import DESCRIPTION, TENSORS, load_trainable
-from lora_jax.io.untrusted import check_fields
+from lora_jax.io.untrusted import COUNT, check_fields
 from lora_jax.methods import Method
 from lora_jax.models import Model
 from lora_jax.models.load import redraw_head
@@ -43,6 +43,11 @@ class Adapted:
         """The model's parameters with the adapter bound, for `model.apply`."""
         return self.method.bind(self.trainable, self.frozen)
 
+    @property
+    def merged(self) -> tuple[dict[str, Any], Any]:
+        """`(trainable, frozen)` that bind to the plain model with the adapter folded in."""
+        return {}, self.method.merge(self.trainable, self.frozen, dtype="stored")
+
 
 @partitionable()
 def load_run_adapter(
@@ -59,27 +64,27 @@ def load_run_adapter(
     folder = at_home(folder)
     trainable, description = load_trainable(folder)
     check_fields(description, _DESCRIBED, f"{folder}/{DESCRIPTION}", _COPY)
-    if not 0 <= description["seed"] < 2**63:
-        raise RequestError(f"{folder}/{DESCRIPTION}: seed is {description['seed']}; {_COPY}")
     _check_against_card(folder, trainable, description)
     sections = {name: description[name] for name in ("model", "method")}
     config = config_from(sections, f"{folder}/{DESCRIPTION}")
     head_key, init_key, _ = keys_of(description["seed"])
-    base_hash = description["base_hash"]
     if model is None:
         model = make_model(config.model, head_key, mesh)
     else:
-        model = redraw_head(_checked_base(model, config.model, folder), head_key)
-    if model.base_hash != base_hash:
+        _check_base(model, config.model, folder)
+        model = redraw_head(model, head_key)
+    if model.base_hash != (base_hash := description["base_hash"]):
         raise RequestError(
             f"the adapter in {folder} was trained on other weights than {config.model.name!r} has "
             f"(base hash {base_hash[:12]}, here {model.base_hash[:12]}); load the model it was "
             "trained on"
         )
     method = make_method(config.method, model)
-    _, frozen = method.init(init_key, model.params)
-    wanted = jax.eval_shape(lambda: method.init(init_key, model.params)[0])
-    if jax.tree.map(_signature, trainable) != jax.tree.map(_signature, wanted):
+    wanted, frozen = method.init(init_key, model.params)
+    there, here = (
+        jax.tree.map(lambda x: (str(x.dtype), *x.shape), tree) for tree in (trainable, wanted)
+    )
+    if there != here:
         raise RequestError(
             f"the tensors in {folder} are not those of its method.json; copy it again"
         )
@@ -87,8 +92,8 @@ def load_run_adapter(
     return Adapted(_with_labels(model, description), method, trainable, frozen, description)
 
 
-def _checked_base(model: Model, settings: Any, folder: Path) -> Model:
-    """`model`. Raises `RequestError` unless it has the head and the layers of the run's model."""
+def _check_base(model: Model, settings: Any, folder: Path) -> None:
+    """Raises `RequestError` unless `model` has the head and the layers of the run's model."""
     head = head_of(settings)
     head, count = None if head == "causal-lm" else head, settings.get("num_labels")
     if model.head != head or count not in (None, model.num_labels):
@@ -102,14 +107,14 @@ def _checked_base(model: Model, settings: Any, folder: Path) -> Model:
             f"the run in {folder} was trained with scan_layers={not stacked}; load the model so, "
             "or convert the adapter to PEFT's format first (lora-jax convert)"
         )
-    return model
 
 
 def _with_labels(model: Model, description: dict[str, Any]) -> Model:
     """The model with the names of the run's classes, which its exports keep."""
     names = description.get("label_names")
-    is_list = isinstance(names, list) and all(isinstance(name, str) for name in names)
-    if model.head != "classification" or not is_list or len(names) != model.num_labels:
+    if model.head != "classification" or not isinstance(names, list):
+        return model
+    if len(names) != model.num_labels or not all(isinstance(name, str) for name in names):
         return model
     return dataclasses.replace(model, labels=label_fields(names))
 
@@ -152,11 +157,7 @@ def _check_against_card(folder: Path, trainable: Any, description: Mapping[str, 
 
 
 _DESCRIBED = {
-    "model": dict, "model.name": str, "method": dict, "method.name": str, "seed": int,
+    "model": dict, "model.name": str, "method": dict, "method.name": str, "seed": COUNT,
     "base_hash": str, "?drawn": dict,
 }  # fmt: skip
 _COPY = "copy the folder again, or train this cell again"
-
-
-def _signature(leaf: Any) -> str:
-    return f"{leaf.dtype}{tuple(leaf.shape)}"

@@ -9,7 +9,6 @@ from collections.abc import Mapping
 from typing import Any
 
 import jax
-import optax
 from jax.sharding import Mesh, SingleDeviceSharding
 
 from lora_jax.core.draws import key_from_seed, partitionable
@@ -29,7 +28,7 @@ from lora_jax.methods import Method
 from lora_jax.methods.registry import method_of
 from lora_jax.models import Model, load_model
 from lora_jax.models.load import redraw_head
-from lora_jax.parallel.offload import lacks_host_memory, offload
+from lora_jax.parallel.offload import HOST, lacks_host_memory, offload
 from lora_jax.parallel.placement import Placement, place
 from lora_jax.settings import (
     SETTINGS,
@@ -39,10 +38,11 @@ from lora_jax.settings import (
     TrainSettings,
     check,
 )
+from lora_jax.train.cell import Schedule
 from lora_jax.train.compilation import CompiledByShape
 from lora_jax.train.evaluate import make_scores
 from lora_jax.train.loss import loss_settings, make_loss
-from lora_jax.train.optimizer import make_optimizer, make_schedule, optimizer_parts
+from lora_jax.train.optimizer import make_optimizer, optimizer_parts
 from lora_jax.train.state import TrainState, init_state
 from lora_jax.train.step import check_accumulate, make_train_step
 from lora_jax.train.task import Task, head_of, task_of
@@ -61,16 +61,11 @@ class Setup:
     batches: TrainIterator
     validation: EvalBatches
     test: EvalBatches
-    schedule: optax.Schedule
+    schedule: Schedule
     step: CompiledByShape
     scores: CompiledByShape
     placement: Placement | None
     note: str
-    num_steps: int
-    eval_every: int
-    checkpoint_every: int
-    log_every: int
-    patience: int
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -102,14 +97,14 @@ class Base:
             order_seed=config.seed,
         )
 
-    def eval_batches_of(self, config: Settings) -> dict[str, EvalBatches]:
-        """`{"validation": …, "test": …}`."""
-        return {
-            name: eval_batches(
-                self.encoded[name], batch_size=config.train.eval_batch_size, buckets=self.buckets
-            )
+    def eval_batches_of(self, config: Settings) -> tuple[EvalBatches, EvalBatches]:
+        """Those of validation and of test."""
+        size = config.train.eval_batch_size
+        validation, test = (
+            eval_batches(self.encoded[name], batch_size=size, buckets=self.buckets)
             for name in ("validation", "test")
-        }
+        )
+        return validation, test
 
 
 def load_base(config: Settings, mesh: Mesh | None = None) -> Base:
@@ -151,7 +146,7 @@ def build(
     model = base.model_of(config.seed)
     method = make_method(config.method, model)
     batches = base.train_batches_of(config)
-    plan = plan_steps(config.train, batches.steps_per_epoch)
+    schedule = plan_steps(config.train, batches.steps_per_epoch)
     constrain = placement and placement.constrain
     loss = make_loss(
         model.apply, method, task=base.task, constrain=constrain, **loss_settings(config.train)
@@ -159,7 +154,7 @@ def build(
     trainable, frozen = method.init(init_key, model.params)
     if not trainable:
         raise RequestError(f"method.name={config.method.name!r} trains nothing in this model")
-    tx, of_state, note = _optimizer(config, method, trainable, plan["num_steps"], placement)
+    tx, of_state, note = _optimizer(config, method, trainable, schedule.num_steps, placement)
     initial = functools.partial(init_state, tx=tx)
     if of_state is not None:
         initial = jax.jit(initial, out_shardings=of_state)
@@ -171,21 +166,13 @@ def build(
         loss, tx, accumulate=accumulate, out_shardings=of_state and (of_state, None)
     )
     scores = make_scores(model.apply, method, task=base.task, constrain=constrain)
+    validation, test = base.eval_batches_of(config)
     setup = Setup(
-        model=model,
-        method=method,
-        task=base.task,
-        frozen=frozen,
-        splits=base.splits,
-        batches=batches,
-        **base.eval_batches_of(config),
-        schedule=make_schedule(config.optimizer, plan["num_steps"]),
-        step=CompiledByShape(step, put),
-        scores=CompiledByShape(scores, put),
-        placement=placement,
-        note=note,
-        **plan,
-    )
+        model=model, method=method, task=base.task, frozen=frozen, splits=base.splits,
+        batches=batches, validation=validation, test=test, schedule=schedule,
+        step=CompiledByShape(step, put), scores=CompiledByShape(scores, put),
+        placement=placement, note=note,
+    )  # fmt: skip
     return setup, state
 
 
@@ -201,16 +188,15 @@ def _optimizer(config: Settings, method: Method, trainable: Any, num_steps: int,
             return placement.state(method, shapes)
         return jax.tree.map(lambda x: SingleDeviceSharding(jax.devices()[0]), shapes)
 
-    note = ""
-    if config.optimizer.offload:
-        parts = optimizer_parts(config.optimizer, num_steps)
-        settings = (parts, method.optimizer, shapes_of, shardings_of)
-        if lacks := lacks_host_memory(jax.devices()[0]):
-            note = f"optimizer.offload: {lacks}; the moments stay on the device"
-            return *offload(*settings, kind=None), note
-        return *offload(*settings), note
-    tx = method.optimizer(make_optimizer(config.optimizer, num_steps))
-    return tx, None if placement is None else shardings_of(shapes_of(tx)), note
+    if not config.optimizer.offload:
+        tx = method.optimizer(make_optimizer(config.optimizer, num_steps))
+        return tx, None if placement is None else shardings_of(shapes_of(tx)), ""
+    lacks = lacks_host_memory(jax.devices()[0])
+    parts = optimizer_parts(config.optimizer, num_steps)
+    kind = None if lacks else HOST
+    tx, of_state = offload(parts, method.optimizer, shapes_of, shardings_of, kind=kind)
+    note = f"optimizer.offload: {lacks}; the moments stay on the device" if lacks else ""
+    return tx, of_state, note
 
 
 @partitionable()
@@ -226,21 +212,13 @@ def make_model(settings: ModelSettings, head_key: jax.Array, mesh: Mesh | None =
     Raises `RequestError` if the model has none of that kind.
     """
     head = head_of(settings)
-    options = _quantized(settings)
+    options = {"dtype": settings.dtype, **_quantized(settings)}
     if mesh is not None:
         options["sharding_of"] = Placement(mesh).leaf
     if head != "causal-lm":
-        return load_model(
-            settings.name,
-            head=head,
-            num_labels=settings.num_labels,
-            dtype=settings.dtype,
-            head_key=head_key,
-            **options,
-        )
-    model = load_model(
-        settings.name, dtype=settings.dtype, scan_layers=settings.scan_layers, **options
-    )
+        options |= {"num_labels": settings.num_labels, "head_key": head_key}
+        return load_model(settings.name, head=head, **options)
+    model = load_model(settings.name, scan_layers=settings.scan_layers, **options)
     if model.kind != "causal-lm" or model.eos_token_id is None:
         lacks = f"is an {model.kind}" if model.kind != "causal-lm" else "has no end of text"
         raise RequestError(
@@ -277,16 +255,16 @@ def make_method(settings: MethodSettings, model: Model) -> Method:
     return method_of(settings.name, dict(settings), axes=model.axes, aliases=model.aliases)
 
 
-def plan_steps(settings: TrainSettings, steps_per_epoch: int) -> dict[str, int]:
+def plan_steps(settings: TrainSettings, steps_per_epoch: int) -> Schedule:
     """How long, how often to evaluate, save and log, and the patience, from the `train` section."""
     settings.check()
     if not settings.num_steps and not settings.num_epochs:
         raise RequestError("train.num_epochs=0 must be above 0 where train.num_steps is 0")
     eval_every = settings.eval_every_steps or max(1, steps_per_epoch // 4)
-    return {
-        "num_steps": settings.num_steps or math.ceil(settings.num_epochs * steps_per_epoch),
-        "eval_every": eval_every,
-        "checkpoint_every": settings.checkpoint_every_steps or eval_every,
-        "log_every": settings.log_every_steps,
-        "patience": settings.patience,
-    }
+    return Schedule(
+        num_steps=settings.num_steps or math.ceil(settings.num_epochs * steps_per_epoch),
+        eval_every=eval_every,
+        checkpoint_every=settings.checkpoint_every_steps or eval_every,
+        log_every=settings.log_every_steps,
+        patience=settings.patience,
+    )

@@ -3,53 +3,41 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
+import functools
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+from lora_jax.core.errors import RequestError
 from lora_jax.train.checkpoint import Checkpoints
+from lora_jax.train.environment import check_resumed, numerics
 from lora_jax.train.evaluate import Evaluation
-from lora_jax.train.loop import Callback, StopRequested, Training, Validate
+from lora_jax.train.loop import Callback, Diverged, StopRequested, Training, Validate
 from lora_jax.train.metrics import MetricsWriter
-from lora_jax.train.numerics import check_resumed, numerics
+from lora_jax.train.optimizer import make_schedule
 from lora_jax.train.program import Program
-from lora_jax.train.progress import Show
-from lora_jax.train.signals import Interrupted
+from lora_jax.train.progress import Show, ShowWith, show_progress
+from lora_jax.train.signals import Interrupted, stop_requests
 
 
 class MetricsFiles(Callback):
     """Writes each cell's metrics; before a checkpoint they are synced and their lines counted.
 
-    `schedules` gives each cell's learning rate at a step; `unit` is what is trained per second.
+    `unit` is what is trained per second.
     """
 
-    def __init__(
-        self,
-        writers: Sequence[MetricsWriter],
-        schedules: Sequence[Callable[[int], Any]],
-        unit: str,
-    ):
-        self._writers, self._schedules, self._unit = writers, schedules, unit
+    def __init__(self, writers: Sequence[MetricsWriter], unit: str):
+        self._writers, self._unit = writers, unit
 
     def logged(self, training, k, values):
-        progress = training.cells[k].progress
-        self._writers[k].write(
-            step=progress.step,
-            split="train",
-            **values,
-            lr=float(self._schedules[k](progress.step - 1)),
-            **{f"{self._unit}_per_s": training.cells[k].rate},
-            seconds=sum(progress.seconds.values()),
-        )
+        cell = training.cells[k]
+        rate = _rate_at(training, k, cell.progress.step - 1)
+        more = {"lr": rate, f"{self._unit}_per_s": cell.rate}
+        self._write(training, k, "train", {**values, **more})
 
     def evaluated(self, training, k, values):
-        progress = training.cells[k].progress
-        self._writers[k].write(
-            step=progress.step,
-            split="validation",
-            **values,
-            seconds=sum(progress.seconds.values()),
-        )
+        self._write(training, k, "validation", values)
 
     def tested(self, training, k, test):
         step = training.cells[k].progress.best_step
@@ -58,23 +46,41 @@ class MetricsFiles(Callback):
     def save(self, training):
         for writer, cell in zip(self._writers, training.cells, strict=True):
             writer.sync()
-            cell.add(metrics_lines=writer.num_lines)
+            cell.progress.metrics_lines = writer.num_lines
+
+    def _write(self, training: Training, k: int, split: str, values: dict[str, Any]) -> None:
+        progress = training.cells[k].progress
+        seconds = sum(progress.seconds.values())
+        self._writers[k].write(step=progress.step, split=split, **values, seconds=seconds)
 
 
 class SavedCheckpoints(Callback):
-    """Saves `contents(training)`, the arrays and facts. Put it after what changes the progress."""
+    """Saves the training's `contents`. Put it after what changes the progress.
 
-    def __init__(
-        self,
-        checkpoints: Checkpoints,
-        contents: Callable[[Training], tuple[dict[str, Any], dict[str, Any]]],
-    ):
-        self._checkpoints, self._contents = checkpoints, contents
+    A run alone ends where its cell failed, before anything more is saved.
+    """
+
+    def __init__(self, checkpoints: Checkpoints):
+        self._checkpoints = checkpoints
 
     def save(self, training):
         if self._checkpoints.latest_step != training.step:
-            groups, facts = self._contents(training)
+            groups, facts = training.contents()
             self._checkpoints.save(training.step, groups, {**facts, "numerics": numerics()})
+
+    def failed(self, training, k, what, step):
+        if len(training.cells) > 1:
+            return
+        with contextlib.suppress(RequestError):
+            self._checkpoints.wait()
+        good, rate = self._checkpoints.latest_step, _rate_at(training, k, max(0, step - 1))
+        saved = "no checkpoint was written yet"
+        if good is not None:
+            saved = f"the checkpoint of step {good} is kept"
+        raise Diverged(
+            f"{what} at step {step} (learning rate {rate:g}); {saved}. Lower optimizer.lr "
+            "or optimizer.clip_norm and train in another workdir"
+        )
 
 
 class Display(Callback):
@@ -96,6 +102,22 @@ class StopAtSignal(Callback):
         self.stop_requested = requested
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Options:
+    """How a training on disk is shown, stopped and noted; nothing of it decides the result.
+
+    `command` is what to tell the user to type after an interruption; `config_file`
+    ("FILE.py[:arg]") is noted in the cards; `show_with` shows how far it is, if there is
+    `progress`.
+    """
+
+    command: str = ""
+    config_file: str = ""
+    callbacks: Sequence[Callback] = ()
+    progress: bool = True
+    show_with: ShowWith = show_progress
+
+
 def validate_on(program: Program, batches: Iterable[Any]) -> Validate:
     """Evaluates each lane's loss and accuracy on `batches`."""
 
@@ -106,67 +128,80 @@ def validate_on(program: Program, batches: Iterable[Any]) -> Validate:
     return validate
 
 
-def restored(
-    checkpoints: Checkpoints, like: Callable[[dict], dict[str, Any]]
-) -> tuple[dict[str, Any], dict[str, Any], tuple[str, ...]] | None:
-    """The latest checkpoint's groups and facts, and what changed of `numerics` since."""
-    changes: tuple[str, ...] = ()
-
-    def checked(facts: dict[str, Any]) -> dict[str, Any]:
-        # Before the arrays are compared: x64 changes their dtypes, and is the cause to name.
-        nonlocal changes
-        changes = check_resumed(facts.get("numerics", {}), checkpoints.folder)
-        return like(facts)
-
-    found = checkpoints.restore(checked)
-    return None if found is None else (*found, changes)
-
-
 def train_on_disk(
     training: Training,
-    checkpoints: Checkpoints,
+    home: Path,
     folders: Sequence[Path],
-    schedules: Sequence[Callable[[int], Any]],
-    unit: str,
     test: Iterable[Any],
-    show: contextlib.AbstractContextManager[Show],
+    options: Options,
     *,
-    contents: Callable[[Training], tuple[dict[str, Any], dict[str, Any]]],
-    more: Sequence[Callback],
+    unit: str,
     started: float,
-    again: str,
 ) -> dict[int, Evaluation]:
-    """Trains to the end, with each cell's metrics in its folder; `{cell: scores}` on `test`.
+    """Trains to the end, from the latest checkpoint in `home`; `{cell: scores}` on `test`.
 
-    All is on the disk then. Raises `Interrupted`, after saving, when a callback of `more` asks to
-    stop; `again` says how to go on.
+    Each cell's metrics are in its folder, and all is on the disk in the end. `unit` is what rates
+    count. Raises `Interrupted`, after saving, at a signal or when a callback asks to stop.
     """
-    with contextlib.ExitStack() as stack:
+    num_steps = training.schedule.num_steps
+    with (
+        stop_requests() as requested,
+        Checkpoints(home / "checkpoints") as checkpoints,
+        contextlib.ExitStack() as stack,
+    ):
+        _resume(training, checkpoints)
         writers = [
             stack.enter_context(
                 MetricsWriter(folder, num_lines=cell.progress.metrics_lines, step=training.step)
             )
             for folder, cell in zip(folders, training.cells, strict=True)
         ]
+        show = options.show_with(
+            home.name, num_steps, start=training.step, enabled=options.progress, unit=unit
+        )
         callbacks = [
-            MetricsFiles(writers, schedules, unit),
-            SavedCheckpoints(checkpoints, contents),
+            MetricsFiles(writers, unit),
+            SavedCheckpoints(checkpoints),
             Display(stack.enter_context(show)),
-            *more,
+            StopAtSignal(requested),
+            *options.callbacks,
         ]
-        training.begin(callbacks, started)
         try:
-            training.run()
+            training.run(callbacks, started)
             found = training.test(test)
         except StopRequested as why:
             checkpoints.wait()
             raise Interrupted(
-                f"stopped by {why} at step {training.step} of "
-                f"{training.schedule.num_steps}; all is saved in {checkpoints.folder.parent}. "
-                f"To go on: {again}"
+                f"stopped by {why} at step {training.step} of {num_steps}; all is saved in "
+                f"{checkpoints.folder.parent}. To go on: {options.command}"
             ) from None
-    checkpoints.wait()
-    return found
+        checkpoints.wait()
+        return found
+
+
+def _resume(training: Training, checkpoints: Checkpoints) -> None:
+    """Goes on from the latest checkpoint, if there is one."""
+    changes: tuple[str, ...] = ()
+
+    def like(facts: dict[str, Any]) -> dict[str, Any]:
+        # Before the arrays are compared: x64 changes their dtypes, and is the cause to name.
+        nonlocal changes
+        changes = check_resumed(facts.get("numerics", {}), checkpoints.folder)
+        return training.like(facts)
+
+    found = checkpoints.restore(like)
+    if found is not None:
+        training.go_on_from(*found, changes)
+
+
+def _rate_at(training: Training, k: int, step: int) -> float:
+    """The learning rate of cell k."""
+    optimizer = training.cells[k].settings.config.optimizer
+    rate: Any = _schedule_of(optimizer, training.schedule.num_steps)(step)
+    return float(rate)
+
+
+_schedule_of = functools.lru_cache(maxsize=1024)(make_schedule)
 
 
 def _mean(values: Sequence[float | None]) -> float | None:

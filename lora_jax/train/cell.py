@@ -1,20 +1,61 @@
-"""A cell in training: its progress, and the schedule that it shares with the other cells."""
+"""A cell, the schedule that cells of one training share, and a cell's training progress."""
 
 from __future__ import annotations
 
 import dataclasses
-import math
-from collections.abc import Sequence
+from collections.abc import Mapping
 from typing import Any
 
-from lora_jax.train.bookkeeping import Bookkeeping
+from lora_jax.core.errors import RequestError
+from lora_jax.methods import Method
+from lora_jax.settings import Settings
+
+CHANGED_TO = ", then "
+STOPPED_IMPROVING = "validation stopped improving"
+
+
+@dataclasses.dataclass(frozen=True)
+class Cell:
+    """One run: its name in a workdir or a sweep, and its settings.
+
+    `made` is its method and `num_steps` its length, once they are known; `refused` says why it
+    cannot run; `shown` has what the results of `lj.sweep` show of its settings.
+    """
+
+    name: str
+    config: Settings
+    made: Method | None = None
+    num_steps: int = 0
+    refused: RequestError | None = None
+    shown: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+
+    @property
+    def method(self) -> Method:
+        """The method, made for the cell's base."""
+        assert self.made is not None
+        return self.made
+
+    @property
+    def lr(self) -> float:
+        """The peak learning rate."""
+        return self.config.optimizer.lr
+
+    @property
+    def seed(self) -> int:
+        return self.config.seed
+
+    @property
+    def hash(self) -> str:
+        """The config's hash."""
+        return self.config.hash
 
 
 @dataclasses.dataclass(frozen=True)
 class Schedule:
     """What all cells of a training share: its length, the intervals in steps, and the patience.
 
-    `eval_every` of 0 evaluates once, after the last step; `checkpoint_every` of 0 never saves.
+    `eval_every` of 0 evaluates once, after the last step; `checkpoint_every` of 0 never saves;
+    `patience` counts evaluations without a better loss, 0 for no limit.
     """
 
     num_steps: int
@@ -25,57 +66,105 @@ class Schedule:
 
 
 @dataclasses.dataclass
+class Progress:
+    """The training progress of a cell, apart from its arrays; saved with every checkpoint.
+
+    All plain values, so that it goes through JSON unchanged. `window` holds the steps not logged
+    yet, as (step, loss, correct, weight, grad_norm); `seconds` what each kind of work took,
+    `logged_seconds` those of training at the last log; `metrics_lines` how many lines of the
+    metrics file are true; `stopped` why the training is over, "" while it is not; `meshes` those it
+    was on, in order; `numerics_changes` what of `numerics` changed on the way.
+    """
+
+    step: int = 0
+    evaluated_step: int = 0
+    best_step: int = 0
+    best_loss: float | None = None
+    best_accuracy: float | None = None
+    evaluations_since_best: int = 0
+    window: tuple[tuple[float, ...], ...] = ()
+    train_loss: float | None = None
+    metrics_lines: int = 0
+    seconds: dict[str, float] = dataclasses.field(default_factory=dict)
+    logged_seconds: float = 0.0
+    stopped: str = ""
+    meshes: tuple[str, ...] = ()
+    numerics_changes: tuple[str, ...] = ()
+
+    def to_json(self) -> dict[str, Any]:
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_json(cls, values: dict[str, Any], changes: tuple[str, ...] = ()) -> Progress:
+        """What `to_json` gave; `changes` are those of `numerics` since."""
+        # Checkpoints of earlier versions lack these.
+        earlier = {"logged_seconds": values["seconds"].get("train", 0.0)}
+        found = cls(**{**earlier, **values})
+        found.window = tuple(map(tuple, found.window))
+        found.meshes = tuple(found.meshes)
+        found.numerics_changes = (*found.numerics_changes, *changes)
+        return found
+
+    def move_to(self, mesh: str) -> None:
+        """The training goes on on `mesh`, "" for one device."""
+        if self.meshes[-1:] != (mesh,):
+            self.meshes = (*self.meshes, mesh)
+
+    @property
+    def mesh(self) -> str:
+        """Where the training was, for its card: "" if it never was on more than one device."""
+        if self.meshes in ((), ("",)):
+            return ""
+        return CHANGED_TO.join(mesh or "one device" for mesh in self.meshes)
+
+    def add_seconds(self, kind: str, seconds: float) -> None:
+        self.seconds[kind] = self.seconds.get(kind, 0.0) + seconds
+
+    def evaluate(self, loss: float, accuracy: float, schedule: Schedule) -> None:
+        """Notes an evaluation at the current step: the best so far, and whether to stop."""
+        self.evaluated_step = self.step
+        self.evaluations_since_best += 1
+        if self.best_loss is None or loss < self.best_loss:
+            self.best_step, self.best_loss, self.best_accuracy = self.step, loss, accuracy
+            self.evaluations_since_best = 0
+        if schedule.patience and self.evaluations_since_best >= schedule.patience:
+            self.stopped = STOPPED_IMPROVING
+        elif self.step >= schedule.num_steps:
+            self.stopped = f"budget of {schedule.num_steps} steps ended"
+
+
+@dataclasses.dataclass
 class TrainingCell:
-    """One cell and its progress. `settings` has its `name` and the peak learning rate `lr`.
+    """A cell in training. `settings` has its `name` and learning rate.
 
     `error` says why the cell ended without a result. `rate` is the weight (examples, tokens) per
     second of its last logged steps.
     """
 
-    settings: Any
-    progress: Bookkeeping = dataclasses.field(default_factory=Bookkeeping)
+    settings: Cell
+    progress: Progress = dataclasses.field(default_factory=Progress)
     error: str = ""
     rate: float | None = None
-    _weight: float = 0.0
-    _logged_at: float = 0.0
-
-    @classmethod
-    def on_mesh(cls, settings: Any, mesh: str) -> TrainingCell:
-        """A cell before its first step."""
-        return cls(settings, Bookkeeping().on_mesh(mesh))
 
     @property
     def ended(self) -> bool:
         return bool(self.progress.stopped or self.error)
 
-    def add(self, **changes: Any) -> None:
-        """Changes fields of the progress."""
-        self.progress = dataclasses.replace(self.progress, **changes)
-
-    def begin(self) -> None:
-        """Rates count from here on, also where the cell was restored."""
-        self._logged_at = self.progress.seconds.get("train", 0.0)
-
-    def take_steps(self, rows: Sequence[tuple[float, ...]]) -> None:
-        """Notes steps as (step, loss, correct, weight, gradient norm)."""
-        if rows:
-            self._weight += sum(row[3] for row in rows)
-            self.add(window=self.progress.window + tuple(rows), step=int(rows[-1][0]))
-
     def log(self) -> dict[str, float]:
-        """Empties the window of steps; returns their means and sets `rate`."""
-        self.progress, values = self.progress.after_logging()
-        seconds = self.progress.seconds.get("train", 0.0)
-        elapsed = seconds - self._logged_at
-        self.rate = self._weight / elapsed if elapsed > 0 else None
-        self._logged_at, self._weight = seconds, 0.0
-        return values
+        """Empties the window of steps and sets `rate`; returns loss, accuracy and grad_norm.
 
-    def evaluate(self, values: dict[str, float], schedule: Schedule) -> None:
-        """Notes an evaluation: the best so far, and whether to stop."""
-        self.progress = self.progress.after_evaluation(
-            values["loss"],
-            values.get("accuracy", math.nan),
-            patience=schedule.patience,
-            num_steps=schedule.num_steps,
-        )
+        Loss and accuracy are means over examples, the norm over steps.
+        """
+        progress, window = self.progress, self.progress.window
+        weight = sum(row[3] for row in window)
+        seconds = progress.seconds.get("train", 0.0)
+        elapsed = seconds - progress.logged_seconds
+        self.rate = weight / elapsed if elapsed > 0 else None
+        weight = max(weight, 1e-9)
+        loss = sum(row[1] * row[3] for row in window) / weight
+        progress.window, progress.train_loss, progress.logged_seconds = (), loss, seconds
+        return {
+            "loss": loss,
+            "accuracy": sum(row[2] for row in window) / weight,
+            "grad_norm": sum(row[4] for row in window) / len(window),
+        }

@@ -8,6 +8,7 @@ and one that fails leaves the others to print tracebacks into a terminal that is
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import itertools
 import json
@@ -29,8 +30,8 @@ from lora_jax.core.errors import RequestError
 PyTree = Any
 
 
-class Checkpoints:
-    """The checkpoints of one run in `folder`, the last two of them kept; a context manager.
+class Checkpoints(contextlib.AbstractContextManager):
+    """The checkpoints of one run in `folder`, at most the last two; a context manager.
 
     Opening removes what a killed process left half written. Leaving waits for what is being
     written. Failing to write is a `RequestError`, and the checkpoints before stay as they are.
@@ -117,13 +118,6 @@ class Checkpoints:
             for name, leaves in groups.items()
         }, facts["facts"]
 
-    def close(self) -> None:
-        self._orbax.close()
-        logging.getLogger("absl").removeFilter(_is_not_orbax)
-
-    def __enter__(self) -> Checkpoints:
-        return self
-
     def __exit__(self, kind, error, trace) -> None:
         try:
             self.wait()
@@ -131,7 +125,8 @@ class Checkpoints:
             if error is None:  # else what went wrong first is the better story
                 raise
         finally:
-            self.close()
+            self._orbax.close()
+            logging.getLogger("absl").removeFilter(_is_not_orbax)
 
     def _read(self, step: int, item: str, args):
         return self._orbax.restore(step, args=ocp.args.Composite(**{item: args}))[item]
@@ -141,12 +136,11 @@ class Checkpoints:
         wanted = [[_name(keys), *_shape_dtype(leaf)] for keys, leaf in keyed]
         saved = [row[:3] for row in rows]
         if saved != wanted:
-            different = next(
-                pair for pair in itertools.zip_longest(saved, wanted) if pair[0] != pair[1]
-            )
+            pairs = itertools.zip_longest(saved, wanted)
+            there, here = next(pair for pair in pairs if pair[0] != pair[1])
             raise RequestError(
-                f"checkpoint {self.folder / str(step)} holds {different[0]} in {name} where this "
-                f"run has {different[1]}: another version wrote it; remove {self.folder} to begin "
+                f"checkpoint {self.folder / str(step)} holds {there} in {name} where this run has "
+                f"{here}: another version wrote it; remove {self.folder} to begin "
                 "again"
             )
         restored = [_from_host(leaf, one) for leaf, (_, one) in zip(leaves, keyed, strict=True)]
@@ -168,9 +162,7 @@ class Checkpoints:
 def _pack(groups: Mapping[str, PyTree]) -> tuple[np.ndarray, dict[str, list]]:
     """All arrays as one of bytes, and rows of name, shape, dtype and SHA-256 for each group."""
     keyed = {name: jax.tree_util.tree_flatten_with_path(tree)[0] for name, tree in groups.items()}
-    leaves = [
-        jax.random.key_data(x) if _is_key(x) else x for rows in keyed.values() for _, x in rows
-    ]
+    leaves = [_plain(leaf) for rows in keyed.values() for _, leaf in rows]
     packed = np.empty(sum(leaf.nbytes for leaf in leaves), np.uint8)
     # A CPU array's host view is its buffer, which the next step takes back: hence the copy.
     host, start = iter(jax.device_get(leaves)), 0
@@ -182,8 +174,8 @@ def _pack(groups: Mapping[str, PyTree]) -> tuple[np.ndarray, dict[str, list]]:
             part = packed[start : start + array.nbytes]
             part[:] = np.ascontiguousarray(array).reshape(-1).view(np.uint8)
             start += array.nbytes
-            digest = hashlib.sha256(part).hexdigest()
-            manifest[group].append([_name(keys), list(array.shape), str(array.dtype), digest])
+            row = [_name(keys), list(array.shape), str(array.dtype), _digest(part)]
+            manifest[group].append(row)
     return packed, manifest
 
 
@@ -205,11 +197,14 @@ def _is_key(leaf: Any) -> bool:
     return jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
 
 
+def _plain(leaf: Any) -> Any:
+    """The leaf as it is saved: of a key its data."""
+    return jax.random.key_data(leaf) if _is_key(leaf) else leaf
+
+
 def _shape_dtype(leaf: Any) -> tuple[list[int], str]:
-    if _is_key(leaf):
-        data = jax.eval_shape(jax.random.key_data, leaf)
-        return list(data.shape), str(data.dtype)
-    return list(leaf.shape), str(leaf.dtype)
+    plain = jax.eval_shape(_plain, leaf)
+    return list(plain.shape), str(plain.dtype)
 
 
 def _is_not_orbax(record: logging.LogRecord) -> bool:
@@ -229,10 +224,14 @@ def _unpack(packed: np.ndarray, manifest: Mapping[str, list]) -> dict[str, list[
         for name, shape, dtype, digest in rows:
             stop = start + math.prod(shape) * np.dtype(dtype).itemsize
             part, start = packed[start:stop], stop
-            if hashlib.sha256(part).hexdigest() != digest:
+            if _digest(part) != digest:
                 raise ValueError(f"{group}/{name} is not what was saved")
             groups[group].append(part.view(dtype).reshape(shape))
     return groups
+
+
+def _digest(array: np.ndarray) -> str:
+    return hashlib.sha256(array.data).hexdigest()
 
 
 def _digest_json(value: Any) -> str:

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 from jax.experimental.compilation_cache import compilation_cache
 
 from lora_jax.core.errors import RequestError
@@ -19,7 +21,7 @@ def enable_compilation_cache() -> None:
 
     The place is `JAX_COMPILATION_CACHE_DIR`, else `lora_jax/jax` in the user's cache folder.
     """
-    if jax.config.jax_compilation_cache_dir:
+    if jax.config.values["jax_compilation_cache_dir"]:
         return
     caches = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
     jax.config.update("jax_compilation_cache_dir", str(Path(caches) / "lora_jax" / "jax"))
@@ -32,7 +34,7 @@ def compile_ahead(function: Any, *arguments: Any) -> Any:
 
     Raises `RequestError` where `jax_disable_jit` forbids to compile.
     """
-    if jax.config.jax_disable_jit:
+    if jax.config.values["jax_disable_jit"]:
         raise RequestError(
             "JAX_DISABLE_JIT is on, and training compiles its step ahead of time; unset "
             "it, or take `jax.grad` of `lj.lift(apply)` yourself to debug a step"
@@ -43,43 +45,61 @@ def compile_ahead(function: Any, *arguments: Any) -> Any:
 def memory_of(compiled: Any) -> int:
     """Bytes of arguments, temporaries, and results that take no argument's place (XLA's count)."""
     memory = compiled.memory_analysis()
-    kept = memory.output_size_in_bytes - memory.alias_size_in_bytes
-    return memory.argument_size_in_bytes + memory.temp_size_in_bytes + kept
+    outputs = memory.output_size_in_bytes - memory.alias_size_in_bytes
+    return memory.argument_size_in_bytes + memory.temp_size_in_bytes + outputs
+
+
+@dataclasses.dataclass
+class Use:
+    """What was run: bytes of the largest program (on one device), and its batches' shapes."""
+
+    memory_bytes: int = 0
+    batch_shapes: set[tuple[int, ...]] = dataclasses.field(default_factory=set)
+
+    def add(self, memory_bytes: int = 0, batch_shapes: Iterable[Sequence[int]] = ()) -> None:
+        self.memory_bytes = max(self.memory_bytes, memory_bytes)
+        self.batch_shapes |= set(map(tuple, batch_shapes))
+
+    def to_json(self) -> dict[str, Any]:
+        shapes = [list(shape) for shape in sorted(self.batch_shapes)]
+        return {"memory_bytes": self.memory_bytes, "batch_shapes": shapes}
 
 
 class CompiledByShape:
-    """A jitted `function(state, frozen, batch)`, compiled ahead for each batch shape it meets.
+    """A jitted `function(state, frozen, batch)`, compiled ahead for each shape that it meets.
 
-    `seconds` is the time spent compiling, `shapes` the batch shapes (B, T) met so far; `place`
+    What decides are the shapes of the batch and the number of lanes. `seconds` is the time spent
+    compiling; `use` notes what is called, of batches of texts their shapes ([lanes,] B, T); `place`
     puts a batch, or its shapes, on a mesh.
     """
 
-    def __init__(self, function: Callable, place: Callable[[Any], Any] | None = None):
+    def __init__(self, function: Any, place: Callable[[Any], Any] | None = None):
         self._function, self._place = function, place
-        self._compiled: dict[tuple[int, ...], Callable] = {}
-        self.seconds = 0.0
+        self._compiled: dict[Any, tuple[Any, int]] = {}
+        self.seconds, self.use = 0.0, Use()
 
-    @property
-    def shapes(self) -> list[tuple[int, ...]]:
-        return sorted(self._compiled)
+    def compiled(self, state: Any, frozen: Any, batch: Any) -> Any:
+        """The program for these shapes, compiled if they were not met before."""
+        return self._get(state, frozen, self._placed(batch))[0]
 
-    @property
-    def memory_bytes(self) -> int:
-        """What the largest of the programs holds at once, arguments included."""
-        return max(map(memory_of, self._compiled.values()), default=0)
+    def __call__(self, state: Any, frozen: Any, batch: Any) -> Any:
+        batch = self._placed(batch)
+        program, num_bytes = self._get(state, frozen, batch)
+        is_text = isinstance(batch, dict) and "input_ids" in batch
+        self.use.add(num_bytes, [batch["input_ids"].shape] if is_text else ())
+        return program(state, frozen, batch)
 
-    def compiled(self, state: Any, frozen: Any, batch: dict[str, Any]) -> Any:
-        """The program for this batch's shape, compiled if it was not met before."""
-        shape = tuple(batch["input_ids"].shape)
-        if shape not in self._compiled:
+    def _get(self, state: Any, frozen: Any, batch: Any) -> tuple[Any, int]:
+        """The program and the bytes that it holds at once, arguments included."""
+        leaves, treedef = jax.tree.flatten(batch)
+        lanes = [np.shape(leaf) for leaf in jax.tree.leaves(state)[:1]]
+        key = (*lanes, treedef, *((np.shape(leaf), leaf.dtype) for leaf in leaves))
+        if key not in self._compiled:
             start = time.perf_counter()
-            placed = self._placed(batch)
-            self._compiled[shape] = compile_ahead(self._function, state, frozen, placed)
+            program = compile_ahead(self._function, state, frozen, batch)
+            self._compiled[key] = program, memory_of(program)
             self.seconds += time.perf_counter() - start
-        return self._compiled[shape]
+        return self._compiled[key]
 
-    def __call__(self, state: Any, frozen: Any, batch: dict[str, Any]):
-        return self.compiled(state, frozen, batch)(state, frozen, self._placed(batch))
-
-    def _placed(self, batch: dict[str, Any]) -> Any:
+    def _placed(self, batch: Any) -> Any:
         return batch if self._place is None else self._place(batch)

@@ -1,20 +1,34 @@
-"""What a run is made with, for its card: versions, commit, device and compiled program."""
+"""What a run is made with, for its card: versions, device, program, and all that changes its bits.
+
+What decides about the bits of a result, apart from config, weights and data, is recorded by
+`numerics`: in a card's `program` section and in every checkpoint. Keys and draws of a training are
+of a stated implementation (`core/draws.py`), so the global PRNG settings are recorded but change no
+bits.
+"""
 
 from __future__ import annotations
 
+import contextlib
 import importlib.metadata
 import os
 import platform
 import subprocess
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 import jax
+import jaxlib
 
-from lora_jax.train.numerics import numerics
+from lora_jax.core.errors import RequestError
+from lora_jax.train.cell import Progress
+from lora_jax.train.compilation import Use
 from lora_jax.train.record import Program
 
+# Settings that make another computation: a training does not go on under another value.
+REFUSED = {"x64": "JAX_ENABLE_X64", "matmul_precision": "JAX_DEFAULT_MATMUL_PRECISION"}
+# Those that change how it rounds: a training goes on, and its card says so.
+NOTED = ("disable_jit", "disable_most_optimizations", "xla_flags", "backend", "jax", "jaxlib")
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "numpy", "lora_jax")
 
 
@@ -39,17 +53,14 @@ def git_commit() -> str:
 
     def git(*arguments: str) -> str:
         command = ["git", "-C", str(folder), *arguments]
-        return subprocess.run(
-            command, capture_output=True, text=True, timeout=10, check=True
-        ).stdout.strip()
+        options: dict[str, Any] = {"capture_output": True, "text": True, "timeout": 10}
+        return subprocess.run(command, check=True, **options).stdout.strip()
 
     try:
         # A package installed inside somebody else's repository is not at that one's commit.
         git("ls-files", "--error-unmatch", __file__)
-        commit = git("rev-parse", "HEAD")
-        return (
-            f"{commit}+dirty" if git("status", "--porcelain", "--", str(folder.parent)) else commit
-        )
+        edited = git("status", "--porcelain", "--", str(folder.parent))
+        return git("rev-parse", "HEAD") + ("+dirty" if edited else "")
     except (OSError, subprocess.SubprocessError):
         return os.environ.get("LORA_JAX_COMMIT", "unknown")
 
@@ -74,41 +85,79 @@ def num_threads() -> int:
 
 def cpu_name() -> str:
     """The host's processor, as Linux names it: XLA compiles for what it can do."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    except OSError:
-        return platform.processor() or "unknown"
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor() or "unknown"
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or "unknown"
 
 
 def describe_program(
-    table: Iterable[Any],
-    batch_shapes: Sequence[Sequence[int]],
-    *,
-    memory_bytes: int,
-    pack: Mapping[str, Any] | None = None,
-    mesh: str = "",
-    numerics_changes: Sequence[str] = (),
+    table: Iterable[Any], use: Use, progress: Progress, pack: Mapping[str, Any] | None = None
 ) -> Program:
-    """What was compiled: ranks and targets, batch shapes, memory (of a device), threads, flags.
+    """What was run: ranks and targets, batch shapes, memory (of a device), threads, flags.
 
     `table` is a method's table (of a pack, the union's); a row without a rank is a parameter
-    trained whole. `pack` has the `Program` fields of a packed cell, which are `K`, `slot`, `pack`,
-    `cells` and `at_once`. `mesh` is as `--mesh` has it; `numerics_changes` what a resumed run found
-    changed of `numerics`.
+    trained whole. `pack` has the `Program` fields of a packed cell: `K`, `slot`, `pack`, `cells`
+    and `at_once`. `progress` knows the mesh, and what a resumed run found changed of `numerics`.
     """
     adapted = [row for row in table if row.rank]
+    now = numerics()
     return Program(
         **(pack or {"K": 1, "slot": 0}),
-        mesh=mesh or None,
+        mesh=progress.mesh or None,
         ranks=sorted({row.rank for row in adapted}),
         targets=[row.path for row in adapted],
-        batch_shapes=[list(shape) for shape in batch_shapes],
-        memory_bytes=memory_bytes,
+        **use.to_json(),
         threads=num_threads(),
-        xla_flags=os.environ.get("XLA_FLAGS", ""),
-        matmul_precision=str(jax.config.jax_default_matmul_precision),
-        numerics=numerics(),
-        numerics_changes=list(numerics_changes) or None,
+        xla_flags=now["xla_flags"],
+        matmul_precision=now["matmul_precision"],
+        numerics=now,
+        numerics_changes=list(progress.numerics_changes) or None,
     )
+
+
+def numerics() -> dict[str, Any]:
+    """The settings, flags and versions that this process computes with, as JSON values."""
+    set_to = jax.config.values
+    return {
+        "x64": bool(set_to["jax_enable_x64"]),
+        "matmul_precision": str(set_to["jax_default_matmul_precision"]),
+        "disable_jit": bool(set_to["jax_disable_jit"]),
+        "disable_most_optimizations": bool(set_to["jax_disable_most_optimizations"]),
+        "xla_flags": os.environ.get("XLA_FLAGS", ""),
+        "backend": jax.default_backend(),
+        "jax": jax.__version__,
+        "jaxlib": jaxlib.version.__version__,
+        "prng_impl": str(set_to["jax_default_prng_impl"]),
+        "threefry_partitionable": bool(set_to["jax_threefry_partitionable"]),
+    }
+
+
+def differences(there: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
+    """`{setting: (there, here)}` of what changes bits and is not as in the record `there`.
+
+    A setting that the record lacks is not compared: it was made by an earlier version.
+    """
+    here = numerics()
+    return {
+        name: (there[name], here[name])
+        for name in (*REFUSED, *NOTED)
+        if name in there and there[name] != here[name]
+    }
+
+
+def check_resumed(there: Mapping[str, Any], place: Any) -> tuple[str, ...]:
+    """What to note of a training that goes on from a checkpoint with the record `there`.
+
+    Raises `RequestError` naming the setting where it would not be the same computation.
+    """
+    found = differences(there)
+    for name, variable in REFUSED.items():
+        if name in found:
+            was, now = found[name]
+            raise RequestError(
+                f"{place} was written with {variable}={was}, and this process has {now}, which "
+                f"changes the result; set {variable}={was} to go on, or choose another workdir"
+            )
+    return tuple(f"{name} was {was!r}, then {now!r}" for name, (was, now) in found.items())

@@ -58,8 +58,8 @@ def make_scores(
     @jax.jit
     def scores(trainable, frozen, batch):
         losses, correct, predictions = score(trainable, frozen, batch)
-        kept = (predictions,) if task.keeps_predictions else ()
-        return losses.astype(jnp.float32), correct, *kept
+        more = (predictions,) if task.keeps_predictions else ()
+        return losses.astype(jnp.float32), correct, *more
 
     return scores
 
@@ -71,20 +71,16 @@ def evaluate(
 
     Raises `RequestError` if there is no such example.
     """
-    own, examples = _scored(scores, trainable, frozen, batches)
-    return _as_evaluation(own, examples)
+    return evaluate_stacked(scores, trainable, frozen, batches)[0]
 
 
 def evaluate_stacked(
     scores: ScoreFunction, trainable: Any, frozen: Any, batches: Iterable[dict[str, np.ndarray]]
 ) -> list[Evaluation]:
-    """`evaluate` for K trainables at once: `trainable` and what `scores` gives have an axis K."""
-    own, examples = _scored(scores, trainable, frozen, batches)
-    return [_as_evaluation(one, examples) for one in zip(*own, strict=True)]
+    """`evaluate` for K trainables at once: `trainable` and what `scores` gives have an axis K.
 
-
-def _scored(scores, trainable, frozen, batches):
-    """What `scores` gives (…, N) of the examples that count; their labels, index, weights (N,)."""
+    Without that axis it is one.
+    """
     device_scores, rows = [], []
     for batch in batches:
         inputs = {key: value for key, value in batch.items() if key not in ("index", "weights")}
@@ -94,26 +90,24 @@ def _scored(scores, trainable, frozen, batches):
     labels, index, weights = (
         np.concatenate([row[i] for row in rows] or [np.zeros(0)]) for i in range(3)
     )
-    kept = weights > 0
-    if not kept.any():
+    counts = weights > 0
+    if not counts.any():
         raise RequestError("nothing to evaluate: the split holds no example")
-    fetched = jax.device_get(device_scores)
-    own = [np.concatenate(parts, axis=-1)[..., kept] for parts in zip(*fetched, strict=True)]
-    return own, (labels[kept], index[kept], weights[kept])
-
-
-def _as_evaluation(own, examples) -> Evaluation:
-    losses, correct, *predictions = own
-    labels, index, weights = examples
-    wide = weights.astype(np.float64)
-    numbers = np.issubdtype(labels.dtype, np.floating)
-    return Evaluation(
-        loss=float(np.average(losses.astype(np.float64), weights=wide)),
-        accuracy=float(np.average(correct.astype(np.float64), weights=wide)),
-        losses=losses,
-        correct=correct,
-        labels=labels.astype(np.float32 if numbers else np.int32),
-        index=index.astype(np.int64),
-        weights=weights.astype(np.float32),
-        predictions=predictions[0] if predictions else None,
-    )
+    fetched = zip(*jax.device_get(device_scores), strict=True)
+    scored = [np.atleast_2d(np.concatenate(parts, axis=-1)[..., counts]) for parts in fetched]
+    labels, index, weights = labels[counts], index[counts], weights[counts]
+    in_float64 = weights.astype(np.float64)
+    dtype = np.float32 if np.issubdtype(labels.dtype, np.floating) else np.int32
+    return [
+        Evaluation(
+            loss=float(np.average(losses.astype(np.float64), weights=in_float64)),
+            accuracy=float(np.average(correct.astype(np.float64), weights=in_float64)),
+            losses=losses,
+            correct=correct,
+            labels=labels.astype(dtype),
+            index=index.astype(np.int64),
+            weights=weights.astype(np.float32),
+            predictions=predictions[0] if predictions else None,
+        )
+        for losses, correct, *predictions in zip(*scored, strict=True)
+    ]

@@ -10,7 +10,14 @@ from jax.sharding import Mesh
 
 from lora_jax.core.draws import partitionable
 from lora_jax.core.errors import RequestError
-from lora_jax.data import Splits, bucket_lengths, eval_batches, load_splits
+from lora_jax.data import (
+    EvalBatches,
+    Examples,
+    Splits,
+    bucket_lengths,
+    eval_batches,
+    load_splits,
+)
 from lora_jax.io.untrusted import COUNT, check_fields
 from lora_jax.models import Model
 from lora_jax.parallel.placement import Placement, place
@@ -19,7 +26,7 @@ from lora_jax.train.adapted import Adapted, load_run_adapter
 from lora_jax.train.compilation import CompiledByShape
 from lora_jax.train.evaluate import Evaluation, evaluate, make_scores
 from lora_jax.train.record import RESTORE, Card
-from lora_jax.train.task import task_of
+from lora_jax.train.task import Task, task_of
 from lora_jax.train.workdir import config_from, read_json_file
 from lora_jax.train.write_results import completion_format
 
@@ -34,13 +41,30 @@ def load_cell(cell: Path, mesh: Mesh | None = None) -> tuple[Settings, Adapted, 
     check_completion_format(adapted.description, adapted.model, config.model, cell.name)
     splits = load_splits(config.data, target=task_of(config.model).target)
     check_fields(adapted.description, {"data_hash": str}, f"{cell}/adapter", RESTORE)
-    trained_on = adapted.description["data_hash"]
-    if splits.data_hash != trained_on:
-        raise RequestError(
-            f"the data have changed since {cell.name} was trained (hash {trained_on[:12]}, now "
-            f"{splits.data_hash[:12]}); put the old data back or train again"
-        )
+    check_unchanged("data", adapted.description["data_hash"], splits.data_hash, cell.name)
     return config, adapted, splits
+
+
+def check_unchanged(what: str, there: str, here: str, name: str) -> None:
+    """Raises `RequestError` if the hash of what a run was trained on is another here."""
+    if there != here:
+        raise RequestError(
+            f"the {what} have changed since {name} was trained (hash {there[:12]}, now "
+            f"{here[:12]}); put the old ones back or train again"
+        )
+
+
+def encoded_batches(
+    config: Settings, task: Task, model: Model, examples: Examples, largest: int | None = None
+) -> EvalBatches:
+    """The examples as the run's evaluations have them, in batches of `largest` at most."""
+    encoded = task.encode(model, examples, max_length=config.data.max_length)
+    size = config.train.eval_batch_size
+    return eval_batches(
+        encoded,
+        batch_size=size if largest is None else min(size, largest),
+        buckets=bucket_lengths(config.data.buckets, config.data.max_length),
+    )
 
 
 def config_of(cell: Path) -> dict[str, Any]:
@@ -81,15 +105,8 @@ def evaluate_cell(
     """
     config, adapted, splits = load_cell(cell, mesh)
     task = task_of(config.model, splits)
-    encoded = task.encode(adapted.model, getattr(splits, split), max_length=config.data.max_length)
-    batches = eval_batches(
-        encoded,
-        batch_size=config.train.eval_batch_size,
-        buckets=bucket_lengths(config.data.buckets, config.data.max_length),
-    )
-    trainable, frozen = adapted.trainable, adapted.frozen
-    if merged:
-        trainable, frozen = {}, adapted.method.merge(trainable, frozen, dtype="stored")
+    batches = encoded_batches(config, task, adapted.model, getattr(splits, split))
+    trainable, frozen = adapted.merged if merged else (adapted.trainable, adapted.frozen)
     constrain = put = None
     if mesh is not None:
         placement = Placement(mesh, adapted.model)

@@ -1,7 +1,4 @@
-"""The training loop: cells in the lanes of one program, each with its own end.
-
-A run alone has one cell and one lane, a pack has many.
-"""
+"""The training loop: cells in the lanes of one program; a run alone has one, a pack has many."""
 
 from __future__ import annotations
 
@@ -14,7 +11,7 @@ import jax
 import numpy as np
 
 from lora_jax.core.errors import RequestError
-from lora_jax.train.cell import Schedule, TrainingCell
+from lora_jax.train.cell import Cell, Progress, Schedule, TrainingCell
 from lora_jax.train.evaluate import Evaluation
 from lora_jax.train.program import Program
 from lora_jax.train.state import TrainState
@@ -84,31 +81,23 @@ class Training:
 
     def __init__(
         self,
-        cells: Sequence[Any],
+        cells: Sequence[Cell],
         program: Program,
         state: TrainState,
         frozen_of: Callable[[Sequence[int]], Any],
         batches: Any,
         validate: Validate,
         schedule: Schedule,
-        callbacks: Sequence[Callback] = (),
     ):
-        self.cells = [TrainingCell.on_mesh(settings, program.mesh) for settings in cells]
+        self.cells = [TrainingCell(cell, Progress(meshes=(program.mesh,))) for cell in cells]
         self.lanes = list(range(len(self.cells)))
         self.step, self.evaluated, self.saved = 0, 0, 0
-        self.schedule = schedule
-        self.state, self.best = state, None
+        self.schedule, self.state, self.best = schedule, state, None
         self._program, self._batches = program, batches
         self._frozen_of, self._validate = frozen_of, validate
         self._keep_lanes(self.lanes)
         self._pending: list[dict[str, jax.Array]] = []
-        self.begin(callbacks, time.perf_counter())
-
-    def begin(self, callbacks: Sequence[Callback], started: float) -> None:
-        """Sets who is notified, and when (`time.perf_counter`) the preparation began."""
-        self._callbacks, self._mark = callbacks, started
-        for cell in self.cells:
-            cell.begin()
+        self._callbacks: Sequence[Callback] = ()
 
     def restore(
         self, step: int, evaluated: int, lanes: Sequence[int], state: TrainState, best: Any
@@ -117,13 +106,30 @@ class Training:
         self.step, self.evaluated, self.saved = step, evaluated, step
         self.lanes, self.state, self.best = list(lanes), state, best
         for cell in self.cells:
-            cell.progress = cell.progress.on_mesh(self._program.mesh)
+            cell.progress.move_to(self._program.mesh)
         self._keep_lanes([lane for lane, k in enumerate(self.lanes) if k != EMPTY])
         if best is not None:
             self.best = self._program.take("trainable", best, self._every_cell())
 
-    def run(self) -> None:
-        """Trains until every cell has ended. Raises `StopRequested`, after saving."""
+    def contents(self) -> tuple[dict[str, Any], dict[str, Any]]:
+        """The arrays, by group, and the facts of a checkpoint."""
+        raise NotImplementedError
+
+    def like(self, facts: dict[str, Any]) -> dict[str, Any]:
+        """Shapes of the arrays that the checkpoint of these facts holds."""
+        raise NotImplementedError
+
+    def go_on_from(self, groups: dict, facts: dict[str, Any], changes: tuple[str, ...]) -> None:
+        """Restores a checkpoint's `contents`; `changes` are those of `numerics` since."""
+        raise NotImplementedError
+
+    def run(self, callbacks: Sequence[Callback] = (), started: float | None = None) -> None:
+        """Trains until every cell has ended. Raises `StopRequested`, after saving.
+
+        `started` is when (`time.perf_counter`) the preparation began.
+        """
+        self._callbacks = callbacks
+        self._mark = time.perf_counter() if started is None else started
         self._end_section("setup")
         while True:
             try:
@@ -195,10 +201,8 @@ class Training:
         passed, self._mark = max(0.0, now - self._mark - compiling), now
         cells = cells or [self._at(lane) for lane in self.going()] or self.cells
         for cell in cells:
-            seconds = dict(cell.progress.seconds)
-            for name, value in ((kind, passed), ("compile", compiling)):
-                seconds[name] = seconds.get(name, 0.0) + value / len(cells)
-            cell.add(seconds=seconds)
+            cell.progress.add_seconds(kind, passed / len(cells))
+            cell.progress.add_seconds("compile", compiling / len(cells))
 
     def _take_step(self) -> None:
         batch = self._batches.at(self.step, self._members)
@@ -244,12 +248,14 @@ class Training:
             for step, values in enumerate(by_lane, first):
                 rows.append((step, *(float(value[lane]) for value in values)))
                 # The loss is from before the step's update, the gradient is what goes into it.
-                of_both = (("loss", rows[-1][1]), ("gradient norm", rows[-1][4]))
-                wrong = next((both for both in of_both if not math.isfinite(both[1])), None)
-                if wrong:
+                both = (("loss", rows[-1][1]), ("gradient norm", rows[-1][4]))
+                if wrong := next((one for one in both if not math.isfinite(one[1])), None):
                     break
             self._notify("stepped", self.lanes[lane], rows)
-            self._at(lane).take_steps(rows)
+            if rows:
+                progress = self._at(lane).progress
+                progress.window += tuple(rows)
+                progress.step = int(rows[-1][0])
             if wrong:
                 self._fail(lane, *wrong, int(rows[-1][0]))
 
@@ -264,7 +270,7 @@ class Training:
     def _validate_cells(self) -> None:
         trainable, lanes = self.state.trainable, self.going()
         scores = self._validate(trainable, self._frozen, self._watched)
-        # Without validation the last step is the best: nothing chooses among them.
+        # Without validation the last step is the best.
         values = scores or [{"loss": -float(self.step)}] * len(self.lanes)
         self.check_weights()
         better = np.zeros(len(self.lanes), bool)
@@ -273,11 +279,11 @@ class Training:
             if not cell.error and not math.isfinite(loss):
                 self._fail(lane, "validation loss", loss, self.step)
             if not cell.error:
-                cell.evaluate(values[lane], self.schedule)
+                accuracy = values[lane].get("accuracy", math.nan)
+                cell.progress.evaluate(loss, accuracy, self.schedule)
                 better[lane] = cell.progress.best_step == self.step
-        # Beyond the last: what is kept of an empty lane goes nowhere.
         count = self._program.padded(len(self.cells))
-        cells = [count if k == EMPTY else k for k in self.lanes]
+        cells = [count if k == EMPTY else k for k in self.lanes]  # what is beyond goes nowhere
         self.best = self._program.keep(self.best, trainable, cells, better, count)
         # The time goes to all that took part, those that end with it too.
         self._end_section("evaluate", [self._at(lane) for lane in lanes])
@@ -289,21 +295,15 @@ class Training:
                 self._notify("evaluated", self.lanes[lane], values[lane])
 
     def _fail(self, lane: int, what: str, value: float, step: int) -> None:
-        cell = self._at(lane)
-        cause = (
-            f"learning rate {cell.settings.lr:g}; lower it"
-            if step > 1 or what == "a weight"
-            else "before any update; look at the data and the model"
-        )
+        cell, cause = self._at(lane), "before any update; look at the data and the model"
+        if step > 1 or what == "a weight":
+            cause = f"learning rate {cell.settings.lr:g}; lower it"
         cell.error = f"{what} is {value} at step {step} ({cause})"
         self._notify("failed", self.lanes[lane], f"{what} is {value}", step)
 
     def _repack(self) -> None:
-        """Takes ended cells out once half of the lanes are theirs: then a narrower program pays.
-
-        The rule depends on steps and the cells' own ends alone, so that the same sweep repacks the
-        same way.
-        """
+        """Takes ended cells out once half of the lanes are theirs: then a narrower program pays."""
+        # By steps and the cells' own ends alone, so that the same sweep repacks the same way.
         going = self.going()
         left = self.schedule.num_steps - self.step
         if not going or 2 * len(going) > len(self.lanes) or left < FEWEST_STEPS:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -19,7 +20,6 @@ LossFunction = Callable[[Any, Any, Any, jax.Array], tuple[jax.Array, dict[str, j
 # What a model is called with, in its order, as far as a batch has it.
 INPUTS = ("input_ids", "attention_mask", "token_type_ids")
 
-
 # Apart from what adapters fold their keys with, hashes of their paths.
 _OF_THE_MODEL = 2106_09685
 
@@ -33,8 +33,8 @@ def loss_settings(settings: TrainSettings) -> dict[str, Any]:
 def weighted_mean(values: jax.Array, weights: jax.Array) -> jax.Array:
     """`sum(w * v) / sum(w)`, 0 where all weights are 0; rows of weight 0 may hold anything."""
     total = jnp.sum(weights)
-    kept = jnp.where(weights > 0, values, 0.0)
-    return jnp.sum(kept * weights) / jnp.where(total > 0, total, 1.0)
+    counted = jnp.where(weights > 0, values, 0.0)
+    return jnp.sum(counted * weights) / jnp.where(total > 0, total, 1.0)
 
 
 def make_loss(
@@ -60,10 +60,10 @@ def make_loss(
     task.check_smoothing(label_smoothing)
     check("train.loss_chunk", loss_chunk)
     check("train.remat", remat)
-    settings: dict[str, Any] = {
-        "smoothing": label_smoothing, "chunk": loss_chunk, "remat": remat, "constrain": constrain,
-    }  # fmt: skip
-    score = make_scorer(apply, method, task=task, model_dropout=model_dropout, **settings)
+    score = make_scorer(
+        apply, method, task=task, model_dropout=model_dropout, smoothing=label_smoothing,
+        chunk=loss_chunk, remat=remat, constrain=constrain,
+    )  # fmt: skip
 
     def loss(trainable, frozen, batch, key):
         losses, right, _ = score(trainable, frozen, batch, key)
@@ -101,10 +101,7 @@ def make_scorer(
             options["dropout_key"] = jax.random.fold_in(key, _OF_THE_MODEL)
         if task.readout is None:
             return task.score(lifted(params, *inputs, **options), batch, smoothing=smoothing)
-
-        def readout(logits_of, states):
-            return task.readout(logits_of, states, batch, smoothing=smoothing, chunk=chunk)
-
+        readout = functools.partial(task.readout, batch=batch, smoothing=smoothing, chunk=chunk)
         return lifted(params, *inputs, readout=readout, **options)
 
     return scores

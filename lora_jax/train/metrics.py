@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import sys
+import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from lora_jax.core.errors import RequestError
 from lora_jax.io.atomic import write_text
 from lora_jax.io.untrusted import parse_json, read_regular
-from lora_jax.train.events import EventFile
 
 
 def read_metrics(path: str | os.PathLike) -> list[dict[str, Any]]:
@@ -19,10 +21,7 @@ def read_metrics(path: str | os.PathLike) -> list[dict[str, Any]]:
 
     Raises `RequestError` if a line before the last one is damaged.
     """
-    path = Path(path)
-    if not path.exists():
-        return []
-    lines = _bytes_of(path).split(b"\n")
+    lines = _lines_of(Path(path))
     rows = []
     for number, line in enumerate(lines, 1):
         try:
@@ -37,9 +36,12 @@ def read_metrics(path: str | os.PathLike) -> list[dict[str, Any]]:
     return rows
 
 
-def _bytes_of(path: Path) -> bytes:
+def _lines_of(path: Path) -> list[bytes]:
+    """What stands between line ends; the last one is not ended."""
+    if not path.exists():
+        return []
     try:
-        return read_regular(path)
+        return read_regular(path).split(b"\n")
     except OSError as error:
         raise RequestError(f"cannot read {path}: {error.strerror or error}") from error
 
@@ -47,17 +49,15 @@ def _bytes_of(path: Path) -> bytes:
 def _readable(path: Path, step: int) -> list[dict[str, Any]]:
     """The metrics up to `step` that can be read."""
     rows = []
-    for line in _bytes_of(path).split(b"\n")[:-1] if path.exists() else []:
-        try:
+    for line in _lines_of(path)[:-1]:
+        with contextlib.suppress(ValueError):
             row = parse_json(line)
-        except ValueError:
-            continue
-        if isinstance(row, dict) and isinstance(row.get("step"), int) and row["step"] <= step:
-            rows.append(row)
+            if isinstance(row, dict) and isinstance(row.get("step"), int) and row["step"] <= step:
+                rows.append(row)
     return rows
 
 
-class MetricsWriter:
+class MetricsWriter(contextlib.AbstractContextManager):
     """Appends metrics to `folder/metrics.jsonl` and `folder/tensorboard/`; a context manager.
 
     Opening cuts what is there back to `num_lines` lines, those that the checkpoint of `step` knew,
@@ -68,7 +68,6 @@ class MetricsWriter:
 
     def __init__(self, folder: str | os.PathLike, *, num_lines: int, step: int):
         self._path = Path(folder) / "metrics.jsonl"
-        self.num_lines = num_lines
         rows = _readable(self._path, step)[:num_lines]
         if len(rows) < num_lines:
             # A log is no reason to lose a training: weights and progress are in the checkpoint.
@@ -80,55 +79,67 @@ class MetricsWriter:
         self.num_lines = len(rows)
         if self._path.exists():
             write_text(self._path, "".join(map(_line, rows)))
-        try:
+        with self._writing():
             self._path.parent.mkdir(parents=True, exist_ok=True)
             self._file = open(self._path, "a", encoding="utf-8")  # noqa: SIM115
-            self._events = EventFile(Path(folder) / "tensorboard", first_step=step + 1)
-        except OSError as error:
-            raise self._error(error) from error
+            self._open_events(step)
 
-    def write(self, *, step: int, split: str, **values: float) -> None:
+    def _open_events(self, step: int) -> None:
+        # `tensorboardX.SummaryWriter` writes through a thread, which dies of a full disk; its queue
+        # of ten then blocks the training for good.
+        from tensorboardX.event_file_writer import EventsWriter
+        from tensorboardX.proto import event_pb2
+
+        self._proto: Any = event_pb2
+        folder = self._path.parent / "tensorboard"
+        folder.mkdir(exist_ok=True)
+        # The library names files by the second; two within one second would be one.
+        unique = f".{os.getpid()}.{time.time_ns()}"
+        self._events = EventsWriter(str(folder / "events"), unique)
+        if step:  # TensorBoard drops what older files in the folder say of later steps
+            start = self._proto.SessionLog(status=self._proto.SessionLog.START)
+            self._write_event(step + 1, session_log=start)
+
+    def _write_event(self, step: int, **values: Any) -> None:
+        event = self._proto.Event(wall_time=time.time(), step=step, **values)
+        self._events.write_event(event)
+
+    def write(self, *, step: int, split: str, **values: float | None) -> None:
         """One line: `step`, `split` and the values that apply (loss, accuracy, lr, seconds, …)."""
-        try:
+        from tensorboardX.summary import scalar
+
+        with self._writing():
             self._file.write(_line({"step": step, "split": split, **values}))
             self._file.flush()
             self.num_lines += 1
             for name, value in values.items():
-                self._events.scalar(f"{split}/{name}", value, step)
-        except OSError as error:
-            raise self._error(error) from error
+                self._write_event(step, summary=scalar(f"{split}/{name}", value))
 
     def sync(self) -> None:
         """Forces the lines onto the disk; done before a checkpoint that counts on them."""
-        try:
+        with self._writing():
             self._file.flush()
             os.fsync(self._file.fileno())
             self._events.flush()
-        except OSError as error:
-            raise self._error(error) from error
-
-    def close(self) -> None:
-        try:
-            self._file.close()
-            self._events.close()
-        except OSError as error:
-            raise self._error(error) from error
-
-    def __enter__(self) -> MetricsWriter:
-        return self
 
     def __exit__(self, kind, error, trace) -> None:
         try:
-            self.close()
+            with self._writing():
+                self._file.close()
+                self._events.close()
         except RequestError:
             if error is None:  # else what went wrong first is the better story
                 raise
 
-    def _error(self, error: OSError) -> RequestError:
-        return RequestError(
-            f"cannot write metrics to {self._path}: {error.strerror or error}; free some space and "
-            "run the same command again: it goes on from the last checkpoint"
-        )
+    @contextlib.contextmanager
+    def _writing(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            raise RequestError(
+                f"cannot write metrics to {self._path}: {error.strerror or error}; free some space "
+                "and run the same command again: it goes on from the last checkpoint"
+            ) from error
 
 
 def _line(row: dict[str, Any]) -> str:

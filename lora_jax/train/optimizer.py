@@ -58,37 +58,12 @@ def make_optimizer(settings: OptimizerSettings, num_steps: int) -> optax.Gradien
     """Global-norm clipping, then AdamW on the schedule, all in float32 (Loshchilov & Hutter 2019).
 
     What is clipped is the tree the gradients come in, which is the trainable one. Weight decay
-    reaches every trainable parameter, as in `torch.optim.AdamW`. `moment_dtype` is what the moments
-    are kept in.
-    Raises `RequestError` for a value out of range.
+    reaches every trainable parameter, as in `torch.optim.AdamW`. `moment_dtype` is the dtype of the
+    moments. Raises `RequestError` for a value out of range.
     """
-    clip, tx, dtype = _clip_and_adam(settings, num_steps)
-    whole = in_float32(optax.chain(clip, *tx))
-    return whole if dtype == "float32" else _moments_in(whole, jnp.dtype(dtype))
-
-
-def make_own_optimizer(
-    of_rate: Callable[[Any], optax.GradientTransformation], settings: Any, num_steps: int
-) -> optax.GradientTransformation:
-    """As `make_optimizer`, with `of_rate(learning_rate)` in the place of AdamW.
-
-    The rate is traced, and its peak is kept in the state, so that runs which differ in it share a
-    program. Raises `RequestError` for a value out of range.
-    """
-    clip, _, _ = _clip_and_adam(settings, num_steps)
-    shape = _shape_of_schedule(settings, num_steps)
-
-    def init(params):
-        peak = jnp.asarray(settings.lr, jnp.float32)
-        return RateState(jnp.zeros((), jnp.int32), peak), of_rate(peak).init(params)
-
-    def update(updates, state, params=None):
-        rate, own = state
-        tx = of_rate(rate.peak * shape(rate.count))
-        updates, own = tx.update(updates, own, params)
-        return updates, (RateState(optax.safe_increment(rate.count), rate.peak), own)
-
-    return in_float32(optax.chain(clip, optax.GradientTransformation(init, update)))
+    return _in_dtype(
+        optax.chain(_clip(settings, num_steps), *_adamw(settings, num_steps)), settings
+    )
 
 
 def optimizer_parts(
@@ -96,29 +71,61 @@ def optimizer_parts(
 ) -> tuple[optax.GradientTransformation, optax.GradientTransformation]:
     """`make_optimizer` in two: the clipping, which sees all gradients, and what does to each
     parameter what it would do to it alone. Raises as that does."""
-    clip, tx, dtype = _clip_and_adam(settings, num_steps)
-    each = in_float32(optax.chain(*tx))
-    return in_float32(clip), each if dtype == "float32" else _moments_in(each, jnp.dtype(dtype))
+    each = optax.chain(*_adamw(settings, num_steps))
+    return in_float32(_clip(settings, num_steps)), _in_dtype(each, settings)
 
 
-def _clip_and_adam(settings: OptimizerSettings, num_steps: int):
-    """The clipping, what comes after it, and what moments are kept in; all checked."""
-    make_schedule(settings, num_steps)  # for its checks
-    clip = optax.clip_by_global_norm(settings.clip_norm) if settings.clip_norm else optax.identity()
-    adam = (
+def make_own_optimizer(
+    of_rate: Callable[[Any], optax.GradientTransformation],
+    settings: OptimizerSettings,
+    num_steps: int,
+) -> optax.GradientTransformation:
+    """As `make_optimizer`, with `of_rate(learning_rate)` in the place of AdamW.
+
+    The rate is traced, and its peak is kept in the state, so that runs which differ in it share a
+    program. Raises `RequestError` for a value out of range.
+    """
+    clip, shape = _clip(settings, num_steps), _shape_of_schedule(settings, num_steps)
+
+    def init(params):
+        state = RateState.first(settings.lr)
+        return state, of_rate(state.peak).init(params)
+
+    def update(updates, state, params=None):
+        rate, own = state
+        tx = of_rate(rate.peak * shape(rate.count))
+        updates, own = tx.update(updates, own, params)
+        return updates, (rate.next(), own)
+
+    return in_float32(optax.chain(clip, optax.GradientTransformation(init, update)))
+
+
+def _clip(settings: OptimizerSettings, num_steps: int) -> optax.GradientTransformation:
+    """The clipping; all settings are checked."""
+    make_schedule(settings, num_steps)
+    return optax.clip_by_global_norm(settings.clip_norm) if settings.clip_norm else optax.identity()
+
+
+def _adamw(settings: OptimizerSettings, num_steps: int) -> tuple[optax.GradientTransformation, ...]:
+    """What comes after the clipping."""
+    return (
         optax.scale_by_adam(settings.beta1, settings.beta2, settings.eps),
-        _decay_weights(float(settings.weight_decay)),
-        _scale_by_rate(float(settings.lr), _shape_of_schedule(settings, num_steps)),
+        _decay_weights(settings.weight_decay),
+        _scale_by_rate(settings.lr, _shape_of_schedule(settings, num_steps)),
     )
-    return clip, adam, settings.moment_dtype
 
 
-def _moments_in(tx: optax.GradientTransformation, dtype: Any) -> optax.GradientTransformation:
-    """`tx` with what it keeps of each parameter in `dtype` between steps; scalars stay float32.
+def _in_dtype(
+    tx: optax.GradientTransformation, settings: OptimizerSettings
+) -> optax.GradientTransformation:
+    """`tx` computing in float32, what it keeps of each parameter between steps in `moment_dtype`.
 
     Half the memory. In bfloat16 a moving average with a decay of 0.999 or more hardly moves, since
-    its changes are below half of its last bit.
+    its changes are below half of its last bit. Scalars stay float32.
     """
+    tx, dtype = in_float32(tx), jnp.dtype(settings.moment_dtype)
+    if dtype == jnp.float32:
+        return tx
 
     def narrowed(state):
         narrow = lambda x: x.astype(dtype) if jnp.ndim(x) and x.dtype == jnp.float32 else x  # noqa: E731
@@ -134,25 +141,28 @@ def _moments_in(tx: optax.GradientTransformation, dtype: Any) -> optax.GradientT
 class RateState(NamedTuple):
     """Steps taken, () int32, and the highest learning rate, () float32."""
 
-    count: jax.Array
+    count: Any
     peak: jax.Array
+
+    @classmethod
+    def first(cls, peak: float) -> RateState:
+        return cls(jnp.zeros((), jnp.int32), jnp.asarray(peak, jnp.float32))
+
+    def next(self) -> RateState:
+        return self._replace(count=optax.safe_increment(self.count))
 
 
 def _scale_by_rate(peak: float, shape: optax.Schedule) -> optax.GradientTransformation:
-    """Updates times `-peak * shape(step)`, the peak kept in the state.
+    """Updates times `-peak * shape(step)`, the peak in the state.
 
     So runs that differ in their learning rate alone compile to one program, and may share it.
     """
 
-    def init(params):
-        return RateState(jnp.zeros((), jnp.int32), jnp.asarray(peak, jnp.float32))
-
     def update(updates, state, params=None):
         rate = -state.peak * shape(state.count)
-        updates = jax.tree.map(lambda u: (rate * u).astype(u.dtype), updates)
-        return updates, RateState(optax.safe_increment(state.count), state.peak)
+        return jax.tree.map(lambda u: (rate * u).astype(u.dtype), updates), state.next()
 
-    return optax.GradientTransformation(init, update)
+    return optax.GradientTransformation(lambda params: RateState.first(peak), update)
 
 
 class DecayState(NamedTuple):
@@ -162,15 +172,13 @@ class DecayState(NamedTuple):
 
 
 def _decay_weights(rate: float) -> optax.GradientTransformation:
-    """Updates plus `rate * parameter`, the rate kept in the state for the same reason."""
+    """Updates plus `rate * parameter`, the rate in the state for the same reason."""
 
-    def init(params):
-        return DecayState(jnp.asarray(rate, jnp.float32))
-
-    def update(updates, state, params):
+    def update(updates, state, params=None):
         add = lambda u, p: u + (state.rate * p).astype(u.dtype)  # noqa: E731
         return jax.tree.map(add, updates, params), state
 
+    init = lambda params: DecayState(jnp.asarray(rate, jnp.float32))  # noqa: E731
     return optax.GradientTransformation(init, update)
 
 
@@ -182,14 +190,10 @@ def in_float32(tx: optax.GradientTransformation) -> optax.GradientTransformation
     and a bfloat16 one stops moving once `1 - beta2` falls below half its last bit.)
     """
 
-    def init(params):
-        return tx.init(_widened(params))
-
     def update(updates, state, params=None):
-        wide = None if params is None else _widened(params)
-        return tx.update(_widened(updates), state, wide)
+        return tx.update(_widened(updates), state, _widened(params))  # None has no leaves
 
-    return optax.GradientTransformation(init, update)
+    return optax.GradientTransformation(lambda params: tx.init(_widened(params)), update)
 
 
 def _widened(tree):

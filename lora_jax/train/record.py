@@ -26,7 +26,7 @@ _SETTINGS: Mapping[str, Any] = {
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Section:
+class CardPart:
     """A JSON object of a card, with an attribute per key.
 
     A field without a default is in every card; the others are None in cards of versions that had
@@ -38,11 +38,11 @@ class Section:
 
     def to_json(self) -> dict[str, Any]:
         """The JSON object, keys in order."""
-        own = {name: getattr(self, name) for name in _fields_of(type(self))}
-        found = {**self.others, **{name: x for name, x in own.items() if x is not None}}
-        return {
-            name: x.to_json() if isinstance(x, Section) else x for name, x in sorted(found.items())
-        }
+        found = dict(self.others)
+        for name in _fields_of(type(self)):
+            if (value := getattr(self, name)) is not None:
+                found[name] = value.to_json() if isinstance(value, CardPart) else value
+        return dict(sorted(found.items()))
 
     def __getitem__(self, name: str) -> Any:
         """Deprecated, for one release: cards were dicts."""
@@ -56,7 +56,7 @@ class Section:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Counts(Section):
+class Counts(CardPart):
     """Trained parameters: of the task head, of all else, and of both."""
 
     adapter: int
@@ -65,7 +65,7 @@ class Counts(Section):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Seconds(Section):
+class Seconds(CardPart):
     """Seconds that the run took, by kind of work; of a packed run its share of the pack's.
 
     `total` includes `compile`; `shared_by` counts the runs of the pack. Other kinds ("train",
@@ -79,7 +79,7 @@ class Seconds(Section):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Program(Section):
+class Program(CardPart):
     """The compiled program, and the pack if the run was one of several.
 
     `K` runs shared the program, this one in lane `slot`; `cells` names them by lane, `at_once` is
@@ -106,15 +106,15 @@ class Program(Section):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class TrainLoss(Section):
+class TrainLoss(CardPart):
     """The mean training loss of the last entry of metrics.jsonl."""
 
     loss: float
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class BestScores(Section):
-    """Of the best step on the validation split, whose weights were kept."""
+class BestScores(CardPart):
+    """Of the best step on the validation split, whose weights were saved."""
 
     loss: float
     accuracy: float
@@ -122,8 +122,8 @@ class BestScores(Section):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class FinalScores(Section):
-    """Of the kept weights on the `n` examples of the test split; `tokens` counts those of texts."""
+class FinalScores(CardPart):
+    """Of the saved weights on the `n` examples of the test split; `tokens` counts texts' tokens."""
 
     loss: float
     accuracy: float
@@ -137,7 +137,7 @@ class FinalScores(Section):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Metrics(Section):
+class Metrics(CardPart):
     """What came out: scores by split, why and when training stopped, and what was saved."""
 
     train: TrainLoss
@@ -150,7 +150,7 @@ class Metrics(Section):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Card(Section):
+class Card(CardPart):
     """The record of a finished run.
 
     The hashes (sha256, hex) are of the config's settings, the base model's weights and the data.
@@ -200,7 +200,7 @@ class Card(Section):
             that are no folders.
         """
         check_fields(values, {}, place, RESTORE)
-        card = _section(cls, values, place)
+        card = _part(cls, values, place)
         check_fields(values, _SETTINGS, place, RESTORE)
         if card.program.K > 1:
             of_pack = {"program.cells": list, "program.at_once": COUNT}
@@ -230,32 +230,31 @@ def config_parts(name: str) -> tuple[str | None, str | None]:
     return file or None, arg if colon else None
 
 
-_S = typing.TypeVar("_S", bound=Section)
+_P = typing.TypeVar("_P", bound=CardPart)
 
 
 @functools.cache
-def _fields_of(section: type[Section]) -> dict[str, tuple[Any, bool]]:
-    """`{name: (type, whether every card has it)}` of a section's own fields."""
-    hints = typing.get_type_hints(section)
+def _fields_of(kind: type[CardPart]) -> dict[str, tuple[Any, bool]]:
+    """`{name: (type, whether every card has it)}` of the fields of a part, without `others`."""
+    hints = typing.get_type_hints(kind)
     found = {}
-    for field in dataclasses.fields(section):
+    for field in dataclasses.fields(kind):
         hint = hints[field.name]
         if isinstance(hint, types.UnionType):
             hint = typing.get_args(hint)[0]
-        if field.name != "others":
-            found[field.name] = (hint, field.default is dataclasses.MISSING)
+        found[field.name] = (hint, field.default is dataclasses.MISSING)
+    del found["others"]
     return found
 
 
-def _section(section: type[_S], values: Mapping[str, Any], place: Any, prefix: str = "") -> _S:
+def _part(kind: type[_P], values: Mapping[str, Any], place: Any, prefix: str = "") -> _P:
     found = {}
-    for name, (hint, always) in _fields_of(section).items():
+    for name, (hint, always) in _fields_of(kind).items():
         if name in values:
             found[name] = _typed(hint, values[name], f"{prefix}{name}", place)
         elif always:
             raise RequestError(f"{place}: {prefix}{name} is missing; {RESTORE}")
-    others = {name: value for name, value in values.items() if name not in found}
-    return section(**found, others=others)
+    return kind(**found, others={name: x for name, x in values.items() if name not in found})
 
 
 def _typed(hint: Any, value: Any, name: str, place: Any) -> Any:
@@ -263,11 +262,11 @@ def _typed(hint: Any, value: Any, name: str, place: Any) -> Any:
     if hint is Any:
         return value
     kind = typing.get_origin(hint) or hint
-    is_section = issubclass(kind, Section)
-    wanted = dict if is_section else {int: COUNT, float: NUMBER}.get(kind, kind)
+    is_part = issubclass(kind, CardPart)
+    wanted = dict if is_part else {int: COUNT, float: NUMBER}.get(kind, kind)
     check_kind(value, wanted, name, place, RESTORE)
-    if is_section:
-        return _section(kind, value, place, f"{name}.")
+    if is_part:
+        return _part(kind, value, place, f"{name}.")
     items = value.items() if kind is dict else enumerate(value) if kind is list else ()
     for key, item in items:
         _typed(typing.get_args(hint)[-1], item, f"{name}[{reprlib.repr(key)}]", place)

@@ -40,8 +40,7 @@ def cross_entropy(logits: jax.Array, labels: jax.Array, *, smoothing: float = 0.
     >>> cross_entropy(jnp.zeros((1, 4)), jnp.array([2]), smoothing=0.1)[0].item()  # log 4
     1.386294...
     """
-    wide = logits.astype(float32_or_wider(logits.dtype))
-    log_p = jax.nn.log_softmax(wide, axis=-1)
+    log_p = jax.nn.log_softmax(logits.astype(float32_or_wider(logits.dtype)), axis=-1)
     nll = -jnp.take_along_axis(log_p, labels[..., None], axis=-1)[..., 0]
     if smoothing == 0.0:
         return nll
@@ -76,8 +75,8 @@ def score_tokens(logits: jax.Array, batch: Any, *, smoothing: float = 0.0) -> Ex
     count = jnp.maximum(asked.sum(-1), 1).astype(losses.dtype)
 
     def mean(values):
-        kept = jnp.where(asked > 0, values, jnp.zeros_like(values))
-        return kept.sum(-1).astype(losses.dtype) / count
+        counted = jnp.where(asked > 0, values, jnp.zeros_like(values))
+        return counted.sum(-1).astype(losses.dtype) / count
 
     return ExampleScores(mean(losses), mean(right).astype(jnp.float32), None)
 
@@ -115,8 +114,8 @@ def readout_tokens(
         logits = logits_of(h)
         losses = cross_entropy(logits, tokens, smoothing=smoothing)
         right = _is_right(logits, tokens)
-        kept = (jnp.where(wanted > 0, x, jnp.zeros_like(x)) for x in (losses, right))
-        return tuple(x.sum(-1, dtype=like.dtype) for x, like in zip(kept, start, strict=True))
+        counted = (jnp.where(wanted > 0, x, jnp.zeros_like(x)) for x in (losses, right))
+        return tuple(x.sum(-1, dtype=like.dtype) for x, like in zip(counted, start, strict=True))
 
     zero = jnp.zeros(batch_size, float32_or_wider(h_BTD.dtype))
     start = (zero, jnp.zeros(batch_size, jnp.int32))
@@ -178,13 +177,11 @@ class Task:
     def encode(self, model: Model, examples: Examples, *, max_length: int) -> EncodedExamples:
         """The examples' token ids, as `model` reads them."""
         if self.target == "text":
+            assert model.eos_token_id is not None  # `make_model` refuses one without
             return encode_completions(
-                model.tokenizer,
-                examples,
-                max_length=max_length,
-                eos_token_id=model.eos_token_id,
-                pad_token_id=model.pad_token_id,
-            )
+                model.tokenizer, examples, max_length=max_length,
+                eos_token_id=model.eos_token_id, pad_token_id=model.pad_token_id,
+            )  # fmt: skip
         encoded = encode_examples(model.tokenizer, examples, max_length=max_length)
         if getattr(model.config, "type_vocab_size", 0) < 2:  # it has no embedding for a second text
             return dataclasses.replace(encoded, type_ids=None)

@@ -24,7 +24,7 @@ def score_texts(hypotheses: Sequence[str], references: Sequence[Sequence[str]]) 
     without references.
     """
     from rouge_score import rouge_scorer
-    from sacrebleu.metrics import BLEU
+    from sacrebleu.metrics.bleu import BLEU
 
     hypotheses, references = list(hypotheses), [list(own) for own in references]
     if len(hypotheses) != len(references) or not hypotheses:
@@ -37,7 +37,7 @@ def score_texts(hypotheses: Sequence[str], references: Sequence[Sequence[str]]) 
             raise RequestError(f"text {number} ({hypotheses[number]!r}) has no reference; give one")
     # sacrebleu takes a stream for each place; None where a text has no reference at it.
     most = max(map(len, references))
-    streams = [[own[i] if i < len(own) else None for own in references] for i in range(most)]
+    streams: Any = [[own[i] if i < len(own) else None for own in references] for i in range(most)]
     scores: dict[str, Any] = {}
     for name, metric in (("bleu", BLEU()), ("bleu_any_case", BLEU(lowercase=True))):
         scores[name] = float(metric.corpus_score(hypotheses, streams).score)

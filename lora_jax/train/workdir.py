@@ -32,9 +32,9 @@ def config_from(plain: Any, place: Any) -> Settings:
     try:
         settings = Settings.from_config(plain)
         settings.check()
+        return settings
     except (TypeError, ValueError) as error:
         raise RequestError(f"{place} holds no config: {error}; restore it") from error
-    return settings
 
 
 @contextlib.contextmanager
@@ -51,10 +51,9 @@ def lock_workdir(workdir: str | os.PathLike) -> Iterator[None]:
         path.parent.mkdir(parents=True, exist_ok=True)
         file = _lock(path)
     except BlockingIOError:
-        holder = _holder(path)
         raise RequestError(
-            f"workdir {workdir} is in use by {holder}; wait for it to end, stop it, or choose "
-            "another workdir"
+            f"workdir {workdir} is in use by {_holder(path)}; wait for it to end, stop it, or "
+            "choose another workdir"
         ) from None
     except OSError as error:
         raise RequestError(f"cannot use workdir {workdir}: {error.strerror or error}") from error
@@ -121,25 +120,23 @@ def _lock(path: Path):
     """The open and locked file at `path`. Raises `BlockingIOError` if another process has it."""
     patience = 5
     while True:
-        file = _open_lock(path, os.O_RDWR | os.O_CREAT | os.O_APPEND)
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        with contextlib.ExitStack() as stack:
+            flags = os.O_RDWR | os.O_CREAT | os.O_APPEND
+            file = stack.enter_context(_open_lock(path, flags))
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                # Whoever asks `is_locked` holds it for a moment.
+                patience -= 1
+                if not patience:
+                    raise
+                time.sleep(0.02)
+                continue
             # Its last holder may have removed it between our opening and our locking it.
             there = path.lstat() if os.path.lexists(path) else None
             if there is not None and os.path.samestat(os.fstat(file.fileno()), there):
+                stack.pop_all()
                 return file
-        except BlockingIOError:
-            # Whoever asks `is_locked` holds it for a moment.
-            file.close()
-            patience -= 1
-            if not patience:
-                raise
-            time.sleep(0.02)
-            continue
-        except BaseException:
-            file.close()
-            raise
-        file.close()
 
 
 def check_cell(cell: str | os.PathLike, config: Mapping[str, Any]) -> None:
@@ -153,10 +150,17 @@ def check_cell(cell: str | os.PathLike, config: Mapping[str, Any]) -> None:
     there = read_json_file(path)
     check_fields(there, {}, path, "restore it, or remove the cell's folder")
     if config_hash(there) != config_hash(config):
-        differences = "; ".join(_differences(hashed_settings(there), hashed_settings(config)))
+        was, asked = hashed_settings(there), hashed_settings(config)
+        values = {
+            name: [repr(of.get(name, "(not set)")) for of in (was, asked)]
+            for name in sorted(was.keys() | asked.keys())
+        }
+        differences = [
+            f"{name} is {a} there, {b} here" for name, (a, b) in values.items() if a != b
+        ]
         raise RequestError(
-            f"{cell} was begun with another config: {differences}; go on with the old values, "
-            "choose another workdir or name, or remove that folder"
+            f"{cell} was begun with another config: {'; '.join(differences)}; go on with the old "
+            "values, choose another workdir or name, or remove that folder"
         )
 
 
@@ -221,15 +225,6 @@ def claim_cell(cell: str | os.PathLike, config: Mapping[str, Any]) -> None:
     path = Path(cell) / "config.json"
     if not path.exists():
         write_json(path, dict(config))
-
-
-def _differences(there: Mapping[str, Any], asked: Mapping[str, Any]) -> list[str]:
-    missing = "(not set)"
-    return [
-        f"{name} is {there.get(name, missing)!r} there, {asked.get(name, missing)!r} here"
-        for name in sorted(there.keys() | asked.keys())
-        if there.get(name, missing) != asked.get(name, missing)
-    ]
 
 
 def read_json_file(path: str | os.PathLike) -> Any:

@@ -8,7 +8,7 @@ import re
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 
@@ -21,7 +21,7 @@ from lora_jax.methods import Method
 from lora_jax.methods.table import MethodTable
 from lora_jax.models import Model
 from lora_jax.settings import config_hash
-from lora_jax.train.bookkeeping import Bookkeeping
+from lora_jax.train.cell import Progress
 from lora_jax.train.environment import device_description, git_commit, versions
 from lora_jax.train.evaluate import Evaluation
 from lora_jax.train.record import (
@@ -39,56 +39,66 @@ from lora_jax.train.task import head_of
 from lora_jax.train.task_metrics import TASK_METRICS
 
 
-class Subject(Protocol):
-    """What was trained on what: a `Setup`, or a pack's own record."""
-
-    model: Model
-    method: Method
-    splits: Splits
-
-
 def write_results(
     cell: Path,
     config: dict[str, Any],
-    subject: Subject,
-    books: Bookkeeping,
+    model: Model,
+    method: Method,
+    splits: Splits,
+    progress: Progress,
     trainable: Any,
     test: Evaluation,
     program: Program,
-    *,
     config_file: str = "",
 ) -> Card:
     """Writes adapter/, test_predictions.npz and card.json into `cell`; returns the card.
 
-    `config_file` is the config as `--config=` had it, "FILE.py[:arg]". The card comes last: where
-    it is, all is. What a killed process left of the others is replaced.
+    `model`, `method` and `splits` are what was trained on what. `config_file` is the config as
+    `--config=` had it, "FILE.py[:arg]". The card comes last: where it is, all is. What a killed
+    process left of the others is replaced.
     """
+    assert progress.train_loss is not None  # a step was logged, and an evaluation followed
+    assert progress.best_loss is not None and progress.best_accuracy is not None
     shutil.rmtree(cell / "adapter", ignore_errors=True)
-    save_trainable(cell / "adapter", trainable, describe_adapter(config, subject, trainable))
+    description = describe_adapter(config, model, method.drawn(trainable), splits)
+    save_trainable(cell / "adapter", trainable, description)
     write_predictions(cell / "test_predictions.npz", test)
     file, arg = config_parts(config_file)
+    kinds, scores = dict(progress.seconds), measure(test, splits.metrics)
     card = Card(
         config_file=file,
         config_arg=arg,
         config=config,
         config_hash=config_hash(config),
-        base_hash=subject.model.base_hash,
-        data_hash=subject.splits.data_hash,
+        base_hash=model.base_hash,
+        data_hash=splits.data_hash,
         seeds={"seed": config["seed"], "data": config["data"]["seed"]},
         device=device_description(),
         program=program,
-        counts=count_trainable(
-            subject.method.table(subject.model.params), subject.model.head_pattern
+        counts=count_trainable(method.table(model.params), model.head_pattern),
+        seconds=Seconds(
+            total=sum(progress.seconds.values()),
+            compile=kinds.pop("compile", 0.0),
+            per_step=kinds.get("train", 0.0) / max(1, progress.step),
+            shared_by=program.K,
+            others=kinds,
         ),
-        seconds=_seconds(books, program),
         metrics=Metrics(
-            train=TrainLoss(loss=books.train_loss),
+            train=TrainLoss(loss=progress.train_loss),
             validation=BestScores(
-                loss=books.best_loss, accuracy=books.best_accuracy, best_step=books.best_step
+                loss=progress.best_loss,
+                accuracy=progress.best_accuracy,
+                best_step=progress.best_step,
             ),
-            test=_test_scores(test, subject.splits.metrics),
-            stopped=books.stopped,
-            steps=books.step,
+            test=FinalScores(
+                loss=test.loss,
+                accuracy=test.accuracy,
+                n=test.num_examples,
+                tokens=scores.pop("tokens", None),
+                others=scores,
+            ),
+            stopped=progress.stopped,
+            steps=progress.step,
             adapter_bytes=os.path.getsize(cell / "adapter" / TENSORS),
             weights_sha256=hash_trainable(trainable),
         ),
@@ -100,34 +110,13 @@ def write_results(
     return card
 
 
-def _seconds(books: Bookkeeping, program: Program) -> Seconds:
-    kinds = {name: value for name, value in books.seconds.items() if name != "compile"}
-    return Seconds(
-        total=sum(books.seconds.values()),
-        per_step=kinds.get("train", 0.0) / max(1, books.step),
-        compile=books.seconds.get("compile", 0.0),
-        shared_by=program.K,
-        others=kinds,
-    )
-
-
-def _test_scores(test: Evaluation, names: Sequence[str]) -> FinalScores:
-    found = measure(test, names)
-    tokens = found.pop("tokens", None)
-    return FinalScores(
-        loss=test.loss,
-        accuracy=test.accuracy,
-        n=test.num_examples,
-        tokens=None if tokens is None else int(tokens),
-        others=found,
-    )
-
-
-def measure(test: Evaluation, names: Sequence[str]) -> dict[str, float]:
+def measure(test: Evaluation, names: Sequence[str]) -> dict[str, Any]:
     """The metrics of these names, from labels and predictions; and where examples have weights
     other than 1, as texts do, the sum of them: `tokens`.
     """
-    found = {name: TASK_METRICS[name](test.labels, test.predictions) for name in names}
+    found = {}
+    if test.predictions is not None:
+        found = {name: TASK_METRICS[name](test.labels, test.predictions) for name in names}
     return found if np.all(test.weights == 1) else {**found, "tokens": int(test.weights.sum())}
 
 
@@ -137,20 +126,21 @@ def hash_trainable(trainable: Any) -> str:
     return hash_params(flat)
 
 
-def describe_adapter(config: dict[str, Any], subject: Subject, trainable: Any) -> dict[str, Any]:
+def describe_adapter(
+    config: dict[str, Any], model: Model, drawn: dict[str, list[float]], splits: Splits
+) -> dict[str, Any]:
     """What loading needs to put the tensors back, and what a reader wants to know."""
-    drawn = subject.method.drawn(trainable)
     return {
         "format": "lora_jax adapter 1",
         "model": config["model"],
         "method": config["method"],
         "seed": config["seed"],
-        "base_hash": subject.model.base_hash,
-        "data_hash": subject.splits.data_hash,
-        "label_names": list(subject.splits.label_names),
+        "base_hash": model.base_hash,
+        "data_hash": splits.data_hash,
+        "label_names": list(splits.label_names),
         "max_length": config["data"]["max_length"],
         **({"drawn": drawn} if drawn else {}),
-        **completion_format(subject.model, config["model"]),
+        **completion_format(model, config["model"]),
     }
 
 

@@ -11,7 +11,7 @@ from lora_jax.core.errors import RequestError
 from lora_jax.io.atomic import atomic_folder
 from lora_jax.settings import Settings
 from lora_jax.sweeps.cells import Cell
-from lora_jax.sweeps.groups import PackRecord, read_packs
+from lora_jax.sweeps.record import PackRecord, read_packs
 from lora_jax.train.workdir import claim_cell
 
 CONFIG = {"seed": 0}

@@ -15,6 +15,8 @@ from lora_jax.core.errors import RequestError
 from lora_jax.methods import IntrinsicDimension
 from lora_jax.methods.projections import dense, fastfood
 from lora_jax.methods.subspace import key_of
+from lora_jax.settings import Settings
+from lora_jax.sweeps import Cell
 from lora_jax.sweeps.pack import make_pack
 from tests.methods.test_methods import X, apply, model_params
 
@@ -272,7 +274,8 @@ def test_a_projection_that_is_not_nested_packs_equal_dimensions_alone():
 def test_what_lies_beyond_a_cells_own_dimension_stays_zero():
     methods = [IntrinsicDimension(dim=dim, train="head/.*") for dim in (9, 4)]
     params = model_params()
-    pack = make_pack(methods, params)
+    own = [Cell(f"d{method.dim}", Settings(), method) for method in methods]
+    pack = make_pack(own, params)
     cells = pack.init([jax.random.key(0)] * 2, [params] * 2)
     trainable = jax.tree.map(lambda *leaves: jnp.stack(leaves), *cells)
     _, frozen = methods[0].init(jax.random.key(0), params)

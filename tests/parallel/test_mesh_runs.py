@@ -19,9 +19,9 @@ from lora_jax.parallel import Placement, make_mesh, read_mesh
 from lora_jax.parallel.offload import lacks_host_memory
 from lora_jax.sweeps import run_sweep
 from lora_jax.sweeps.groups import make_groups
-from lora_jax.sweeps.memory import fitting_width
 from lora_jax.sweeps.prepared import make_ready
 from lora_jax.sweeps.program import as_shapes
+from lora_jax.sweeps.runner import fitting_width
 from lora_jax.sweeps.verify import verify
 from lora_jax.train import Interrupted, train
 from lora_jax.train.build import load_base
@@ -185,18 +185,18 @@ def test_cells_over_cell_send_each_other_nothing(make_config, at_once):
         changes = {"method.targets": targets, "method.dropout": dropout}
         sweep = sweep_of(make_config, changes, cells)
         base = load_base(sweep.first[0].config, mesh_of(text))
-        (group,), _ = make_groups(sweep.first, base)
-        ready = make_ready(group, base, at_once=at_once)
-        plan, program = group.plan, ready.program
-        state = program.init(plan.pack, plan.cells, [ready.params_of(cell) for cell in plan.cells])
-        state, batch = as_shapes(state), as_shapes(ready.batches.at(0, plan.cells))
-        programs = [("step", state, batch)]
+        (pack,), _ = make_groups(sweep.first, base)
+        ready = make_ready(pack, base, at_once=at_once)
+        program = ready.program
+        state = program.init(pack, [ready.params_of(cell) for cell in pack.cells])
+        state, batch = as_shapes(state), as_shapes(ready.batches.at(0, pack.cells))
+        state, frozen = program._placed(state, (pack.data(), ready.frozen))
+        compiled = {"step": program._step.compiled(state, frozen, batch)}
         if text == "cell=8":
-            programs.append(("scores", state.trainable, ready.batches.widest_evaluation()))
-        for name, first, own in programs:
-            arguments = program._placed(name, first, (plan.pack.data(), ready.frozen), own)
-            compiled = program._get(name, *arguments)
-            counts[text, name] = len(COLLECTIVES.findall(compiled.as_text()))
+            widest = ready.batches.widest_evaluation()
+            compiled["scores"] = program._scores.compiled(state.trainable, frozen, widest)
+        for name, one in compiled.items():
+            counts[text, name] = len(COLLECTIVES.findall(one.as_text()))
     assert counts["cell=8", "step"] == counts["cell=8", "scores"] == 0
     assert counts["cell=4,fsdp=2", "step"] > 0  # what is counted is there to be counted
 
@@ -249,28 +249,19 @@ def test_a_pack_is_narrowed_in_whole_rows_of_the_mesh(make_config):
     cells = {f"r{n}": {"method.rank": 1 + n % 4, "seed": n} for n in range(10)}
     sweep = sweep_of(make_config, {}, cells)
     base = load_base(sweep.first[0].config, mesh_of("cell=4,fsdp=2"))
-    (group,), _ = make_groups(sweep.first, base)
-    ready = make_ready(group, base, at_once=1)
-
-    def width(budget):
-        return fitting_width(
-            ready.program, group.plan, ready.params_of, ready.frozen, ready.batches, budget,
-            ready.batches.widest_evaluation(),
-        )  # fmt: skip
-
-    whole, needed = width(2**40)
+    (pack,), _ = make_groups(sweep.first, base)
+    ready = make_ready(pack, base, at_once=1)
+    whole, needed = fitting_width(ready, 2**40)
     assert whole == 10
-    fewer, less = width(needed - 1)
+    fewer, less = fitting_width(ready, needed - 1)
     assert fewer == 8 and less < needed
-    fewest, least = width(less - 1)
+    fewest, least = fitting_width(ready, less - 1)
     assert fewest == 4 and least < less
     with pytest.raises(RequestError, match="one cell alone needs"):
-        width(least - 1)
+        fitting_width(ready, least - 1)
     # On one device a cell more costs its state; here a row of four does.
     program = ready.program
-    state = program.init(
-        group.plan.pack, group.plan.cells, [ready.params_of(c) for c in group.plan.cells]
-    )
+    state = program.init(pack, [ready.params_of(cell) for cell in pack.cells])
     placed = program.take("state", state, [*range(10), 9, 9])
     kept = program.keep(None, placed.trainable, [*range(10), 12, 12], np.ones(12, bool), 12)
     for x in jax.tree.leaves((placed, kept)):

@@ -13,7 +13,7 @@ from lora_jax.core.errors import RequestError
 from lora_jax.settings import Settings
 from lora_jax.sweeps import Sweep, plan_sweep, read_sweep, run_sweep
 from lora_jax.sweeps.cells import _check_name
-from lora_jax.sweeps.groups import PackRecord
+from lora_jax.sweeps.record import PackRecord
 from lora_jax.sweeps.run import note_sweep
 from lora_jax.sweeps.status import seconds_left, sweep_status
 from lora_jax.sweeps.view import SweepView
@@ -253,7 +253,7 @@ def test_a_packs_name_is_of_its_cells_in_their_slots(make_config):
 
 @pytest.mark.parametrize("name", ["x" * 300, "a\0b"])
 def test_a_name_that_no_file_system_holds_is_refused(name):
-    with pytest.raises(RequestError, match="can be a folder's"):
+    with pytest.raises(RequestError, match="cannot be a folder's"):
         _check_name(name)
 
 

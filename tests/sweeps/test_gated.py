@@ -13,7 +13,8 @@ import pytest
 import lora_jax as lj
 from lora_jax.io.run_adapter import load_trainable
 from lora_jax.serve.adapters import load_adapter
-from lora_jax.sweeps import run_sweep
+from lora_jax.settings import Settings
+from lora_jax.sweeps import Cell, run_sweep
 from lora_jax.sweeps.pack import make_pack
 from lora_jax.train import train
 from lora_jax.train.build import keys_of
@@ -45,7 +46,7 @@ CELLS = [gated("up", 1), gated(("up", "layers"), 4, 4.0), gated("down", 3)]
 
 
 def test_unpack_gives_each_cell_the_parts_it_starts_with_alone():
-    pack = make_pack(CELLS, base())
+    pack = make_pack([Cell(str(k), Settings(), own) for k, own in enumerate(CELLS)], base())
     keys = [keys_of(seed)[1] for seed in range(3)]
     packed = pack.init(keys, [base()] * 3)
     for k, (method, key) in enumerate(zip(CELLS, keys, strict=True)):

@@ -13,8 +13,8 @@ import pytest
 
 import lora_jax as lj
 from lora_jax.core.lift import lift
-from lora_jax.sweeps import api
-from lora_jax.sweeps.plan import make_plan
+from lora_jax.sweeps import in_memory
+from lora_jax.sweeps.groups import make_packs
 from lora_jax.sweeps.program import PackedProgram
 from lora_jax.sweeps.settings import read_cells
 from lora_jax.train.build import keys_of
@@ -130,17 +130,17 @@ def test_padding_is_exactly_zero_at_the_end(packed):
     state = jax.device_get(training.state)
     for place, k in enumerate(training.lanes):
         own = jax.tree.map(lambda leaf, p=place: leaf[p], state.trainable)
-        parts = padding(training.plan.pack, own, k)
+        parts = padding(training.pack, own, k)
         assert sum(part.size for part in parts) > 0
         assert not any(part.any() for part in parts)
         for moments in (state.opt_state[1].mu, state.opt_state[1].nu):
             moments = jax.tree.map(lambda leaf, p=place: leaf[p], moments)
-            assert not any(p.any() for p in padding(training.plan.pack, moments, k))
+            assert not any(p.any() for p in padding(training.pack, moments, k))
 
 
 def test_a_padded_cell_starts_as_its_unpadded_twin():
-    planned, _ = make_plan(read_cells(CELLS, axes=AXES), base())
-    pack, cells = planned[0].pack, planned[0].cells
+    (pack, *_), _ = make_packs(read_cells(CELLS, axes=AXES), base())
+    cells = pack.cells
     keys = [keys_of(cell.seed)[1] for cell in cells]
     trainable = pack.init(keys, [base()] * len(keys))
     for k, cell in enumerate(cells):
@@ -238,17 +238,17 @@ def test_the_base_has_no_axis_of_cells_and_arguments_grow_by_the_adapters_only(a
     for count in (1, 8, 64):
         cells = [{**DRY[k % 8], "seed": k, "lr": 1e-3} for k in range(count)]
         cells[0]["targets"], cells[0]["rank"] = ".*[^d]", 8
-        (plan,), refused = make_plan(read_cells(cells, axes=AXES), base())
+        (pack,), refused = make_packs(read_cells(cells, axes=AXES), base())
         assert not refused
         tx = optax.adamw(1e-3)
-        both = api._loss_and_scores(plan.pack, lift(loss_fn))
+        both = in_memory._loss_and_scores(pack, lift(loss_fn), None)
         program = PackedProgram(*both, lambda cell, tx=tx: tx, tx, batch_axis=None, at_once=at_once)
-        state = program.init(plan.pack, plan.cells, [base()] * count)
-        _, frozen = plan.cells[0].method.init(jax.random.key(0), base())
-        both = (plan.pack.data(), frozen)
-        compiled = program._get("step", state, both, batches_of(0, 1)[0])
+        state = program.init(pack, [base()] * count)
+        _, frozen = pack.cells[0].method.init(jax.random.key(0), base())
+        both = (pack.data(), frozen)
+        compiled = program._step.compiled(state, both, batches_of(0, 1)[0])
         bytes_of[count] = compiled.memory_analysis().argument_size_in_bytes
-        lowered = program._jitted("step", state).lower(state, both, batches_of(0, 1)[0])
+        lowered = program._step._function.lower(state, both, batches_of(0, 1)[0])
         products[count] = lowered.as_text().count("stablehlo.dot_general")
         grown[count] = sum(leaf.nbytes for leaf in jax.tree.leaves(state.trainable))
         if count == 8:

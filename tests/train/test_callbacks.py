@@ -74,6 +74,31 @@ def test_a_callback_that_stops_a_sweep_in_memory_keeps_what_was_trained():
     assert [row.error for row in found] == ["stopped by the test"] * 2
 
 
+def test_a_callback_that_asks_to_stop_within_an_evaluation_is_obeyed_before_its_next_batch():
+    class StopAtSecondBatch(Callback):
+        def __init__(self):
+            self.asked = []  # of the evaluation after the only step, batch by batch
+
+        def advanced(self, training):
+            self.step = training.step
+
+        def stop_requested(self):
+            if getattr(self, "step", 0):
+                self.asked.append(self.step)
+            return "the test" if len(self.asked) == 2 else ""
+
+    callback = StopAtSecondBatch()
+    cells = [{"targets": "w", "rank": 1, "lr": 1e-2}]
+    (found,) = lj.sweep(
+        lambda p, x: jnp.mean((x @ p["w"] - 1.0) ** 2), {"w": jnp.eye(4)}, [jnp.ones((2, 4))],
+        cells, num_steps=1, validation=[jnp.ones((2, 4))] * 5, progress=False,
+        callbacks=[callback],
+    )  # fmt: skip
+    assert callback.asked == [1, 1]  # three of the five batches were not evaluated
+    assert found.error == "stopped by the test"
+    assert len(found.losses) == 1 and found.validation == ()
+
+
 def test_a_failed_cell_is_told_with_its_step():
     noted = Noted()
     own = {"targets": "w", "rank": 1, "weight_decay": 1e3}

@@ -48,5 +48,5 @@ def test_each_batch_shape_compiles_once():
         result = compiled(jnp.ones(()), jnp.ones(()), {"input_ids": np.ones((2, length))})
         assert float(result) == 1 + 2 * length
     assert traced == [(2, 4), (2, 6)]
-    assert compiled.shapes == [(2, 4), (2, 6)]
+    assert compiled.use.batch_shapes == {(2, 4), (2, 6)}
     assert compiled.seconds > 0.0

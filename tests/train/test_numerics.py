@@ -10,7 +10,7 @@ from lora_jax.core.errors import RequestError
 from lora_jax.data import TrainIterator
 from lora_jax.sweeps.verify import _conditions
 from lora_jax.train import Interrupted, train
-from lora_jax.train.numerics import NOTED, REFUSED, check_resumed, differences, numerics
+from lora_jax.train.environment import NOTED, REFUSED, check_resumed, differences, numerics
 from tests.train.results import results_of
 from tests.train.test_resume import at_call, interrupt
 

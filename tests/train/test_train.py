@@ -14,8 +14,8 @@ from lora_jax.core.errors import RequestError
 from lora_jax.data import load_splits
 from lora_jax.serve.adapters import load_adapter
 from lora_jax.train import train
-from lora_jax.train.bookkeeping import STOPPED_IMPROVING, Bookkeeping
 from lora_jax.train.build import build, keys_of, make_model, plan_steps
+from lora_jax.train.cell import STOPPED_IMPROVING, Progress, Schedule
 
 CARD_KEYS = {
     "config", "config_hash", "base_hash", "data_hash", "seeds", "versions", "commit", "device",
@@ -179,13 +179,14 @@ def test_best_weights_are_kept_not_the_last(make_config, tmp_path):
 
 
 @pytest.mark.parametrize("patience", [0, 2])
-def test_books_of_evaluations(patience):
-    books, history = Bookkeeping(), []
+def test_progress_of_evaluations(patience):
+    schedule = Schedule(num_steps=5, eval_every=1, patience=patience)
+    progress, history = Progress(), []
     for step, loss in enumerate([0.9, 0.7, 0.8, 0.7, 0.6], 1):
-        books = Bookkeeping.from_json(json.loads(json.dumps(books.to_json() | {"step": step})))
-        books = books.after_evaluation(loss, 0.5, patience=patience, num_steps=5)
-        history.append((books.best_step, books.evaluations_since_best, books.stopped))
-        if books.stopped:
+        progress = Progress.from_json(json.loads(json.dumps(progress.to_json() | {"step": step})))
+        progress.evaluate(loss, 0.5, schedule)
+        history.append((progress.best_step, progress.evaluations_since_best, progress.stopped))
+        if progress.stopped:
             break
     # An equal loss is no better one.
     assert history[:4] == [
@@ -196,6 +197,18 @@ def test_books_of_evaluations(patience):
     ]
     if not patience:
         assert history[4] == (5, 0, "budget of 5 steps ended")
+
+
+def test_progress_of_a_checkpoint_of_an_earlier_version_goes_on():
+    progress = Progress(
+        step=7, seconds={"train": 2.0}, logged_seconds=1.5, window=((7, 1, 1, 1, 1),)
+    )
+    earlier = json.loads(json.dumps(progress.to_json()))
+    del earlier["logged_seconds"], earlier["meshes"], earlier["numerics_changes"]
+    found = Progress.from_json(earlier, changes=("jax was 1, then 2",))
+    assert (found.step, found.window, found.meshes) == (7, progress.window, ())
+    assert found.logged_seconds == 2.0  # rates count from here on
+    assert found.numerics_changes == ("jax was 1, then 2",)
 
 
 def test_loss_that_is_not_finite_stops_the_run(make_config, tmp_path):
@@ -241,7 +254,7 @@ def test_name_that_is_no_folder_name_is_refused(name, make_config, tmp_path):
 def test_epochs_become_steps(make_config):
     changes = {"train.num_steps": 0, "train.num_epochs": 1.5, "train.eval_every_steps": 0}
     plan = plan_steps(make_config(changes).train, 10)
-    assert (plan["num_steps"], plan["eval_every"], plan["checkpoint_every"]) == (15, 2, 2)
+    assert (plan.num_steps, plan.eval_every, plan.checkpoint_every) == (15, 2, 2)
 
 
 def test_seed_decides_head_adapters_and_order(make_config):
