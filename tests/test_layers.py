@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 from pathlib import Path
 
 import pytest
@@ -83,3 +84,11 @@ def test_the_core_is_pure_jax(file):
 @pytest.mark.parametrize("file", FILES, ids=lambda file: str(file.relative_to(PACKAGE)))
 def test_files_stay_readable(file):
     assert len(file.read_text().splitlines()) <= 330, "split it, unless that would hide one idea"
+
+
+def test_the_names_of_the_page_are_where_it_says_in_at_most_twelve():
+    page = (PACKAGE / "README.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| \d+ \| `(\w+)` \| `([\w/.]+)` \|", page, re.M)
+    assert 5 < len(rows) <= 12
+    for name, file in rows:
+        assert re.search(rf"^(class|def) {name}\b", (PACKAGE / file).read_text(), re.M), name
