@@ -162,7 +162,7 @@ def _row(group: Group, groups, differing, rates_tried: int, seed: int, num_resam
     predictions = _predictions(group)
     drawn = {"seed": seed, "num_resamples": num_resamples}
     intervals = {
-        quantity: predictions and mean_interval(_scores(predictions, quantity), **drawn)
+        quantity: mean_interval(_scores(predictions, quantity), **drawn) if predictions else None
         for quantity in ("loss", "correct")
     }
     measured = [run.card.metrics.test.task_metrics for run in group.runs]

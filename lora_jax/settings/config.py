@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import importlib.util
 import sys
 import types
 from collections.abc import Mapping
@@ -97,12 +96,12 @@ def run_file(file: str | Path) -> dict[str, Any]:
         if place not in sys.path:
             sys.path.append(place)
     name = f"{_package_of(path.parent)}.{path.stem}"
-    spec = importlib.util.spec_from_file_location(name, path)
-    module = importlib.util.module_from_spec(spec)
+    module = types.ModuleType(name)
+    module.__file__, module.__package__ = str(path), name.rpartition(".")[0]
     # Dataclasses of a config look their module up by its name.
     sys.modules[name] = module
     try:
-        spec.loader.exec_module(module)
+        exec(compile(path.read_bytes(), str(path), "exec"), vars(module))
     finally:
         del sys.modules[name]
     return vars(module)
