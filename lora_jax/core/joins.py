@@ -43,7 +43,8 @@ class Join:
             return self.bind(list(parts))
         kind = GainWeight if GainWeight in kinds else LoRAWeight
         mine: dict[int, Any] = {n: part for n, part in enumerate(parts) if type(part) is kind}
-        if not kinds <= {GainWeight, LoRAWeight} or len(_roles(mine)) > 1:
+        roles = {part.current_roles for part in mine.values()}
+        if not kinds <= {GainWeight, LoRAWeight} or len(roles) > 1:
             return None
         beneath = self.of([part.kernel if n in mine else part for n, part in enumerate(parts)])
         if beneath is None:
@@ -107,10 +108,6 @@ class Join:
         around = [(0, 0, 0)] * x.ndim
         around[x_axes.index(self.axis)] = (sum(sizes[:n]), sum(sizes[n + 1 :]), 0)
         return lax.pad(x, jnp.zeros((), x.dtype), around)
-
-
-def _roles(parts: Mapping[int, AdaptedValue]) -> set[str]:
-    return {part.current_roles for part in parts.values()}
 
 
 def _path(parts: Mapping[int, AdaptedValue]) -> str:

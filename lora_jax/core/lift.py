@@ -137,6 +137,8 @@ class Interpreter:
         ) from None
 
     def plain(self, values, eqn, reason: str = "") -> list[Any]:
+        if not any(map(is_adapted, values)):  # the source's line takes a while to find
+            return list(values)
         name, source = eqn.primitive.name, jaxprs.source_line(eqn)
         return [self.materialise(value, name, source, reason) for value in values]
 

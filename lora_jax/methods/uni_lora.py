@@ -109,12 +109,14 @@ class UniLoRA(Subspace):
         key = key_of(entry["key"])
         found: dict[str, dict[str, Any]] = {}
         for name, site in sites.items():
-            beneath = self._begun(key, site) if self.start == "lora" else None
-            for part, spec in LoRA.PARTS.items():
-                value = values[f"{name}:{part}"].reshape(site.part_shape(spec))
-                found.setdefault(name, {})[part] = (
-                    value if beneath is None else value + beneath[part]
-                )
+            parts = {
+                part: values[f"{name}:{part}"].reshape(site.part_shape(spec))
+                for part, spec in LoRA.PARTS.items()
+            }
+            if self.start == "lora":
+                start = self._begun(key, site)
+                parts = {part: value + start[part] for part, value in parts.items()}
+            found[name] = parts
         return found
 
     @partitionable()

@@ -221,7 +221,9 @@ def merge_and_requantize(
         raise RequestError("nothing in the base is quantised; use method.merge")
     values, errors, changes = {}, {}, {}
     for path, leaf in stored.items():
-        base = _nf4_beneath(leaf)
+        base: Any = leaf
+        while not isinstance(base, NF4Weight):
+            base = base.kernel
         if base is leaf:
             values[path], errors[path], changes[path] = base, 0.0, 0.0
             continue
@@ -276,9 +278,3 @@ def bits_per_param(params: PyTree) -> float:
     if not stored:
         raise RequestError("nothing in the tree is quantised")
     return 8 * sum(x.nbytes for x in stored) / sum(x.size for x in stored)
-
-
-def _nf4_beneath(value: Any) -> NF4Weight:
-    while not isinstance(value, NF4Weight):
-        value = value.kernel
-    return value
