@@ -92,7 +92,7 @@ def _parser() -> Parser:
     add("--adapter", action="append", default=[], metavar="PATH",
         help="a run's WORKDIR/cells/NAME or its adapter/, or PEFT's; repeatable")  # fmt: skip
     add("--prompt", action="append", default=[], metavar="TEXT", help="repeatable")
-    add("--prompts-file", metavar="FILE", help="more prompts, one a line")
+    add("--prompts-file", metavar="FILE", help="more prompts, one per line")
     add("--chat", action="store_true", help="put each prompt into the model's chat format (ChatML)")
     add("--open-prompt", action="store_true",
         help="continue prompts as they are, where a run's training ended them")  # fmt: skip
