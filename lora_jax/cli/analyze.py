@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import lora_jax as lj
-from lora_jax.cli.parser import Parser, say
+from lora_jax.cli.parser import Parser, distinct_names, say
 
 if TYPE_CHECKING:
     from lora_jax.analysis.adapters import Kernels, Pair
@@ -163,20 +163,6 @@ def _shared_starts(loaded: Sequence[_Loaded]) -> list[str]:
         for seed, some in of_seed.items()
         if len(some) > 1
     ]
-
-
-def distinct_names(paths: Sequence[str]) -> list[str]:
-    """The shortest ends of some paths that tell them apart.
-
-    >>> distinct_names(["runs/a/adapter", "runs/b/adapter/"])
-    ['a/adapter', 'b/adapter']
-    """
-    parts = [[part for part in Path(path).parts if part != "/"] for path in paths]
-    for length in range(1, max(map(len, parts)) + 1):
-        names = ["/".join(own[-length:]) for own in parts]
-        if len(set(names)) == len(names):
-            return names
-    return [str(path) for path in paths]
 
 
 def _check_directions(directions: int | None, adapters: Sequence[AdapterFactors]) -> None:

@@ -182,6 +182,20 @@ def decoding_given(options: argparse.Namespace) -> dict[str, Any]:
     return {name: value for name, value in given.items() if value is not None}
 
 
+def distinct_names(paths: Sequence[str]) -> list[str]:
+    """The shortest ends of some paths that tell them apart.
+
+    >>> distinct_names(["runs/a/adapter", "runs/b/adapter/"])
+    ['a/adapter', 'b/adapter']
+    """
+    parts = [[part for part in Path(path).parts if part != "/"] for path in paths]
+    for length in range(1, max(map(len, parts)) + 1):
+        names = ["/".join(own[-length:]) for own in parts]
+        if len(set(names)) == len(names):
+            return names
+    return [str(path) for path in paths]
+
+
 def say(text: str) -> None:
     """Prints it without escape codes that a stranger's file may hold."""
     print(_inert(text), file=sys.stdout, flush=True)
