@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -104,9 +104,16 @@ def factors_of(
     """The matrices that a method of this project changes, by path, as `Factors`.
 
     Stacked layers come apart, `path[0]`, `path[1]`, …; several axes of inputs or outputs count as
-    one. What trains whole is left out. Raises `RequestError` for a method whose change is not
-    low-rank (DoRA, full fine-tuning: see `lj.analysis.kernel_svd` of the difference), or where
-    nothing is adapted.
+    one. Parameters that train in full are left out.
+
+    Args:
+      method, trainable: what `method.init` gave, or what it became in training.
+      params: the base's parameters.
+      name: what the adapter is called in results.
+
+    Raises:
+      RequestError: the method's change is not low-rank (DoRA, full fine-tuning: take
+        `lj.analysis.kernel_svd` of the difference), or nothing is adapted.
 
     >>> import lora_jax as lj
     >>> params = {"w": jax.numpy.ones((6, 4))}
@@ -208,10 +215,13 @@ def profile_adapter(
     *,
     on_progress: Progress | None = None,
 ) -> list[MatrixProfile]:
-    """Each matrix of an adapter, in the file's order, beside its base where `kernel` gives it.
+    """Each matrix of an adapter, in the file's order, compared with its base where that is given.
 
-    `kernel(adapter, module)` is W: `BaseKernels.kernel`, or what `kernels_of` gives. Raises what it
-    raises. `on_progress(module)` is called after each.
+    Args:
+      adapter: the factors of its matrices.
+      kernel: `kernel(adapter, module)` is W: `BaseKernels.kernel`, or what `kernels_of` gives. What
+        it raises is raised.
+      on_progress: called with the name of each matrix after it.
     """
     found = []
     for module, factors in adapter.factors.items():
@@ -256,10 +266,18 @@ def compare_adapters(
     num_directions: int = NUM_DIRECTIONS,
     on_progress: Progress | None = None,
 ) -> Pair:
-    """φ of the matrices that both adapters change, at most `num_directions` of each.
+    """φ of the matrices that both adapters change.
 
-    A pair without a common matrix has no profiles: see `alone` and `unlike`. Raises `RequestError`
-    for a number of directions below 1.
+    Args:
+      one, other: the adapters.
+      num_directions: φ of at most so many directions of each.
+      on_progress: called with the name of each matrix after it.
+
+    Returns:
+      A `Pair`; one without a common matrix has no profiles: see its `alone` and `unlike`.
+
+    Raises:
+      RequestError: a number of directions below 1.
     """
     if num_directions < 1:
         raise RequestError(f"num_directions is {num_directions}; give at least 1")
@@ -298,18 +316,6 @@ def _highest(num1: int, num2: int, dimension: int) -> np.ndarray:
     key = jax.random.key(0)
     samples = sample_similarity(key, num1, num2, dimension, num_samples=NUM_SAMPLES)
     return np.asarray(samples.max(axis=0))
-
-
-def group_by_kind(modules: Mapping[str, Any] | Sequence[str]) -> dict[str, list[str]]:
-    """Modules by what they are in each layer: the name with its numbers left out.
-
-    >>> group_by_kind(["layers.0.q_proj", "layers.1.q_proj"])
-    {'layers.*.q_proj': ['layers.0.q_proj', 'layers.1.q_proj']}
-    """
-    found: dict[str, list[str]] = {}
-    for module in modules:
-        found.setdefault(re.sub(r"(?<![^./\[])\d+(?![^./\]])", "*", module), []).append(module)
-    return found
 
 
 def _float(array: np.ndarray) -> np.ndarray:

@@ -65,7 +65,17 @@ def delta_svd(a: jax.Array, b: jax.Array, scale: jax.Array | float = 1.0) -> SVD
 
     By QR of both factors and an SVD of r x r: O((d_in + d_out) r^2), where forming ΔW would cost
     O(d_in d_out r). What is left where large factors cancel, up to eps · r · ‖a‖ ‖b‖, is rounding
-    and becomes 0. `scale` is () or (…). Raises `RequestError` for ranks that differ.
+    and becomes 0.
+
+    Args:
+      a, b: the factors, of any floating dtype.
+      scale: `()` or `(…)`.
+
+    Returns:
+      An `SVD` in float32 or wider, with k = min(r, d_in, d_out).
+
+    Raises:
+      RequestError: ranks that differ.
 
     >>> a, b = jnp.array([[3.0], [4.0]]), jnp.array([[0.0, 2.0, 0.0]])
     >>> [round(float(s), 4) for s in delta_svd(a, b).s]

@@ -28,10 +28,17 @@ def intrinsic_dimension(
 ) -> Dimension:
     """The smallest of `dims` whose score reaches `share` of what all parameters reach: d₉₀.
 
-    `dims` (n,) ascending; `scores` (n, seeds), the larger the better (accuracies, not losses);
-    `full_score` of training all parameters. As Li et al. 2018, Section 2.2, and Aghajanyan et al.
-    2020, Section 3.2, define it: of the score itself, chance not subtracted. Raises `RequestError`
-    for dimensions out of order, scores of another shape, or a share outside (0, 1].
+    As Li et al. 2018, Section 2.2, and Aghajanyan et al. 2020, Section 3.2, define it: of the score
+    itself, chance not subtracted.
+
+    Args:
+      dims: (n,) ascending.
+      scores: (n, seeds), the larger the better (accuracies, not losses).
+      full_score: the score of training all parameters.
+      share: the part of it to reach, in (0, 1].
+
+    Raises:
+      RequestError: dimensions out of order, scores of another shape, or a share out of range.
 
     >>> scores = [[0.2, 0.3], [0.7, 0.95], [0.95, 0.97]]
     >>> intrinsic_dimension([10, 50, 200], scores, 1.0)

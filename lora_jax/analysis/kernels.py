@@ -50,8 +50,13 @@ def amplification(
 ) -> Amplification:
     """Table 7 for a dense ΔW and W, `(…, d_in, d_out)` both, and the first `rank` directions.
 
-    `key` draws the random directions (`jax.random.key(0)`). Raises `RequestError` for shapes that
-    differ or a rank beyond them.
+    Args:
+      delta_kernel, kernel: ΔW and W.
+      rank: r, the number of directions.
+      key: draws the random directions (default: `jax.random.key(0)`).
+
+    Raises:
+      RequestError: shapes that differ, or a rank beyond them.
 
     >>> delta, kernel = jnp.zeros((4, 4)).at[3, 3].set(2.0), jnp.diag(jnp.array([8.0, 4, 2, 1]))
     >>> amplification(delta, kernel, 1).factor.item()
@@ -70,7 +75,14 @@ def adapter_amplification(
     rank: int | None = None,
     key: jax.Array | None = None,
 ) -> Amplification:
-    """`amplification` of an adapter, ΔW = scale · a @ b, not formed; by default of all r."""
+    """`amplification` of an adapter, ΔW = scale · a @ b, which is not formed.
+
+    Args:
+      a, b, scale: `(…, d_in, r)`, `(…, r, d_out)` and `()` or `(…)`.
+      kernel: W `(…, d_in, d_out)`.
+      rank: the number of directions (default: all r).
+      key: as in `amplification`, which raises the same.
+    """
     svd = delta_svd(a, b, scale)
     return amplification_of(svd, kernel, svd.s.shape[-1] if rank is None else rank, key=key)
 

@@ -81,11 +81,21 @@ def intruder_dimensions(
 ) -> Intruders:
     """Singular vectors of the tuned kernel that are like none of the kernel's own.
 
-    Of the first `num_directions` singular vectors y of `tuned (…, d_in, d_out)` those are intruders
-    whose largest |cos(y, x)| over all singular vectors x of `kernel` is below `threshold`. The
-    source takes left vectors of (out, in) matrices: outputs, here "output". Source: Shuttleworth et
-    al. 2024 (arXiv:2410.21228), Algorithm 1, k = 10, ε = 0.5. Raises `RequestError` for shapes that
-    differ.
+    Of the first `num_directions` singular vectors y of `tuned` those are intruders whose largest
+    |cos(y, x)| over all singular vectors x of `kernel` is below `threshold`. Source: Shuttleworth
+    et al. 2024 (arXiv:2410.21228), Algorithm 1, k = 10, ε = 0.5.
+
+    Args:
+      kernel, tuned: `(…, d_in, d_out)` before and after training.
+      threshold: ε, above 0 and at most 1.
+      num_directions: k, at least 1.
+      space: "output" as in the source (left vectors of (out, in) matrices), or "input".
+
+    Returns:
+      `Intruders` of their number and the cosines.
+
+    Raises:
+      RequestError: shapes that differ, or a value out of range.
 
     >>> kernel = jnp.diag(jnp.array([3.0, 2.0, 1.0]))
     >>> intruder_dimensions(kernel, kernel).count.item()

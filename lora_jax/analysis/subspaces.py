@@ -5,7 +5,7 @@ cosine of the principal angles, 1 where the smaller space lies in the larger one
 orthogonal. With p = min(i, j) and the projection metric d(U₁ⁱ, U₂ʲ) = √(p − Σ cos²θ) (Ham & Lee
 2008) it is φ = 1 − d²/p; the paper's Appendix G prints (1 − d²)/p.
 
-Two random subspaces of R^d have E[φ] = max(i, j)/d, so that a figure of φ without that beside it
+Two random subspaces of R^d have E[φ] = max(i, j)/d, so that a figure of φ without that baseline
 shows nothing: at d = 64 two random spaces of 32 directions already have 0.5 in common.
 """
 
@@ -24,10 +24,17 @@ from lora_jax.core.errors import RequestError
 def subspace_similarity(a1: jax.Array, a2: jax.Array) -> jax.Array:
     """φ(i, j) of the spaces that the columns of two matrices span, for all i and j at once.
 
-    `a1 (…, d, r1)`, `a2 (…, d, r2)` are LoRA's `a` (the spaces of inputs that are read), or `b`
-    transposed (of outputs that are written); the result is `(…, r1, r2)`, [i - 1, j - 1] for the
-    first i and j singular vectors. Float32 or wider. Singular values of 0 span nothing, so that
-    there φ stays below 1. Raises `RequestError` where d differs. Source: Hu et al. 2021, Eq. (4).
+    Singular values of 0 span nothing, so that there φ stays below 1. Source: Hu et al. 2021, (4).
+
+    Args:
+      a1, a2: `(…, d, r1)` and `(…, d, r2)`: LoRA's `a` (the spaces of inputs that are read), or `b`
+        transposed (of outputs that are written).
+
+    Returns:
+      `(…, r1, r2)`, float32 or wider: [i - 1, j - 1] for the first i and j singular vectors.
+
+    Raises:
+      RequestError: d differs.
 
     >>> a = jnp.eye(4)[:, :2] * jnp.array([2.0, 1.0])
     >>> subspace_similarity(a, a)
@@ -46,9 +53,17 @@ def delta_subspace_similarity(
 ) -> jax.Array:
     """φ(i, j) of the singular vectors of ΔW₁ = a₁b₁ and ΔW₂ = a₂b₂.
 
-    Unlike `a` alone, ΔW does not change when (a, b) becomes (a·M, M⁻¹·b). Shapes are `a (…, d_in,
-    r)`, `b (…, r, d_out)`; `space` is "input" (left vectors of a·b, the paper's right ones of B·A)
-    or "output". The result is `(…, r1, r2)` as in `subspace_similarity`, to which the same applies.
+    Unlike `a` alone, ΔW does not change when (a, b) becomes (a·M, M⁻¹·b).
+
+    Args:
+      a1, b1, a2, b2: `a (…, d_in, r)` and `b (…, r, d_out)` of each adapter.
+      space: "input" (left vectors of a·b, the paper's right ones of B·A) or "output".
+
+    Returns:
+      `(…, r1, r2)`, as `subspace_similarity` does.
+
+    Raises:
+      RequestError: the shapes do not fit, or another `space`.
 
     >>> key = jax.random.key(0)
     >>> a, b = jax.random.normal(key, (6, 2)), jax.random.normal(key, (2, 5))
@@ -68,7 +83,18 @@ def kernel_subspace_similarity(
     """φ(i, j) of the first singular vectors of two dense kernels `(…, d_in, d_out)`.
 
     With W and ΔW it is Figure 8 of Hu et al. 2021 (numbered 7 in their first version): whether what
-    was learned lies in directions that W has already. At most `num_directions` of each.
+    was learned lies in directions that W has already.
+
+    Args:
+      kernel1, kernel2: of the same width in `space`.
+      space: "input" or "output".
+      num_directions: φ of at most so many directions of each.
+
+    Returns:
+      `(…, n1, n2)`, as `subspace_similarity` does.
+
+    Raises:
+      RequestError: widths that differ, another `space`, or a number below 1.
     """
     if num_directions < 1:
         raise RequestError(f"num_directions is {num_directions!r}; give at least 1")
@@ -114,7 +140,16 @@ def sample_similarity(
     The spaces are those of Gaussian matrices. The first may as well be the first axes, so that what
     counts of the second are the first `num1` rows of its Q = G R⁻¹: these rows of G, and R from
     GᵀG, whose other part is Wishart and drawn as such (Bartlett 1933): the cost does not grow with
-    `dimension`. Raises as `expected_similarity` does.
+    `dimension`.
+
+    Args:
+      key: a JAX key.
+      num1, num2: directions of the two spaces of each pair.
+      dimension: d of the space that both lie in.
+      num_samples: pairs that are drawn.
+
+    Raises:
+      RequestError: more directions than dimensions, or none.
     """
     _check_numbers(num1, num2, dimension)
     others = dimension - num1  # rows of G that are not looked at

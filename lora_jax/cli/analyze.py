@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import lora_jax as lj
-from lora_jax.cli.parser import Parser, say
+from lora_jax.cli.parser import Parser, distinct_names, say
 
 if TYPE_CHECKING:
     from lora_jax.analysis.adapters import Kernels, Pair
@@ -26,7 +26,7 @@ Examples:
     lora-jax analyze path/to/adapter
   What two of them have in common (φ of Hu et al. 2021, beside that of random subspaces):
     lora-jax analyze seed-0 seed-1 --out=analysis.html
-  ΔW beside W as well: amplification, W's directions, intruder dimensions. Only the base's
+  ΔW against W as well: amplification, W's directions, intruder dimensions. Only the base's
   safetensors are read, one matrix at a time:
     lora-jax analyze path/to/adapter --base=path/to/model --modules='layers\\.(0|15)\\.'
   Runs of this project (their base is known):
@@ -44,7 +44,7 @@ def run(argv: Sequence[str]) -> int:
         metavar="ADAPTER",
         help="a folder in PEFT's format, a hub id, or a run's WORKDIR/cells/NAME",
     )
-    parser.add_argument("--base", help="the base's folder or hub id: ΔW is shown beside W")
+    parser.add_argument("--base", help="the base's folder or hub id: ΔW is compared with W")
     parser.add_argument("--modules", metavar="REGEX", help="only matrices whose name has a match")
     parser.add_argument(
         "--directions",
@@ -113,7 +113,7 @@ def _analyse(paths, base, modules, directions) -> Analysis:
         )
     notes = [*_notes_on_adapters(adapters), *_notes_on_pairs(pairs), *_shared_starts(loaded)]
     if base is None and any(one.kernel is None for one in loaded):
-        notes.append("Without --base=FOLDER there is no W to look at beside ΔW.")
+        notes.append("Without --base=FOLDER there is no W to compare ΔW with.")
     if len({one.seed is None for one in loaded}) > 1:
         notes.append(
             "A run's matrices have this project's names, a PEFT folder's those of transformers: to "
@@ -163,20 +163,6 @@ def _shared_starts(loaded: Sequence[_Loaded]) -> list[str]:
         for seed, some in of_seed.items()
         if len(some) > 1
     ]
-
-
-def distinct_names(paths: Sequence[str]) -> list[str]:
-    """The shortest ends of some paths that tell them apart.
-
-    >>> distinct_names(["runs/a/adapter", "runs/b/adapter/"])
-    ['a/adapter', 'b/adapter']
-    """
-    parts = [[part for part in Path(path).parts if part != "/"] for path in paths]
-    for length in range(1, max(map(len, parts)) + 1):
-        names = ["/".join(own[-length:]) for own in parts]
-        if len(set(names)) == len(names):
-            return names
-    return [str(path) for path in paths]
 
 
 def _check_directions(directions: int | None, adapters: Sequence[AdapterFactors]) -> None:

@@ -11,7 +11,14 @@ from pathlib import Path
 from typing import Any
 
 import lora_jax as lj
-from lora_jax.cli.parser import Parser, add_decoding, decoding_given, say, tell
+from lora_jax.cli.parser import (
+    Parser,
+    add_decoding,
+    decoding_given,
+    distinct_names,
+    say,
+    tell,
+)
 
 EXAMPLES = """\
 Examples:
@@ -72,7 +79,8 @@ def run(argv: Sequence[str]) -> int:
         inputs = encode_prompts(model, asked)
     key = jax.random.key(options.seed or 0)
     found = [_answer(model, model.params, BASE, None, inputs, settings, key)]
-    for path, name in zip(options.adapter, _names(options.adapter), strict=True):
+    _, *names = distinct_names([BASE, *(path.removesuffix("/adapter") for path in options.adapter)])
+    for path, name in zip(options.adapter, names, strict=True):
         adapted = first if first is not None and path == runs[0] else _load(path, model)
         found.append(_answer(model, adapted.params, name, path, inputs, settings, key))
     if options.json:
@@ -92,7 +100,7 @@ def _parser() -> Parser:
     add("--adapter", action="append", default=[], metavar="PATH",
         help="a run's WORKDIR/cells/NAME or its adapter/, or PEFT's; repeatable")  # fmt: skip
     add("--prompt", action="append", default=[], metavar="TEXT", help="repeatable")
-    add("--prompts-file", metavar="FILE", help="more prompts, one a line")
+    add("--prompts-file", metavar="FILE", help="more prompts, one per line")
     add("--chat", action="store_true", help="put each prompt into the model's chat format (ChatML)")
     add("--open-prompt", action="store_true",
         help="continue prompts as they are, where a run's training ended them")  # fmt: skip
@@ -147,13 +155,6 @@ def _load(path: str, model: lj.Model | None = None) -> lj.Adapted:
     settings = adapted.description["model"]
     check_completion_format(adapted.description, adapted.model, settings, path)
     return adapted
-
-
-def _names(paths: Sequence[str]) -> list[str]:
-    """The last part of each path that tells it from the others; the whole where none does."""
-    short = [p.parent.name if p.name == "adapter" else p.name for p in map(Path, paths)]
-    taken = [BASE, *short]
-    return [n if taken.count(n) == 1 else p for n, p in zip(short, paths, strict=True)]
 
 
 def _answer(model, params, name: str, path: str | None, inputs, settings, key) -> dict[str, Any]:

@@ -21,7 +21,7 @@ COMMANDS = {
     "generate": "continue prompts with a model and with adapters on it, side by side",
     "merge": "fold a trained adapter into its base and write the model's folder",
     "convert": "write an adapter in PEFT's format, for peft, vLLM and others",
-    "analyze": "what adapters learned: spectra, similarity of subspaces, ΔW beside W",
+    "analyze": "what adapters learned: spectra, similarity of subspaces, ΔW against W",
     "plan": "the memory and time of a train step on a TPU slice, compiled here without one",
     "inspect": "what a method adapts: path, shape, rank, scale, trainable parameters",
     "verify": "train a finished cell again and compare, bit for bit",

@@ -23,7 +23,7 @@ PATHS = {
 MESH = """\
 --mesh names axes whose sizes multiply to the number of devices. data: each device has rows of the
 batch, and the whole base. fsdp: rows of the batch, and a part of every weight. tensor: a part of
-every product. What comes out is the same but for rounding. Without accelerators it can be tried on
+every product. The results are the same up to rounding. Without accelerators it can be tried on
 devices that share the processor: XLA_FLAGS=--xla_force_host_platform_device_count=8"""
 
 OVERRIDES = (
@@ -172,7 +172,7 @@ def add_decoding(group: Any, *names: str) -> None:
     if "no_repeat_ngram_size" in names:
         group.add_argument(
             "--repeat-prompt", dest="no_repeat_in_prompt", action="store_const", const=False,
-            help="but what stands in the prompt may come again, as in the paper's decoder",
+            help="n-grams of the prompt may come again, as in the paper's decoder",
         )  # fmt: skip
 
 
@@ -180,6 +180,20 @@ def decoding_given(options: argparse.Namespace) -> dict[str, Any]:
     """The settings of decoding that were given, by their names in `Decoding`."""
     given = {name: getattr(options, name, None) for name in (*DECODING, "no_repeat_in_prompt")}
     return {name: value for name, value in given.items() if value is not None}
+
+
+def distinct_names(paths: Sequence[str]) -> list[str]:
+    """The shortest ends of some paths that tell them apart.
+
+    >>> distinct_names(["runs/a/adapter", "runs/b/adapter/"])
+    ['a/adapter', 'b/adapter']
+    """
+    parts = [[part for part in Path(path).parts if part != "/"] for path in paths]
+    for length in range(1, max(map(len, parts)) + 1):
+        names = ["/".join(own[-length:]) for own in parts]
+        if len(set(names)) == len(names):
+            return names
+    return [str(path) for path in paths]
 
 
 def say(text: str) -> None:

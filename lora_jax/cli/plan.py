@@ -12,7 +12,7 @@ from lora_jax.cli.parser import Parser, say, tell
 
 EXAMPLES = """\
 Examples:
-  LoRA on GPT-3 on 128 chips, and full fine-tuning beside it at the same batch:
+  LoRA on GPT-3 on 128 chips, and full fine-tuning at the same batch:
     lora-jax plan --model=gpt3-175b --method=lora --rank=4 --targets=q,v --topology=v5p:4x4x8 \\
         --mesh=fsdp=16,tensor=8 --batch=16 --compare=full
   A base of 65 billion parameters in four bits on one chip:
@@ -104,7 +104,7 @@ def _request(options: Any):
 
 
 def table(plans: Sequence[Any]) -> str:
-    """A line a plan, and what the first one is of."""
+    """The plans as text: what they are of, then one line per plan."""
     first = plans[0].request
     head = (
         f"{first.model}: {plans[0].num_params / 1e9:,.2f} billion parameters, batch {first.batch} "

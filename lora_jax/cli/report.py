@@ -17,7 +17,7 @@ Examples:
   lora-jax report runs/mine --keep=results/mine    a copy without weights, small enough to commit
   lora-jax report runs/mine --figures=paper/figures    each figure as an SVG file too
 
-The page needs no network and no server: open it as a file. Beside it: table.md and table.csv.
+The page needs no network and no server: open it as a file. Next to it: table.md and table.csv.
 Intervals are 95% bootstrap intervals over test examples, and over seeds where there are several.
 """
 

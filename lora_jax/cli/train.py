@@ -61,7 +61,7 @@ def run(argv: Sequence[str]) -> int:
 
 
 def summary(card: Card, workdir: str, name: str) -> str:
-    """The result in three lines, and where to look next."""
+    """The result in three lines, and the command that shows more."""
     from lora_jax.train.task_metrics import describe_scores
 
     metrics, counts = card.metrics, card.counts

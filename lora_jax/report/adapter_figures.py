@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import jax
@@ -11,7 +12,7 @@ import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from lora_jax.analysis.adapters import MatrixProfile, Pair, group_by_kind
+from lora_jax.analysis.adapters import MatrixProfile, Pair
 from lora_jax.analysis.subspaces import expected_similarity
 from lora_jax.report.canvas import INK, WIDTH, Drawing, in_style, panels, plain_legend, to_svg
 
@@ -22,12 +23,24 @@ _HUES = (
 )  # fmt: skip
 
 
+def group_by_kind(modules: Iterable[str]) -> dict[str, list[str]]:
+    """Modules by what they are in each layer: the name with its numbers left out.
+
+    >>> group_by_kind(["layers.0.q_proj", "layers.1.q_proj"])
+    {'layers.*.q_proj': ['layers.0.q_proj', 'layers.1.q_proj']}
+    """
+    found: dict[str, list[str]] = {}
+    for module in modules:
+        found.setdefault(re.sub(r"(?<![^./\[])\d+(?![^./\]])", "*", module), []).append(module)
+    return found
+
+
 @in_style
 def draw_spectra(named: dict[str, list[MatrixProfile]]) -> Drawing:
     """Singular values of ΔW over the largest, a panel per adapter, a line per matrix."""
     names = list(named)[:MAX_PANELS]
     figure, all_axes = panels(len(names), 0.8, 2.7, sharey=True)
-    kinds = group_by_kind([p.module for name in names for p in named[name]])
+    kinds = group_by_kind(p.module for name in names for p in named[name])
     colours = {kind: _HUES[n % len(_HUES)] for n, kind in enumerate(kinds)}
     colour_of = {module: colours[kind] for kind, some in kinds.items() for module in some}
     for axes, name in zip(all_axes, names, strict=True):
@@ -129,7 +142,7 @@ def _grids_by_kind(
     And a sentence where there are more kinds than panels. `axis` of a matrix's shape is the width.
     """
     by_name = {profile.module: profile for profile in profiles}
-    kinds = group_by_kind(list(by_name))
+    kinds = group_by_kind(by_name)
     found, random = {}, {}
     for kind, modules in list(kinds.items())[:MAX_PANELS]:
         # Means are over what can be added: grids of the commonest size.

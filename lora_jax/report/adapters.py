@@ -19,7 +19,6 @@ from lora_jax.analysis.adapters import (
     MatrixProfile,
     Pair,
     PairProfile,
-    group_by_kind,
 )
 from lora_jax.io.atomic import write_text
 from lora_jax.report.adapter_figures import (
@@ -27,6 +26,7 @@ from lora_jax.report.adapter_figures import (
     draw_amplification,
     draw_similarity,
     draw_spectra,
+    group_by_kind,
 )
 from lora_jax.report.html import (
     html_figure,
@@ -87,7 +87,7 @@ def analysis_page(analysis: Analysis) -> str:
     parts.append(html_note(_NOTE))
     if known:
         of_base = f" of {analysis.base}" if analysis.base else ""
-        parts.append(f'<h2 id="base">ΔW beside W{escape(of_base)}</h2>')
+        parts.append(f'<h2 id="base">ΔW next to W{escape(of_base)}</h2>')
         parts.append(html_figure(draw_amplification(known)))
         for number, (name, profiles) in enumerate(known.items()):
             parts.append(html_figure(draw_against_kernel(name, number, profiles)))
@@ -151,15 +151,15 @@ _NOTE = (
     "fewest directions that hold 90% of Σs²."
 )
 _BASE_NOTE = (
-    "Amplification is ‖ΔW‖ over ‖UᵀWV‖ with ΔW's own r directions of inputs and outputs; beside it "
+    "Amplification is ‖ΔW‖ over ‖UᵀWV‖ with ΔW's own r directions of inputs and outputs; after it "
     "‖UᵀWV‖ with W's first r and with random ones (Hu et al. 2021, Table 7). Intruders: of the "
     f"first {NUM_INTRUDERS} directions of outputs of W + ΔW those like none of W's, every "
     f"|cosine| below {INTRUDER_COSINE} (Shuttleworth et al. 2024)."
 )
 _PAIR_NOTE = (
-    "φ(r, r) is of all directions shown of both (the smaller number, where ranks differ); random "
-    "spaces of as many have what stands beside in common. φ is of ΔW's singular directions, which "
-    "no other way of writing the same ΔW as a product changes."
+    "φ(r, r) is of all directions shown of both (the smaller number, where ranks differ); what "
+    "random spaces of as many have in common is in the column after. φ is of ΔW's singular "
+    "directions, which no other way of writing the same ΔW as a product changes."
 )
 
 
@@ -202,7 +202,7 @@ def _factors(profiles: Sequence[MatrixProfile]) -> list[float]:
 def summary_table(profiles: Sequence[MatrixProfile]) -> list[tuple[str, ...]]:
     """Texts for a terminal: the head, then the means of each kind of matrix over its layers."""
     by_name = {profile.module: profile for profile in profiles}
-    kinds = group_by_kind(list(by_name))
+    kinds = group_by_kind(by_name)
     start = os.path.commonprefix(list(kinds)).rpartition(".")[0] if len(kinds) > 1 else ""
     head: tuple[str, ...] = ("matrix", "layers", *_SPECTRUM)
     if _factors(profiles):

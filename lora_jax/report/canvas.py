@@ -116,7 +116,7 @@ def to_svg(figure: Figure, name: str) -> str:
 
 
 def label_points(figure, axes, points, labels, colours, segments) -> None:
-    """Writes each label beside its point, at the first of ten places where it covers nothing.
+    """Writes each label next to its point, at the first of ten places where it covers nothing.
 
     points are (x, y) in data coordinates, as are the ends of the line segments to keep clear.
     """

@@ -61,7 +61,7 @@ def html_table(
 ) -> str:
     """A table that scrolls sideways where it must; the first column says what a row is.
 
-    A cell is a text, or a text and what stands small beneath it; `texts` are the columns of words.
+    A cell is a text, or a text and a detail in small print; `texts` are the columns of words.
     """
     kinds = ["text" if number in texts else "number" for number in range(len(head))]
     heading = "".join(

@@ -27,7 +27,7 @@ from lora_jax.report.tables import Row, Summary, score_names, summarise
 def write_report(
     folder, out=None, *, summary: Summary | None = None, beside: "Beside | None" = None
 ) -> Path:
-    """Writes report.html, and table.md, .tex and .csv beside it; returns the page's path.
+    """Writes report.html, and table.md, .tex and .csv next to it; returns the page's path.
 
     Args:
       folder: a training run's working folder (holding cells/*).
@@ -58,7 +58,7 @@ def write_figures(summary: Summary, folder) -> list[Path]:
 
 @dataclass(frozen=True)
 class Beside:
-    """Other runs to look at beside a report's own: earlier, longer, or on another machine."""
+    """Other runs, shown after a report's own: earlier, longer, or on another machine."""
 
     folder: Path
     summary: Summary
@@ -95,7 +95,7 @@ def to_page(summary: Summary, folder, beside: Beside | None = None) -> str:
         '<h2 id="reproduce">Reproduce</h2>',
         reproduction(summary.runs, folder),
         '<footer class="quiet">Written by lora-jax. This file holds all it shows and asks nothing '
-        "of the network; table.md, table.tex and table.csv beside it hold the table.</footer>",
+        "of the network; table.md, table.tex and table.csv next to it hold the table.</footer>",
     ]
     return html_page(f"{name} · lora-jax report", parts)
 

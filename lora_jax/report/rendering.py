@@ -29,7 +29,7 @@ from lora_jax.report.tables import Row, Summary, score_names
 
 @dataclass(frozen=True)
 class Column:
-    """One column for readers: `cell(row)` gives the value and what stands small beneath it."""
+    """One column for readers: `cell(row)` gives the value and a detail in small print."""
 
     heading: str
     cell: Callable[[Row], tuple[str, str]]

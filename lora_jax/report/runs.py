@@ -20,11 +20,11 @@ from lora_jax.train.workdir import read_json_file
 
 @dataclass(frozen=True)
 class Predictions:
-    """What a run said of each test example, in ascending order of `index`.
+    """A run's predictions of the test examples, in ascending order of `index`.
 
-    loss (N,) float64 in nats (of numbers: squared error); correct (N,) bool, of texts the share of
-    right tokens, float64; label (N,) int64, of numbers float64; index (N,) int64; weight (N,)
-    float64 by which the means are taken, of texts their numbers of tokens, else 1.
+    loss (N,) float64 in nats (regression: squared error); correct (N,) bool (completions: the share
+    of right tokens, float64); label (N,) int64 (regression: float64); index (N,) int64; weight (N,)
+    float64 by which the means are taken (completions: their numbers of tokens; else 1).
     """
 
     loss: np.ndarray

@@ -93,7 +93,7 @@ class ScoreNames(NamedTuple):
 
 
 def score_names(rows: Sequence[Row]) -> ScoreNames:
-    """The names that hold for all rows; of numbers, "accuracy" is a share close to the labels."""
+    """The names that hold for all rows; in regression "accuracy" is the share close to labels."""
     if rows and all(row.is_regression for row in rows):
         return ScoreNames("squared error", f"share within {NEAR}")
     if any(row.is_regression for row in rows):
@@ -103,7 +103,7 @@ def score_names(rows: Sequence[Row]) -> ScoreNames:
 
 @dataclass(frozen=True)
 class Summary:
-    """The rows of a report, what they were chosen from, and what a reader should be told."""
+    """The rows of a report, what they were chosen from, and warnings for the reader."""
 
     rows: tuple[Row, ...]
     basins: tuple[Basin, ...]
@@ -188,7 +188,7 @@ def _row(group: Group, groups, differing, rates_tried: int, seed: int, num_resam
             name: _difference("correct", group, _reference(name, group, groups), **drawn)
             for name in REFERENCES
         },
-        loss_vs_lora=_difference("loss", group, _lora_beside(group, groups), **drawn),
+        loss_vs_lora=_difference("loss", group, _plain_lora(group, groups), **drawn),
         task_metrics={
             name: float(np.mean([one[name] for one in measured]))
             for name in TASK_METRICS
@@ -234,7 +234,7 @@ def _reference(name: str, group: Group, groups) -> Group | None:
     return min(candidates, key=lambda g: g.validation_loss, default=None)
 
 
-def _lora_beside(group: Group, groups) -> Group | None:
+def _plain_lora(group: Group, groups) -> Group | None:
     """Plain LoRA on a variant's targets, base weights and data; of several, the best there."""
     if not issubclass(METHODS.get(group.method, object), LoRA):
         return None
@@ -261,7 +261,7 @@ def _difference(
 
 
 def _disagreements(run: FinishedRun) -> list[str]:
-    """Says where a card's test metrics are not the mean of the predictions beside it."""
+    """Says where a card's test metrics are not the mean of its predictions."""
     if run.predictions is None:
         return [f"{run.name}: no test_predictions.npz, so no intervals for its row"]
     test = run.card.metrics.test
@@ -270,8 +270,8 @@ def _disagreements(run: FinishedRun) -> list[str]:
         "accuracy": (test.accuracy, run.predictions.mean("correct")),
     }
     return [
-        f"{run.name}: card.json says test {name} {told:.6g}, its predictions say {value:.6g}; the "
-        "table follows the predictions"
-        for name, (told, value) in pairs.items()
-        if not np.isclose(told, value, rtol=1e-4, atol=1e-6, equal_nan=True)
+        f"{run.name}: card.json says test {name} {in_card:.6g}, its predictions say {value:.6g}; "
+        "the table follows the predictions"
+        for name, (in_card, value) in pairs.items()
+        if not np.isclose(in_card, value, rtol=1e-4, atol=1e-6, equal_nan=True)
     ]

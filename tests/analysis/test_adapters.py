@@ -14,13 +14,13 @@ import lora_jax as lj
 from lora_jax.analysis.adapters import (
     compare_adapters,
     factors_of,
-    group_by_kind,
     kernels_of,
     profile_adapter,
     select,
 )
 from lora_jax.core.errors import RequestError
 from lora_jax.peft.factors import BaseKernels, read_factors
+from lora_jax.report.adapter_figures import group_by_kind
 
 FIXTURES = Path(__file__).parents[1] / "fixtures" / "peft"
 ADAPTERS, BASES = FIXTURES / "adapters", FIXTURES / "bases"

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -37,6 +39,20 @@ def test_help_teaches_by_example(command, capsys):
     assert "Example" in out
     if command in ("train", "sweep"):
         assert all(f"  {key}" in out for key in SETTINGS)
+
+
+def test_help_does_not_wait_for_jax():
+    """But of commands that list settings, which each method adds, or configs."""
+    commands = sorted(COMMANDS.keys() - {"train", "sweep", "init"})
+    code = f"""
+import contextlib, sys
+from lora_jax.cli.main import main
+for command in {commands}:
+    with contextlib.suppress(SystemExit):
+        main([command, "--help"])
+    assert "jax" not in sys.modules and "numpy" not in sys.modules, command
+"""
+    subprocess.run([sys.executable, "-c", code], check=True, stdout=subprocess.DEVNULL, cwd=ROOT)
 
 
 def test_train_evaluate_merge_inspect_report(texts, tmp_path, capsys):
