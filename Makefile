@@ -53,9 +53,11 @@ test: $(VENV)/ready lint ## the fast tests, on 8 simulated devices (PYTHON=pytho
 test-slow: $(VENV)/ready ## full grids, fuzzing, fault trials
 	JAX_DISABLE_MOST_OPTIMIZATIONS=0 $(PY) -m pytest -n 2 --dist loadfile -m slow
 
-lint: $(VENV)/ready
+lint: $(VENV)/ready ## ruff, and pyright over lora_jax
+	@mkdir -p .cache
 	$(VENV)/bin/ruff check --quiet .
 	$(VENV)/bin/ruff format --check --quiet .
+	$(VENV)/bin/pyright --pythonpath $(PY) > .cache/pyright-$(VERSION).txt || { cat .cache/pyright-$(VERSION).txt; exit 1; }
 
 # The lower bounds of pyproject.toml, each pinned: what it promises is installed and run.
 .venv-oldest/ready: pyproject.toml
