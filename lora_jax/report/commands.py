@@ -9,10 +9,10 @@ from collections.abc import Mapping
 from typing import Any
 
 from lora_jax.core.errors import RequestError
-from lora_jax.report.groups import flatten
 from lora_jax.report.runs import FinishedRun, Run
 from lora_jax.settings import Settings, config_hash
 from lora_jax.settings.config import run_file, shipped_configs
+from lora_jax.settings.settings import hashable_settings
 
 
 def command(run: Run, *, workdir: str = "runs/again") -> str | None:
@@ -33,7 +33,7 @@ def train_command(source: str, name: str, config: Mapping[str, Any], workdir: st
       --config.seed=1
     """
     first = [f"--config={source}", f"--name={name}", f"--workdir={workdir}"]
-    settings = sorted(flatten(config).items())
+    settings = sorted(hashable_settings(config).items())
     lines = [shlex.join(["lora-jax", "train", *first])]
     lines += [shlex.quote(f"--config.{key}={value}") for key, value in settings]
     return " \\\n  ".join(lines)
@@ -58,7 +58,7 @@ def _makes(name: str, settings: dict) -> bool:
     """
     config = _config(name)
     try:
-        made = None if config is None else config.replace(flatten(settings))
+        made = None if config is None else config.replace(hashable_settings(settings))
     except (RequestError, ValueError, TypeError, KeyError):
         return False
     return made is not None and made.hash == config_hash(settings)

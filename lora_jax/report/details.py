@@ -8,9 +8,9 @@ from pathlib import Path
 import numpy as np
 
 from lora_jax.report.commands import command
-from lora_jax.report.groups import flatten
 from lora_jax.report.quantities import bytes_text, number_text, seconds_text
 from lora_jax.report.runs import FinishedRun, Run, finished_runs
+from lora_jax.settings.settings import hashable_settings
 
 
 def setting_line(runs: tuple[Run, ...]) -> str:
@@ -109,7 +109,7 @@ def _values(runs, read) -> str:
 
 
 def _setting(run: Run, key: str) -> str:
-    value = flatten(run.config).get(key)
+    value = hashable_settings(run.config).get(key)
     return "" if value is None else str(value)
 
 

@@ -20,11 +20,12 @@ from lora_jax.report.canvas import (
     plain_legend,
     to_svg,
 )
-from lora_jax.report.groups import Basin, flatten
+from lora_jax.report.groups import Basin
 from lora_jax.report.quantities import count_text, rate_text
 from lora_jax.report.ranks import draw_ranks, ranks_by_targets
 from lora_jax.report.runs import Run
 from lora_jax.report.tables import Row, Summary, score_names
+from lora_jax.settings.settings import hashable_settings
 
 MAX_PANELS = 24
 
@@ -170,7 +171,11 @@ def _draw_curves(summary: Summary) -> Drawing | None:
         (row.label, row.method, row.runs) for row in summary.rows
     ]
     drawn += [
-        (f"{run.name} (unfinished)", str(flatten(run.config).get("method.name", "")), (run,))
+        (
+            f"{run.name} (unfinished)",
+            str(hashable_settings(run.config).get("method.name", "")),
+            (run,),
+        )
         for run in summary.unfinished
     ]
     drawn = [one for one in drawn if any(len(run.curve("train")[0]) for run in one[2])]

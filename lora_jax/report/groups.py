@@ -9,7 +9,7 @@ import numpy as np
 
 from lora_jax.methods.registry import METHODS, settings_of, title_of
 from lora_jax.report.runs import FinishedRun, Run, finished_runs
-from lora_jax.settings import flat_config
+from lora_jax.settings.settings import hashable_settings
 
 BASIN_MARGIN = 0.01  # nats of validation loss within which a rate counts as good as the best
 
@@ -86,16 +86,6 @@ class Basin:
         return self.chosen in (self.rates[0], self.rates[-1])
 
 
-def flatten(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Nested settings as {"optimizer.lr": value}, lists as tuples.
-
-    >>> flatten({"a": {"b": 1}, "c": [2]})
-    {'a.b': 1, 'c': (2,)}
-    """
-    flat = flat_config(config)
-    return {key: tuple(value) if isinstance(value, list) else value for key, value in flat.items()}
-
-
 def group_runs(runs: list[Run]) -> tuple[list[Group], list[str]]:
     """Groups finished runs by everything but the seed; also says which repeats it left out.
 
@@ -162,7 +152,7 @@ def differing_settings(groups: list[Group]) -> list[str]:
 
 
 def _settings(config: Mapping[str, Any]) -> dict[str, Any]:
-    flat = flatten(config)
+    flat = hashable_settings(config)
     dropped = {*_SEEDS, *_BOOKKEEPING}
     if kind := METHODS.get(str(flat.get("method.name"))):
         own = settings_of(kind)
@@ -175,7 +165,7 @@ def _settings(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _seed(run: Run) -> tuple[int, int]:
-    flat = flatten(run.config)
+    flat = hashable_settings(run.config)
     return flat.get("seed") or 0, flat.get("data.seed") or 0
 
 

@@ -228,6 +228,16 @@ def flat_config(config: Mapping[str, Any]) -> dict[str, Any]:
     return flat
 
 
+def hashable_settings(config: Mapping[str, Any]) -> dict[str, Any]:
+    """As `flat_config`, with lists as tuples.
+
+    >>> hashable_settings({"a": {"b": 1}, "c": [2]})
+    {'a.b': 1, 'c': (2,)}
+    """
+    flat = flat_config(config)
+    return {key: tuple(value) if isinstance(value, list) else value for key, value in flat.items()}
+
+
 def plain_config(config: Any) -> dict[str, Any]:
     """A config (`Settings`, `ConfigDict` or mapping) as plain dicts and JSON values."""
     plain = config.to_dict() if hasattr(config, "to_dict") else dict(config)
