@@ -86,6 +86,15 @@ def test_files_stay_readable(file):
     assert len(file.read_text().splitlines()) <= 330, "split it, unless that would hide one idea"
 
 
+def test_no_function_is_longer_than_70_lines_without_its_docstring():
+    for file in (*FILES, *(PACKAGE.parent / "experiments").rglob("*.py")):
+        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.FunctionDef):
+                docstring = ast.get_docstring(node, clean=False) or ""
+                lines = node.end_lineno - node.lineno + 1 - len(docstring.splitlines())
+                assert lines <= 70, f"{file}: {node.name} has {lines} lines"
+
+
 def test_the_names_of_the_page_are_where_it_says_in_at_most_twelve():
     page = (PACKAGE / "README.md").read_text(encoding="utf-8")
     rows = re.findall(r"^\| \d+ \| `(\w+)` \| `([\w/.]+)` \|", page, re.M)
