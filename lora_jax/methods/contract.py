@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import warnings
 from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Any, ClassVar, cast
@@ -11,7 +12,30 @@ from typing import Any, ClassVar, cast
 from lora_jax.core.arguments import NamedSettings
 from lora_jax.core.errors import RequestError
 
+# Names that variants of earlier versions define or read.
+RENAMED = MappingProxyType(
+    {
+        "FIXED": "FROZEN_PARTS",
+        "ALONE": "EXCLUSIVE",
+        "PADS": "ZERO_PADDABLE",
+        "WITHOUT": "UNSUPPORTED_SETTINGS",
+    }
+)
 _EMPTY: Mapping[str, Any] = MappingProxyType({})
+
+
+class _Renamed:
+    """An attribute under its old name."""
+
+    def __init__(self, old: str):
+        self.old = old
+
+    def __get__(self, instance: Any, owner: type) -> Any:
+        new = RENAMED[self.old]
+        warnings.warn(
+            f"{owner.__name__}.{self.old} is now called {new}", DeprecationWarning, stacklevel=2
+        )
+        return getattr(owner, new)
 
 
 class Contract(NamedSettings):
@@ -43,8 +67,19 @@ class Contract(NamedSettings):
     # Whether a subclass's own fields extend `__init__`, instead of `dataclass` generating another.
     EXTENDS_INIT: ClassVar[bool] = False
 
+    FIXED, ALONE, PADS, WITHOUT = map(_Renamed, RENAMED)
+
     def __init_subclass__(cls, **options: Any):
         super().__init_subclass__(**options)
+        for old in [name for name in RENAMED if name in vars(cls)]:
+            new = RENAMED[old]
+            warnings.warn(
+                f"{cls.__name__} defines {old}, which is now called {new}; rename it",
+                DeprecationWarning,
+                stacklevel=2,
+            )
+            setattr(cls, new, vars(cls)[old])
+            delattr(cls, old)
         if "TITLE" not in vars(cls):
             cls.TITLE = cls.__name__
         if cls.EXTENDS_INIT and "__init__" not in vars(cls):

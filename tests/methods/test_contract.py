@@ -94,6 +94,30 @@ def test_the_typed_settings_are_the_arguments_of_lora():
     assert [*LoRASettings.__annotations__] == [*inspect.signature(lj.LoRA).parameters]
 
 
+def test_old_names_work_and_say_the_new_ones():
+    with pytest.warns(DeprecationWarning) as said:
+
+        class Old(lj.LoRA):
+            FIXED: ClassVar = frozenset({"a"})
+            PADS: ClassVar = frozenset()
+            WITHOUT: ClassVar = {"init": "its a is fixed"}
+            ALONE: ClassVar = True
+
+    assert [str(one.message) for one in said] == [
+        f"Old defines {old}, which is now called {new}; rename it"
+        for old, new in (
+            ("FIXED", "FROZEN_PARTS"), ("ALONE", "EXCLUSIVE"), ("PADS", "ZERO_PADDABLE"),
+            ("WITHOUT", "UNSUPPORTED_SETTINGS"),
+        )
+    ]  # fmt: skip
+    assert {one.filename for one in said} == {__file__}
+    assert {"a"} == Old.FROZEN_PARTS and frozenset() == Old.ZERO_PADDABLE and Old.EXCLUSIVE
+    with pytest.raises(lj.RequestError, match="Old has no init: its a is fixed"):
+        Old(targets="w", init="gaussian")
+    with pytest.warns(DeprecationWarning, match="LoRAFA.FIXED is now called FROZEN_PARTS"):
+        assert {"a"} == lj.LoRAFA(targets="w").FIXED
+
+
 @pytest.mark.parametrize("table", ["FROZEN_PARTS", "RATE_MULTIPLIERS", "DECAY_MULTIPLIERS"])
 def test_a_declaration_about_no_part_is_refused_where_the_class_is_defined(table):
     with pytest.raises(
