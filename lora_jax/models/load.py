@@ -206,7 +206,8 @@ def _num_labels(checkpoint: Checkpoint, num_labels: int | None) -> int:
                 "its own kind); give num_labels for a new head"
             )
         return num_labels
-    stored = checkpoint.head[_last_kernel(checkpoint.head)].shape[-1]
+    last = "head/out_proj/kernel" if "head/out_proj/kernel" in checkpoint.head else "head/kernel"
+    stored = checkpoint.head[last].shape[-1]
     if not stored:
         raise RequestError(f"the head in {checkpoint.name} has no outputs; its file is damaged")
     if num_labels not in (None, stored):
@@ -215,7 +216,3 @@ def _num_labels(checkpoint: Checkpoint, num_labels: int | None) -> int:
             f"leave num_labels out, or remove {HEAD_FILE} for a new head"
         )
     return stored
-
-
-def _last_kernel(head: Mapping[str, Any]) -> str:
-    return "head/out_proj/kernel" if "head/out_proj/kernel" in head else "head/kernel"
