@@ -133,16 +133,8 @@ def make_splits(
 ) -> Splits:
     """Puts three splits together and hashes them."""
     data_hash = hash_splits({"train": train, "validation": validation, "test": test}, label_names)
-    return Splits(
-        train,
-        validation,
-        test,
-        tuple(label_names),
-        data_hash,
-        tuple(notes),
-        target=target,
-        metrics=tuple(metrics),
-    )
+    names = tuple(label_names)
+    return Splits(train, validation, test, names, data_hash, tuple(notes), target, tuple(metrics))
 
 
 def hash_splits(splits: dict[str, Examples], label_names: Sequence[str]) -> str:

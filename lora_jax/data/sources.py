@@ -80,15 +80,13 @@ def load_splits(data: Any, *, target: str = "class") -> Splits:
 
 
 def _limited(splits: Splits, limit: int, eval_limit: int) -> Splits:
-    whole = {name: getattr(splits, name) for name in ("train", "validation", "test")}
     cut = {"train": limit_examples(splits.train, limit, target=splits.target)}
     for name in ("validation", "test"):
-        cut[name] = limit_evaluation(whole[name], eval_limit, target=splits.target)
-    words = {"train": "training", "validation": "validation", "test": "test"}
+        cut[name] = limit_evaluation(getattr(splits, name), eval_limit, target=splits.target)
     notes = [
-        f"{words[name]} limited to {len(cut[name])} of {len(whole[name])} examples"
-        for name in whole
-        if cut[name] is not whole[name]
+        f"{name.replace('train', 'training')} limited to {len(kept)} of {len(whole)} examples"
+        for name, kept in cut.items()
+        if kept is not (whole := getattr(splits, name))
     ]
     if not notes:
         return splits

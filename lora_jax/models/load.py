@@ -92,15 +92,18 @@ def load_model(
         config_changes={"scan_layers": True} if scan_layers else {},
         needs_tokenizer=tokenizer,
     )
-    if name in TINY_MODELS:
-        checkpoint = make_tiny(name, request)
-    elif is_gguf(source := find_source(path_or_name)):
-        checkpoint = read_gguf_checkpoint(source, name, request)
-    else:
-        checkpoint = read_checkpoint(source, name, request)
+    checkpoint = _read(path_or_name, name, request)
     if untie:
         checkpoint = _untied(checkpoint, request)
     return make_model(checkpoint, head, num_labels, head_key)
+
+
+def _read(path_or_name: str | os.PathLike, name: str, request: Request) -> Checkpoint:
+    if name in TINY_MODELS:
+        return make_tiny(name, request)
+    source = find_source(path_or_name)
+    read = read_gguf_checkpoint if is_gguf(source) else read_checkpoint
+    return read(source, name, request)
 
 
 def make_model(
