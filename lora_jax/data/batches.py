@@ -124,15 +124,10 @@ class TrainSource:
         self.batch_size = batch_size
         self.rows = rows
         # An epoch's schedule is a few array sorts; two, since threads read across the boundary.
-        schedule = functools.partial(
-            epoch_schedule,
-            examples.lengths,
-            buckets,
-            batch_size=batch_size,
-            seed=seed,
-            order_seed=order_seed,
+        known = {"batch_size": batch_size, "seed": seed, "order_seed": order_seed}
+        self.schedule = functools.lru_cache(maxsize=2)(
+            lambda epoch: epoch_schedule(examples.lengths, buckets, epoch=epoch, **known)
         )
-        self.schedule = functools.lru_cache(maxsize=2)(lambda epoch: schedule(epoch=epoch))
         self.steps_per_epoch = num_batches(len(examples), batch_size)
         digest = hashlib.sha256(b"lora_jax schedule 1\n")
         order_seed = seed if order_seed is None else order_seed

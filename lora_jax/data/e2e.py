@@ -49,12 +49,8 @@ def read_pairs(path: Path) -> Examples:
             f"there is no {path}{nearest_name(path.name, there)}; data.path must hold "
             f"{', '.join(FILES.values())}"
         )
-    try:
-        lines = list(read_lines(path))
-    except OSError as error:
-        raise RequestError(f"cannot read {path}: {error.strerror or error}") from error
     prompts, completions, places = [], [], []
-    for number, line in lines:
+    for number, line in read_lines(path):
         if not line.strip():
             continue
         place = f"{path}:{number}"

@@ -5,7 +5,7 @@ import dataclasses
 import hashlib
 import html
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 
@@ -47,6 +47,28 @@ class Examples:
             ids=tuple(self.ids[i] for i in indices),
             seconds=None if self.seconds is None else tuple(self.seconds[i] for i in indices),
         )
+
+
+def class_examples(rows: Iterable[tuple[str, int, str]]) -> Examples:
+    """Examples of `(text, class index, id)`."""
+    rows = list(rows)
+    labels = np.array([label for _, label, _ in rows], np.int32)
+    return Examples(tuple(text for text, _, _ in rows), labels, tuple(name for _, _, name in rows))
+
+
+def of_one_label(
+    texts: Sequence[str], labels: Sequence[int], *, repeated: str, conflicting: str
+) -> tuple[list[int], list[str]]:
+    """`(indices, notes)`: the first of equal texts (see `text_key`) that all have one label, in
+    order, and how many were dropped, in the words given."""
+    labels_of: dict[str, set[int]] = collections.defaultdict(set)
+    first: dict[str, int] = {}
+    for index, (text, label) in enumerate(zip(texts, labels, strict=True)):
+        labels_of[text_key(text)].add(label)
+        first.setdefault(text_key(text), index)
+    kept = [index for key, index in first.items() if len(labels_of[key]) == 1]
+    counts = {repeated: len(texts) - len(first), conflicting: len(first) - len(kept)}
+    return kept, [f"{count} {what}" for what, count in counts.items() if count]
 
 
 def completion_examples(
@@ -111,16 +133,8 @@ def make_splits(
 ) -> Splits:
     """Puts three splits together and hashes them."""
     data_hash = hash_splits({"train": train, "validation": validation, "test": test}, label_names)
-    return Splits(
-        train,
-        validation,
-        test,
-        tuple(label_names),
-        data_hash,
-        tuple(notes),
-        target=target,
-        metrics=tuple(metrics),
-    )
+    names = tuple(label_names)
+    return Splits(train, validation, test, names, data_hash, tuple(notes), target, tuple(metrics))
 
 
 def hash_splits(splits: dict[str, Examples], label_names: Sequence[str]) -> str:

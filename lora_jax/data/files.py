@@ -12,6 +12,7 @@ from lora_jax.core.errors import RequestError
 from lora_jax.data.examples import (
     Examples,
     Splits,
+    class_examples,
     completion_examples,
     hash_order,
     make_splits,
@@ -175,10 +176,9 @@ def to_examples(
         return completion_examples(texts, [row.label for row in rows], places)
     if target == "number":
         labels = np.array([float(row.label) for row in rows], np.float32)
-    else:
-        number = {name: i for i, name in enumerate(label_names)}
-        labels = np.array([number[row.label] for row in rows], np.int32)
-    return Examples(texts=texts, labels=labels, ids=places)
+        return Examples(texts=texts, labels=labels, ids=places)
+    number = {name: i for i, name in enumerate(label_names)}
+    return class_examples((row.text, number[row.label], row.place) for row in rows)
 
 
 def _siblings(path: Path) -> list[Path]:

@@ -4,7 +4,6 @@ import dataclasses
 import math
 from collections.abc import Mapping
 from pathlib import Path
-from types import MappingProxyType
 
 import numpy as np
 
@@ -40,30 +39,28 @@ class GlueTask:
 _SENTENCES = ("sentence1", "sentence2")
 _MNLI = GlueTask(_SENTENCES, "gold_label", validation=MATCHED, test=MATCHED)
 _MRPC_TEST = (*DEV, "msr_paraphrase_test.txt")
-GLUE_TASKS: Mapping[str, GlueTask] = MappingProxyType(
-    {
-        "cola": GlueTask(
-            ("sentence",),
-            header=("source", "label", "star", "sentence"),
-            metrics=("matthews",),
-            labels=("0", "1"),
-        ),
-        "sst2": GlueTask(("sentence",)),
-        "mrpc": GlueTask(
-            ("#1 String", "#2 String"),
-            "Quality",
-            train=(*TRAIN, "msr_paraphrase_train.txt"),
-            validation=_MRPC_TEST,
-            test=_MRPC_TEST,
-        ),
-        "stsb": GlueTask(_SENTENCES, "score", target="number", metrics=("pearson",)),
-        "qqp": GlueTask(("question1", "question2"), "is_duplicate"),
-        "mnli": _MNLI,
-        "mnli-mm": dataclasses.replace(_MNLI, test=MISMATCHED),
-        "qnli": GlueTask(("question", "sentence")),
-        "rte": GlueTask(_SENTENCES),
-    }
-)
+GLUE_TASKS: Mapping[str, GlueTask] = {
+    "cola": GlueTask(
+        ("sentence",),
+        header=("source", "label", "star", "sentence"),
+        metrics=("matthews",),
+        labels=("0", "1"),
+    ),
+    "sst2": GlueTask(("sentence",)),
+    "mrpc": GlueTask(
+        ("#1 String", "#2 String"),
+        "Quality",
+        train=(*TRAIN, "msr_paraphrase_train.txt"),
+        validation=_MRPC_TEST,
+        test=_MRPC_TEST,
+    ),
+    "stsb": GlueTask(_SENTENCES, "score", target="number", metrics=("pearson",)),
+    "qqp": GlueTask(("question1", "question2"), "is_duplicate"),
+    "mnli": _MNLI,
+    "mnli-mm": dataclasses.replace(_MNLI, test=MISMATCHED),
+    "qnli": GlueTask(("question", "sentence")),
+    "rte": GlueTask(_SENTENCES),
+}
 
 
 def glue_task(name: str) -> GlueTask:
@@ -114,11 +111,7 @@ def load_glue(path: str, name: str) -> Splits:
 def read_glue(file: Path, task: GlueTask) -> tuple[list[tuple[tuple[str, ...], str, str]], int]:
     """`(texts, label, "file:line")` of each line, and how many lines lacked columns."""
     rows, dropped, header = [], 0, task.header
-    try:
-        lines = list(read_lines(file))
-    except OSError as error:
-        raise RequestError(f"cannot read {file}: {error.strerror or error}") from error
-    for number, line in lines:
+    for number, line in read_lines(file):
         fields = line.rstrip("\r\n").split("\t")  # nothing is quoted in GLUE
         place = f"{file}:{number}"
         if not header:

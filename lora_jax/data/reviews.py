@@ -13,15 +13,15 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-import numpy as np
-
 from lora_jax.core.errors import RequestError
 from lora_jax.data.examples import (
     Examples,
     Splits,
+    class_examples,
     clean_text,
     hash_order,
     make_splits,
+    of_one_label,
     text_key,
 )
 
@@ -114,21 +114,15 @@ def film_groups(snippets: Sequence[Snippet]) -> dict[str, str]:
     return {movie: find(movie) for movie in group}
 
 
-def deduplicate(snippets: Sequence[Snippet]) -> tuple[list[Snippet], tuple[str, ...]]:
+def deduplicate(snippets: Sequence[Snippet]) -> tuple[list[Snippet], list[str]]:
     """The first snippet of each text that has one label, in order, and what was dropped."""
-    labels: dict[str, set[int]] = collections.defaultdict(set)
-    first: dict[str, Snippet] = {}
-    for snippet in snippets:
-        key = text_key(snippet.text)
-        labels[key].add(snippet.label)
-        first.setdefault(key, snippet)
-    kept = [snippet for key, snippet in first.items() if len(labels[key]) == 1]
-    conflicts = len(first) - len(kept)
-    counts = {
-        "repeated review snippets dropped": len(snippets) - len(first),
-        "review snippets with conflicting labels dropped": conflicts,
-    }
-    return kept, tuple(f"{count} {what}" for what, count in counts.items() if count)
+    kept, notes = of_one_label(
+        [snippet.text for snippet in snippets],
+        [snippet.label for snippet in snippets],
+        repeated="repeated review snippets dropped",
+        conflicting="review snippets with conflicting labels dropped",
+    )
+    return [snippets[index] for index in kept], notes
 
 
 def split_by_film(
@@ -172,8 +166,4 @@ def balance(snippets: Sequence[Snippet]) -> list[Snippet]:
 
 def to_examples(snippets: Sequence[Snippet]) -> Examples:
     """Examples whose ids are "film/row of the corpus"."""
-    return Examples(
-        texts=tuple(snippet.text for snippet in snippets),
-        labels=np.array([snippet.label for snippet in snippets], np.int32),
-        ids=tuple(f"{snippet.movie}/{snippet.row}" for snippet in snippets),
-    )
+    return class_examples((one.text, one.label, f"{one.movie}/{one.row}") for one in snippets)

@@ -20,14 +20,16 @@ BUILT_IN = {
     "tiny-pairs": lambda data: load_tiny_pairs(),
     "tiny-glue": lambda data: load_tiny_glue(_task(data)),
 }
-# Those that are found by themselves, or in a folder at data.path.
-FOUND = {
-    "newsgroups": load_newsgroups,
-    "wordnet": load_wordnet,
-    "wordnet-random-labels": load_random_labels,
-    "wordnet-exchanged-words": load_exchanged_words,
+# Those that are found by themselves or in a folder at data.path, and those that need one.
+IN_FOLDERS = {
+    "newsgroups": lambda data: load_newsgroups(data.path),
+    "wordnet": lambda data: load_wordnet(data.path),
+    "wordnet-random-labels": lambda data: load_random_labels(data.path),
+    "wordnet-exchanged-words": lambda data: load_exchanged_words(data.path),
+    "e2e": lambda data: load_e2e(data.path),
+    "glue": lambda data: load_glue(data.path, _task(data)),
 }
-SOURCES = (*BUILT_IN, *FOUND, "e2e", "glue", *EXTENSIONS)
+SOURCES = (*BUILT_IN, *IN_FOLDERS, *EXTENSIONS)
 
 
 def _task(data: Any) -> str:
@@ -54,12 +56,8 @@ def load_splits(data: Any, *, target: str = "class") -> Splits:
                 f"data.source to the file's kind ({', '.join(EXTENSIONS)})"
             )
         splits = BUILT_IN[data.source](data)
-    elif data.source in FOUND:
-        splits = FOUND[data.source](data.path)
-    elif data.source == "glue":
-        splits = load_glue(data.path, _task(data))
-    elif data.source == "e2e":
-        splits = load_e2e(data.path)
+    elif data.source in IN_FOLDERS:
+        splits = IN_FOLDERS[data.source](data)
     elif data.source in EXTENSIONS:
         splits = load_files(
             data.source,
@@ -82,15 +80,13 @@ def load_splits(data: Any, *, target: str = "class") -> Splits:
 
 
 def _limited(splits: Splits, limit: int, eval_limit: int) -> Splits:
-    whole = {name: getattr(splits, name) for name in ("train", "validation", "test")}
     cut = {"train": limit_examples(splits.train, limit, target=splits.target)}
     for name in ("validation", "test"):
-        cut[name] = limit_evaluation(whole[name], eval_limit, target=splits.target)
-    words = {"train": "training", "validation": "validation", "test": "test"}
+        cut[name] = limit_evaluation(getattr(splits, name), eval_limit, target=splits.target)
     notes = [
-        f"{words[name]} limited to {len(cut[name])} of {len(whole[name])} examples"
-        for name in whole
-        if cut[name] is not whole[name]
+        f"{name.replace('train', 'training')} limited to {len(kept)} of {len(whole)} examples"
+        for name, kept in cut.items()
+        if kept is not (whole := getattr(splits, name))
     ]
     if not notes:
         return splits

@@ -4,7 +4,7 @@ import csv
 import difflib
 import json
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -113,17 +113,14 @@ def _records(
     path: Path, kind: str, columns: Sequence[str] | None
 ) -> Iterator[tuple[dict[str, Any], str]]:
     """Records and their places; of Parquet only `columns` are read (None: all)."""
-    readers: dict[str, Callable[[Path], Iterator[tuple[dict, str]]]] = {
-        "jsonl": _read_jsonl,
-        "csv": _read_csv,
-        "tsv": _read_tsv,
-        "parquet": lambda path: _read_parquet(path, columns),
-    }
-    try:
-        yield from readers[kind](path)
-    except OSError as error:
-        reason = (str(error) or type(error).__name__).splitlines()[0]
-        raise RequestError(f"cannot read {path} as {kind}: {reason}") from error
+    if kind == "parquet":
+        return _read_parquet(path, columns)
+    if kind == "jsonl":
+        return _read_jsonl(path)
+    lines = (line for _, line in read_lines(path))
+    if kind == "csv":
+        return _delimited(path, csv.reader(lines, strict=True))
+    return _delimited(path, csv.reader(lines, delimiter="\t", quoting=csv.QUOTE_NONE))
 
 
 def nearest_name(name: str, choices: Sequence[str]) -> str:
@@ -148,16 +145,6 @@ def _read_jsonl(path: Path) -> Iterator[tuple[dict, str]]:
                 f"{place}: a JSON {type(record).__name__}, not an object; write one object a line"
             )
         yield record, place
-
-
-def _read_csv(path: Path) -> Iterator[tuple[dict, str]]:
-    lines = (line for _, line in read_lines(path))
-    yield from _delimited(path, csv.reader(lines, strict=True))
-
-
-def _read_tsv(path: Path) -> Iterator[tuple[dict, str]]:
-    lines = (line for _, line in read_lines(path))
-    yield from _delimited(path, csv.reader(lines, delimiter="\t", quoting=csv.QUOTE_NONE))
 
 
 def _delimited(path: Path, reader: Any) -> Iterator[tuple[dict, str]]:
@@ -203,20 +190,24 @@ def _read_parquet(path: Path, columns: Sequence[str] | None) -> Iterator[tuple[d
                 for record in batch.to_pylist():
                     number += 1
                     yield record, f"{path} row {number}"
-    except pyarrow.ArrowException as error:
-        raise OSError(str(error) or type(error).__name__) from error
+    except (pyarrow.ArrowException, OSError) as error:
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+        raise RequestError(f"cannot read {path} as parquet: {reason}") from error
 
 
 def read_lines(path: Path) -> Iterator[tuple[int, str]]:
     """Numbered lines with their ends kept, split at line feeds only, decoded from UTF-8."""
-    with open(path, "rb") as file:
-        for number, line in enumerate(file, 1):
-            try:
+    number = 1
+    try:
+        with open(path, "rb") as file:
+            for number, line in enumerate(file, 1):
                 yield number, line.decode("utf-8-sig" if number == 1 else "utf-8")
-            except UnicodeDecodeError as error:
-                raise RequestError(
-                    f"{path}:{number}: not UTF-8 ({error.reason}); save the file as UTF-8"
-                ) from error
+    except UnicodeDecodeError as error:
+        raise RequestError(
+            f"{path}:{number}: not UTF-8 ({error.reason}); save the file as UTF-8"
+        ) from error
+    except OSError as error:
+        raise RequestError(f"cannot read {path}: {error.strerror or error}") from error
 
 
 def _make_row(record: dict, place: str, text_column: str, label_column: str, target: str) -> Row:

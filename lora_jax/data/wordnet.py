@@ -8,15 +8,20 @@ animal are common, a motive is rare), far from what a sentence encoder was train
 
 from __future__ import annotations
 
-import collections
 import os
 import re
 from pathlib import Path
 
-import numpy as np
-
 from lora_jax.core.errors import RequestError
-from lora_jax.data.examples import Examples, Splits, clean_text, hash_order, make_splits, text_key
+from lora_jax.data.examples import (
+    Splits,
+    class_examples,
+    clean_text,
+    hash_order,
+    make_splits,
+    of_one_label,
+    text_key,
+)
 
 FILE = "data.noun"
 # Where Debian's package puts it, and where `make testbeds` does.
@@ -45,29 +50,17 @@ def load_wordnet(path: str = "") -> Splits:
     `RequestError` if the file is missing or is not WordNet's.
     """
     texts, labels, ids = read_glosses(find_file(path))
-    domains: dict[str, set[int]] = collections.defaultdict(set)
-    first: dict[str, int] = {}
-    for number, (text, label) in enumerate(zip(texts, labels, strict=True)):
-        domains[text_key(text)].add(label)
-        first.setdefault(text_key(text), number)
-    kept = [number for key, number in first.items() if len(domains[key]) == 1]
-    notes = [
-        f"{count} {what}"
-        for count, what in (
-            (len(texts) - len(first), "repeated glosses dropped"),
-            (len(first) - len(kept), "glosses of several domains dropped"),
-        )
-        if count
-    ]
+    kept, notes = of_one_label(
+        texts,
+        labels,
+        repeated="repeated glosses dropped",
+        conflicting="glosses of several domains dropped",
+    )
     if len(kept) <= TEST_SIZE + VALIDATION_SIZE:
         raise RequestError(
             f"{find_file(path)} holds {len(kept)} glosses; WordNet 3.0 has some 80,000 of nouns"
         )
-    whole = Examples(
-        tuple(texts[n] for n in kept),
-        np.array([labels[n] for n in kept], np.int32),
-        tuple(ids[n] for n in kept),
-    )
+    whole = class_examples((texts[n], labels[n], ids[n]) for n in kept)
     order = sorted(range(len(kept)), key=lambda n: hash_order(SALT, text_key(whole.texts[n])))
     test, rest = order[:TEST_SIZE], order[TEST_SIZE:]
     return make_splits(

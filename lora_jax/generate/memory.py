@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from lora_jax.models.attention import Cache
-from lora_jax.models.families import family_of
+from lora_jax.models.decoder import make_cache
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,8 +30,6 @@ class WithCache:
 
         The logits of this pass are not used, so XLA leaves the head out of it.
         """
-        make_cache = family_of(self.config).cache
-        assert make_cache is not None  # a decoder has one
         cache = make_cache(self.config, batch_size=len(tokens_BP), length=length, dtype=dtype)
         if tokens_BP.shape[1] == 1:
             return cache

@@ -105,7 +105,7 @@ def _follow(plan, memories, params, data, memory, prompt_RP):
     rows = Rows(
         step=jnp.zeros((), jnp.int32),
         memory=memory,
-        seen_RL=_room_for(prompt_RP, plan, data),
+        seen_RL=jnp.pad(prompt_RP, ((0, 0), (0, plan.num_new)), constant_values=data.pad),
         token_R=prompt_RP[:, -1],
         is_done_R=jnp.zeros(num_rows, bool),
         lengths_R=jnp.zeros(num_rows, jnp.int32),
@@ -178,11 +178,6 @@ def _search(plan, memories, params, data, memory, prompt_RP):
     )
     log_probs_BK = scores_BK * data.rules.divisor_N[jnp.maximum(lengths_BK - 1, 0)]
     return tokens_BKN.reshape(-1, plan.num_new), lengths_BK.reshape(-1), log_probs_BK.reshape(-1)
-
-
-def _room_for(prompt_RP, plan: Plan, data: Data) -> jax.Array:
-    new_RN = jnp.full((len(prompt_RP), plan.num_new), data.pad, jnp.int32)
-    return jnp.concatenate([prompt_RP, new_RN], axis=1)
 
 
 def _without_repeats(plan: Plan, data: Data, scores_RV, seen_RL, filled) -> jax.Array:

@@ -45,12 +45,16 @@ def generate_tokens(
 ) -> Generated:
     """Continues each prompt by up to `max_new_tokens` tokens; returns `Generated`.
 
-    `params` are the model's, plain, merged, or bound (`method.bind(trainable, frozen)`).
-    `input_ids` (B, T) integers, `attention_mask` (B, T) 0 in the padding, which must be on the
-    left. How to decode is a `Decoding`, or its fields as keywords. Sampling needs a `key`; row r
-    draws with the key folded with `row_numbers[r]` (by default r) and the step, so that neither its
-    neighbours nor its padding change it. Without `use_cache` each step runs the model over the
-    whole text: slower, and there to be compared with.
+    Args:
+      model: a causal language model.
+      params: the model's, plain, merged, or bound (`method.bind(trainable, frozen)`).
+      input_ids: (B, T) integers.
+      attention_mask: (B, T), 0 in the padding, which must be on the left.
+      settings: how to decode; or the fields of a `Decoding` as keywords.
+      key: what samples are drawn with.
+      row_numbers: row r draws with the key folded with `row_numbers[r]` (by default r) and the
+        step, so that neither its neighbours nor its padding change it.
+      use_cache: False runs the model over the whole text at each step: slower, to compare with.
 
     One program is compiled for each shape and each num_beams, num_return, no_repeat_ngram_size, way
     of choosing and number of eos_token_ids. Widths are rounded up (`bucket_width`) by padding that
@@ -61,9 +65,10 @@ def generate_tokens(
     the end of a text that beams found is always `pad_token_id` (there it is the end itself if that
     id is 0).
 
-    Raises `RequestError` for a model without a language model's head, a prompt that is empty, all
-    padding, or padded elsewhere than on the left, ids beyond the vocabulary, more tokens than a
-    model with learned positions has, parameters with adapter dropout on, or no key to draw with.
+    Raises:
+      RequestError: a model without a language model's head, a prompt that is empty, all padding, or
+        padded elsewhere than on the left, ids beyond the vocabulary, more tokens than a model with
+        learned positions has, parameters with adapter dropout on, or no key to draw with.
 
     >>> from lora_jax.models import load_model
     >>> model = load_model("tiny-llama")

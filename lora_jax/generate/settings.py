@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 from typing import Any
 
 import numpy as np
 
 from lora_jax.core.errors import RequestError
+from lora_jax.settings.fields import Setting, check_range, setting, setting_of
 
 NEVER = "never"
 MOST = 2**20
@@ -41,33 +41,26 @@ class Decoding:
     4
     """
 
-    max_new_tokens: int
+    max_new_tokens: int = dataclasses.field(metadata={"low": 1, "high": MOST})
     _: dataclasses.KW_ONLY
-    num_beams: int = 1
+    num_beams: int = setting(1, low=1, high=MOST)
     do_sample: bool = False
     temperature: float = 1.0
-    top_k: int = 0
-    top_p: float = 1.0
-    length_penalty: float = 1.0
-    no_repeat_ngram_size: int = 0
+    top_k: int = setting(0, low=0)
+    top_p: float = setting(1.0, above=0.0, high=1.0)
+    length_penalty: float = setting(1.0)
+    no_repeat_ngram_size: int = setting(0, low=0)
     no_repeat_in_prompt: bool = True
     early_stopping: bool | str = False
     eos_token_ids: tuple[int, ...] | None = None
-    pad_token_id: int | None = None
-    num_return: int = 1
+    pad_token_id: int | None = setting(None, low=0)
+    num_return: int = setting(1, low=1, high=MOST)
 
     def __post_init__(self):
-        for name, low in (("max_new_tokens", 1), ("num_beams", 1), ("num_return", 1)):
-            _whole_number(name, getattr(self, name), low)
-            if getattr(self, name) > MOST:
-                raise RequestError(
-                    f"{name}={getattr(self, name)} is beyond reason; at most {MOST:,}"
-                )
-        for name in ("top_k", "no_repeat_ngram_size"):
-            _whole_number(name, getattr(self, name), 0, " (0 turns it off)")
-        for name in ("do_sample", "no_repeat_in_prompt"):
-            if not isinstance(getattr(self, name), bool):
-                raise RequestError(f"{name}={getattr(self, name)!r}; it must be True or False")
+        for field in dataclasses.fields(self):
+            if field.name not in ("early_stopping", "eos_token_ids"):
+                value = check_range(field.name, getattr(self, field.name), setting_of(field))
+                object.__setattr__(self, field.name, value)
         if not (self.no_repeat_in_prompt or self.no_repeat_ngram_size):
             raise RequestError(
                 "no_repeat_in_prompt=False does nothing without no_repeat_ngram_size; set both"
@@ -76,14 +69,11 @@ class Decoding:
             raise RequestError(
                 f"early_stopping={self.early_stopping!r}; choose True, False or {NEVER!r}"
             )
-        if not np.float32(_real("temperature", self.temperature)) >= LOWEST_TEMPERATURE:
+        if not np.float32(self.temperature) >= LOWEST_TEMPERATURE:
             raise RequestError(
                 f"temperature={self.temperature!r} must be above 1e-6; leave do_sample out for the "
                 "most probable token"
             )
-        if not 0.0 < _real("top_p", self.top_p) <= 1.0:
-            raise RequestError(f"top_p={self.top_p!r} must be above 0 and at most 1 (1 keeps all)")
-        _real("length_penalty", self.length_penalty)
         self._check_lengths()
         self._check_ids()
         self._check_use()
@@ -102,12 +92,9 @@ class Decoding:
         if ids is not None:
             if isinstance(ids, str) or not hasattr(ids, "__iter__"):
                 raise RequestError(f"eos_token_ids={ids!r}; give a tuple of token ids")
-            for token in (ids := tuple(ids)):
-                _whole_number("eos_token_ids", token, 0)
-            ids = tuple(dict.fromkeys(map(int, ids)))
+            id_ = Setting(kind="whole", required=True, low=0)
+            ids = tuple(dict.fromkeys(check_range("eos_token_ids", one, id_) for one in ids))
         object.__setattr__(self, "eos_token_ids", ids)  # lists of a config, hashable from here on
-        if self.pad_token_id is not None:
-            _whole_number("pad_token_id", self.pad_token_id, 0)
 
     def _check_use(self):
         """A setting without effect is a mistake: whoever wrote it expects another text."""
@@ -143,15 +130,3 @@ class Decoding:
         lengths = np.arange(1, self.max_new_tokens + 1, dtype=np.float64)
         with np.errstate(over="ignore"):
             return (lengths**self.length_penalty).astype(np.float32)
-
-
-def _whole_number(name: str, value: Any, low: int, hint: str = "") -> None:
-    if isinstance(value, bool) or not isinstance(value, int | np.integer) or value < low:
-        raise RequestError(f"{name}={value!r} must be a whole number of at least {low}{hint}")
-
-
-def _real(name: str, value: Any) -> float:
-    is_number = isinstance(value, int | float | np.number) and not isinstance(value, bool)
-    if not is_number or not math.isfinite(value):
-        raise RequestError(f"{name}={value!r} must be a number")
-    return float(value)

@@ -34,10 +34,7 @@ def atomic_path(path: str | os.PathLike) -> Iterator[Path]:
         yield temporary
         with open(temporary, "rb") as file:
             os.fsync(file.fileno())
-        umask = os.umask(0)
-        os.umask(umask)
-        os.chmod(temporary, 0o666 & ~umask)
-        os.replace(temporary, path)
+        _put(temporary, path, 0o666)
     except OSError as error:
         raise _write_error(path, error) from error
     finally:
@@ -64,15 +61,20 @@ def atomic_folder(path: str | os.PathLike) -> Iterator[Path]:
         with contextlib.suppress(OSError):
             fcntl.flock(handle, fcntl.LOCK_SH | fcntl.LOCK_NB)
         yield temporary
-        umask = os.umask(0)
-        os.umask(umask)
-        os.chmod(temporary, 0o777 & ~umask)
-        os.replace(temporary, path)
+        _put(temporary, path, 0o777)
     except OSError as error:
         raise _write_error(path, error) from error
     finally:
         os.close(handle)
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _put(temporary: Path, path: Path, mode: int) -> None:
+    """Renames, with the permissions that a plain `open` or `mkdir` would have given."""
+    umask = os.umask(0)
+    os.umask(umask)
+    os.chmod(temporary, mode & ~umask)
+    os.replace(temporary, path)
 
 
 def _remove_leftovers(path: Path) -> None:

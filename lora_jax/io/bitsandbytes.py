@@ -11,13 +11,14 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
 
 from lora_jax.core.errors import RequestError
+from lora_jax.io.lazy import LazyMapping
 from lora_jax.io.untrusted import parse_json
 from lora_jax.quant import nf4
 from lora_jax.quant.weight import NF4Weight
@@ -45,34 +46,20 @@ class Nf4Matrix:
         return dataclasses.replace(self.weight, path=path, stored_dtype=stored)
 
 
-class Nf4Tensors(Mapping[str, Any]):
+def nf4_tensors(tensors: Mapping[str, np.ndarray], place: str) -> Mapping[str, Any]:
     """A file's tensors with each quantised matrix as one `Nf4Matrix`; the others as they are."""
+    if found := [name for name in tensors if name.endswith(_OTHER_STATES)]:
+        raise RequestError(
+            f"{place} holds {found[0]}: a bitsandbytes format other than NF4, which is not "
+            "read; save the model in 16 bits, or quantise it as nf4"
+        )
+    stored = {name.removesuffix(STATE) for name in tensors if name.endswith(STATE)}
+    sides = {name + side for name in stored for side in _SIDES}
 
-    def __init__(self, tensors: Mapping[str, np.ndarray], place: str):
-        self._tensors, self._place = tensors, place
-        found = [name for name in tensors if name.endswith(_OTHER_STATES)]
-        if found:
-            raise RequestError(
-                f"{place} holds {found[0]}: a bitsandbytes format other than NF4, which is not "
-                "read; save the model in 16 bits, or quantise it as nf4"
-            )
-        self._stored = {n.removesuffix(STATE) for n in tensors if n.endswith(STATE)}
-        sides = {name + side for name in self._stored for side in _SIDES}
-        self._names = [name for name in tensors if name not in sides]
+    def read(name: str) -> Any:
+        return _read(tensors, name, place) if name in stored else tensors[name]
 
-    def __getitem__(self, name: str) -> Any:
-        if name not in self._stored:
-            return self._tensors[name]
-        return _read(self._tensors, name, self._place)
-
-    def __contains__(self, name: object) -> bool:
-        return name in self._tensors
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._names)
-
-    def __len__(self) -> int:
-        return len(self._names)
+    return LazyMapping([name for name in tensors if name not in sides], read)
 
 
 @dataclasses.dataclass(frozen=True)

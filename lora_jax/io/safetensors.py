@@ -6,13 +6,14 @@ NumPy arrays (bfloat16 as `ml_dtypes.bfloat16`) on both sides.
 
 import json
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
 
 from lora_jax.core.errors import RequestError
 from lora_jax.io.atomic import atomic_path
+from lora_jax.io.lazy import LazyMapping
 
 
 # What the library and NumPy raise for tensors that a header makes up: dtypes that NumPy lacks, more
@@ -38,33 +39,22 @@ def read_tensors(path: str | os.PathLike) -> dict[str, np.ndarray]:
             raise _unreadable(path, error) from error
 
 
-class LazyTensors(Mapping[str, np.ndarray]):
+class LazyTensors(LazyMapping):
     """The tensors of one `.safetensors` file by name, each read when it is asked for.
 
     Raises `RequestError` as `read_tensors` does: for the file here, for a tensor when it is read.
     """
 
     def __init__(self, path: str | os.PathLike):
-        self._path = Path(path)
-        self._file = _opened(path)
-        self._names = dict.fromkeys(self._file.keys())
+        file = _opened(path)
 
-    def __getitem__(self, name: str) -> np.ndarray:
-        if name not in self._names:
-            raise KeyError(name)
-        try:
-            return self._file.get_tensor(name)
-        except _damage() as error:
-            raise _unreadable(self._path, error) from error
+        def read(name: str) -> np.ndarray:
+            try:
+                return file.get_tensor(name)
+            except _damage() as error:
+                raise _unreadable(path, error) from error
 
-    def __contains__(self, name: object) -> bool:
-        return name in self._names  # Mapping's own would read the tensor to find out.
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._names)
-
-    def __len__(self) -> int:
-        return len(self._names)
+        super().__init__(file.keys(), read)
 
 
 def read_metadata(path: str | os.PathLike) -> dict[str, str]:

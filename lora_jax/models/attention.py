@@ -13,11 +13,40 @@ import jax.numpy as jnp
 from jax import lax
 
 from lora_jax.core.dtypes import float32_or_wider
+from lora_jax.core.errors import RequestError
 from lora_jax.models.layers import dropout
 
 # Large enough that exp(score + bias) is 0.0 exactly; finite, so that a row with nothing to attend
 # to gives an average instead of NaN.
 MASKED = -1e30
+
+
+def check_tokens(
+    name: str,
+    input_ids: jax.Array,
+    longest: int | None,
+    *,
+    columns: int | None = None,
+    **others: jax.Array | None,
+) -> None:
+    """Raises `RequestError` for inputs that are no (batch, time) integers or do not fit.
+
+    `columns` of a cache count against `longest` in place of the tokens; `others` are None or of the
+    shape of `input_ids`.
+    """
+    shape = jnp.shape(input_ids)
+    if len(shape) != 2 or not jnp.issubdtype(jnp.result_type(input_ids), jnp.integer):
+        kind = f"{jnp.result_type(input_ids)} {shape}"
+        raise RequestError(f"input_ids are {kind}; {name} takes integers of shape (batch, time)")
+    for what, value in others.items():
+        if value is not None and jnp.shape(value) != shape:
+            raise RequestError(f"{what} has shape {jnp.shape(value)}, input_ids have {shape}")
+    columns = shape[1] if columns is None else columns
+    if longest is not None and columns > longest:
+        raise RequestError(
+            f"a sequence of {columns} tokens is longer than the model's {longest} positions; "
+            "truncate the texts (data.max_length), or ask for fewer new tokens"
+        )
 
 
 def mask_bias(attention_mask: jax.Array) -> jax.Array:
@@ -44,22 +73,6 @@ def causal_bias(
     if window is not None:
         visible_TS &= column_1S > query_T1 - window
     return bias_where(visible_TS[None, None] & (mask_BS[:, None, None, :] != 0))
-
-
-def attend(
-    q_BTD: jax.Array,
-    k_BSD: jax.Array,
-    v_BSD: jax.Array,
-    bias: jax.Array,
-    *,
-    num_heads: int,
-    dropout_rate: float = 0.0,
-    dropout_key: jax.Array | None = None,
-) -> jax.Array:
-    """`attend_heads` for heads of width D / num_heads that lie side by side; -> (B, T, D)."""
-    q, k, v = (split_heads(x, num_heads) for x in (q_BTD, k_BSD, v_BSD))
-    mixed = attend_heads(q, k, v, bias, dropout_rate=dropout_rate, dropout_key=dropout_key)
-    return mixed.reshape(q_BTD.shape)
 
 
 def split_heads(x: jax.Array, num_heads: int) -> jax.Array:
@@ -160,25 +173,6 @@ class Cache(NamedTuple):
     values: Any
     mask: jax.Array
     length: jax.Array
-
-
-def make_cache(
-    *,
-    num_layers: int,
-    num_heads: int,
-    width: int,
-    batch_size: int,
-    length: int,
-    dtype: Any,
-    is_stacked: bool,
-) -> Cache:
-    """An empty cache for `length` columns of `num_heads` key heads of `width`."""
-    shape = (batch_size, length, num_heads, width)
-    if is_stacked:
-        empty = lambda: jnp.zeros((num_layers, *shape), dtype)  # noqa: E731
-    else:
-        empty = lambda: tuple(jnp.zeros(shape, dtype) for _ in range(num_layers))  # noqa: E731
-    return Cache(empty(), empty(), jnp.zeros(shape[:2], jnp.int32), jnp.zeros((), jnp.int32))
 
 
 def put_columns(kept_BSKH: jax.Array, new_BTKH: jax.Array, start: jax.Array) -> jax.Array:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -11,15 +12,15 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from lora_jax.core.errors import RequestError
-from lora_jax.io.bitsandbytes import Nf4Tensors, is_quantized_config
+from lora_jax.io.bitsandbytes import is_quantized_config, nf4_tensors
 from lora_jax.io.safetensors import read_tensors
 from lora_jax.models.config_fields import Fields, read_json
 from lora_jax.models.families import CAUSAL_LM, ENCODER, Family, find_family, functional_model
 from lora_jax.models.hf_names import Entry, params_from_tensors
-from lora_jax.models.placing import OnHost, Placing
+from lora_jax.models.placing import Placing
 from lora_jax.models.pooling import FAMILY, read_pooling
 from lora_jax.models.tokenizer import read_tokenizer
-from lora_jax.models.weights_files import Renamed, open_weights
+from lora_jax.models.weights_files import open_weights, renamed
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -43,7 +44,7 @@ class Request:
     """
 
     has_head: bool = False
-    placing: Placing = OnHost()
+    placing: Placing = Placing()
     config_changes: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     needs_tokenizer: bool = True
 
@@ -83,7 +84,7 @@ def read_checkpoint(folder: str | os.PathLike, name: str, request: Request) -> C
     tokenizer = _read_tokenizer(folder, family, config) if request.needs_tokenizer else None
     tensors, file = open_weights(folder)
     if is_quantized_config(raw, place):
-        tensors = Nf4Tensors(tensors, str(file))
+        tensors = nf4_tensors(tensors, str(file))
     pooling = read_pooling(folder) if family.kind == ENCODER else FAMILY
     params, head, pooling = read_params(
         tensors, family, config, request, place=str(file), pooling=pooling
@@ -123,7 +124,7 @@ def read_params(
     "cls" for an encoder whose own pooling needs weights that the file lacks.
     """
     names = family.names(tensors)
-    tensors = Renamed({here: (tensors, there) for here, there in names.items()})
+    tensors = renamed({here: (tensors, there) for here, there in names.items()})
     entries, ignored = list(family.entries(config)), list(family.ignored)
     lm_head = family.lm_head(config)
     if request.has_head or not lm_head:
@@ -146,7 +147,7 @@ def read_params(
     found = request.has_head and pooling == FAMILY and classifier[-1].tensor in tensors
     if found:
         entries += classifier
-    ignored += [_exactly(e.tensor) for e in (*pooler, *classifier) if e not in entries]
+    ignored += [re.escape(e.tensor) for e in (*pooler, *classifier) if e not in entries]
     num_labels = tensors[classifier[-1].tensor].shape[:1] if found else ()
     labels = num_labels[0] if num_labels else (1 if request.has_head else None)
     shapes, _ = functional_model(config, labels, pooling)
@@ -171,10 +172,6 @@ def _check_names(tensors: Mapping[str, Any], entries: Sequence[Entry], place: st
             f"{place} does not fit its config.json: missing {', '.join(missing[:6])} and "
             f"{max(0, len(missing) - 6)} more"
         )
-
-
-def _exactly(name: str) -> str:
-    return name.replace(".", r"\.")
 
 
 def _check_tied(tensors: Mapping[str, np.ndarray], family: Family, config: Any, place: str) -> None:

@@ -19,14 +19,19 @@ def functional(make_module: Callable[[], nnx.Module]) -> tuple[dict[str, Any], C
     graph, state = nnx.split(nnx.eval_shape(make_module))
     keyed, treedef = jax.tree_util.tree_flatten_with_path(state)
     # The last key is the variable's own `.value`, which a plain dict does not have.
-    paths = [tuple(str(key.key) for key in keys[:-1]) for keys, _ in keyed]
-    shapes = {"/".join(path): leaf for path, (_, leaf) in zip(paths, keyed, strict=True)}
+    shapes = {"/".join(str(key.key) for key in keys[:-1]): leaf for keys, leaf in keyed}
 
     def call(params: Mapping[str, Any], *args, **kwargs):
-        leaves = [_leaf(params, path) for path in paths]
-        if _count_leaves(params) != len(leaves):
-            extra = sorted(flatten(params).keys() - shapes.keys())
+        flat = flatten(params)
+        for path in shapes:
+            if flat.get(path) is None:
+                raise RequestError(
+                    f"params hold no array at {path!r}; pass the whole tree, as model.params or "
+                    "method.bind(trainable, frozen) give it"
+                )
+        if extra := sorted(flat.keys() - shapes.keys()):
             raise RequestError(f"params hold {', '.join(extra[:5])}, which the model does not have")
+        leaves = [flat[path] for path in shapes]
         return nnx.merge(graph, jax.tree.unflatten(treedef, leaves))(*args, **kwargs)
 
     return shapes, call
@@ -53,19 +58,3 @@ def unflatten(flat: Mapping[str, Any]) -> dict[str, Any]:
             node = node.setdefault(parent, {})
         node[name] = value
     return tree
-
-
-def _leaf(params: Mapping[str, Any], path: tuple[str, ...]) -> Any:
-    node: Any = params
-    for name in path:
-        node = node.get(name) if isinstance(node, Mapping) else None
-        if node is None:
-            raise RequestError(
-                f"params hold no array at '{'/'.join(path)}'; pass the whole tree, as model.params "
-                "or method.bind(trainable, frozen) give it"
-            )
-    return node
-
-
-def _count_leaves(tree: Mapping[str, Any]) -> int:
-    return sum(_count_leaves(v) if isinstance(v, Mapping) else 1 for v in tree.values())

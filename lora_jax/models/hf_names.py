@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import ml_dtypes
@@ -12,7 +12,7 @@ import numpy as np
 
 from lora_jax.core.errors import RequestError
 from lora_jax.io.bitsandbytes import Nf4Matrix, to_tensors
-from lora_jax.models.placing import OnHost, Placing
+from lora_jax.models.placing import Placing
 from lora_jax.quant.weight import NF4Weight
 
 _FLOATS = frozenset(np.dtype(t) for t in (np.float64, np.float32, np.float16, ml_dtypes.bfloat16))
@@ -30,17 +30,23 @@ class Entry:
     is_transposed: bool = False
     index: int | None = None
 
+    def in_file(self, array: Any) -> Any:
+        """The tensor as the file has it, of the parameter's array."""
+        one = array if self.index is None else array[self.index]
+        return one.T if self.is_transposed else one
 
-def linear(module: str, path: str, *, bias: bool = True, transposed: bool = True) -> list[Entry]:
+
+def linear(
+    module: str, path: str, *, bias: bool = True, transposed: bool = True, weight: str = "kernel"
+) -> list[Entry]:
     """The entries of a linear layer; torch's `Linear` stores (out, in), `Conv1D` (in, out)."""
-    entries = [Entry(f"{module}.weight", f"{path}/kernel", is_transposed=transposed)]
+    entries = [Entry(f"{module}.weight", f"{path}/{weight}", is_transposed=transposed)]
     return entries + ([Entry(f"{module}.bias", f"{path}/bias")] if bias else [])
 
 
 def norm(module: str, path: str, *, bias: bool = True) -> list[Entry]:
     """The entries of a layer norm."""
-    entries = [Entry(f"{module}.weight", f"{path}/scale")]
-    return entries + ([Entry(f"{module}.bias", f"{path}/bias")] if bias else [])
+    return linear(module, path, bias=bias, transposed=False, weight="scale")
 
 
 def layer_entries(entries: Sequence[Entry], number: int, *, stacked: bool) -> list[Entry]:
@@ -58,7 +64,7 @@ def params_from_tensors(
     *,
     ignored: Iterable[str],
     place: str,
-    placing: Placing = OnHost(),  # noqa: B008
+    placing: Placing = Placing(),  # noqa: B008
 ) -> dict[str, Any]:
     """Returns `{path: array}` as `placing` keeps them, accounting for every tensor of the file.
 
@@ -76,7 +82,7 @@ def params_from_tensors(
     wrong: dict[str, list[str]] = {"misshapen": [], "not floating point:": []}
     wrong["with NaN or infinity:"] = []
     params: dict[str, Any] = {}
-    for path, group in _by_path(entries):
+    for path, group in _by_path(entries).items():
         shape = tuple(shapes[path].shape)
         for entry in group:
             if entry.tensor not in there:
@@ -147,7 +153,7 @@ def tensors_from_params(
     A kernel in four bits becomes the tensors that bitsandbytes has of it.
     """
     tensors: dict[str, np.ndarray] = {}
-    for path, group in _by_path(entries):
+    for path, group in _by_path(entries).items():
         if isinstance(params[path], NF4Weight):
             for entry in group:
                 whole = params[path]
@@ -155,17 +161,15 @@ def tensors_from_params(
                 tensors |= to_tensors(entry.tensor, one)
             continue
         array = np.asarray(params[path])
-        for entry in group:
-            one = array if entry.index is None else array[entry.index]
-            tensors[entry.tensor] = one.T if entry.is_transposed else one
+        tensors |= {entry.tensor: entry.in_file(array) for entry in group}
     return tensors
 
 
-def _by_path(entries: Sequence[Entry]) -> Iterator[tuple[str, list[Entry]]]:
+def _by_path(entries: Sequence[Entry]) -> dict[str, list[Entry]]:
     groups: dict[str, list[Entry]] = {}
     for entry in entries:
         groups.setdefault(entry.path, []).append(entry)
-    yield from groups.items()
+    return groups
 
 
 def _listed(names: Sequence[str], limit: int = 6) -> str:

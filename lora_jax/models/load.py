@@ -92,15 +92,18 @@ def load_model(
         config_changes={"scan_layers": True} if scan_layers else {},
         needs_tokenizer=tokenizer,
     )
-    if name in TINY_MODELS:
-        checkpoint = make_tiny(name, request)
-    elif is_gguf(source := find_source(path_or_name)):
-        checkpoint = read_gguf_checkpoint(source, name, request)
-    else:
-        checkpoint = read_checkpoint(source, name, request)
+    checkpoint = _read(path_or_name, name, request)
     if untie:
         checkpoint = _untied(checkpoint, request)
     return make_model(checkpoint, head, num_labels, head_key)
+
+
+def _read(path_or_name: str | os.PathLike, name: str, request: Request) -> Checkpoint:
+    if name in TINY_MODELS:
+        return make_tiny(name, request)
+    source = find_source(path_or_name)
+    read = read_gguf_checkpoint if is_gguf(source) else read_checkpoint
+    return read(source, name, request)
 
 
 def make_model(
@@ -206,7 +209,8 @@ def _num_labels(checkpoint: Checkpoint, num_labels: int | None) -> int:
                 "its own kind); give num_labels for a new head"
             )
         return num_labels
-    stored = checkpoint.head[_last_kernel(checkpoint.head)].shape[-1]
+    last = "head/out_proj/kernel" if "head/out_proj/kernel" in checkpoint.head else "head/kernel"
+    stored = checkpoint.head[last].shape[-1]
     if not stored:
         raise RequestError(f"the head in {checkpoint.name} has no outputs; its file is damaged")
     if num_labels not in (None, stored):
@@ -215,7 +219,3 @@ def _num_labels(checkpoint: Checkpoint, num_labels: int | None) -> int:
             f"leave num_labels out, or remove {HEAD_FILE} for a new head"
         )
     return stored
-
-
-def _last_kernel(head: Mapping[str, Any]) -> str:
-    return "head/out_proj/kernel" if "head/out_proj/kernel" in head else "head/kernel"

@@ -15,6 +15,7 @@ from lora_jax.core.errors import RequestError
 from lora_jax.core.hashes import hash_params
 from lora_jax.core.rules import Part
 from lora_jax.models.attention import Cache
+from lora_jax.models.decoder import make_cache
 from lora_jax.models.families import CAUSAL_LM, Family, family_of
 from lora_jax.models.functional import flatten
 from lora_jax.quant.weight import NF4Weight
@@ -113,25 +114,31 @@ class Model:
 
         Raises `RequestError` for a model that does not decode, or a length beyond its positions.
         """
-        if self.family.cache is None or self.head is not None:
+        if self.kind != CAUSAL_LM or self.head is not None:
             raise RequestError(
                 f"model {self.name} is no language model (its kind is {self.kind!r}, its head "
                 f"{self.head!r}); load a decoder with head=None"
             )
         dtype = flatten(self.params)["embed/embedding"].dtype if dtype is None else dtype
-        return self.family.cache(self.config, batch_size=batch_size, length=length, dtype=dtype)
+        return make_cache(self.config, batch_size=batch_size, length=length, dtype=dtype)
 
 
 def unstack_layers(config: Any, flat: Mapping[str, Any]) -> dict[str, Any]:
-    """`{path: array}` with every stacked parameter as one array a layer; plain ones as they are."""
+    """`{path: array or shape}` with stacked parameters layer by layer; plain ones as they are."""
     if not getattr(config, "scan_layers", False):
         return dict(flat)
     out: dict[str, Any] = {}
     for path, array in flat.items():
         if path.startswith("layers/"):
             rest = path.removeprefix("layers/")
-            one = array.layer if isinstance(array, NF4Weight) else array.__getitem__
-            out |= {f"layers/{n}/{rest}": one(n) for n in range(config.num_hidden_layers)}
+            numbers = range(config.num_hidden_layers)
+            out |= {f"layers/{n}/{rest}": _layer_of(array, n) for n in numbers}
         else:
             out[path] = array
     return out
+
+
+def _layer_of(array: Any, number: int) -> Any:
+    if isinstance(array, jax.ShapeDtypeStruct):
+        return jax.ShapeDtypeStruct(array.shape[1:], array.dtype)
+    return array.layer(number) if isinstance(array, NF4Weight) else array[number]

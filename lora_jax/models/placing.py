@@ -7,7 +7,7 @@ import dataclasses
 import functools
 import re
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Protocol
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -19,43 +19,30 @@ from lora_jax.quant.quantize import to_nf4
 from lora_jax.quant.weight import NF4Weight, encode_kernel
 
 
-class Placing(Protocol):
-    """Takes tensors one by one: `dtype` says what a tensor becomes, `put` keeps one that has become
-    it, `empty` and `put_part` keep layers that are stacked into one parameter. Where it `keeps`
-    what a file has in four bits, `put` and `put_part` take such kernels, too.
+class Placing:
+    """Takes tensors one by one, here as NumPy arrays in the dtypes of the file.
+
+    `dtype` says what a tensor becomes, `put` keeps one that has become it, `empty` and `put_part`
+    keep layers that are stacked into one parameter. Where it `keeps` what a file has in four bits,
+    `put` and `put_part` take such kernels, too.
     """
-
-    keeps: bool
-
-    def of(self, aliases: Mapping[str, Any], paths: Sequence[str]) -> Placing: ...
-
-    def dtype(self, path: str, stored: np.dtype) -> np.dtype: ...
-
-    def put(self, array: Any, path: str) -> Any: ...
-
-    def empty(self, like: Any, shape: tuple[int, ...], path: str) -> Any: ...
-
-    def put_part(self, stack: Any, part: Any, index: int) -> Any: ...
-
-
-class OnHost:
-    """NumPy arrays in the dtypes of the file."""
 
     keeps = False
 
-    def of(self, aliases: Mapping[str, Any], paths: Sequence[str]) -> OnHost:
+    def of(self, aliases: Mapping[str, Any], paths: Sequence[str]) -> Placing:
+        """The same for a model of these aliases and paths."""
         return self
 
     def dtype(self, path: str, stored: np.dtype) -> np.dtype:
         return stored
 
-    def put(self, array: np.ndarray, path: str) -> np.ndarray:
+    def put(self, array: Any, path: str) -> Any:
         return array
 
-    def empty(self, like: np.ndarray, shape: tuple[int, ...], path: str) -> np.ndarray:
+    def empty(self, like: Any, shape: tuple[int, ...], path: str) -> Any:
         return np.zeros(shape, like.dtype)
 
-    def put_part(self, stack: np.ndarray, part: np.ndarray, index: int) -> np.ndarray:
+    def put_part(self, stack: Any, part: Any, index: int) -> Any:
         stack[index] = part
         return stack
 
@@ -69,7 +56,7 @@ class Quantization:
 
 
 @dataclasses.dataclass(frozen=True)
-class OnDevice:
+class OnDevice(Placing):
     """JAX arrays of dtype `wanted`, or the file's where it is None; `name` is the model's.
 
     A task's head (`has_head`) keeps the file's dtype: `make_model` widens it, nothing rounds it.

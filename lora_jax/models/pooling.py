@@ -3,7 +3,6 @@
 import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from types import MappingProxyType
 
 import jax
 import jax.numpy as jnp
@@ -40,18 +39,18 @@ def last_token(h_BTD: jax.Array, mask_BT: jax.Array) -> jax.Array:
 
 
 # Each takes float32 or wider (B, T, D) hidden states and the (B, T) mask, and returns (B, D).
-POOLINGS: Mapping[str, Callable[[jax.Array, jax.Array], jax.Array]] = MappingProxyType(
-    {"cls": _cls, "mean": _mean, "max": _max}
-)
+POOLINGS: Mapping[str, Callable[[jax.Array, jax.Array], jax.Array]] = {
+    "cls": _cls,
+    "mean": _mean,
+    "max": _max,
+}
 
 # sentence-transformers' names for the same; the rest of its modes are refused by name.
-_MODES = MappingProxyType(
-    {
-        "pooling_mode_cls_token": "cls",
-        "pooling_mode_mean_tokens": "mean",
-        "pooling_mode_max_tokens": "max",
-    }
-)
+_MODES = {
+    "pooling_mode_cls_token": "cls",
+    "pooling_mode_mean_tokens": "mean",
+    "pooling_mode_max_tokens": "max",
+}
 
 
 def read_pooling(folder: str | os.PathLike) -> str:

@@ -23,19 +23,28 @@ from lora_jax.quant.weight import NF4Weight
 
 
 def save_model(folder: str | os.PathLike, model: Model, params: Mapping[str, Any]) -> None:
-    """Writes `params` (a whole tree, as `method.merge` gives it) as a new model folder.
+    """Writes `params` as a new model folder.
 
     Weights go to model.safetensors under transformers' names, each in its own dtype: a decoder with
     its head, an encoder with a head of its family's own kind as the class for sequence
     classification. A head on another pooling goes to head.safetensors (`head.weight` (num_labels,
     D), `head.bias`) beside the plain encoder. Kernels in four bits are written as bitsandbytes has
     them, for transformers to open in four bits. With them config.json, tokenizer.json and the
-    pooling. The folder appears whole, by a rename, or not at all. Raises `RequestError` if it
-    exists or `params` are not the model's.
+    pooling. The folder appears whole, by a rename, or not at all.
+
+    Args:
+      folder: the folder to write; it must not exist yet.
+      model: what `params` are of: its config, tokenizer and pooling are written too.
+      params: a whole tree, as `method.merge` gives it.
+
+    Raises:
+      RequestError: `folder` exists, or `params` are not the model's.
     """
     flat = _checked(model, params)
-    entries, head_entries, class_name = _entries(model)
-    config = model.config.to_json() | {"architectures": [class_name]} | _task_fields(model)
+    body, head = class_entries(model)
+    entries = [*body, *head]
+    config = model.config.to_json() | {"architectures": [_class_name(model, bool(head))]}
+    config |= _task_fields(model)
     # transformers 4 reads the first, transformers 5 the second.
     dtype = str(flat[entries[0].path].dtype)
     config |= {"torch_dtype": dtype, "dtype": dtype}
@@ -47,8 +56,8 @@ def save_model(folder: str | os.PathLike, model: Model, params: Mapping[str, Any
         if model.stored_tokenizer is not None:
             text = model.tokenizer.to_str(pretty=True)
             write_text(temporary / "tokenizer.json", text)
-        if head_entries:
-            write_tensors(temporary / HEAD_FILE, tensors_from_params(flat, head_entries))
+        if model.head is not None and not head:
+            write_tensors(temporary / HEAD_FILE, tensors_from_params(flat, HEAD_ENTRIES))
         if model.kind == CAUSAL_LM and model.eos_token_ids:
             found = {"eos_token_id": list(model.eos_token_ids), "pad_token_id": model.pad_token_id}
             write_json(temporary / "generation_config.json", found)
@@ -58,26 +67,29 @@ def save_model(folder: str | os.PathLike, model: Model, params: Mapping[str, Any
                 write_json(temporary / name, value)
 
 
-def _entries(model: Model) -> tuple[list[Entry], list[Entry], str]:
-    """`(of model.safetensors, of head.safetensors, transformers' class)`."""
+def class_entries(model: Model) -> tuple[list[Entry], list[Entry]]:
+    """`(body, head)` of transformers' class of this model, under the names that it has there.
+
+    An encoder's head on sentence-transformers' pooling has no class: it is left out.
+    """
     family, config = model.family, model.config
-    entries, prefix = family.entries(config), family.class_name(config)
-    has_head = model.head is not None
+    entries = family.entries(config)
     if family.kind == CAUSAL_LM:
-        heads = list(family.classifier) if has_head else family.lm_head(config)
-        task = "ForSequenceClassification" if has_head else _lm_class(prefix)
-        return [*entries, *heads], [], prefix + task
-    if model.pooling != FAMILY:
-        return list(entries), list(HEAD_ENTRIES) if has_head else [], f"{prefix}Model"
-    entries = [*entries, *family.pooler]
-    if not has_head:
-        return entries, [], f"{prefix}Model"
+        head = family.lm_head(config) if model.head is None else family.classifier
+        return entries, list(head)
+    if model.pooling == FAMILY:
+        entries += family.pooler
+    if model.pooling != FAMILY or model.head is None:
+        return entries, []
     entries = [dataclasses.replace(e, tensor=f"{family.prefix}{e.tensor}") for e in entries]
-    return [*entries, *family.classifier], [], f"{prefix}ForSequenceClassification"
+    return entries, list(family.classifier)
 
 
-def _lm_class(prefix: str) -> str:
-    return "LMHeadModel" if prefix == "GPT2" else "ForCausalLM"
+def _class_name(model: Model, has_head: bool) -> str:
+    prefix = model.family.class_name(model.config)
+    if model.kind == CAUSAL_LM and model.head is None:
+        return f"{prefix}LMHeadModel" if prefix == "GPT2" else f"{prefix}ForCausalLM"
+    return f"{prefix}ForSequenceClassification" if has_head else f"{prefix}Model"
 
 
 def _task_fields(model: Model) -> dict[str, Any]:

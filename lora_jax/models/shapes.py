@@ -11,7 +11,6 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Mapping
-from types import MappingProxyType
 from typing import Any
 
 import jax
@@ -23,7 +22,7 @@ from lora_jax.models.families import CAUSAL_LM, family_of, functional_model
 from lora_jax.models.functional import unflatten
 from lora_jax.models.gpt2.modeling import GPT2Config
 from lora_jax.models.llama.config import LlamaConfig
-from lora_jax.models.model import NO_HEAD, Model
+from lora_jax.models.model import NO_HEAD, Model, unstack_layers
 from lora_jax.models.pooling import FAMILY
 from lora_jax.models.roberta.modeling import RobertaConfig
 
@@ -75,37 +74,35 @@ def _llama(
 
 _gpt2 = functools.partial(_gpt, positions=1024)
 _gpt3 = functools.partial(_gpt, positions=2048)
-SHAPES: Mapping[str, Any] = MappingProxyType(
-    {
-        "gpt2": _gpt2(12, 768, 12),
-        "gpt2-medium": _gpt2(24, 1024, 16),
-        "gpt2-large": _gpt2(36, 1280, 20),
-        "gpt2-xl": _gpt2(48, 1600, 25),
-        "gpt3-125m": _gpt3(12, 768, 12),
-        "gpt3-350m": _gpt3(24, 1024, 16),
-        "gpt3-760m": _gpt3(24, 1536, 16),
-        "gpt3-1.3b": _gpt3(24, 2048, 16),
-        "gpt3-2.7b": _gpt3(32, 2560, 32),
-        "gpt3-6.7b": _gpt3(32, 4096, 32),
-        "gpt3-13b": _gpt3(40, 5120, 40),
-        "gpt3-175b": _gpt3(96, 12288, 96),
-        # Touvron et al. 2023 (arXiv:2302.13971, Table 2; 2307.09288); Llama 3 (2407.21783).
-        "llama-7b": _llama(32, 4096, 32, 11008),
-        "llama-13b": _llama(40, 5120, 40, 13824),
-        "llama-33b": _llama(60, 6656, 52, 17920),
-        "llama-65b": _llama(80, 8192, 64, 22016),
-        "llama-2-7b": _llama(32, 4096, 32, 11008),
-        "llama-2-13b": _llama(40, 5120, 40, 13824),
-        "llama-2-70b": _llama(80, 8192, 64, 28672, groups=8),
-        "llama-3-8b": _llama(32, 4096, 32, 14336, groups=8, vocab=128256, rope_theta=5e5),
-        "llama-3-70b": _llama(80, 8192, 64, 28672, groups=8, vocab=128256, rope_theta=5e5),
-        "smollm2-135m": _llama(
-            30, 576, 9, 1536, groups=3, vocab=49152, tie_word_embeddings=True, rope_theta=1e5
-        ),
-        "roberta-base": _roberta(12, 768, 12),
-        "roberta-large": _roberta(24, 1024, 16),
-    }
-)
+SHAPES: Mapping[str, Any] = {
+    "gpt2": _gpt2(12, 768, 12),
+    "gpt2-medium": _gpt2(24, 1024, 16),
+    "gpt2-large": _gpt2(36, 1280, 20),
+    "gpt2-xl": _gpt2(48, 1600, 25),
+    "gpt3-125m": _gpt3(12, 768, 12),
+    "gpt3-350m": _gpt3(24, 1024, 16),
+    "gpt3-760m": _gpt3(24, 1536, 16),
+    "gpt3-1.3b": _gpt3(24, 2048, 16),
+    "gpt3-2.7b": _gpt3(32, 2560, 32),
+    "gpt3-6.7b": _gpt3(32, 4096, 32),
+    "gpt3-13b": _gpt3(40, 5120, 40),
+    "gpt3-175b": _gpt3(96, 12288, 96),
+    # Touvron et al. 2023 (arXiv:2302.13971, Table 2; 2307.09288); Llama 3 (2407.21783).
+    "llama-7b": _llama(32, 4096, 32, 11008),
+    "llama-13b": _llama(40, 5120, 40, 13824),
+    "llama-33b": _llama(60, 6656, 52, 17920),
+    "llama-65b": _llama(80, 8192, 64, 22016),
+    "llama-2-7b": _llama(32, 4096, 32, 11008),
+    "llama-2-13b": _llama(40, 5120, 40, 13824),
+    "llama-2-70b": _llama(80, 8192, 64, 28672, groups=8),
+    "llama-3-8b": _llama(32, 4096, 32, 14336, groups=8, vocab=128256, rope_theta=5e5),
+    "llama-3-70b": _llama(80, 8192, 64, 28672, groups=8, vocab=128256, rope_theta=5e5),
+    "smollm2-135m": _llama(
+        30, 576, 9, 1536, groups=3, vocab=49152, tie_word_embeddings=True, rope_theta=1e5
+    ),
+    "roberta-base": _roberta(12, 768, 12),
+    "roberta-large": _roberta(24, 1024, 16),
+}
 
 
 def abstract_model(
@@ -142,7 +139,7 @@ def abstract_model(
     if family.kind == CAUSAL_LM and not config.scan_layers:
         # One stacked layer is traced in place of 96.
         stacked = dataclasses.replace(config, scan_layers=True)
-        shapes = _unstacked(functional_model(stacked, num_labels)[0])
+        shapes = unstack_layers(stacked, functional_model(stacked, num_labels)[0])
         apply = lambda *args, **kwargs: functional_model(config, num_labels)[1](*args, **kwargs)  # noqa: E731
     else:
         shapes, apply = functional_model(config, num_labels)
@@ -159,16 +156,3 @@ def abstract_model(
         num_labels=num_labels,
         head_pattern=r"head/.*" if has_head else NO_HEAD,
     )
-
-
-def _unstacked(shapes: Mapping[str, Any]) -> dict[str, Any]:
-    """Shapes of a model with stacked layers as those of the same model without, layer by layer."""
-    shared = {p: x for p, x in shapes.items() if not p.startswith("layers/")}
-    stacked = {p.removeprefix("layers/"): x for p, x in shapes.items() if p.startswith("layers/")}
-    number = next(iter(stacked.values())).shape[0]
-    layers = {
-        f"layers/{n}/{rest}": jax.ShapeDtypeStruct(x.shape[1:], x.dtype)
-        for n in range(number)
-        for rest, x in stacked.items()
-    }
-    return {**shared, **layers}

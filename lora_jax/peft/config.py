@@ -2,21 +2,22 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
+import functools
 import re
 import reprlib
 import warnings
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, TypeVar, cast
 
 from lora_jax.core.errors import RequestError
 from lora_jax.core.trees import nearest
 from lora_jax.io import matching
-from lora_jax.models.config_fields import Fields, read_json
+from lora_jax.models.config_fields import Fields, Flag, Probability, one_of, read_json
 
 CONFIG = "adapter_config.json"
+F = TypeVar("F", bound=Callable[..., Any])
 _LONGEST = 10_000  # of expressions: longer than any
 BIASES = ("none", "lora_only", "all")
 
@@ -42,12 +43,100 @@ _NEUTRAL = {
     "inference_mode", "loftq_config", "lora_ga_config", "megatron_config", "megatron_core",
     "peft_version", "qalora_group_size", "revision", "runtime_config", "fan_in_fan_out",
 }  # fmt: skip
-_READ = {
-    "peft_type", "r", "lora_alpha", "lora_dropout", "target_modules", "exclude_modules",
-    "modules_to_save", "bias", "use_rslora", "use_dora", "rank_pattern", "alpha_pattern",
-    "layers_to_transform", "layers_pattern", "task_type", "init_lora_weights",
-    "ensure_weight_tying",
-}  # fmt: skip
+
+
+def _names(fields: Fields, name: str, default: Any) -> str | tuple[str, ...]:
+    """A regular expression, or a list of names."""
+    value = fields.value(name, None)
+    if isinstance(value, str) and value:
+        _check_expression(value, name, fields.place)
+        return value
+    listed = _listed(fields, name)
+    if default != () and not listed:
+        raise fields.error(name, value, "a list of module names, or a regular expression")
+    return listed
+
+
+def _expressions(fields: Fields, name: str, default: Any) -> tuple[str, ...]:
+    """Names that PEFT puts into regular expressions as they are."""
+    listed = _listed(fields, name)
+    for value in listed:
+        _check_expression(value, name, fields.place)
+    return listed
+
+
+def _listed(fields: Fields, name: str) -> tuple[str, ...]:
+    value = fields.value(name, "")
+    if value == "":
+        return ()
+    listed = [value] if isinstance(value, str) else value
+    if not isinstance(listed, list) or not all(isinstance(v, str) and v for v in listed):
+        raise fields.error(name, value, "a list of names")
+    return tuple(listed)
+
+
+def _layers(fields: Fields, name: str, default: Any) -> tuple[int, ...] | None:
+    value = fields.value(name, [])
+    listed = value if isinstance(value, list) else [value]
+    if not all(type(n) is int and n >= 0 for n in listed):
+        raise fields.error(name, value, "a layer's number or a list of them")
+    return tuple(listed) or None
+
+
+def _pattern(read: Callable[[Fields, str], Any]) -> Callable[..., tuple[tuple[str, Any], ...]]:
+    """Reads an object whose keys are expressions, and its values by `read`."""
+
+    def pattern(fields: Fields, name: str, default: Any) -> tuple[tuple[str, Any], ...]:
+        found = fields.mapping(name) or {}
+        for key in found:
+            _check_expression(key, name, fields.place)
+        inner = fields.inner(name, found)
+        return tuple((key, read(inner, key)) for key in found)
+
+    return pattern
+
+
+def _text(fields: Fields, name: str, default: Any) -> str | None:
+    value = fields.value(name, None)
+    return value if isinstance(value, str) else None
+
+
+def _check_expression(text: str, name: str, place: str) -> None:
+    if len(text) > _LONGEST:
+        raise RequestError(
+            f"{place}: {name} holds {reprlib.repr(text)} of {len(text)} characters, more than "
+            f"{_LONGEST}; write the modules as a list"
+        )
+    try:
+        # As they will be put together: what stands alone may not stand within another.
+        for whole in (
+            text,
+            rf"(^|.*\.){text}($|\..*)",
+            rf"(.*\.)?({text})$",
+            rf"(?:^|.*?\.){text}\.(?P<layer>\d+)\.",
+        ):
+            matching.compile(whole)
+    except (re.error, OverflowError, RecursionError) as error:
+        raise RequestError(
+            f"{place}: {name} holds {reprlib.repr(text)}, which is no regular expression: {error}"
+        ) from error
+
+
+NamesOrExpression = Annotated[str | tuple[str, ...], _names]
+Expressions = Annotated[tuple[str, ...], _expressions]
+
+
+def _naming_place(method: F) -> F:
+    """The method of `PeftConfig` with the file's place before what its errors say."""
+
+    @functools.wraps(method)
+    def named(self, *args, **kwargs):
+        try:
+            return method(self, *args, **kwargs)
+        except RequestError as error:
+            raise RequestError(f"{self.place}: {error}") from error
+
+    return cast(F, named)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -60,19 +149,19 @@ class PeftConfig:
 
     r: int
     lora_alpha: float
-    target_modules: str | tuple[str, ...]
-    exclude_modules: str | tuple[str, ...] = ()
-    modules_to_save: tuple[str, ...] = ()
-    bias: str = "none"
-    use_rslora: bool = False
-    use_dora: bool = False
-    rank_pattern: tuple[tuple[str, int], ...] = ()
-    alpha_pattern: tuple[tuple[str, float], ...] = ()
-    layers_to_transform: tuple[int, ...] | None = None
-    layers_pattern: tuple[str, ...] = ()
-    lora_dropout: float = 0.0
-    task_type: str | None = None
-    ensure_weight_tying: bool = False
+    target_modules: NamesOrExpression
+    exclude_modules: NamesOrExpression = ()
+    modules_to_save: Expressions = ()
+    bias: Annotated[str, one_of(*BIASES)] = "none"
+    use_rslora: Flag = False
+    use_dora: Flag = False
+    rank_pattern: Annotated[tuple[tuple[str, int], ...], _pattern(Fields.integer)] = ()
+    alpha_pattern: Annotated[tuple[tuple[str, float], ...], _pattern(Fields.positive)] = ()
+    layers_to_transform: Annotated[tuple[int, ...] | None, _layers] = None
+    layers_pattern: Expressions = ()
+    lora_dropout: Probability = 0.0
+    task_type: Annotated[str | None, _text] = None
+    ensure_weight_tying: Flag = False
     place: str = CONFIG
 
     @classmethod
@@ -86,8 +175,9 @@ class PeftConfig:
         check_is_peft(raw, place)
         fields = Fields(raw, place)
         fields.choice("peft_type", ["LORA"])
+        known = _NEUTRAL | {field.name for field in dataclasses.fields(cls)}
         for name, value in raw.items():
-            if name in _READ or name in _NEUTRAL or not value:
+            if name in known or not value:
                 continue
             is_switch = name.startswith("use_") or name.endswith("_config")
             if name in _REFUSED or (is_switch and (value is True or isinstance(value, dict))):
@@ -103,43 +193,20 @@ class PeftConfig:
                 "B alone do not say the change; save it with peft's "
                 "path_initial_model_for_weight_conversion, which makes a plain LoRA of it"
             )
-        layers = raw.get("layers_to_transform")
-        return cls(
+        return fields.config(
+            cls,
             r=fields.integer("r", 8, maximum=2**20),
             lora_alpha=fields.positive("lora_alpha", 8),
-            target_modules=_names(fields, raw, "target_modules", place, required=True),
-            exclude_modules=_names(fields, raw, "exclude_modules", place),
-            modules_to_save=_expressions(fields, raw, "modules_to_save", place),
-            bias=fields.choice("bias", BIASES, "none"),
-            use_rslora=fields.choice("use_rslora", [False, True], False),
-            use_dora=fields.choice("use_dora", [False, True], False),
-            rank_pattern=_pattern(fields, "rank_pattern", place, integers=True),
-            alpha_pattern=_pattern(fields, "alpha_pattern", place, integers=False),
-            layers_to_transform=None if layers in (None, []) else _layers(fields, layers),
-            layers_pattern=_expressions(fields, raw, "layers_pattern", place),
-            lora_dropout=fields.probability("lora_dropout", 0.0),
-            task_type=raw.get("task_type") if isinstance(raw.get("task_type"), str) else None,
-            ensure_weight_tying=fields.choice("ensure_weight_tying", [False, True], False),
             place=place,
         )
 
+    @_naming_place
     def targets(self, module: str, *, is_linear: bool, is_output: bool) -> bool:
         """Whether PEFT would put an adapter on this module.
 
         `is_linear` and `is_output` (the model's last layer) matter to "all-linear" alone. Raises
         `RequestError` for an expression that takes too long.
         """
-        with self._naming_place():
-            return self._targets(module, is_linear, is_output)
-
-    @contextlib.contextmanager
-    def _naming_place(self) -> Iterator[None]:
-        try:
-            yield
-        except RequestError as error:
-            raise RequestError(f"{self.place}: {error}") from error
-
-    def _targets(self, module: str, is_linear: bool, is_output: bool) -> bool:
         if _is_among(module, self.exclude_modules):
             return False
         if any(
@@ -166,15 +233,15 @@ class PeftConfig:
                 return int(found["layer"]) in self.layers_to_transform
         return False
 
+    @_naming_place
     def rank_of(self, module: str) -> int:
         """The module's rank: the first match in `rank_pattern`, else `r`."""
-        with self._naming_place():
-            return _first(self.rank_pattern, module, self.r)
+        return _first(self.rank_pattern, module, self.r)
 
+    @_naming_place
     def alpha_of(self, module: str) -> float:
         """The module's alpha: the first match in `alpha_pattern`, else `lora_alpha`."""
-        with self._naming_place():
-            return _first(self.alpha_pattern, module, self.lora_alpha)
+        return _first(self.alpha_pattern, module, self.lora_alpha)
 
     def warn_of_idle_keys(self, modules: Sequence[str], *, stacklevel: int = 3) -> None:
         """Warns of keys that match none of the adapted modules: PEFT ignores them silently."""
@@ -197,9 +264,13 @@ class PeftConfig:
 
     def saves(self, module: str) -> bool:
         """Whether the module, or one that holds it, is trained whole."""
-        parts = module.split(".")
-        holders = [".".join(parts[: n + 1]) for n in range(len(parts))]
-        return any(holder.endswith(self.modules_to_save) for holder in holders)
+        return any(holder.endswith(self.modules_to_save) for holder in holders(module))
+
+
+def holders(module: str) -> list[str]:
+    """The module's name and those of the modules that hold it."""
+    parts = module.split(".")
+    return [".".join(parts[: n + 1]) for n in range(len(parts))]
 
 
 def check_is_peft(raw: Mapping[str, Any], place: str) -> None:
@@ -228,71 +299,3 @@ def _first(pattern: tuple[tuple[str, Any], ...], module: str, default: Any) -> A
         if matching.compile(rf"(.*\.)?({key})$").match(module):
             return value
     return default
-
-
-def _names(fields: Fields, raw, name: str, place: str, *, required: bool = False):
-    """A regular expression, or a list of names."""
-    value = raw.get(name)
-    if isinstance(value, str) and value:
-        _check_expression(value, name, place)
-        return value
-    listed = _listed(fields, raw, name)
-    if required and not listed:
-        raise fields.error(name, value, "a list of module names, or a regular expression")
-    return listed
-
-
-def _expressions(fields: Fields, raw, name: str, place: str) -> tuple[str, ...]:
-    """Names that PEFT puts into regular expressions as they are."""
-    listed = _listed(fields, raw, name)
-    for value in listed:
-        _check_expression(value, name, place)
-    return listed
-
-
-def _listed(fields: Fields, raw, name: str) -> tuple[str, ...]:
-    value = raw.get(name)
-    if value is None or value == "":
-        return ()
-    value = [value] if isinstance(value, str) else value
-    if not isinstance(value, list) or not all(isinstance(v, str) and v for v in value):
-        raise fields.error(name, raw.get(name), "a list of names")
-    return tuple(value)
-
-
-def _layers(fields: Fields, value: Any) -> tuple[int, ...]:
-    listed = value if isinstance(value, list) else [value]
-    if not all(type(n) is int and n >= 0 for n in listed):
-        raise fields.error("layers_to_transform", value, "a layer's number or a list of them")
-    return tuple(listed)
-
-
-def _pattern(fields: Fields, name: str, place: str, *, integers: bool):
-    pattern = fields.mapping(name) or {}
-    inner = fields.inner(name, pattern)
-    for key in pattern:
-        _check_expression(key, name, place)
-    read = inner.integer if integers else inner.positive
-    found: list[tuple[str, Any]] = [(key, read(key)) for key in pattern]
-    return tuple(found)
-
-
-def _check_expression(text: str, name: str, place: str) -> None:
-    if len(text) > _LONGEST:
-        raise RequestError(
-            f"{place}: {name} holds {reprlib.repr(text)} of {len(text)} characters, more than "
-            f"{_LONGEST}; write the modules as a list"
-        )
-    try:
-        # As they will be put together: what stands alone may not stand within another.
-        for whole in (
-            text,
-            rf"(^|.*\.){text}($|\..*)",
-            rf"(.*\.)?({text})$",
-            rf"(?:^|.*?\.){text}\.(?P<layer>\d+)\.",
-        ):
-            matching.compile(whole)
-    except (re.error, OverflowError, RecursionError) as error:
-        raise RequestError(
-            f"{place}: {name} holds {reprlib.repr(text)}, which is no regular expression: {error}"
-        ) from error

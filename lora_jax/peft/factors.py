@@ -9,18 +9,16 @@ from __future__ import annotations
 import dataclasses
 import os
 from collections.abc import Mapping
-from pathlib import Path
 
 import numpy as np
 
 from lora_jax.core.errors import RequestError
 from lora_jax.core.trees import nearest
-from lora_jax.io.safetensors import LazyTensors
 from lora_jax.models.config_fields import read_json
 from lora_jax.models.sources import find_adapter, find_source
 from lora_jax.models.weights_files import open_weights
 from lora_jax.peft.config import CONFIG, PeftConfig
-from lora_jax.peft.keys import PREFIX, TENSORS, adapter_names, plain_key, read_keys
+from lora_jax.peft.keys import TENSORS, read_keys
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,7 +70,6 @@ def read_factors(path: str | os.PathLike, *, adapter_name: str | None = None) ->
     config, keys = PeftConfig.read(folder / CONFIG), read_keys(folder)
     config.warn_of_idle_keys(list(keys.parts))
     raw = read_json(folder / CONFIG, kind=dict)
-    tables = _tables(folder)
     found, skipped = {}, []
     for module, arrays in sorted(keys.parts.items(), key=_layer_order):
         place = f"{folder / TENSORS}: {plain_text(module)!r}"
@@ -99,7 +96,7 @@ def read_factors(path: str | os.PathLike, *, adapter_name: str | None = None) ->
         factors=found,
         base=plain_text(base) if isinstance(base, str) else "",
         is_dora=config.use_dora,
-        tables=tables & found.keys(),
+        tables=frozenset(map(plain_text, keys.tables)) & found.keys(),
         fan_in_fan_out=bool(raw.get("fan_in_fan_out")),
         skipped=tuple(skipped),
     )
@@ -115,14 +112,6 @@ def _layer_order(item: tuple[str, object]) -> list[tuple[int, str]]:
     return [
         (int(key) if key.isdecimal() and len(key) < 9 else -1, key) for key in item[0].split(".")
     ]
-
-
-def _tables(folder: Path) -> frozenset[str]:
-    """Modules whose factors have the names that PEFT gives to those of embeddings."""
-    end, keys = ".lora_embedding_A", list(LazyTensors(folder / TENSORS))
-    adapter = next(iter(adapter_names(keys)), None)
-    plain = (plain_key(key.removeprefix(PREFIX), adapter) for key in keys)
-    return frozenset(key.removesuffix(end) for key in plain if key.endswith(end))
 
 
 # transformers' models whose blocks are made of Conv1D, with (in, out) weights, and its names there.

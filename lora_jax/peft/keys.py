@@ -36,12 +36,14 @@ _BASE = re.compile(r"(?P<module>.+)\.base_layer\.(?P<what>weight|bias)")
 class Keys:
     """`parts` is `{module: {"A" | "B" | "magnitude": array}}`; `whole` `{tensor: array}` are
     parameters saved as they are; `bases` `{module: array}` the frozen weights beneath adapters,
-    which PEFT stores with those of embeddings.
+    which PEFT stores with those of embeddings; `tables` the modules whose factors have the names
+    that PEFT gives to those of embeddings.
     """
 
     parts: Mapping[str, Mapping[str, np.ndarray]]
     whole: Mapping[str, np.ndarray]
     bases: Mapping[str, np.ndarray]
+    tables: frozenset[str] = frozenset()
 
     def without(self, modules: set[str]) -> Keys:
         """The keys but for those of `modules`."""
@@ -49,6 +51,7 @@ class Keys:
             {name: x for name, x in self.parts.items() if name not in modules},
             {name: x for name, x in self.whole.items() if name.rpartition(".")[0] not in modules},
             {name: x for name, x in self.bases.items() if name not in modules},
+            self.tables - modules,
         )
 
 
@@ -66,6 +69,7 @@ def read_keys(folder: Path) -> Keys:
     whole: dict[str, np.ndarray] = {}
     bases: dict[str, np.ndarray] = {}
     wrapped: dict[str, np.ndarray] = {}
+    tables: set[str] = set()
     tensors = read_tensors(path)
     adapter = _adapter_in(path, tensors)
     for key, array in tensors.items():
@@ -74,14 +78,8 @@ def read_keys(folder: Path) -> Keys:
                 f"{path} holds {key!r}, which does not begin with {PREFIX!r}; it is no adapter of "
                 "peft's naming"
             )
-        _check_values(path, key, array)
-        name = plain_key(key.removeprefix(PREFIX), adapter)
-        if name.endswith(".alpha") and array.size == 1:
-            raise RequestError(
-                f"{path} holds {key!r}, an alpha as kohya's scripts store it; peft keeps it in "
-                "adapter_config.json (lora_alpha, alpha_pattern): write it there and remove the "
-                "tensor"
-            )
+        name = _plain_key(key.removeprefix(PREFIX), adapter)
+        _check_values(path, key, name, array)
         if found := _PART.fullmatch(name):
             module, part = found["module"], _PARTS[found["part"]]
             if part in parts.setdefault(module, {}):
@@ -89,6 +87,8 @@ def read_keys(folder: Path) -> Keys:
                     f"{path} holds two tensors for {part} of {module!r}: {key!r}, too"
                 )
             parts[module][part] = array
+            if found["part"] == "lora_embedding_A":
+                tables.add(module)
         elif found := _BASE.fullmatch(name):
             if found["what"] == "bias":
                 whole[f"{found['module']}.bias"] = array
@@ -101,10 +101,10 @@ def read_keys(folder: Path) -> Keys:
         if plain in whole and not np.array_equal(whole[plain], array):
             raise RequestError(f"{path} holds two different tensors for {plain!r}: {name!r}, too")
         whole[plain] = array
-    return Keys(parts, whole, bases)
+    return Keys(parts, whole, bases, frozenset(tables))
 
 
-def plain_key(name: str, adapter: str | None) -> str:
+def _plain_key(name: str, adapter: str | None) -> str:
     """A key without the adapter's name: "….lora_A.default.weight" as "….lora_A.weight"."""
     found = None if adapter is None else _NAMED.fullmatch(name)
     if found is None or found["name"] != adapter:
@@ -112,14 +112,10 @@ def plain_key(name: str, adapter: str | None) -> str:
     return f"{found['start']}{found['end'] or ''}"
 
 
-def adapter_names(keys: Iterable[str]) -> list[str]:
-    """The adapters that the keys of a raw state dict name; none, for those of save_pretrained."""
-    names = (found["name"] for key in keys if (found := _NAMED.fullmatch(key)))
-    return sorted({name for name in names if name != "weight"})
-
-
 def _adapter_in(path: Path, keys: Iterable[str]) -> str | None:
-    names = adapter_names(keys)
+    """The adapter that the keys of a raw state dict name; None for those of save_pretrained."""
+    named = {found["name"] for key in keys if (found := _NAMED.fullmatch(key))}
+    names = sorted(named - {"weight"})
     if len(names) > 1:
         raise RequestError(
             f"{path} is a raw state dict of the adapters {', '.join(names)}; save one of them with "
@@ -138,9 +134,14 @@ def _unwrapped(name: str, names: Mapping[str, np.ndarray]) -> str:
     return shorter if shorter != name and shorter in names else short
 
 
-def _check_values(path: Path, key: str, array: np.ndarray) -> None:
+def _check_values(path: Path, key: str, name: str, array: np.ndarray) -> None:
     # bfloat16 is no kind of NumPy's own.
     if array.dtype.kind != "f" and array.dtype.name != "bfloat16":
         raise RequestError(f"{path}: {key} holds {array.dtype}, but adapters are floating point")
     if not np.isfinite(array).all():
         raise RequestError(f"{path}: {key} holds NaN or infinity; the training had diverged")
+    if name.endswith(".alpha") and array.size == 1:
+        raise RequestError(
+            f"{path} holds {key!r}, an alpha as kohya's scripts store it; peft keeps it in "
+            "adapter_config.json (lora_alpha, alpha_pattern): write it there and remove the tensor"
+        )

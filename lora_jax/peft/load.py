@@ -11,7 +11,6 @@ import os
 import re
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import jax.numpy as jnp
@@ -22,20 +21,20 @@ from lora_jax.core.rules import Rule
 from lora_jax.core.trees import nearest
 from lora_jax.methods import Combined, DoRA, LoRA, Method, RsLoRA
 from lora_jax.methods.lookup import LookupLoRA
-from lora_jax.models.functional import flatten
 from lora_jax.models.model import Model
 from lora_jax.models.sources import find_adapter
 from lora_jax.peft.assemble import Part, assemble, pattern_of_paths
 from lora_jax.peft.config import CONFIG, PeftConfig
-from lora_jax.peft.keys import TENSORS, Keys, read_keys
-from lora_jax.peft.names import EMBEDDING, UNTIE, Module, Names, View
+from lora_jax.peft.keys import TENSORS, read_keys
+from lora_jax.peft.names import EMBEDDING, UNTIE, Module, Names
 from lora_jax.peft.save import check_base, save_adapter
 from lora_jax.peft.whole import (
+    Reading,
     and_more,
     check_bases,
     pooled_head,
-    stored_tables,
     whole_values,
+    with_stored_tables,
 )
 
 __all__ = ["load_adapter", "save_adapter"]
@@ -50,10 +49,18 @@ def load_adapter(
 ) -> tuple[Method, Trainable]:
     """Reads an adapter that PEFT, or `save_adapter`, wrote: `(method, trainable)` for `model`.
 
-    `path` is a folder or a hub id; `adapter_name` the subfolder of one of several. `trainable` is
-    float32 or wider, so that it can be trained further; modules saved whole have the parameter's
-    own dtype. Every tensor must belong to a module that the config targets, and every targeted
-    module must have its tensors; what is not there, or not implemented, raises `RequestError`.
+    Args:
+      path: a folder or a hub id.
+      model: the base that the adapter was made for.
+      adapter_name: the subfolder of one of several.
+
+    Returns:
+      `trainable` is float32 or wider, so that it can be trained further; modules saved whole have
+      the parameter's own dtype.
+
+    Raises:
+      RequestError: something is missing or not implemented; a tensor belongs to no module that the
+        config targets, or a targeted module lacks its tensors.
 
     On a tied model an adapter of the embedding acts on lookups alone, as in PEFT (`LookupLoRA`).
     With `scan_layers` the layers' factors are stacked; layers without an adapter have zeros.
@@ -65,108 +72,84 @@ def load_adapter(
     names = Names.of(model)
     view = names.view_of(keys.parts)
     keys = keys.without({view.there(name) for name in names.phantoms})
-    _check_tying(config, keys, names, view)
+    reading = Reading(folder, model, config, keys, names, view)
+    _check_tying(reading)
     if model.head is not None and config.task_type not in (None, *_TASKS):
         raise RequestError(
             f"{config.place}: task_type is {config.task_type!r}, whose head is another than this "
             "model's; load the model with head=None, and an adapter without a head"
         )
-    _check_patterns(config, names, view)
-    modules = _adapted_modules(config, keys, names, view, folder)
-    config, keys = stored_tables(config, keys, names, view, model)
-    check_bases(keys, names, view, model, folder)
-    parts = [
-        _part_of(config, keys.parts[view.there(module.name)], module, view, folder)
-        for module in modules
-    ]
-    whole = whole_values(config, keys, names, view, model, folder)
-    whole |= pooled_head(model, folder)
-    return _method_of(config, parts, whole, model)
+    # PEFT passes over keys that match no targeted module without a word.
+    targeted = names.targeted(config, view)
+    config.warn_of_idle_keys([view.there(name) for name in targeted])
+    _check_modules(reading, set(targeted))
+    reading = with_stored_tables(reading)
+    check_bases(reading)
+    parts = [_part_of(reading, names.modules[name]) for name in targeted]
+    return _method_of(reading, parts, whole_values(reading) | pooled_head(reading))
 
 
-def _check_tying(config: PeftConfig, keys: Keys, names: Names, view: View) -> None:
-    tables = {name for name, module in names.modules.items() if module.kind == EMBEDDING}
+def _check_tying(reading: Reading) -> None:
+    view = reading.view
+    tables = {name for name, one in reading.names.modules.items() if one.kind == EMBEDDING}
     tables |= {"lm_head"}
-    touched = {view.here(name) for name in keys.parts}
-    touched |= {view.here(name).rpartition(".")[0] for name in keys.whole}
-    if config.ensure_weight_tying and touched & tables:
+    touched = {view.here(name) for name in reading.keys.parts}
+    touched |= {view.here(name).rpartition(".")[0] for name in reading.keys.whole}
+    if reading.config.ensure_weight_tying and touched & tables:
         raise RequestError(
-            f"{config.place}: ensure_weight_tying is True, which trains a tied table and its head "
-            "together and is not implemented; merge the adapter with peft and load the merged model"
+            f"{reading.config.place}: ensure_weight_tying is True, which trains a tied table and "
+            "its head together and is not implemented; merge the adapter with peft and load the "
+            "merged model"
         )
 
 
-def _check_patterns(config: PeftConfig, names: Names, view: View) -> None:
-    """Warns of keys that match no targeted module: PEFT passes over them without a word."""
-    targeted = [
-        view.there(name)
-        for name, module in names.modules.items()
-        if config.targets(
-            view.there(name), is_linear=module.kind != EMBEDDING, is_output=module.is_output
-        )
-    ]
-    config.warn_of_idle_keys(targeted, stacklevel=4)
-
-
-def _adapted_modules(
-    config: PeftConfig, keys: Keys, names: Names, view: View, folder: Path
-) -> list[Module]:
-    """The modules with an adapter, those of the config and those of the file being the same."""
-    wanted = {
-        name
-        for name, module in names.modules.items()
-        if config.targets(
-            view.there(name),
-            is_linear=module.kind != EMBEDDING,
-            is_output=module.is_output,
-        )
-    }
-    found = {view.here(name) for name in keys.parts}
-    unknown = sorted(found - names.modules.keys())
+def _check_modules(reading: Reading, wanted: set[str]) -> None:
+    """The modules that the config targets and those of the file must be the same."""
+    modules, view = reading.names.modules, reading.view
+    found = {view.here(name) for name in reading.keys.parts}
+    unknown = sorted(found - modules.keys())
     if unknown:
-        near = nearest(view.here(unknown[0]), names.modules)
+        near = nearest(view.here(unknown[0]), modules)
         raise RequestError(
-            f"{folder / TENSORS} holds an adapter of {unknown[0]!r}, which this model does not "
+            f"{reading.file} holds an adapter of {unknown[0]!r}, which this model does not "
             f"have; {near}; load the model that the adapter was made for, with its head if it has "
             "one"
         )
     if extra := sorted(found - wanted):
         raise RequestError(
-            f"{folder / TENSORS} holds an adapter of {extra[0]!r}"
+            f"{reading.file} holds an adapter of {extra[0]!r}"
             f"{and_more(extra)}, which the target_modules of {CONFIG} do not name; they belong to "
             "different adapters"
         )
     if missing := sorted(wanted - found):
         raise RequestError(
-            f"{folder / TENSORS} lacks the adapter of {missing[0]!r}{and_more(missing)}, which "
+            f"{reading.file} lacks the adapter of {missing[0]!r}{and_more(missing)}, which "
             f"{CONFIG} targets; copy the adapter again, or load the model it was made for"
         )
     if not wanted:
+        targets = reading.config.target_modules
         raise RequestError(
-            f"{config.place}: target_modules {config.target_modules!r} match no module of this "
-            f"model; {nearest(str(config.target_modules), names.modules)}"
+            f"{reading.config.place}: target_modules {targets!r} match no module of this "
+            f"model; {nearest(str(targets), modules)}"
         )
-    # In the model's own order.
-    return [module for name, module in names.modules.items() if name in wanted]
 
 
-def _part_of(
-    config: PeftConfig, arrays: Mapping[str, np.ndarray], module: Module, view: View, folder: Path
-) -> Part:
+def _part_of(reading: Reading, module: Module) -> Part:
     """One module's adapter in this project's orientation, its shapes checked against the config."""
-    there = view.there(module.name)
+    config, file, there = reading.config, reading.file, reading.view.there(module.name)
+    arrays = reading.keys.parts[there]
     wanted = {"A", "B", "magnitude"} if config.use_dora else {"A", "B"}
     if arrays.keys() != wanted:
         odd = sorted(arrays.keys() ^ wanted)[0]
         side = "lacks" if odd in wanted else "holds"
         raise RequestError(
-            f"{folder / TENSORS} {side} the {odd} of {there!r}, with use_dora={config.use_dora} in "
+            f"{file} {side} the {odd} of {there!r}, with use_dora={config.use_dora} in "
             f"{CONFIG}; copy the adapter again"
         )
     rank, alpha = config.rank_of(there), config.alpha_of(there)
     if module.is_tied and (module.name == "lm_head" or config.use_dora):
         raise RequestError(
-            f"{folder} adapts {there!r} apart from the table that this model ties it to"
+            f"{reading.folder} adapts {there!r} apart from the table that this model ties it to"
             f"{' by DoRA' if config.use_dora else ''}; {UNTIE}"
         )
     for name, array in arrays.items():
@@ -174,7 +157,7 @@ def _part_of(
         place = 1 if name == "B" else 0
         if array.ndim != ndim or (ndim == 2 and array.shape[place] != rank):
             raise RequestError(
-                f"{folder / TENSORS}: {name} of {there!r} is {array.shape}, but {CONFIG} says rank "
+                f"{file}: {name} of {there!r} is {array.shape}, but {CONFIG} says rank "
                 f"{rank} there; they belong to different adapters"
             )
     if config.use_rslora and config.use_dora:
@@ -187,16 +170,16 @@ def _part_of(
         a=np.ascontiguousarray(arrays["A"].T),
         b=np.ascontiguousarray(arrays["B"].T),
         magnitude=arrays.get("magnitude"),
-        place=f"{folder / TENSORS}: {there!r}",
+        place=f"{file}: {there!r}",
     )
 
 
 def _method_of(
-    config: PeftConfig, parts: Sequence[Part], whole: Mapping[str, Any], model: Model
+    reading: Reading, parts: Sequence[Part], whole: Mapping[str, Any]
 ) -> tuple[Method, Trainable]:
+    config, model, flat = reading.config, reading.model, reading.flat
     stacked = bool(getattr(model.config, "scan_layers", False))
     kind = DoRA if config.use_dora else RsLoRA if config.use_rslora else LoRA
-    flat = flatten(model.params)
     groups: dict[tuple[int, float, bool], list[str]] = defaultdict(list)
     trainable: Trainable = {}
     for site in assemble(parts, flat, kind=kind):

@@ -8,7 +8,8 @@ from collections.abc import Iterable, Mapping
 from lora_jax.models.families import CAUSAL_LM
 from lora_jax.models.hf_names import Entry
 from lora_jax.models.model import Model
-from lora_jax.models.pooling import FAMILY
+from lora_jax.models.save import class_entries
+from lora_jax.peft.config import PeftConfig
 
 LINEAR, CONV1D, EMBEDDING = "linear", "conv1d", "embedding"
 # The way out where a file has a head apart from the table that the model ties it to.
@@ -50,19 +51,8 @@ class Names:
 
     @classmethod
     def of(cls, model: Model) -> Names:
-        family, config = model.family, model.config
-        prefix = family.prefix
-        if family.kind == CAUSAL_LM:
-            entries = family.entries(config)
-            heads = list(family.lm_head(config)) if model.head is None else list(family.classifier)
-        else:
-            own_head = model.head is not None and model.pooling == FAMILY
-            entries = family.entries(config)
-            if model.pooling == FAMILY:
-                entries = [*entries, *family.pooler]
-            if own_head:
-                entries = [dataclasses.replace(e, tensor=f"{prefix}{e.tensor}") for e in entries]
-            heads = list(family.classifier) if own_head else []
+        family = model.family
+        entries, heads = class_entries(model)
         tensors = {entry.tensor: entry for entry in (*entries, *heads)}
         modules = {}
         is_tied = family.kind == CAUSAL_LM and model.head is None and not heads
@@ -81,7 +71,17 @@ class Names:
         bare = family.kind != CAUSAL_LM and not heads
         has_pooler = any(name.endswith("pooler.dense") for name in modules)
         phantoms = ("pooler.dense",) if bare and not has_pooler else ()
-        return cls(modules, tensors, prefix, phantoms)
+        return cls(modules, tensors, family.prefix, phantoms)
+
+    def targeted(self, config: PeftConfig, view: View) -> list[str]:
+        """The modules that PEFT would adapt by this config, in the model's own order."""
+        return [
+            name
+            for name, module in self.modules.items()
+            if config.targets(
+                view.there(name), is_linear=module.kind != EMBEDDING, is_output=module.is_output
+            )
+        ]
 
     def view_of(self, modules: Iterable[str]) -> View:
         """How a file that names these modules writes names: as here, or with or without prefix."""

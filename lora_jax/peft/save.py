@@ -25,7 +25,7 @@ from lora_jax.models.model import Model
 from lora_jax.peft.assemble import cast
 from lora_jax.peft.config import CONFIG, PeftConfig
 from lora_jax.peft.keys import PREFIX, TENSORS
-from lora_jax.peft.names import CONV1D, EMBEDDING, Names
+from lora_jax.peft.names import CONV1D, EMBEDDING, Names, View
 from lora_jax.peft.split import POOLED_HEAD, Written, split
 
 # Of the weights that an adapter was trained on; readers that do not know it pass it over.
@@ -73,10 +73,9 @@ def save_adapter(
     written = split(method, trainable, model, names)
     if plain:
         written = written.plain()
-    written.check_sayable()
     flat = flatten(model.params)
     tensors = _factors(written, dtype)
-    tensors |= _whole(written, trainable, names, flat, model)
+    tensors |= _whole(written, trainable, names, flat)
     tensors |= _tables(written, names, flat)
     config = _config(written, names, model, method)
     with atomic_folder(path) as temporary:
@@ -143,30 +142,27 @@ def _factors(written: Written, dtype: Any) -> dict[str, np.ndarray]:
     return tensors
 
 
-def _whole(written: Written, trainable, names: Names, flat, model: Model) -> dict[str, np.ndarray]:
+def _whole(written: Written, trainable, names: Names, flat) -> dict[str, np.ndarray]:
     """Modules saved whole with all of their parameters, and biases."""
     tensors = {}
     for name in (*written.biases, *written.saved):
         entry = names.tensors[name]
         value = trainable.get(entry.path, {}).get("value", flat[entry.path])
-        array = np.asarray(value if entry.index is None else value[entry.index])
-        array = array.T if entry.is_transposed else array
         module = name.rpartition(".")[0]
         if module in written.adapters:
             name = f"{module}.base_layer.bias"
-        tensors[f"{PREFIX}{name}"] = array
+        tensors[f"{PREFIX}{name}"] = entry.in_file(np.asarray(value))
     return tensors
 
 
 def _tables(written: Written, names: Names, flat) -> dict[str, np.ndarray]:
-    found = [n for n in written.adapters if n.rpartition(".")[2] in _STORED_TABLES]
     tensors = {}
-    for name in found:
-        entry = names.modules[name].entry
-        table = flat[entry.path]
-        table = np.asarray(table.dequantize() if isinstance(table, Stored) else table)
-        key = f"{PREFIX}{name}.base_layer.weight"
-        tensors[key] = table.T if entry.is_transposed else table
+    for name in written.adapters:
+        if name.rpartition(".")[2] in _STORED_TABLES:
+            entry = names.modules[name].entry
+            table = flat[entry.path]
+            table = np.asarray(table.dequantize() if isinstance(table, Stored) else table)
+            tensors[f"{PREFIX}{name}.base_layer.weight"] = entry.in_file(table)
     return tensors
 
 
@@ -218,11 +214,7 @@ def _target_modules(adapters: Mapping[str, Any], names: Names) -> list[str]:
     whole = sorted(adapters)
     for listed in (short, whole):
         config = PeftConfig(r=1, lora_alpha=1, target_modules=tuple(listed))
-        meant = [
-            name
-            for name, module in names.modules.items()
-            if config.targets(name, is_linear=module.kind != EMBEDDING, is_output=module.is_output)
-        ]
+        meant = names.targeted(config, View("", ""))
         meant += [
             name for name in names.phantoms if config.targets(name, is_linear=True, is_output=False)
         ]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -19,6 +19,7 @@ from lora_jax.models.functional import flatten
 from lora_jax.models.model import Model
 from lora_jax.models.pooling import FAMILY
 from lora_jax.peft.assemble import cast
+from lora_jax.peft.config import holders
 from lora_jax.peft.names import Module, Names
 
 POOLED_HEAD = {entry.path for entry in HEAD_ENTRIES}
@@ -77,14 +78,6 @@ class Written:
             adapters[name] = dataclasses.replace(one, a=a, b=b, scale=1.0, alpha=float(rank))
         return dataclasses.replace(self, adapters=adapters, use_rslora=False)
 
-    def check_sayable(self) -> None:
-        """Raises `RequestError` for a folder without an adapter, which PEFT does not have."""
-        if not self.adapters:
-            raise RequestError(
-                "this method has no low-rank adapter, and a PEFT folder must have one; merge it "
-                "and save the model (lora-jax merge)"
-            )
-
 
 def split(
     method: Method, trainable: Mapping[str, Mapping[str, Any]], model: Model, names: Names
@@ -106,8 +99,7 @@ def split(
                 f"{name!r} are single trained rows, which this version does not write for PEFT; "
                 "merge them and save the model, or train the table whole"
             )
-        path, owner = path_of(name), method.owner_of(name)
-        _check_owner(name, owner)
+        path, owner = path_of(name), _lora_of(name, method)
         if path not in by_path:
             raise RequestError(
                 f"{name!r} is no weight of a module that PEFT can adapt in {model.name}; merge it"
@@ -128,6 +120,11 @@ def split(
             one = _adapter(module, found, flat[path], use_rslora)
             if one is not None:
                 adapters[module.name] = one
+    if not adapters:
+        raise RequestError(
+            "this method has no low-rank adapter, and a PEFT folder must have one; merge it "
+            "and save the model (lora-jax merge)"
+        )
     in_order = {name: adapters[name] for name in names.modules if name in adapters}
     dropouts = {site.rule.dropout for found in sites.values() for _, site, _ in found}
     pooled = has_pooled_head(model)
@@ -146,16 +143,22 @@ def split(
     )
 
 
-def _check_owner(name: str, owner: Method) -> None:
-    """Raises `RequestError` if what the method binds is not what PEFT computes from A, B and m."""
+def _lora_of(name: str, method: Method) -> LoRA:
+    """The method of this adapter.
+
+    Raises `RequestError` if what it binds is not what PEFT computes from A, B and m.
+    """
+    owner = method.owner_of(name)
     owner.check_merges()
-    kind = next((kind for kind in (DoRA, LookupLoRA, LoRA) if isinstance(owner, kind)), None)
+    kind = next((kind for kind in (DoRA, LookupLoRA) if isinstance(owner, kind)), LoRA)
     same = ("weight", "_bind_adapter", "_bind_over")
-    if kind is None or any(getattr(type(owner), n) is not getattr(kind, n) for n in same):
+    is_lora = isinstance(owner, LoRA)
+    if not is_lora or any(getattr(type(owner), n) is not getattr(kind, n) for n in same):
         raise RequestError(
             f"{type(owner).__name__} at {name!r} has no form in PEFT; merge it and save the model "
             "(lora-jax merge)"
         )
+    return owner
 
 
 def has_pooled_head(model: Model) -> bool:
@@ -260,7 +263,7 @@ def _collapsed(modules: set[str], names: Names, model: Model) -> tuple[str, ...]
     }
     every = {name.rpartition(".")[0] for name in names.tensors}
     for name in found:
-        meant = {m for m in every if any(holder.endswith(name) for holder in _holders(m))}
+        meant = {m for m in every if any(holder.endswith(name) for holder in holders(m))}
         if not meant <= modules:
             raise RequestError(
                 f"PEFT's modules_to_save takes every module whose name ends in {name!r}, "
@@ -268,8 +271,3 @@ def _collapsed(modules: set[str], names: Names, model: Model) -> tuple[str, ...]
                 "those too, or merge"
             )
     return tuple(sorted(found))
-
-
-def _holders(module: str) -> set[str]:
-    parts: Sequence[str] = module.split(".")
-    return {".".join(parts[: n + 1]) for n in range(len(parts))}

@@ -8,7 +8,7 @@ import dataclasses
 import math
 import os
 import reprlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -18,6 +18,7 @@ import numpy as np
 from lora_jax.core.errors import RequestError
 from lora_jax.io.gguf.header import TensorInfo, damaged, read_header, unreadable
 from lora_jax.io.gguf.types import expandable_types, expanded
+from lora_jax.io.lazy import LazyMapping
 
 # How much of a tensor is expanded at a time, in float32 bytes: the library's own working copies
 # are as large as what it is given.
@@ -26,7 +27,7 @@ _CHUNK_BYTES = 1 << 23
 _REQUIRED = object()
 
 
-class GgufTensors(Mapping[str, np.ndarray]):
+class GgufTensors(LazyMapping):
     """`{name: float32 array, (out, in) for a matrix}`; each access reads and expands one tensor.
 
     An access raises `RequestError` if the tensor's number format cannot be expanded, or the file
@@ -34,10 +35,11 @@ class GgufTensors(Mapping[str, np.ndarray]):
     """
 
     def __init__(self, path: Path, infos: Mapping[str, TensorInfo]):
+        super().__init__(infos, self._expanded)
         self._path = path
         self._infos = dict(infos)
 
-    def __getitem__(self, name: str) -> np.ndarray:
+    def _expanded(self, name: str) -> np.ndarray:
         info = self._infos[name]
         if info.type not in expandable_types():
             raise RequestError(
@@ -62,15 +64,6 @@ class GgufTensors(Mapping[str, np.ndarray]):
         except OSError as error:
             raise unreadable(self._path, error) from error
         return values.reshape(info.shape)
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._infos)
-
-    def __len__(self) -> int:
-        return len(self._infos)
-
-    def __contains__(self, name: object) -> bool:
-        return name in self._infos  # Mapping's own would expand the tensor to find out.
 
     def shape_of(self, name: str) -> tuple[int, ...]:
         """Returns the shape that `self[name]` will have, without reading it."""

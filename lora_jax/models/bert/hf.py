@@ -1,23 +1,8 @@
 """BERT's names in Hugging Face files: which tensor is which parameter, and what is left aside."""
 
-import re
-from collections.abc import Iterable
-
-from lora_jax.models.bert.modeling import BertConfig
+from lora_jax.models.bert.modeling import ALIASES, Bert, BertConfig
+from lora_jax.models.family import ENCODER, Family
 from lora_jax.models.hf_names import Entry, linear, norm
-
-# Known and not needed: an index buffer; the heads of pretraining and of other people's tasks.
-IGNORED = (
-    r"embeddings\.position_ids",
-    r"cls\.predictions\..*",
-    r"cls\.seq_relationship\.(weight|bias)",
-    r"qa_outputs\.(weight|bias)",
-)
-PREFIX = "bert."
-HEAD_MODULES = ("classifier",)
-# The pooler belongs to the encoder, and only its own classifier stands on it.
-POOLER = tuple(linear("pooler.dense", "pooler"))
-CLASSIFIER = tuple(linear("classifier", "head"))
 
 
 def bert_entries(config: BertConfig) -> list[Entry]:
@@ -39,19 +24,23 @@ def bert_entries(config: BertConfig) -> list[Entry]:
     return entries
 
 
-def bert_names(names: Iterable[str], prefix: str = PREFIX) -> dict[str, str]:
-    """`{the bare encoder's name of a tensor: its name in the file}`.
-
-    Files of models with a head prefix them with "bert."; files converted from TensorFlow call a
-    layer norm's weight and bias gamma and beta.
-    """
-
-    def canonical(name: str) -> str:
-        name = name.removeprefix(prefix)
-        name = re.sub(r"LayerNorm\.gamma$", "LayerNorm.weight", name)
-        return re.sub(r"LayerNorm\.beta$", "LayerNorm.bias", name)
-
-    names = list(names)
-    renamed = {canonical(name): name for name in names}
-    # Two names for one tensor: keep the file's own, so that one of them is reported as unexpected.
-    return renamed if len(renamed) == len(names) else {name: name for name in names}
+BERT = Family(
+    kind=ENCODER,
+    config=BertConfig,
+    module=Bert,
+    entries=bert_entries,
+    # Known and not needed: an index buffer; the heads of pretraining and of other people's tasks.
+    ignored=(
+        r"embeddings\.position_ids",
+        r"cls\.predictions\..*",
+        r"cls\.seq_relationship\.(weight|bias)",
+        r"qa_outputs\.(weight|bias)",
+    ),
+    aliases=lambda config: ALIASES,
+    # The pooler belongs to the encoder, and only its own classifier stands on it.
+    pooler=linear("pooler.dense", "pooler"),
+    classifier=linear("classifier", "head"),
+    prefix="bert.",
+    head_modules=("classifier",),
+    class_name=lambda config: "Bert",
+)

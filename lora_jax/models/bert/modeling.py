@@ -6,7 +6,6 @@ column of the batch, exact (erf) GELU, layer norm after each residual sum.
 
 import dataclasses
 from collections.abc import Callable, Mapping
-from types import MappingProxyType
 from typing import Any
 
 import jax
@@ -14,9 +13,16 @@ import jax.numpy as jnp
 from flax import nnx
 from jax import lax
 
-from lora_jax.core.errors import RequestError
-from lora_jax.models.attention import attend, mask_bias
-from lora_jax.models.config_fields import MOST_LAYERS, Fields
+from lora_jax.models.attention import attend_heads, check_tokens, mask_bias, split_heads
+from lora_jax.models.config_fields import (
+    Activation,
+    Depth,
+    Fields,
+    Index,
+    Positive,
+    Probability,
+    Size,
+)
 from lora_jax.models.layers import (
     ACTIVATIONS,
     Embedding,
@@ -30,64 +36,44 @@ from lora_jax.models.pooling import FAMILY, POOLINGS
 from lora_jax.models.remat import rematerialised
 
 _LAYER = r"encoder/layers/\d+"
-ALIASES: Mapping[str, str] = MappingProxyType(
-    {
-        "q": rf"{_LAYER}/attention/query/kernel",
-        "k": rf"{_LAYER}/attention/key/kernel",
-        "v": rf"{_LAYER}/attention/value/kernel",
-        "o": rf"{_LAYER}/attention/output/kernel",
-        "up": rf"{_LAYER}/mlp/intermediate/kernel",
-        "down": rf"{_LAYER}/mlp/output/kernel",
-        "embed": r"embeddings/word/embedding",
-        "head": r"head/kernel",
-        "all-linear": rf"{_LAYER}/(attention/(query|key|value|output)|mlp/(intermediate|output))"
-        r"/kernel",
-    }
-)
+ALIASES: Mapping[str, str] = {
+    "q": rf"{_LAYER}/attention/query/kernel",
+    "k": rf"{_LAYER}/attention/key/kernel",
+    "v": rf"{_LAYER}/attention/value/kernel",
+    "o": rf"{_LAYER}/attention/output/kernel",
+    "up": rf"{_LAYER}/mlp/intermediate/kernel",
+    "down": rf"{_LAYER}/mlp/output/kernel",
+    "embed": r"embeddings/word/embedding",
+    "head": r"head/kernel",
+    "all-linear": rf"{_LAYER}/(attention/(query|key|value|output)|mlp/(intermediate|output))"
+    r"/kernel",
+}
 
 
 @dataclasses.dataclass(frozen=True)
 class BertConfig:
     """The sizes and constants of one BERT; field names are those of its `config.json`."""
 
-    vocab_size: int
-    hidden_size: int
-    num_hidden_layers: int
-    num_attention_heads: int
-    intermediate_size: int
-    max_position_embeddings: int
-    type_vocab_size: int = 2
-    hidden_act: str = "gelu"
-    layer_norm_eps: float = 1e-12
-    hidden_dropout_prob: float = 0.1
-    attention_probs_dropout_prob: float = 0.1
-    initializer_range: float = 0.02
-    pad_token_id: int = 0
+    vocab_size: Size
+    hidden_size: Size
+    num_hidden_layers: Depth
+    num_attention_heads: Size
+    intermediate_size: Size
+    max_position_embeddings: Size
+    type_vocab_size: Size = 2
+    hidden_act: Activation = "gelu"
+    layer_norm_eps: Positive = 1e-12
+    hidden_dropout_prob: Probability = 0.1
+    attention_probs_dropout_prob: Probability = 0.1
+    initializer_range: Positive = 0.02
+    pad_token_id: Index = 0
 
     @classmethod
     def from_json(cls, raw: dict[str, Any], place: str) -> "BertConfig":
         """Checks the fields of a `config.json`; `RequestError` names the field and `place`."""
         fields = Fields(raw, place)
-        fields.choice("position_embedding_type", ["absolute"], "absolute")
-        fields.choice("is_decoder", [False], False)
-        fields.choice("add_cross_attention", [False], False)
-        config = cls(
-            vocab_size=fields.integer("vocab_size"),
-            hidden_size=fields.integer("hidden_size"),
-            num_hidden_layers=fields.integer("num_hidden_layers", maximum=MOST_LAYERS),
-            num_attention_heads=fields.integer("num_attention_heads"),
-            intermediate_size=fields.integer("intermediate_size"),
-            max_position_embeddings=fields.integer("max_position_embeddings"),
-            type_vocab_size=fields.integer("type_vocab_size", cls.type_vocab_size),
-            hidden_act=fields.choice("hidden_act", ACTIVATIONS, cls.hidden_act),
-            layer_norm_eps=fields.positive("layer_norm_eps", cls.layer_norm_eps),
-            hidden_dropout_prob=fields.probability("hidden_dropout_prob", cls.hidden_dropout_prob),
-            attention_probs_dropout_prob=fields.probability(
-                "attention_probs_dropout_prob", cls.attention_probs_dropout_prob
-            ),
-            initializer_range=fields.positive("initializer_range", cls.initializer_range),
-            pad_token_id=fields.integer("pad_token_id", cls.pad_token_id, minimum=0),
-        )
+        fields.only(position_embedding_type="absolute", is_decoder=False, add_cross_attention=False)
+        config = fields.config(cls)
         if config.hidden_size % config.num_attention_heads:
             raise fields.error(
                 "hidden_size",
@@ -115,6 +101,10 @@ class Bert(nnx.Module):
     `pooling="family"` is BERT's own: tanh of a linear layer (`pooler`) on the first token.
     """
 
+    name = "BERT"
+    has_pooler = True
+    head: Any
+
     def __init__(
         self,
         config: BertConfig,
@@ -123,15 +113,28 @@ class Bert(nnx.Module):
         pooling: str = "cls",
         rngs: nnx.Rngs,
     ):
-        size = config.hidden_size
+        size, std = config.hidden_size, config.initializer_range
         self.embeddings = Embeddings(config, rngs=rngs)
         self.encoder = Encoder(config, rngs=rngs)
-        std = config.initializer_range
-        self.head = None if num_labels is None else Linear(size, num_labels, std=0.02, rngs=rngs)
-        # There without a head, too: it is the encoder's, and files of encoders hold it.
-        self.pooler = Linear(size, size, std=std, rngs=rngs) if pooling == FAMILY else None
         self.pooling = pooling
         self.config = config
+        self.head = None if num_labels is None else self.make_head(num_labels, rngs)
+        # There without a head, too: it is the encoder's, and files of encoders hold it.
+        has_pooler = self.has_pooler and pooling == FAMILY
+        self.pooler = Linear(size, size, std=std, rngs=rngs) if has_pooler else None
+
+    def make_head(self, num_labels: int, rngs: nnx.Rngs) -> nnx.Module:
+        """The classifier, whose call is `classified`'s."""
+        return Linear(self.config.hidden_size, num_labels, std=0.02, rngs=rngs)
+
+    @property
+    def longest(self) -> int:
+        """The longest sequence, in tokens."""
+        return self.config.max_position_embeddings
+
+    def positions(self, input_ids: jax.Array) -> jax.Array | None:
+        """(B, T), or None: counted from the first column."""
+        return None
 
     def __call__(
         self,
@@ -151,22 +154,31 @@ class Bert(nnx.Module):
         (embeddings, layer 0, …))`. Dropout acts only with a `dropout_key`; `remat` is a policy of
         `models.remat`. Raises `RequestError` for shapes that do not fit.
         """
-        attention_mask = check_inputs(
-            "BERT", input_ids, attention_mask, token_type_ids,
-            longest=self.config.max_position_embeddings,
-        )  # fmt: skip
-        h_BTD = self.embeddings(input_ids, token_type_ids, fold_key(dropout_key, 0))
+        check_tokens(
+            self.name,
+            input_ids,
+            self.longest,
+            attention_mask=attention_mask,
+            token_type_ids=token_type_ids,
+        )
+        if attention_mask is None:
+            attention_mask = jnp.ones(jnp.shape(input_ids), jnp.int32)
+        key = fold_key(dropout_key, 0)
+        h_BTD = self.embeddings(input_ids, token_type_ids, key, self.positions(input_ids))
         key = fold_key(dropout_key, 1)
         states = self.encoder(h_BTD, mask_bias(attention_mask), key, remat, constrain)
         output = states[-1]
         if self.head is not None:
-            if self.pooler is None:
-                pooled_BD = POOLINGS[self.pooling](at_least_float32(output), attention_mask)
-            else:
-                pooled_BD = jnp.tanh(self.pooler(at_least_float32(output[:, 0])))
-            rate = self.config.hidden_dropout_prob
-            output = self.head(dropout(pooled_BD, rate, fold_key(dropout_key, 2)))
+            output = self.classified(output, attention_mask, fold_key(dropout_key, 2))
         return (output, states) if output_hidden_states else output
+
+    def classified(self, h_BTD: jax.Array, mask_BT: jax.Array, key: jax.Array | None) -> jax.Array:
+        """(B, num_labels) in float32 or wider."""
+        if self.pooler is None:
+            pooled_BD = POOLINGS[self.pooling](at_least_float32(h_BTD), mask_BT)
+        else:
+            pooled_BD = jnp.tanh(self.pooler(at_least_float32(h_BTD[:, 0])))
+        return self.head(dropout(pooled_BD, self.config.hidden_dropout_prob, key))
 
 
 class Embeddings(nnx.Module):
@@ -231,17 +243,15 @@ class _Attention(nnx.Module):
         self.config = config
 
     def __call__(self, h_BTD, bias, key):
-        mixed_BTD = attend(
-            self.query(h_BTD),
-            self.key(h_BTD),
-            self.value(h_BTD),
-            bias,
-            num_heads=self.config.num_attention_heads,
-            dropout_rate=self.config.attention_probs_dropout_prob,
-            dropout_key=fold_key(key, 0),
+        config = self.config
+        q, k, v = (
+            split_heads(part(h_BTD), config.num_attention_heads)
+            for part in (self.query, self.key, self.value)
         )
-        out_BTD = dropout(self.output(mixed_BTD), self.config.hidden_dropout_prob, fold_key(key, 1))
-        return self.norm(h_BTD + out_BTD)
+        rate = config.attention_probs_dropout_prob
+        mixed = attend_heads(q, k, v, bias, dropout_rate=rate, dropout_key=fold_key(key, 0))
+        out_BTD = self.output(mixed.reshape(h_BTD.shape))
+        return self.norm(h_BTD + dropout(out_BTD, config.hidden_dropout_prob, fold_key(key, 1)))
 
 
 class _Mlp(nnx.Module):
@@ -256,20 +266,3 @@ class _Mlp(nnx.Module):
         inner_BTF = ACTIVATIONS[self.config.hidden_act](self.intermediate(h_BTD))
         out_BTD = dropout(self.output(inner_BTF), self.config.hidden_dropout_prob, key)
         return self.norm(h_BTD + out_BTD)
-
-
-def check_inputs(name, input_ids, attention_mask, token_type_ids, *, longest: int) -> jax.Array:
-    """The attention mask, ones if None. Raises `RequestError` for inputs that do not fit."""
-    shape = jnp.shape(input_ids)
-    if len(shape) != 2 or not jnp.issubdtype(jnp.result_type(input_ids), jnp.integer):
-        kind = f"{jnp.result_type(input_ids)} {shape}"
-        raise RequestError(f"input_ids are {kind}; {name} takes integers of shape (batch, time)")
-    for what, value in (("attention_mask", attention_mask), ("token_type_ids", token_type_ids)):
-        if value is not None and jnp.shape(value) != shape:
-            raise RequestError(f"{what} has shape {jnp.shape(value)}, input_ids have {shape}")
-    if shape[1] > longest:
-        raise RequestError(
-            f"a sequence of {shape[1]} tokens is longer than the model's {longest} positions; "
-            "truncate the texts (data.max_length)"
-        )
-    return jnp.ones(shape, jnp.int32) if attention_mask is None else attention_mask

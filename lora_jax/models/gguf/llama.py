@@ -5,13 +5,15 @@ llama.cpp's names and layouts: `convert_hf_to_gguf.py` there (class `LlamaModel`
 
 import math
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 
 from lora_jax.core.errors import RequestError
 from lora_jax.io.gguf.reader import GgufFile
+from lora_jax.io.lazy import LazyMapping
+from lora_jax.models.attention import rope_frequencies
 
 _NAMES = {"token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head"}
 _LAYER_NAMES = {
@@ -102,7 +104,40 @@ def gguf_config(file: GgufFile) -> dict[str, Any]:
     }
 
 
-def gguf_tensors(file: GgufFile) -> "LlamaTensors":
+class LlamaTensors(LazyMapping):
+    """What `gguf_tensors` returns; each access reads and expands one tensor."""
+
+    def __init__(self, file: GgufFile, sources: Mapping[str, str]):
+        super().__init__(sources, self._in_hf_order)
+        self._file, self._sources = file, sources
+        queries, keys = _head_counts(file)
+        self._heads: dict[str, int] = {"attn_q": queries, "attn_k": keys}
+
+    def shape_of(self, name: str) -> tuple[int, ...]:
+        """Returns the shape that `self[name]` will have, without reading it."""
+        return self._file.tensors.shape_of(self._sources[name])
+
+    def _in_hf_order(self, name: str) -> np.ndarray:
+        """Undoes, in place, the order of rows in which llama.cpp rotates pairs of neighbours.
+
+        Hugging Face rotates row i of a head with row i + d / 2, llama.cpp row 2 i with 2 i + 1.
+        """
+        source = self._sources[name]
+        heads, tensor = self._heads.get(_parsed(source)[1]), self._file.tensors[source]
+        if heads is None:
+            return tensor
+        if tensor.ndim == 0 or len(tensor) % (2 * heads):
+            raise RequestError(
+                f"{self._file.path}: tensor {source!r} of shape {tensor.shape} is not for {heads} "
+                "heads; convert the model again"
+            )
+        # Head by head, so that a second copy of the whole is never there.
+        for head in tensor.reshape(heads, len(tensor) // heads, -1):
+            head[:] = np.concatenate([head[0::2], head[1::2]])
+        return tensor
+
+
+def gguf_tensors(file: GgufFile) -> LlamaTensors:
     """Returns the tensors lazily under Hugging Face's names, `{name: float32 array (out, in)}`.
 
     The rows of queries and keys are in Hugging Face's order. A tensor that is not known is there
@@ -110,63 +145,15 @@ def gguf_tensors(file: GgufFile) -> "LlamaTensors":
     Raises `RequestError` for another architecture, and where the counts of heads are missing.
     """
     _check_is_llama(file)
-    return LlamaTensors(file)
-
-
-class LlamaTensors(Mapping[str, np.ndarray]):
-    """What `gguf_tensors` returns; each access reads and expands one tensor."""
-
-    def __init__(self, file: GgufFile):
-        self._file = file
-        num_heads, num_kv_heads = _head_counts(file)
-        self._heads = {"attn_q": num_heads, "attn_k": num_kv_heads}
-        self._sources: dict[str, str] = {}
-        for source in file.tensors:
-            if source == _ROPE_FACTORS:
-                continue
-            name = _hf_name(source)
-            if name == source and name.startswith(("model.", "lm_head.")):
-                # Under this name it would pass for one whose rows are in order.
-                raise RequestError(
-                    f"{file.path} names a tensor {source!r}, as Hugging Face does and GGUF does "
-                    "not; convert the model again with llama.cpp's convert_hf_to_gguf.py"
-                )
-            self._sources[name] = source
-
-    def __getitem__(self, name: str) -> np.ndarray:
-        source = self._sources[name]
-        heads = self._heads.get(_parsed(source)[1])
-        tensor = self._file.tensors[source]
-        return tensor if heads is None else self._in_hf_order(tensor, heads, source)
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._sources)
-
-    def __len__(self) -> int:
-        return len(self._sources)
-
-    def __contains__(self, name: object) -> bool:
-        return name in self._sources  # Mapping's own would expand the tensor to find out.
-
-    def shape_of(self, name: str) -> tuple[int, ...]:
-        """Returns the shape that `self[name]` will have, without reading it."""
-        return self._file.tensors.shape_of(self._sources[name])
-
-    def _in_hf_order(self, tensor: np.ndarray, heads: int, source: str) -> np.ndarray:
-        """Undoes, in place, the order of rows in which llama.cpp rotates pairs of neighbours.
-
-        Hugging Face rotates row i of a head with row i + d / 2, llama.cpp row 2 i with 2 i + 1.
-        """
-        if tensor.ndim == 0 or len(tensor) % (2 * heads):
+    sources = {_hf_name(source): source for source in file.tensors if source != _ROPE_FACTORS}
+    for source in file.tensors:
+        if _hf_name(source) == source and source.startswith(("model.", "lm_head.")):
+            # Under this name it would pass for one whose rows are in order.
             raise RequestError(
-                f"{self._file.path}: tensor {source!r} of shape {tensor.shape} is not for {heads} "
-                "heads; convert the model again"
+                f"{file.path} names a tensor {source!r}, as Hugging Face does and GGUF does "
+                "not; convert the model again with llama.cpp's convert_hf_to_gguf.py"
             )
-        head_dim = len(tensor) // heads
-        # Head by head, so that a second copy of the whole is never there.
-        for head in tensor.reshape(heads, head_dim, -1):
-            head[:] = np.concatenate([head[0::2], head[1::2]])
-        return tensor
+    return LlamaTensors(file, sources)
 
 
 def _check_is_llama(file: GgufFile) -> None:
@@ -245,25 +232,13 @@ def _rope_scaling(file: GgufFile, theta: float, head_dim: int) -> dict[str, Any]
     is_plain = linear is None and factors.shape == (head_dim // 2,)
     if is_plain and 1.0 <= factors.max() < math.inf:
         llama3 = {"rope_type": "llama3", "factor": _decimal(float(factors.max())), **_LLAMA3_ROPE}
-        if np.allclose(factors, _llama3_factors(llama3, theta, head_dim), rtol=1e-4):
+        plain, slower = (rope_frequencies(head_dim, theta, x) for x in (None, llama3))
+        if np.allclose(factors, np.divide(plain, slower), rtol=1e-4):
             return llama3
     raise RequestError(
         f"{file.path}: tensor {_ROPE_FACTORS!r} stretches the rotary embedding otherwise than "
         "Llama 3.1 and 3.2 do, which is not read; load the model from its Hugging Face folder"
     )
-
-
-def _llama3_factors(scaling: Mapping[str, Any], theta: float, head_dim: int) -> np.ndarray:
-    """Returns what each frequency is divided by, (head_dim / 2,), in float64.
-
-    Long waves by the factor, short ones by 1, and between them the quotients' inverse goes
-    linearly with the number of turns in the original context.
-    """
-    frequencies = theta ** (-np.arange(0, head_dim, 2) / head_dim)
-    turns = scaling["original_max_position_embeddings"] * frequencies / (2 * math.pi)
-    low, high = scaling["low_freq_factor"], scaling["high_freq_factor"]
-    smooth = np.clip((turns - low) / (high - low), 0.0, 1.0)
-    return 1.0 / ((1.0 - smooth) / scaling["factor"] + smooth)
 
 
 def _hf_name(source: str) -> str:

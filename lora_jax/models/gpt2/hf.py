@@ -2,13 +2,9 @@
 
 from __future__ import annotations
 
-from lora_jax.models.gpt2.modeling import GPT2Config
+from lora_jax.models.family import CAUSAL_LM, Family
+from lora_jax.models.gpt2.modeling import GPT2, GPT2Config, gpt2_aliases
 from lora_jax.models.hf_names import Entry, layer_entries, linear, norm
-
-# Causal masks that old files carry as buffers.
-IGNORED = (r"transformer\.h\.\d+\.attn\.(masked_)?bias",)
-PREFIX = "transformer."
-HEAD_MODULES = ("lm_head", "score")
 
 
 def gpt2_entries(config: GPT2Config) -> list[Entry]:
@@ -30,3 +26,15 @@ def gpt2_entries(config: GPT2Config) -> list[Entry]:
         entries += layer_entries(of_layer, number, stacked=config.scan_layers)
     entries += norm("transformer.ln_f", "norm")
     return entries
+
+
+GPT_2 = Family(
+    kind=CAUSAL_LM,
+    config=GPT2Config,
+    module=GPT2,
+    entries=gpt2_entries,
+    ignored=(r"transformer\.h\.\d+\.attn\.(masked_)?bias",),  # causal masks of old files
+    aliases=gpt2_aliases,
+    prefix="transformer.",
+    class_name=lambda config: "GPT2",
+)

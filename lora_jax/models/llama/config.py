@@ -6,8 +6,7 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
-from lora_jax.models.config_fields import MOST_LAYERS, Fields
-from lora_jax.models.layers import ACTIVATIONS
+from lora_jax.models.config_fields import Activation, Depth, Fields, Flag, Positive, Size
 
 MODEL_TYPES = ("llama", "mistral", "qwen2")
 # What transformers takes where a config is silent.
@@ -30,24 +29,24 @@ class LlamaConfig:
     config is hashable; `scan_layers` stacks the layers' parameters and is ours alone.
     """
 
-    vocab_size: int
-    hidden_size: int
-    intermediate_size: int
-    num_hidden_layers: int
-    num_attention_heads: int
+    vocab_size: Size
+    hidden_size: Size
+    intermediate_size: Size
+    num_hidden_layers: Depth
+    num_attention_heads: Size
     num_key_value_heads: int
     head_dim: int
-    max_position_embeddings: int
-    rms_norm_eps: float = 1e-6
+    max_position_embeddings: Size
+    rms_norm_eps: Positive = 1e-6
     rope_theta: float = 10000.0
     rope_scaling: tuple[tuple[str, Any], ...] | None = None
-    hidden_act: str = "silu"
-    tie_word_embeddings: bool = False
+    hidden_act: Activation = "silu"
+    tie_word_embeddings: Flag = False
     qkv_bias: bool = False
     o_bias: bool = False
-    mlp_bias: bool = False
+    mlp_bias: Flag = False
     sliding_window: int | None = None
-    initializer_range: float = 0.02
+    initializer_range: Positive = 0.02
     model_type: str = "llama"
     bos_token_id: int | None = None
     eos_token_id: int | tuple[int, ...] | None = None
@@ -73,28 +72,17 @@ class LlamaConfig:
             raise fields.error("head_dim", head_dim, "even: rotary positions turn pairs")
         theta, scaling = _read_rope(fields)
         has_bias = fields.choice("attention_bias", [False, True], False)
-        vocab_size = fields.integer("vocab_size")
-        return cls(
-            vocab_size=vocab_size,
-            hidden_size=hidden,
-            intermediate_size=fields.integer("intermediate_size"),
-            num_hidden_layers=fields.integer("num_hidden_layers", maximum=MOST_LAYERS),
-            num_attention_heads=heads,
+        return fields.config(
+            cls,
             num_key_value_heads=key_heads,
             head_dim=head_dim,
-            max_position_embeddings=fields.integer("max_position_embeddings"),
-            rms_norm_eps=fields.positive("rms_norm_eps", cls.rms_norm_eps),
             rope_theta=theta,
             rope_scaling=scaling,
-            hidden_act=fields.choice("hidden_act", ACTIVATIONS, cls.hidden_act),
-            tie_word_embeddings=fields.choice("tie_word_embeddings", [False, True], False),
             qkv_bias=has_bias or model_type == "qwen2",
             o_bias=has_bias and model_type == "llama",
-            mlp_bias=fields.choice("mlp_bias", [False, True], False),
             sliding_window=_read_window(fields, model_type),
-            initializer_range=fields.positive("initializer_range", cls.initializer_range),
             model_type=model_type,
-            **fields.special_tokens(vocab_size),
+            **fields.special_tokens(fields.integer("vocab_size")),
         )
 
     def to_json(self) -> dict[str, Any]:
@@ -146,7 +134,7 @@ def _read_window(fields: Fields, model_type: str) -> int | None:
         return None
     if model_type == "qwen2":
         # With it, only some of the layers have a window.
-        fields.choice("use_sliding_window", [False], False)
+        fields.only(use_sliding_window=False)
         return None
     default = None if "sliding_window" in fields else _MISTRAL_WINDOW
     return fields.integer("sliding_window", default, maximum=2**31 - 1)

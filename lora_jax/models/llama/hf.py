@@ -2,16 +2,10 @@
 
 from __future__ import annotations
 
+from lora_jax.models.family import CAUSAL_LM, Family
 from lora_jax.models.hf_names import Entry, layer_entries, linear, norm
-from lora_jax.models.llama.config import LlamaConfig
-
-# Index buffers that old files carry.
-IGNORED = (r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq",)
-PREFIX = "model."
-# As transformers and PEFT name the modules that this project calls its head.
-HEAD_MODULES = ("lm_head", "score")
-
-_ATTENTION = {"q": "q_proj", "k": "k_proj", "v": "v_proj", "o": "o_proj"}
+from lora_jax.models.llama.config import LlamaConfig, class_name, llama_aliases
+from lora_jax.models.llama.modeling import Llama
 
 
 def llama_entries(config: LlamaConfig) -> list[Entry]:
@@ -23,14 +17,25 @@ def llama_entries(config: LlamaConfig) -> list[Entry]:
             *norm(f"{theirs}.input_layernorm", f"{ours}/attention_norm", bias=False),
             *norm(f"{theirs}.post_attention_layernorm", f"{ours}/mlp_norm", bias=False),
         ]
-        for name, module in _ATTENTION.items():
+        for name in "qkvo":
             bias = config.o_bias if name == "o" else config.qkv_bias
-            of_layer += linear(
-                f"{theirs}.self_attn.{module}", f"{ours}/attention/{name}", bias=bias
-            )
+            module = f"{theirs}.self_attn.{name}_proj"
+            of_layer += linear(module, f"{ours}/attention/{name}", bias=bias)
         for name in ("gate", "up", "down"):
             module = f"{theirs}.mlp.{name}_proj"
             of_layer += linear(module, f"{ours}/mlp/{name}", bias=config.mlp_bias)
         entries += layer_entries(of_layer, number, stacked=config.scan_layers)
     entries += norm("model.norm", "norm", bias=False)
     return entries
+
+
+LLAMA = Family(
+    kind=CAUSAL_LM,
+    config=LlamaConfig,
+    module=Llama,
+    entries=llama_entries,
+    ignored=(r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq",),  # buffers of old files
+    aliases=llama_aliases,
+    prefix="model.",
+    class_name=class_name,
+)

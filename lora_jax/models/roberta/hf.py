@@ -2,26 +2,30 @@
 
 from __future__ import annotations
 
-from lora_jax.models.bert.hf import bert_entries
-from lora_jax.models.hf_names import Entry, linear
-from lora_jax.models.roberta.modeling import RobertaConfig
+import dataclasses
 
-# Known and not needed: index buffers, a pooler that RoBERTa's own heads do not use, and the head of
-# pretraining.
-IGNORED = (
-    r"embeddings\.(position_ids|token_type_ids)",
-    r"pooler\.dense\.(weight|bias)",
-    r"lm_head\..*",
-    r"qa_outputs\.(weight|bias)",
+from lora_jax.models.bert.hf import BERT
+from lora_jax.models.hf_names import linear
+from lora_jax.models.roberta.modeling import ALIASES, Roberta, RobertaConfig
+
+ROBERTA = dataclasses.replace(
+    BERT,
+    config=RobertaConfig,
+    module=Roberta,
+    # Known and not needed: index buffers, a pooler that RoBERTa's own heads do not use, and the
+    # heads of pretraining and of other people's tasks.
+    ignored=(
+        r"embeddings\.(position_ids|token_type_ids)",
+        r"pooler\.dense\.(weight|bias)",
+        r"lm_head\..*",
+        r"qa_outputs\.(weight|bias)",
+    ),
+    aliases=lambda config: ALIASES,
+    pooler=(),
+    classifier=(
+        *linear("classifier.dense", "head/dense"),
+        *linear("classifier.out_proj", "head/out_proj"),
+    ),
+    prefix="roberta.",
+    class_name=lambda config: "Roberta",
 )
-PREFIX = "roberta."
-HEAD_MODULES = ("classifier",)
-CLASSIFIER = (
-    *linear("classifier.dense", "head/dense"),
-    *linear("classifier.out_proj", "head/out_proj"),
-)
-
-
-def roberta_entries(config: RobertaConfig) -> list[Entry]:
-    """The entry of every parameter of the encoder."""
-    return bert_entries(config)
