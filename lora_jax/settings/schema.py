@@ -100,6 +100,12 @@ class OptimizerSettings(Section):
     NAME = "optimizer"
 
     lr: float = setting(help="peak learning rate", required=True, example=1e-3, low=0, role=LANE)
+    head_lr: float = optional(
+        0.0,
+        "peak learning rate of the parameters under head/; 0: that of the rest",
+        low=0,
+        role=LANE,
+    )
     schedule: str = setting("linear", "after warm-up", choices=("linear", "cosine", "constant"))
     warmup_ratio: float = setting(0.0, "warm-up as a share of all steps", low=0, high=1)
     warmup_steps: int = optional(0, "warm-up instead of warmup_ratio", unit="steps", low=0)

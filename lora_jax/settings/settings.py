@@ -173,7 +173,8 @@ class Settings:
             for key, value in hashed_settings(plain_config(self)).items()
             if key not in SETTINGS or SETTINGS[key].role != LANE or (with_seed and key == "seed")
         }
-        return json.dumps(shared, sort_keys=True)
+        # A rate of its own is one number more in the optimizer's state.
+        return json.dumps([shared, bool(self.optimizer.head_lr)], sort_keys=True)
 
 
 def complete(config: Any) -> Settings:

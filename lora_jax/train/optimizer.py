@@ -70,7 +70,13 @@ def optimizer_parts(
     settings: OptimizerSettings, num_steps: int
 ) -> tuple[optax.GradientTransformation, optax.GradientTransformation]:
     """`make_optimizer` in two: the clipping, which sees all gradients, and what does to each
-    parameter what it would do to it alone. Raises as that does."""
+    parameter what it would do to it alone. Raises as that does, and for a rate of the head, since
+    a parameter alone has no path."""
+    if settings.head_lr:
+        raise RequestError(
+            f"optimizer.head_lr={settings.head_lr:g} needs optimizer.offload=False: offloaded "
+            "moments are updated parameter by parameter, all at one learning rate"
+        )
     each = optax.chain(*_adamw(settings, num_steps))
     return in_float32(_clip(settings, num_steps)), _in_dtype(each, settings)
 
@@ -111,7 +117,7 @@ def _adamw(settings: OptimizerSettings, num_steps: int) -> tuple[optax.GradientT
     return (
         optax.scale_by_adam(settings.beta1, settings.beta2, settings.eps),
         _decay_weights(settings.weight_decay),
-        _scale_by_rate(settings.lr, _shape_of_schedule(settings, num_steps)),
+        _scale_by_rate(settings, _shape_of_schedule(settings, num_steps)),
     )
 
 
@@ -139,30 +145,46 @@ def _in_dtype(
 
 
 class RateState(NamedTuple):
-    """Steps taken, () int32, and the highest learning rate, () float32."""
+    """Steps taken, () int32, and peak learning rates, () float32: of all, of the head alone."""
 
     count: Any
     peak: jax.Array
+    head_peak: jax.Array | None = None
 
     @classmethod
-    def first(cls, peak: float) -> RateState:
-        return cls(jnp.zeros((), jnp.int32), jnp.asarray(peak, jnp.float32))
+    def first(cls, peak: float, head_peak: float = 0.0) -> RateState:
+        own = jnp.asarray(head_peak, jnp.float32) if head_peak else None
+        return cls(jnp.zeros((), jnp.int32), jnp.asarray(peak, jnp.float32), own)
 
     def next(self) -> RateState:
         return self._replace(count=optax.safe_increment(self.count))
 
 
-def _scale_by_rate(peak: float, shape: optax.Schedule) -> optax.GradientTransformation:
-    """Updates times `-peak * shape(step)`, the peak in the state.
+def _scale_by_rate(
+    settings: OptimizerSettings, shape: optax.Schedule
+) -> optax.GradientTransformation:
+    """Updates times `-peak * shape(step)`, the peaks in the state.
 
-    So runs that differ in their learning rate alone compile to one program, and may share it.
+    So runs that differ in their learning rates alone compile to one program, and may share it.
     """
 
     def update(updates, state, params=None):
-        rate = -state.peak * shape(state.count)
-        return jax.tree.map(lambda u: (rate * u).astype(u.dtype), updates), state.next()
+        now = shape(state.count)
 
-    return optax.GradientTransformation(lambda params: RateState.first(peak), update)
+        def scaled(path, u):
+            has_own = state.head_peak is not None and _is_of_head(path)
+            rate = -(state.head_peak if has_own else state.peak) * now
+            return (rate * u).astype(u.dtype)
+
+        return jax.tree_util.tree_map_with_path(scaled, updates), state.next()
+
+    init = lambda params: RateState.first(settings.lr, settings.head_lr)  # noqa: E731
+    return optax.GradientTransformation(init, update)
+
+
+def _is_of_head(path: tuple[Any, ...]) -> bool:
+    """Whether a leaf belongs to a parameter under head/, of whatever part of it."""
+    return jax.tree_util.keystr(path, simple=True, separator="/").startswith("head/")
 
 
 class DecayState(NamedTuple):

@@ -106,6 +106,38 @@ def test_optimizer_is_adamw_with_clipping(clip_norm):
             np.testing.assert_allclose(params[name], wanted[name], rtol=1e-5, atol=1e-6)
 
 
+def test_the_head_has_a_rate_of_its_own():
+    """As two optimizers with one clipping norm: each parameter moves as its rate alone has it."""
+    generator = np.random.default_rng(0)
+    shapes = {"head/kernel": {"value": (3, 2)}, "encoder/kernel": {"a": (4, 2), "b": (2, 4)}}
+    params, grads = (
+        {
+            path: {part: jnp.asarray(generator.standard_normal(shape), jnp.float32)
+                   for part, shape in entry.items()}
+            for path, entry in shapes.items()
+        }
+        for _ in range(2)
+    )  # fmt: skip
+
+    def moved(**changes):
+        tx = make_optimizer(settings(weight_decay=0.1, clip_norm=1.0, **changes), 10)
+        own, state = params, tx.init(params)
+        for _ in range(3):
+            updates, state = tx.update(grads, state, own)
+            own = optax.apply_updates(own, updates)
+        return own
+
+    both = moved(lr=1e-3, head_lr=1e-2)
+    for path, wanted in (
+        ("head/kernel", moved(lr=1e-2)),
+        ("encoder/kernel", moved(lr=1e-3)),
+    ):
+        for part, value in both[path].items():
+            np.testing.assert_array_equal(value, wanted[path][part])
+    with pytest.raises(RequestError, match="optimizer.head_lr=0.01 needs optimizer.offload=False"):
+        optimizer_parts(settings(lr=1e-3, head_lr=1e-2), 10)
+
+
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
 def test_moments_of_narrow_parameters_are_float32(dtype):
     params = {"narrow": jnp.ones((4, 3), dtype), "wide": jnp.ones(2)}
