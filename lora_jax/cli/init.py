@@ -6,10 +6,11 @@ import ast
 from collections.abc import Sequence
 from pathlib import Path
 
-from lora_jax.cli.parser import Parser, read_path, say
+from lora_jax.cli.parser import Parser, say
 from lora_jax.core.errors import RequestError
 from lora_jax.core.trees import nearest
 from lora_jax.io.atomic import write_text
+from lora_jax.io.paths import read_path
 from lora_jax.settings.config import shipped_configs
 
 

@@ -96,6 +96,8 @@ class Parser(argparse.ArgumentParser):
         known, unknown = self.parse_known_args(args, namespace)
         if unknown:
             self._refuse(unknown[0], options)
+        from lora_jax.io.paths import read_path
+
         for name in PATHS & vars(known).keys():
             value = getattr(known, name)
             for text in value if isinstance(value, list) else [value]:
@@ -118,16 +120,6 @@ def _check_names(option: str, text: Any) -> None:
             f"{option} {reprlib.repr(text)} is no path: a name in it is longer than 255 bytes or "
             "holds NUL"
         )
-
-
-def read_path(text: Any) -> Any:
-    """A path as given, with `~` as the home folder; raises as `at_home`."""
-    if not isinstance(text, str):
-        return text
-    from lora_jax.io.paths import at_home
-
-    path = at_home(text)
-    return text if path == Path(text) else str(path)
 
 
 def add_mesh(parser: Parser, axes: str) -> None:

@@ -6,6 +6,7 @@ import os
 import re
 import sys
 from pathlib import Path
+from typing import Any
 
 from lora_jax.core.errors import RequestError
 
@@ -39,3 +40,11 @@ def at_home(path: str | os.PathLike) -> Path:
         raise RequestError(f"{text!r} is a Windows path, and this is {sys.platform}; use slashes")
     # Another user's home ("~name") may be a file of that name as well: only the own one is meant.
     return Path(os.path.expanduser(text) if text == "~" or text.startswith("~/") else text)
+
+
+def read_path(text: Any) -> Any:
+    """An option's path as text, with `~` as the home folder; raises as `at_home`."""
+    if not isinstance(text, str):
+        return text
+    path = at_home(text)
+    return text if path == Path(text) else str(path)
