@@ -34,9 +34,8 @@ def test_the_readmes_python_runs(capsys, tmp_path, monkeypatch):
 
 
 @pytest.fixture
-def guide(monkeypatch):
-    """What the guide's blocks define, run top to bottom as one file."""
-    monkeypatch.setattr(METHODS, "_kinds", dict(METHODS._kinds))
+def guide(register):
+    """What the guide's blocks define, run top to bottom as one file; `register` forgets it."""
     names: dict = {"__name__": "guide"}
     exec("\n".join(python_of("lora_jax/methods/README.md")), names)
     return names
