@@ -57,7 +57,7 @@ lint: $(VENV)/ready ## ruff, and pyright over lora_jax
 	@mkdir -p .cache
 	$(VENV)/bin/ruff check --quiet .
 	$(VENV)/bin/ruff format --check --quiet .
-	$(VENV)/bin/pyright --pythonpath $(PY) > .cache/pyright-$(VERSION).txt || { cat .cache/pyright-$(VERSION).txt; exit 1; }
+	$(VENV)/bin/pyright --project pyproject.toml --pythonpath $(PY) > .cache/pyright-$(VERSION).txt || { cat .cache/pyright-$(VERSION).txt; exit 1; }
 
 # The lower bounds of pyproject.toml, each pinned: what it promises is installed and run.
 .venv-oldest/ready: pyproject.toml
