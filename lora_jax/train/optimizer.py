@@ -149,7 +149,7 @@ class RateState(NamedTuple):
 
     count: Any
     peak: jax.Array
-    head_peak: jax.Array | None = None
+    head_peak: Any = None
 
     @classmethod
     def first(cls, peak: float, head_peak: float = 0.0) -> RateState:
@@ -172,9 +172,9 @@ def _scale_by_rate(
         now = shape(state.count)
 
         def scaled(path, u):
-            has_own = state.head_peak is not None and _is_of_head(path)
-            rate = -(state.head_peak if has_own else state.peak) * now
-            return (rate * u).astype(u.dtype)
+            own = state.head_peak if _is_of_head(path) else None
+            peak = state.peak if own is None else own
+            return (-peak * now * u).astype(u.dtype)
 
         return jax.tree_util.tree_map_with_path(scaled, updates), state.next()
 
