@@ -1,7 +1,7 @@
 """What an experiment leaves behind: its runs, verdicts, tables and figures.
 
 An analysis reads finished runs, decides each hypothesis (`hypotheses`), and
-writes `experiments/results/NAME`: `cells.jsonl` (a line a run, with the hashes of its card),
+writes `experiments/results/NAME`: `cells.jsonl` (a line per run, with the hashes of its card),
 `verdicts.json`, figures, and a README made of them, so that no figure in it is typed by hand.
 """
 
@@ -107,7 +107,7 @@ def verdict_table(verdicts: Sequence[Verdict]) -> str:
 
 
 def draw_arms(arms: Mapping[str, Arm], *, beside: str = ""):
-    """Test losses with their 95% intervals, a line an arm, single seeds as small marks.
+    """Test losses with their 95% intervals, a line per arm, single seeds as small marks.
 
     With `beside` the differences from that arm, paired, stand at the right: what makes
     examples hard is in the losses' intervals and not in theirs.
@@ -174,7 +174,7 @@ def draw_by_number(
     label: str,
     beside: str,
 ):
-    """Left: test loss against the number in the arms' names, a line a method, single seeds
+    """Left: test loss against the number in the arms' names, a line per method, single seeds
     as dots. Right: `gaps_by_number`; 0 is the line of the method `beside`."""
     from matplotlib.figure import Figure
 

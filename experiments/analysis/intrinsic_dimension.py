@@ -83,7 +83,7 @@ def _text(one, dims) -> str:
 
 
 def _draw(accuracies, dims, score, threshold):
-    """Accuracy against d, a line a structure, single seeds as dots."""
+    """Accuracy against d, a line per structure, single seeds as dots."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(6.5, 4), layout="constrained")

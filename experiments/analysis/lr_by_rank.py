@@ -90,7 +90,7 @@ def write(workdir, out) -> None:
 
 
 def _draw(shown):
-    """Validation loss against rate, a line a rank; full fine-tuning dashed."""
+    """Validation loss against rate, a line per rank; full fine-tuning dashed."""
     from matplotlib import colormaps
     from matplotlib.figure import Figure
 

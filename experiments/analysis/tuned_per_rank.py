@@ -69,7 +69,7 @@ def write(workdir, out) -> None:
 
 
 def _draw(by):
-    """Validation loss against rate, a panel a convention, a line a rank."""
+    """Validation loss against rate, a panel per convention, a line per rank."""
     from matplotlib import colormaps
     from matplotlib.figure import Figure
 

@@ -20,6 +20,7 @@ def run(argv: Sequence[str]) -> int:
     shipped = "\n".join(f"  {name.ljust(width)}  {_title(path)}" for name, path in configs.items())
     parser = Parser(
         "init",
+        has_json=False,
         epilog=f"""\
 Example:
   lora-jax init my.py                            (--like=what_rank copies that one)

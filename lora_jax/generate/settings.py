@@ -97,7 +97,7 @@ class Decoding:
         object.__setattr__(self, "eos_token_ids", ids)  # lists of a config, hashable from here on
 
     def _check_use(self):
-        """A setting without effect is a mistake: whoever wrote it expects another text."""
+        """A setting without effect is a mistake: it was written to change the text."""
         off = {"temperature": 1.0, "top_k": 0, "top_p": 1.0}
         if not self.do_sample:
             self._must_be(off, "acts only with do_sample=True")

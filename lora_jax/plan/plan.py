@@ -100,8 +100,8 @@ class Plan:
 
 
 def make_plan(request: Request, show: Callable[[str], None] = lambda text: None) -> Plan:
-    """Compiles the step; `show` is told when that begins. Raises `RequestError` for what cannot be
-    asked for."""
+    """Compiles the step; `show` is called when that begins. Raises `RequestError` for what cannot
+    be asked for."""
     model, method = _model_and_method(request)
     devices = list(describe_topology(request.topology).devices)
     mesh = make_mesh(request.mesh, devices)

@@ -67,7 +67,8 @@ def _makes(name: str, settings: dict) -> bool:
 @functools.cache
 def _config(name: str) -> Settings | None:
     try:
-        make = run_file(name)["get_config"]
+        # By its path: a file of that name in the working folder is not a shipped one.
+        make = run_file(shipped_configs()[name])["get_config"]
         takes = inspect.signature(make).parameters.values()
         config = make("") if any(one.default is one.empty for one in takes) else make()
         return Settings.from_config(config)

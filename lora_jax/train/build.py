@@ -234,7 +234,7 @@ def accumulate_of(config: Settings) -> int:
 
 
 def _quantized(settings: ModelSettings) -> dict[str, Any]:
-    """What `load_model` is told of four bits; nothing where model.quantize is ""."""
+    """Arguments of `load_model` for four bits; none where model.quantize is ""."""
     names = ("quantize", "quantize_targets", "double_quant")
     found = {name: settings[name] for name in names}
     if found["quantize"]:

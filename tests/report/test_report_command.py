@@ -7,9 +7,11 @@ from pathlib import Path
 import pytest
 
 from lora_jax.cli.parser import Parser
+from lora_jax.report import commands
 from lora_jax.report.commands import command, train_command
 from lora_jax.report.runs import FinishedRun, Run
 from lora_jax.settings import config_hash, plain_config
+from lora_jax.settings.config import shipped_configs
 from lora_jax.train.record import Card
 
 CARDS = sorted((Path(__file__).parents[2] / "experiments" / "results").rglob("card.json"))
@@ -38,6 +40,15 @@ def test_every_committed_run_has_a_command_that_gives_the_config_of_its_card(tmp
         options, config = parse(command(run))
         assert options.name == run.name
         assert config_hash(plain_config(config)) == run.card.config_hash, path
+
+
+def test_a_file_named_as_a_shipped_config_is_not_executed(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in shipped_configs():
+        if "/" not in name:
+            (tmp_path / name).write_text("raise SystemExit('executed')")
+    commands._config.cache_clear()
+    assert command(run_of(CARDS[0])) is not None
 
 
 def test_a_card_that_names_its_config_is_believed_and_its_file_not_executed(tmp_path):

@@ -43,6 +43,6 @@ def expanded(raw_RB: np.ndarray, name: str) -> np.ndarray:
     from gguf import GGMLQuantizationType
     from gguf.quants import dequantize
 
-    # A damaged scale may overflow; whoever checks that weights are finite will say so.
+    # A damaged scale may overflow; the check that weights are finite reports it.
     with np.errstate(all="ignore"):
         return dequantize(raw_RB, GGMLQuantizationType[name])
