@@ -29,6 +29,8 @@ A sweep is a function in the config's file:
 With tune, an arm runs once for each value; the one with the best validation loss then runs
 with more seeds. What was chosen, and from what, is in WORKDIR/tuned.json:
       add("r8", tune=("optimizer.lr", (1e-4, 1e-3)), more_seeds=(1, 2), **{{"method.rank": 8}})
+tune={{setting: values, …}} tries all combinations; tune_seeds=(100, 101) choose by their mean loss,
+so that no seed is reported that chose; tune_with={{"data.eval_limit": 1000}} is theirs alone.
 
 Cells that differ in targets, rank, alpha, dropout, init, learning rate, weight decay and seed alone
 train as one program over one copy of the base (ranks padded to 8, 16, 32, …); the rest, and full

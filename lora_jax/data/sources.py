@@ -24,6 +24,7 @@ BUILT_IN = {
 IN_FOLDERS = {
     "newsgroups": lambda data: load_newsgroups(data.path),
     "wordnet": lambda data: load_wordnet(data.path),
+    "wordnet-2": lambda data: load_wordnet(data.path, second=True),
     "wordnet-random-labels": lambda data: load_random_labels(data.path),
     "wordnet-exchanged-words": lambda data: load_exchanged_words(data.path),
     "e2e": lambda data: load_e2e(data.path),

@@ -135,6 +135,9 @@ class TrainSettings(Section):
     patience: int = setting(
         0, "stop after as many without a better loss", unit="evaluations", low=0
     )
+    target_loss: float = optional(
+        0.0, "stop at a validation loss of this or less; 0: never", unit="nats", low=0
+    )
     eval_batch_size: int = setting(128, "of an evaluation", unit="examples", low=1, high=2**20)
     log_every_steps: int = setting(10, "of metrics", unit="steps", low=1, role=BOOKKEEPING)
     accumulate_steps: int = optional(1, "parts of a batch, one after the other", low=1)

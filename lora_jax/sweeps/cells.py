@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
+import math
 import reprlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from lora_jax.core.errors import RequestError
@@ -20,34 +22,42 @@ MIN_VALUES = 2
 
 @dataclasses.dataclass(frozen=True)
 class Tuning:
-    """One arm, tuned: a cell for each value of `key`, then more seeds with the best.
+    """One arm, tuned: cells for each point of a grid, then more seeds with the best point.
 
-    `config` is the arm's, without the value.
+    `keys` are the settings of the grid and `points` their values together, in order. `seeds` are
+    those that choose, each with every point, under the settings `tune_with`; `config` is the arm's,
+    without a point.
     """
 
     name: str
-    key: str
-    values: tuple[Any, ...]
+    keys: tuple[str, ...]
+    points: tuple[tuple[Any, ...], ...]
     config: Settings
+    seeds: tuple[int, ...]
     more_seeds: tuple[int, ...] = ()
+    tune_with: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
-    def cell(self, value: Any, seed: int | None = None) -> Cell:
-        """The cell of one value: `NAME-lr0.001-s0`."""
-        seed = self.config.seed if seed is None else seed
-        short = self.key.rpartition(".")[2]
-        config = self.config.replace({self.key: value, "seed": seed})
-        return Cell(f"{self.name}-{short}{value_text(value)}-s{seed}", config)
+    def cell(self, point: tuple[Any, ...], seed: int, *, tuning: bool = False) -> Cell:
+        """The cell of one point: `NAME-lr0.001-s0`."""
+        own = dict(zip(self.keys, point, strict=True))
+        texts = (f"-{key.rpartition('.')[2]}{value_text(value)}" for key, value in own.items())
+        more = self.tune_with if tuning else {}
+        config = self.config.replace({**more, **own, "seed": seed})
+        return Cell(f"{self.name}{''.join(texts)}-s{seed}", config)
 
     @property
     def first(self) -> list[Cell]:
-        """The cells that the choice is made from."""
-        return [self.cell(value) for value in self.values]
+        """The cells that the choice is made from, the seeds of a point together."""
+        return [self.cell(point, s, tuning=True) for point in self.points for s in self.seeds]
+
+    def more(self, point: tuple[Any, ...]) -> list[Cell]:
+        """The cells of the other seeds at the chosen point."""
+        return [self.cell(point, seed) for seed in self.more_seeds]
 
     @property
     def possible(self) -> list[Cell]:
-        """Those, and each that the choice may lead to."""
-        more = [self.cell(value, seed) for value in self.values for seed in self.more_seeds]
-        return [*self.first, *more]
+        """Those of `first`, and each that the choice may lead to."""
+        return [*self.first, *(cell for point in self.points for cell in self.more(point))]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -84,9 +94,12 @@ def read_sweep(path: str, sweep: str, config: Settings) -> Sweep:
 
     `add(name, **{"method.rank": 4, "seed": 1})` adds a cell. `add(name, tune=("optimizer.lr",
     rates), more_seeds=(1, 2), …)` adds a tuned arm: a cell for each rate, and when all have
-    ended, the rate with the best validation loss runs with the other seeds too. Raises
-    `RequestError` for a sweep the file does not have, a name given twice, two cells with the same
-    settings, or a setting the config does not know.
+    ended, the rate with the best validation loss runs with the other seeds too. `tune` may name
+    several settings, `{"optimizer.lr": rates, "optimizer.head_lr": more}`: all combinations.
+    `tune_seeds=(100, 101)` choose by the mean of their losses, in the place of the config's seed,
+    so that no seed is reported that chose; `tune_with` are settings of the cells that choose alone
+    (`{"data.eval_limit": 1000}`). Raises `RequestError` for a sweep the file does not have, a name
+    given twice, two cells with the same settings, or a setting the config does not know.
     """
     config = complete(config)
     functions = run_file(path)
@@ -96,17 +109,27 @@ def read_sweep(path: str, sweep: str, config: Settings) -> Sweep:
     cells: list[Cell] = []
     tunings: list[Tuning] = []
 
-    def add(name: str, *, tune=None, more_seeds: Iterable[int] = (), **overrides: Any) -> None:
+    def add(
+        name: str,
+        *,
+        tune=None,
+        more_seeds: Iterable[int] = (),
+        tune_seeds: Iterable[int] = (),
+        tune_with: Mapping[str, Any] | None = None,
+        **overrides: Any,
+    ) -> None:
         taken = {cell.name for cell in cells} | {tuning.name for tuning in tunings}
         if name in taken:
             raise RequestError(f"sweep {sweep!r} adds the cell {name!r} twice; name them apart")
         _check_name(name)
         made = config.replace(overrides)
-        seeds = _seeds(name, more_seeds)
+        seeds = _seeds(name, "more_seeds", more_seeds)
+        choosing = _seeds(name, "tune_seeds", tune_seeds)
         if tune is not None:
-            tunings.append(_tuning(name, tune, made, seeds))
-        elif seeds:
-            raise RequestError(f"cell {name!r}: more_seeds needs tune; or add a cell for each seed")
+            tunings.append(_tuning(name, tune, made, choosing or (made.seed,), seeds, tune_with))
+        elif seeds or choosing or tune_with:
+            lone = "more_seeds" if seeds else "tune_seeds" if choosing else "tune_with"
+            raise RequestError(f"cell {name!r}: {lone} needs tune; or add a cell for each seed")
         else:
             cells.append(Cell(name, made))
 
@@ -118,15 +141,27 @@ def read_sweep(path: str, sweep: str, config: Settings) -> Sweep:
     return found
 
 
-def _tuning(name: str, tune: Any, config: Settings, more_seeds: tuple[int, ...]) -> Tuning:
+def _tuning(
+    name: str,
+    tune: Any,
+    config: Settings,
+    choosing: tuple[int, ...],
+    more_seeds: tuple[int, ...],
+    tune_with: Mapping[str, Any] | None,
+) -> Tuning:
     try:
-        key, values = read_tune(tune)
+        grid = [read_tune(own) for own in (tune.items() if isinstance(tune, Mapping) else [tune])]
+        config.replace(tune_with or {})  # for its check
     except RequestError as error:
         raise RequestError(f"cell {name!r}: {error}") from None
-    seeds = (config.seed, *more_seeds)
+    if not grid:
+        raise RequestError(f"cell {name!r}: tune is empty; give a setting and its values")
+    seeds = (*choosing, *more_seeds)
     if len(set(seeds)) < len(seeds):
         raise RequestError(f"cell {name!r}: the seeds {seeds} repeat one; name each once")
-    return Tuning(name, key, values, config, more_seeds)
+    keys, values = zip(*grid, strict=True)
+    points = tuple(itertools.product(*values))
+    return Tuning(name, keys, points, config, choosing, more_seeds, dict(tune_with or {}))
 
 
 def read_tune(tune: Any) -> tuple[str, tuple[Any, ...]]:
@@ -156,10 +191,10 @@ def value_text(value: Any) -> str:
     return f"{value:g}" if isinstance(value, float) else str(value)
 
 
-def _seeds(name: str, more_seeds: Any) -> tuple[int, ...]:
-    seeds = tuple(more_seeds) if isinstance(more_seeds, Iterable) else more_seeds
+def _seeds(name: str, what: str, given: Any) -> tuple[int, ...]:
+    seeds = tuple(given) if isinstance(given, Iterable) else given
     if not isinstance(seeds, tuple) or not all(type(seed) is int for seed in seeds):
-        raise RequestError(f"cell {name!r}: more_seeds is {seeds}; give whole numbers: (1, 2)")
+        raise RequestError(f"cell {name!r}: {what} is {seeds}; give whole numbers: (1, 2)")
     return seeds
 
 
@@ -194,17 +229,36 @@ def _refuse_twins(sweep: Sweep) -> None:
 def choose_value(tuning: Tuning, losses: Sequence[float]) -> dict[str, Any]:
     """What a tuning found, as JSON values: the basin, and the value with the lowest loss.
 
-    `losses` are the best validation losses of the values, inf where a cell failed.
+    `losses` are the best validation losses of the cells of `tuning.first`, inf where one failed; a
+    point has the mean over its seeds. With several settings or seeds `key`, `values`, `chosen` and
+    `seed` are lists.
     """
-    best = min(range(len(losses)), key=losses.__getitem__)
-    return {
-        "key": tuning.key,
-        "values": list(tuning.values),
-        "validation_losses": list(losses),
-        "seed": tuning.config.seed,
-        "chosen": tuning.values[best],
-        "at_edge": is_at_edge(tuning.values[best], tuning.values),
+    count = len(tuning.seeds)
+    means = [sum(losses[n : n + count]) / count for n in range(0, len(losses), count)]
+    best = tuning.points[min(range(len(means)), key=means.__getitem__)]
+    edges = zip(best, zip(*tuning.points, strict=True), strict=True)
+    plain = len(tuning.keys) == 1
+    found = {
+        "key": tuning.keys[0] if plain else list(tuning.keys),
+        "values": [point[0] if plain else list(point) for point in tuning.points],
+        "validation_losses": means,
+        "seed": tuning.seeds[0] if count == 1 else list(tuning.seeds),
+        "chosen": best[0] if plain else list(best),
+        "at_edge": any(is_at_edge(chosen, values) for chosen, values in edges),
     }
+    return found if count == 1 else found | {"by_seed": _rows(losses, count)}
+
+
+def _rows(values: Sequence[float], count: int) -> list[list[float]]:
+    return [list(values[n : n + count]) for n in range(0, len(values), count)]
+
+
+def best_point(tuning: Tuning, choice: Mapping[str, Any]) -> tuple[Any, ...] | None:
+    """The point that `choose_value` chose; None where every one failed."""
+    if not any(map(math.isfinite, choice["validation_losses"])):
+        return None
+    chosen = choice["chosen"]
+    return tuple(chosen) if len(tuning.keys) > 1 else (chosen,)
 
 
 def is_at_edge(chosen: Any, values: Sequence[Any]) -> bool:

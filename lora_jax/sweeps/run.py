@@ -14,7 +14,7 @@ from lora_jax.io.atomic import write_json
 from lora_jax.io.paths import at_home
 from lora_jax.io.untrusted import check_fields
 from lora_jax.settings import plain_config
-from lora_jax.sweeps.cells import Cell, Sweep, Tuning, choose_value
+from lora_jax.sweeps.cells import Cell, Sweep, Tuning, best_point, choose_value, value_text
 from lora_jax.sweeps.record import SWEEP, read_record
 from lora_jax.sweeps.runner import device_memory_bytes
 from lora_jax.sweeps.view import SweepView
@@ -112,7 +112,8 @@ def plan_sweep(
     for tuning in sweep.tunings:
         if tuning.more_seeds:
             count = len(tuning.more_seeds)
-            lines.append(f"later: {tuning.name}, the best {tuning.key}, {count} more seeds")
+            what = " and ".join(tuning.keys)
+            lines.append(f"later: {tuning.name}, the best {what}, {count} more seeds")
     return lines
 
 
@@ -165,14 +166,16 @@ def _more_cells(
             return []
         failed = isinstance(result, RequestError)
         losses.append(math.inf if failed else result.metrics.validation.loss)
-    if not any(map(math.isfinite, losses)):
-        view.say(f"{tuning.name}: no {tuning.key} gave a number; nothing chosen")
-        return []
     choice = choose_value(tuning, losses)
+    what = " and ".join(tuning.keys)
+    if (point := best_point(tuning, choice)) is None:
+        view.say(f"{tuning.name}: no {what} gave a number; nothing chosen")
+        return []
     path = workdir / "tuned.json"
     tuned = read_json_file(path) if path.exists() else {}
     check_fields(tuned, {}, path, "restore it, or remove it")
     write_json(path, {**tuned, tuning.name: choice})
     edge = "; at the edge of those tried: a better one may lie beyond" if choice["at_edge"] else ""
-    view.say(f"{tuning.name}: {tuning.key} {choice['chosen']} is best on validation{edge}")
-    return [tuning.cell(choice["chosen"], seed) for seed in tuning.more_seeds]
+    shown = " and ".join(map(value_text, point))
+    view.say(f"{tuning.name}: {what} {shown} is best on validation{edge}")
+    return tuning.more(point)

@@ -267,4 +267,5 @@ def plan_steps(settings: TrainSettings, steps_per_epoch: int) -> Schedule:
         checkpoint_every=settings.checkpoint_every_steps or eval_every,
         log_every=settings.log_every_steps,
         patience=settings.patience,
+        target_loss=settings.target_loss,
     )

@@ -55,7 +55,8 @@ class Schedule:
     """What all cells of a training share: its length, the intervals in steps, and the patience.
 
     `eval_every` of 0 evaluates once, after the last step; `checkpoint_every` of 0 never saves;
-    `patience` counts evaluations without a better loss, 0 for no limit.
+    `patience` counts evaluations without a better loss, 0 for no limit; `target_loss` is the
+    validation loss (nats) at which a cell has learned enough, 0 for none.
     """
 
     num_steps: int
@@ -63,6 +64,7 @@ class Schedule:
     patience: int
     log_every: int = 50
     checkpoint_every: int = 0
+    target_loss: float = 0.0
 
 
 @dataclasses.dataclass
@@ -129,6 +131,8 @@ class Progress:
             self.evaluations_since_best = 0
         if schedule.patience and self.evaluations_since_best >= schedule.patience:
             self.stopped = STOPPED_IMPROVING
+        elif loss <= schedule.target_loss:
+            self.stopped = f"validation loss of {schedule.target_loss:g} reached"
         elif self.step >= schedule.num_steps:
             self.stopped = f"budget of {schedule.num_steps} steps ended"
 

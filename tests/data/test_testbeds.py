@@ -23,6 +23,7 @@ LINE = "{offset:08d} {domain:02d} n 01 {word} 0 001 @ 00001740 n 0000 | {gloss} 
 def small(monkeypatch):
     monkeypatch.setattr(wordnet, "TEST_SIZE", 40)
     monkeypatch.setattr(wordnet, "VALIDATION_SIZE", 20)
+    monkeypatch.setattr(wordnet, "SECOND_TEST_SIZE", 60)
     monkeypatch.setattr(newsgroups, "VALIDATION_SIZE", 10)
 
 
@@ -54,6 +55,11 @@ def test_glosses_are_split_by_their_hash_each_text_once(tmp_path, small):
     again = load_wordnet(str(tmp_path))
     assert again.data_hash == splits.data_hash and again.label_names == LABEL_NAMES
     assert len(LABEL_NAMES) == 26
+    second = load_wordnet(str(tmp_path), second=True)
+    assert (len(second.test), len(second.validation)) == (60, 20)
+    texts = {text for _, part in all_of(splits) for text in part.texts}
+    assert texts == {text for _, part in all_of(second) for text in part.texts}
+    assert set(second.test.texts) - set(splits.test.texts)
 
 
 def test_what_is_not_wordnets_is_named(tmp_path, small):

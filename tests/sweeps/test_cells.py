@@ -50,6 +50,14 @@ def run(sweep, workdir, **options):
         ("add('a', tune=('optimizer.rl', (1e-3, 1e-2)))", "no setting 'optimizer.rl'"),
         ("add('a', tune=('optimizer.lr', (1e-3, 1e-2)), more_seeds=(0,))", "seeds .* repeat"),
         ("add('a', more_seeds=(1,))", "more_seeds needs tune"),
+        ("add('a', tune_seeds=(1,))", "tune_seeds needs tune"),
+        ("add('a', tune_with={'seed': 1})", "tune_with needs tune"),
+        ("add('a', tune={})", "tune is empty"),
+        ("add('a', tune=('seed', (1, 2)), tune_with={'data.limt': 1})", "no setting 'data.limt'"),
+        (
+            "add('a', tune=('optimizer.lr', (1e-3, 1e-2)), tune_seeds=(1,), more_seeds=(1,))",
+            "seeds .* repeat",
+        ),
         ("add('a', tune=('optimizer.lr', (1e-3, 1e-2)), more_seeds=2)", "give whole numbers"),
         ("add('a', tune=('optimizer.lr', (1e-3, 1e-2)), more_seeds=('1',))", "whole numbers"),
         ("add('a', tune=('optimizer.lr', (1e-3, 1.0000001e-3)))", "first six digits"),
@@ -98,6 +106,28 @@ def test_tuning_chooses_on_validation_and_runs_more_seeds_with_it(make_config, t
     assert len(results) == 6
     # Again: the same choice, and nothing is run.
     assert run(sweep, tmp_path / "w").keys() == results.keys()
+
+
+def test_several_seeds_choose_a_point_of_a_grid_and_are_not_reported(make_config, tmp_path):
+    grid = {"optimizer.lr": (1e-3, 1e-2), "optimizer.weight_decay": (0.0, 0.5)}
+    few = {"data.eval_limit": 8}
+    body = f"add('t', tune={grid}, tune_seeds=(7, 8), tune_with={few}, more_seeds=(0,))"
+    sweep = sweep_in(tmp_path, make_config(QUICK), body)
+    assert len(sweep.first) == 8 and len(sweep.tunings[0].possible) == 12
+    results = run(sweep, tmp_path / "w")
+    names = [cell.name for cell in sweep.first]
+    losses = np.reshape([results[name].metrics.validation.loss for name in names], (4, 2))
+    points = [[lr, decay] for lr in (1e-3, 1e-2) for decay in (0.0, 0.5)]
+    tuned = json.loads((tmp_path / "w" / "tuned.json").read_text())["t"]
+    assert tuned["by_seed"] == losses.tolist() and tuned["values"] == points
+    lr, decay = tuned["chosen"]
+    assert [lr, decay] == points[losses.mean(axis=1).argmin()]
+    reported = [results[name] for name in results if name not in names]
+    assert [card.config["seed"] for card in reported] == [0]
+    assert reported[0].config["optimizer"]["weight_decay"] == decay
+    # What only the choosing cells have: fewer examples to evaluate.
+    assert reported[0].config["data"].get("eval_limit") != 8
+    assert all(results[name].config["data"]["eval_limit"] == 8 for name in names)
 
 
 @pytest.mark.slow

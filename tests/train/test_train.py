@@ -178,6 +178,14 @@ def test_best_weights_are_kept_not_the_last(make_config, tmp_path):
     assert long.read_bytes() == short.read_bytes()
 
 
+def test_a_cell_stops_once_it_has_learned_enough():
+    schedule, progress = Schedule(9, eval_every=1, patience=0, target_loss=0.7), Progress()
+    for progress.step, loss in enumerate((0.9, 0.71, 0.7), 1):
+        assert not progress.stopped
+        progress.evaluate(loss, 0.5, schedule)
+    assert progress.stopped == "validation loss of 0.7 reached" and progress.best_step == 3
+
+
 @pytest.mark.parametrize("patience", [0, 2])
 def test_progress_of_evaluations(patience):
     schedule = Schedule(num_steps=5, eval_every=1, patience=patience)
