@@ -13,6 +13,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from experiments.analysis import forgotten, study
 from experiments.analysis.findings import RESULTS
 from experiments.analysis.index import ORDER, write_pages
 from lora_jax import RequestError
@@ -43,6 +44,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     module = importlib.import_module(f"experiments.analysis.{options.name}")
     options.out = options.out or RESULTS / options.name
     options.beside = options.beside or RESULTS / getattr(module, "BESIDE", "")
+    if hasattr(module, "page"):
+        return _write_page(parser, module, options)
     takes = inspect.signature(module.write).parameters
     if "workdir" in takes and options.workdir is None:
         parser.error(f"{options.name} needs the workdir of a finished sweep")
@@ -50,6 +53,19 @@ def main(argv: Sequence[str] | None = None) -> int:
         module.write(*(getattr(options, name) for name in takes))
     except RequestError as error:
         parser.exit(2, f"{parser.prog} {options.name}: {error}\n")
+    return 0
+
+
+def _write_page(parser, module, options) -> int:
+    """Collects the finished runs, if any are given, and makes the page from the record."""
+    try:
+        if options.workdir is not None:
+            study.collect([options.workdir], options.out)
+            forgotten.collect(options.workdir, options.out)
+        module.page(study.read_study(options.out), options.out)
+    except RequestError as error:
+        parser.exit(2, f"{parser.prog} {options.name}: {error}\n")
+    print(f"written: {options.out}")
     return 0
 
 

@@ -14,7 +14,9 @@ from lora_jax.settings.described import table
 
 FOLDER = findings.EXPERIMENTS
 SETTINGS = FOLDER.parent / "lora_jax" / "settings" / "README.md"
+SECOND = ("what_rank_2",)
 ORDER = (
+    *SECOND,
     "which_matrices", "what_rank", "what_rank_e2e", "lr_by_rank", "tuned_per_rank",
     "subspace_ranks", "subspace_seeds", "delta_vs_weight", "intrinsic_digits",
     "intrinsic_dimension", "batch_size", "low_data", "rank_caps_movement", "forgetting",

@@ -46,7 +46,7 @@ Hypotheses, written before the runs, margin 0.02 nats of test loss unless said:
 Forgotten is what a probe of 20 Newsgroups loses, as in `forgetting`.
 Power, from the first edition's spread (seed SD of a paired difference 0.006 between ranks, 0.019
 between full and r = 64 with a free head; SD over examples 0.19 and 0.35): 10 seeds and 16,000
-glosses find equivalence at a true difference of 0 with 99% between ranks, 77% with full.
+glosses find equivalence at a true difference of 0 with 99% between ranks, 74% with full.
 Measured: experiments/results/what_rank_2/README.md.
 """
 

@@ -80,6 +80,18 @@ def epoch_schedule(
     return [batches[i] for i in _permutation(len(batches), seed, epoch, 1)]
 
 
+def drawn_rows(num_examples: int, num_drawn: int, *, seed: int) -> np.ndarray:
+    """Which of the examples a run of this seed trains on, (num_drawn,) int64 in ascending order.
+
+    Raises `RequestError` where there are not so many.
+    """
+    if num_drawn > num_examples:
+        raise RequestError(
+            f"data.draw={num_drawn}, but there are {num_examples} training examples; draw fewer"
+        )
+    return np.sort(_permutation(num_examples, seed, 0, 2)[:num_drawn])
+
+
 def length_order(
     lengths: np.ndarray, buckets: Sequence[int], *, batch_size: int
 ) -> list[ScheduledBatch]:

@@ -48,6 +48,20 @@ class EncodedExamples:
         """Token ids of example `index`, (length,) int32."""
         return self.ids[self.offsets[index] : self.offsets[index + 1]]
 
+    def take(self, rows: np.ndarray) -> EncodedExamples:
+        """The examples `rows` (M,) int64, in that order."""
+        parts = [np.arange(self.offsets[n], self.offsets[n + 1]) for n in rows]
+        tokens = np.concatenate([np.zeros(0, np.int64), *parts])
+        own = {name: getattr(self, name) for name in ("type_ids", "prompt_lengths")}
+        return dataclasses.replace(
+            self,
+            ids=self.ids[tokens],
+            offsets=np.concatenate([[0], np.cumsum(self.lengths[rows])]).astype(np.int64),
+            labels=self.labels[rows],
+            type_ids=None if own["type_ids"] is None else own["type_ids"][tokens],
+            prompt_lengths=None if own["prompt_lengths"] is None else own["prompt_lengths"][rows],
+        )
+
 
 def encode_examples(
     tokenizer: Tokenizer,

@@ -90,6 +90,9 @@ class DataSettings(Section):
     batch_size: int = setting(32, "of a training step", unit="examples", low=1, high=2**20)
     seed: int = setting(0, "decides the shapes of batches and their order", low=0)
     limit: int = setting(0, "of the training data; 0: all", unit="examples", low=0)
+    draw: int = optional(
+        0, "each run trains on so many, drawn by its seed; 0: on all", unit="examples", low=0
+    )
     eval_limit: int = optional(0, "of validation and test; 0: all", unit="examples", low=0)
 
 

@@ -230,23 +230,23 @@ def choose_value(tuning: Tuning, losses: Sequence[float]) -> dict[str, Any]:
     """What a tuning found, as JSON values: the basin, and the value with the lowest loss.
 
     `losses` are the best validation losses of the cells of `tuning.first`, inf where one failed; a
-    point has the mean over its seeds. With several settings or seeds `key`, `values`, `chosen` and
-    `seed` are lists.
+    point has the mean over its seeds. With several settings `key`, `values` and `chosen` are lists;
+    `seed` is one where the seeds that choose are the arm's own `tune_seeds`.
     """
     count = len(tuning.seeds)
     means = [sum(losses[n : n + count]) / count for n in range(0, len(losses), count)]
     best = tuning.points[min(range(len(means)), key=means.__getitem__)]
     edges = zip(best, zip(*tuning.points, strict=True), strict=True)
-    plain = len(tuning.keys) == 1
+    plain, own_seeds = len(tuning.keys) == 1, tuning.seeds != (tuning.config.seed,)
     found = {
         "key": tuning.keys[0] if plain else list(tuning.keys),
         "values": [point[0] if plain else list(point) for point in tuning.points],
         "validation_losses": means,
-        "seed": tuning.seeds[0] if count == 1 else list(tuning.seeds),
+        "seed": list(tuning.seeds) if own_seeds else tuning.config.seed,
         "chosen": best[0] if plain else list(best),
         "at_edge": any(is_at_edge(chosen, values) for chosen, values in edges),
     }
-    return found if count == 1 else found | {"by_seed": _rows(losses, count)}
+    return found | {"by_seed": _rows(losses, count)} if own_seeds else found
 
 
 def _rows(values: Sequence[float], count: int) -> list[list[float]]:

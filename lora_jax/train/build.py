@@ -23,6 +23,7 @@ from lora_jax.data import (
     load_splits,
     train_batches,
 )
+from lora_jax.data.schedule import drawn_rows
 from lora_jax.io import matching  # noqa: F401  (rules then match within a time limit)
 from lora_jax.methods import Method
 from lora_jax.methods.registry import method_of
@@ -88,9 +89,20 @@ class Base:
         return self._models[seed]
 
     def train_batches_of(self, config: Settings) -> TrainIterator:
-        """The training batches of one run."""
+        """The training batches of one run: of all examples, or of those its seed draws.
+
+        Raises `RequestError` for a draw of more than there are, or of texts in several buckets.
+        """
+        examples, num_drawn = self.encoded["train"], config.data.draw
+        if num_drawn:
+            if len(self.buckets) > 1:
+                raise RequestError(
+                    f"data.draw={num_drawn} needs one padded length, so that runs of other draws "
+                    f"have batches of one shape; set data.buckets=({config.data.max_length},)"
+                )
+            examples = examples.take(drawn_rows(len(examples), num_drawn, seed=config.seed))
         return train_batches(
-            self.encoded["train"],
+            examples,
             batch_size=config.data.batch_size,
             buckets=self.buckets,
             seed=config.data.seed,

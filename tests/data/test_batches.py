@@ -1,5 +1,6 @@
 """Training batches resume and shard exactly; padding carries no weight."""
 
+import dataclasses
 import json
 
 import numpy as np
@@ -208,3 +209,16 @@ def test_evaluation_shards_partition_each_batch_and_can_be_read_again():
 def test_bad_requests_fail_before_the_first_batch(changes, message):
     with pytest.raises(RequestError, match=message):
         make(encoded(LENGTHS), **changes)
+
+
+def test_taken_examples_are_those_of_their_rows():
+    examples = dataclasses.replace(
+        encoded(LENGTHS), prompt_lengths=np.arange(len(LENGTHS)), type_ids=None
+    )
+    rows = np.array([4, 0, 0, 9])
+    found = examples.take(rows)
+    for place, row in enumerate(rows):
+        np.testing.assert_array_equal(found.tokens(place), examples.tokens(row))
+    np.testing.assert_array_equal(found.labels, examples.labels[rows])
+    np.testing.assert_array_equal(found.prompt_lengths, rows)
+    assert len(examples.take(np.zeros(0, np.int64))) == 0

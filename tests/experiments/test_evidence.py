@@ -1,0 +1,167 @@
+"""The statistics of the second edition, against simulation, planted truths and by hand."""
+
+import json
+import math
+
+import numpy as np
+import pytest
+from scipy import stats
+
+from experiments import recompute
+from experiments.analysis import evidence, pages, study
+from experiments.analysis.evidence import Claim, Evidence, crossed, decide, power_of
+from lora_jax.core.errors import RequestError
+
+ABOVE, EQUAL = (Claim(kind, "…", kind, 0.02) for kind in ("above", "equivalent"))
+
+
+def table(rng, seeds, examples, mean=0.0, seed_sd=0.02, example_sd=0.3, rest=0.2):
+    rows = seed_sd * rng.normal(size=(seeds, 1)) + example_sd * rng.normal(size=(1, examples))
+    return mean + rows + rest * rng.normal(size=(seeds, examples))
+
+
+@pytest.mark.parametrize(
+    ("seeds", "examples", "seed_sd", "example_sd"),
+    [(10, 200, 0.02, 0.3), (5, 50, 0.0, 0.3), (3, 100, 0.1, 0.0), (10, 400, 0.005, 0.01)],
+)
+def test_intervals_hold_the_truth_as_often_as_they_say(seeds, examples, seed_sd, example_sd):
+    rng = np.random.default_rng(0)
+    num = 1500
+    hits = 0
+    for _ in range(num):
+        found = crossed(table(rng, seeds, examples, seed_sd=seed_sd, example_sd=example_sd))
+        interval = found.interval(0.95)
+        hits += interval.low <= 0 <= interval.high
+    # Never short of the level by more than the simulation's own error (3 standard errors).
+    assert hits / num > 0.95 - 3 * math.sqrt(0.95 * 0.05 / num)
+
+
+def test_the_error_is_that_of_both_parts_and_counts_the_rest_once():
+    rng = np.random.default_rng(1)
+    true = math.sqrt(0.02**2 / 10 + 0.3**2 / 400 + 0.2**2 / 4000)
+    errors = [crossed(table(rng, 10, 400)).error for _ in range(300)]
+    assert np.sqrt(np.mean(np.square(errors))) == pytest.approx(true, rel=0.03)
+
+
+def test_one_seed_leaves_the_examples():
+    rows = np.random.default_rng(0).normal(size=(1, 50))
+    t = stats.ttest_1samp(rows[0], 0.0).confidence_interval(0.95)
+    assert crossed(rows).interval().low == pytest.approx(t.low)
+    assert crossed(rows).interval().high == pytest.approx(t.high)
+
+
+def test_one_number_per_seed_is_students():
+    values = [0.1, 0.3, 0.25, 0.2]
+    t = stats.ttest_1samp(values, 0.05, alternative="greater")
+    found = evidence.over_seeds(values)
+    assert found.p_above(0.05) == pytest.approx(t.pvalue)
+    assert found.interval(0.9).low == pytest.approx(
+        stats.ttest_1samp(values, 0).confidence_interval(0.9).low
+    )
+
+
+@pytest.mark.parametrize(
+    ("estimate", "error", "above", "equal"),
+    [
+        (0.10, 0.01, evidence.HOLDS, evidence.REFUTED),
+        (0.00, 0.003, evidence.REFUTED, evidence.HOLDS),
+        (0.02, 0.003, evidence.INCONCLUSIVE, evidence.INCONCLUSIVE),
+        (-0.10, 0.01, evidence.REVERSE, evidence.REFUTED),
+        (-0.02, 0.003, evidence.REFUTED, evidence.INCONCLUSIVE),
+        (0.00, 0.1, evidence.INCONCLUSIVE, evidence.INCONCLUSIVE),
+    ],
+)
+def test_a_verdict_follows_the_interval_and_knows_the_reverse(estimate, error, above, equal):
+    found = Evidence(estimate, error, 9)
+    verdicts = [decide(claim, found) for claim in (ABOVE, EQUAL)]
+    assert [one.verdict for one in verdicts] == [above, equal]
+    for one in verdicts:  # the p-value is of the same test
+        assert (one.p < 0.05) == (one.verdict == evidence.HOLDS)
+        assert one.low <= estimate <= one.high
+    assert decide(ABOVE, found, spoilt="seed 3 collapsed").verdict == evidence.INCONCLUSIVE
+    least = decide(Claim("n", "…", "not_above", 0.02), found)
+    assert (least.verdict == evidence.HOLDS) == (least.high < 0.02)
+
+
+def test_holm_is_the_textbooks():
+    assert evidence.holm([0.01, 0.04, 0.03, 0.005]) == pytest.approx([0.03, 0.06, 0.06, 0.02])
+    assert evidence.holm([]) == [] and evidence.holm([0.9, 0.8]) == [1.0, 1.0]
+    found = evidence.with_holm([decide(ABOVE, Evidence(0.05, 0.0122, 9)) for _ in range(3)])
+    assert all(v.p < 0.05 < v.holm for v in found)
+    assert pages.verdict_table(found).count("(not after Holm)") == 3
+
+
+@pytest.mark.parametrize("kind", ["above", "equivalent", "not_above"])
+def test_power_is_how_often_a_simulated_study_finds_it(kind):
+    rng = np.random.default_rng(2)
+    true, margin = (0.05, 0.02) if kind == "above" else (0.003, 0.02)
+    spread = {"seed_sd": 0.02, "example_sd": 0.1}
+    said = power_of(kind, margin, true, seeds=8, examples=300, **spread)
+    claim, found, num = Claim("n", "…", kind, margin), 0, 600
+    for _ in range(num):
+        rows = table(rng, 8, 300, mean=true, rest=0.0, **spread)
+        found += decide(claim, crossed(rows)).verdict == evidence.HOLDS
+    # Student's with fewer degrees of freedom than Satterthwaite's: never promises too much.
+    assert 0.2 < said < found / num + 0.06
+
+
+def write_study(folder, *, dead=False, seeds=(0, 1, 2)):
+    """A study of two arms, as `collect` writes it, without any run."""
+    rng, folder = np.random.default_rng(0), folder / "made_up"
+    folder.mkdir()
+    label = rng.integers(0, 4, 60)
+    tuned, rows, predictions = {}, [], {}
+    for number, name in enumerate(("one", "other")):
+        key = "optimizer.lr"
+        losses = [[0.7, 0.8], [0.5, 0.55], [0.6, 0.52]]
+        tuned[name] = {"key": key, "values": [1e-3, 2e-3, 4e-3], "seed": [100, 101],
+                       "chosen": 2e-3, "by_seed": losses,
+                       "validation_losses": np.mean(losses, axis=1).tolist()}  # fmt: skip
+        for seed in seeds:
+            cell = f"{name}-lr0.002-s{seed}"
+            loss = rng.gamma(2.0, 0.25, 60) + 0.1 * number
+            loss = np.full(60, math.log(4)) if dead and seed == 2 and number else loss
+            rows.append({"cell": cell, "arm": name, "lr": 2e-3, "head_lr": 0.0, "seed": seed,
+                         "tuning": False, "point": [2e-3], "adapter_parameters": 8})  # fmt: skip
+            predictions[cell] = study._Kept(
+                loss, rng.random(60) > 0.5, label, np.arange(60), np.ones(60)
+            )
+    (folder / "cells.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (folder / "tuned.json").write_text(json.dumps(tuned))
+    study._write_bytes(folder / "predictions.npz", study._packed(predictions))
+    return folder, predictions
+
+
+def test_a_study_reads_back_what_its_predictions_were(tmp_path):
+    folder, predictions = write_study(tmp_path)
+    found = study.read_study(folder)
+    one = found["one"]
+    assert one.seeds == (0, 1, 2) and one.chosen == (2e-3,) and not one.at_edge
+    assert one.choices == ((2e-3,), (4e-3,))
+    for row, seed in enumerate(one.seeds):
+        kept = predictions[f"one-lr0.002-s{seed}"]
+        np.testing.assert_allclose(one.losses[row], kept.loss, rtol=5e-4)
+        np.testing.assert_array_equal(one.right[row], kept.correct)
+    share = np.bincount(kept.label) / 60
+    assert one.prior == pytest.approx(stats.entropy(share))
+    exact = np.stack([predictions[f"one-lr0.002-s{s}"].loss for s in range(3)])
+    other = np.stack([predictions[f"other-lr0.002-s{s}"].loss for s in range(3)])
+    difference = pages.difference(one, found["other"])
+    assert difference.estimate == pytest.approx((exact - other).mean(), abs=1e-4)
+    with pytest.raises(RequestError, match="no arm 'oen'.*'one'"):
+        found["oen"]
+
+
+def test_a_collapsed_run_is_named_and_leaves_no_verdict(tmp_path):
+    folder, _ = write_study(tmp_path, dead=True)
+    found = study.read_study(folder)
+    assert found["other"].collapsed == (2,) and found["one"].collapsed == ()
+    verdict = pages.compare(ABOVE, found["other"], found["one"])
+    assert verdict.verdict == evidence.INCONCLUSIVE and "seed 2 collapsed" in verdict.note
+    assert "1 collapsed" in pages.arm_table([found["other"]])
+    assert "no: 2e-3; 4e-3" in pages.arm_table([found["one"]])
+
+
+@pytest.mark.parametrize("name", recompute.studies())
+def test_a_committed_page_equals_what_its_files_give(name):
+    assert recompute.recompute(name) == []
