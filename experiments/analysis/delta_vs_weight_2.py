@@ -52,7 +52,12 @@ from typing import Any
 import numpy as np
 
 from experiments.analysis import learned
-from experiments.analysis.leave_one_out import Hypothesis, jackknife, mean_of_pairs, tested
+from experiments.analysis.leave_one_out import (
+    Hypothesis,
+    hypothesis_of,
+    jackknife,
+    mean_of_pairs,
+)
 from lora_jax import RequestError
 from lora_jax.analysis import (
     amplification,
@@ -195,7 +200,7 @@ def hypotheses(data: Mapping[str, Any]) -> list[Hypothesis]:
     )  # fmt: skip
     itself = [(seed, seed) for seed in seeds]
     return [
-        tested(
+        hypothesis_of(
             name, claim, mean_of_pairs(values, itself), seeds, margin=margin, unit=unit, side=side
         )
         for name, claim, values, margin, unit, side in rows
@@ -253,5 +258,5 @@ def figure(data: Mapping[str, Any]):
         axes.set_xticks(np.arange(len(short)), short, rotation=90, fontsize=7)
         axes.set_title(f"‖UᵀWV‖ over random, first {number} directions", fontsize=9)
         axes.set_yscale("log")
-    all_axes[1].legend(fontsize=8)
+    all_axes[0].legend(fontsize=8)
     return canvas

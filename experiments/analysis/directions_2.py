@@ -60,7 +60,12 @@ from typing import Any
 import numpy as np
 
 from experiments.analysis import learned
-from experiments.analysis.leave_one_out import Hypothesis, jackknife, mean_of_pairs, tested
+from experiments.analysis.leave_one_out import (
+    Hypothesis,
+    hypothesis_of,
+    jackknife,
+    mean_of_pairs,
+)
 from lora_jax import RequestError
 from lora_jax.analysis import (
     basis_similarity,
@@ -220,7 +225,7 @@ def hypotheses(data: Mapping[str, Any]) -> list[Hypothesis]:
          lambda kept: others(kept) - apart(kept), 0.5, "directions", "within"),
     )  # fmt: skip
     return [
-        tested(name, claim, statistic, seeds, margin=margin, unit=unit, side=side)
+        hypothesis_of(name, claim, statistic, seeds, margin=margin, unit=unit, side=side)
         for name, claim, statistic, margin, unit, side in rows
     ]
 

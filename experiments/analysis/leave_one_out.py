@@ -79,7 +79,7 @@ def mean_of_pairs(
     return statistic
 
 
-def tested(
+def hypothesis_of(
     name: str,
     claim: str,
     statistic: Callable[[Collection[int]], float],
