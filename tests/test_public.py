@@ -159,7 +159,8 @@ ALLOWED = {
     "experiments/analysis/findings.py": ["core", "report", "train.environment"],
     "experiments/analysis/hypotheses.py": ["report", "train.task"],
     "experiments/analysis/forgetting.py": ["report.statistics"],
-    "experiments/analysis/learned.py": ["report.runs"],
+    # Where a run began is drawn again from its seed.
+    "experiments/analysis/learned.py": ["report.runs", "train.build"],
     "experiments/analysis/subspace_ranks.py": ["report.runs"],
     # Errors of configs name the nearest preset, as those of the package do.
     "experiments/configs/paper/": ["core.trees"],

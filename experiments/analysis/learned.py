@@ -13,6 +13,7 @@ from lora_jax.analysis import basis_similarity, column_basis, delta_svd, factors
 from lora_jax.models import flatten
 from lora_jax.peft import Factors
 from lora_jax.report.runs import Run
+from lora_jax.train.build import keys_of
 
 key = jax.random.key
 
@@ -26,8 +27,22 @@ def adapted(folder):
 
 
 def _factors(run: Run) -> Mapping[str, Factors]:
-    one = adapted(run.folder)
+    return factors_at(run.folder)
+
+
+def factors_at(folder) -> Mapping[str, Factors]:
+    """`{path: factors}` of every adapted matrix of the run in this folder."""
+    one = adapted(folder)
     return factors_of(one.method, one.trainable, one.model.params).factors
+
+
+def starts_at(folder) -> dict[str, np.ndarray]:
+    """`{path: a (d_in, r)}` before the first step, drawn again from the run's seed."""
+    one = adapted(folder)
+    init_key = keys_of(one.description["seed"])[1]
+    trainable, _ = one.method.init(init_key, one.model.params)
+    found = factors_of(one.method, trainable, one.model.params).factors
+    return {path: np.asarray(x.a) for path, x in found.items()}
 
 
 def delta_bases(run: Run) -> dict[str, np.ndarray]:
@@ -50,7 +65,12 @@ def lora_deltas(run: Run) -> dict[str, np.ndarray]:
 
 def full_deltas(run: Run, paths: Sequence[str]) -> dict[str, np.ndarray]:
     """`{path: ΔW (d_in, d_out)}` of a run of full fine-tuning."""
-    one = adapted(run.folder)
+    return full_deltas_at(run.folder, paths)
+
+
+def full_deltas_at(folder, paths: Sequence[str]) -> dict[str, np.ndarray]:
+    """`{path: ΔW (d_in, d_out)}` of a run of full fine-tuning in this folder."""
+    one = adapted(folder)
     base, tuned = (
         flatten(tree) for tree in (one.model.params, one.method.merge(one.trainable, one.frozen))
     )
@@ -59,7 +79,12 @@ def full_deltas(run: Run, paths: Sequence[str]) -> dict[str, np.ndarray]:
 
 def base_kernels(run: Run, paths: Sequence[str]) -> dict[str, np.ndarray]:
     """`{path: W (d_in, d_out)}` of the run's base."""
-    base = flatten(adapted(run.folder).model.params)
+    return kernels_at(run.folder, paths)
+
+
+def kernels_at(folder, paths: Sequence[str]) -> dict[str, np.ndarray]:
+    """`{path: W (d_in, d_out)}` of the base of the run in this folder."""
+    base = flatten(adapted(folder).model.params)
     return {path: np.asarray(base[path]) for path in paths}
 
 

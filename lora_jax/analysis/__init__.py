@@ -12,6 +12,10 @@ from lora_jax.analysis.kernels import Amplification as Amplification
 from lora_jax.analysis.kernels import adapter_amplification as adapter_amplification
 from lora_jax.analysis.kernels import amplification as amplification
 from lora_jax.analysis.kernels import projected_norm as projected_norm
+from lora_jax.analysis.shared import SharedDirections as SharedDirections
+from lora_jax.analysis.shared import marginal_similarity as marginal_similarity
+from lora_jax.analysis.shared import remove_directions as remove_directions
+from lora_jax.analysis.shared import shared_directions as shared_directions
 from lora_jax.analysis.spectra import Intruders as Intruders
 from lora_jax.analysis.spectra import energy_rank as energy_rank
 from lora_jax.analysis.spectra import entropy_rank as entropy_rank

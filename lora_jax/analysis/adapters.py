@@ -14,6 +14,7 @@ import numpy as np
 
 from lora_jax.analysis.factors import delta_svd, kernel_svd
 from lora_jax.analysis.kernels import Amplification, amplification_of
+from lora_jax.analysis.shared import shared_where_possible
 from lora_jax.analysis.spectra import energy_rank, entropy_rank, intruders_of, stable_rank
 from lora_jax.analysis.subspaces import basis_similarity, expected_similarity, sample_similarity
 from lora_jax.core import trees
@@ -70,7 +71,9 @@ class PairProfile:
     """φ(i, j) of two adapters' ΔW in one matrix, `(r1, r2)` each, at most `NUM_DIRECTIONS`.
 
     `expected` is E[φ] of random spaces of inputs, and `highest` what the largest of `NUM_SAMPLES`
-    pairs of them reached, in inputs or in outputs whichever is more.
+    pairs of them reached, in inputs or in outputs whichever is more. `shared` counts the directions
+    of inputs and of outputs in common (`shared_directions`), `shared_above` is the cos² that one
+    must exceed; None where such spaces always meet.
     """
 
     module: str
@@ -80,6 +83,8 @@ class PairProfile:
     expected: np.ndarray
     expected_output: np.ndarray
     highest: np.ndarray
+    shared: tuple[int | None, int | None] = (None, None)
+    shared_above: tuple[float | None, float | None] = (None, None)
 
     @property
     def ranks(self) -> tuple[int, int]:
@@ -296,10 +301,10 @@ def compare_adapters(
 
 def _compare(module: str, one: Factors, other: Factors, num_directions: int) -> PairProfile:
     svds = [delta_svd(_float(x.a), _float(x.b), x.scale) for x in (one, other)]
-    grids = {
-        space: np.asarray(basis_similarity(*(svd.basis(space)[:, :num_directions] for svd in svds)))
-        for space in ("input", "output")
-    }
+    spaces = ("input", "output")
+    bases = {space: [svd.basis(space)[:, :num_directions] for svd in svds] for space in spaces}
+    grids = {space: np.asarray(basis_similarity(*some)) for space, some in bases.items()}
+    inputs, outputs = (shared_where_possible(*some) for some in bases.values())
     (r1, r2), (d_in, d_out) = grids["input"].shape, one.shape
     return PairProfile(
         module=module,
@@ -308,6 +313,8 @@ def _compare(module: str, one: Factors, other: Factors, num_directions: int) -> 
         expected=np.asarray(expected_similarity(r1, r2, d_in)),
         expected_output=np.asarray(expected_similarity(r1, r2, d_out)),
         highest=np.maximum(_highest(r1, r2, d_in), _highest(r1, r2, d_out)),
+        shared=(inputs[0], outputs[0]),
+        shared_above=(inputs[1], outputs[1]),
     )
 
 

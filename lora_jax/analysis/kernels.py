@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 from typing import NamedTuple
 
 import jax
@@ -19,6 +20,13 @@ class Amplification(NamedTuple):
     vectors of ΔW, those of W itself (the most that r directions can hold), and random ones.
     `factor` is ΔW's own norm in its first r directions, ‖ΔW‖_F in the paper, where r is its rank,
     over `from_delta`: how much stronger ΔW is in its own directions than W was.
+
+    The null is a ΔW of random directions and the same norm. `expected` = ‖W‖_F r / √(d_in d_out) is
+    the root mean square of ‖UᵀWV‖_F over random U and V, `random_factor` the amplification that it
+    gives. `over_random` = factor / random_factor = expected / from_delta is the amplification over
+    random: 1 for random directions, below 1 where W is strong in ΔW's directions, above 1 where it
+    is weak. `factor` falls as 1/r for random directions of the same norm, so compare `over_random`
+    between ranks. At r = 1, ‖UᵀWV‖ of random directions varies as much as its mean.
     """
 
     from_delta: jax.Array
@@ -27,6 +35,9 @@ class Amplification(NamedTuple):
     delta_norm: jax.Array
     kernel_norm: jax.Array
     factor: jax.Array
+    expected: jax.Array
+    random_factor: jax.Array
+    over_random: jax.Array
 
 
 @jax.jit
@@ -59,8 +70,9 @@ def amplification(
       RequestError: shapes that differ, or a rank beyond them.
 
     >>> delta, kernel = jnp.zeros((4, 4)).at[3, 3].set(2.0), jnp.diag(jnp.array([8.0, 4, 2, 1]))
-    >>> amplification(delta, kernel, 1).factor.item()
-    2.0
+    >>> row = amplification(delta, kernel, 1)
+    >>> row.factor.item(), round(row.over_random.item(), 2)
+    (2.0, 2.3)
     """
     return amplification_of(kernel_svd(delta_kernel), kernel, rank, key=key)
 
@@ -113,14 +125,20 @@ def amplification_of(
         jnp.linalg.qr(jax.random.normal(k, (*kernel.shape[:-2], d, rank), kernel.dtype))[0]
         for k, d in zip(keys, (d_in, d_out), strict=True)
     ]
+    kernel_norm = _norm(kernel)
+    # E‖UᵀWV‖²_F = Σ E(uᵢᵀWvⱼ)², r² terms of ‖W‖²_F / (d_in d_out) each.
+    expected = kernel_norm * rank / math.sqrt(d_in * d_out)
     return Amplification(
         from_delta=from_delta,
         from_kernel=_norm(kernel_s[..., :rank], -1),
         from_random=projected_norm(kernel, *random),
         delta_norm=delta_norm,
-        kernel_norm=_norm(kernel),
+        kernel_norm=kernel_norm,
         # A ΔW where W is 0 amplifies beyond all bounds; no ΔW amplifies nothing.
         factor=jnp.where(inside > 0, inside / from_delta, 0.0),
+        expected=expected,
+        random_factor=jnp.where(inside > 0, inside / expected, 0.0),
+        over_random=jnp.where(inside > 0, expected / from_delta, 0.0),
     )
 
 

@@ -159,7 +159,8 @@ def _shared_starts(loaded: Sequence[_Loaded]) -> list[str]:
             of_seed.setdefault(one.seed, []).append(one.adapter.name)
     return [
         f"{' and '.join(some)} have the same seed, {seed}, so that their `a` began with the same "
-        "columns: part of what they share is that start. Compare runs of different seeds."
+        "columns: part of what they share is that start. Compare runs of different seeds, or take "
+        "the start out first (lj.analysis.remove_directions)."
         for seed, some in of_seed.items()
         if len(some) > 1
     ]

@@ -110,6 +110,8 @@ def draw_amplification(named: dict[str, list[MatrixProfile]]) -> Drawing:
             left.plot(range(len(found)), shares, marker, color=colour, markersize=4.5, alpha=0.8)
         factors = [_positive(one.factor, 1.0) for one in found]
         right.plot(range(len(found)), factors, "o-", color=colour, markersize=4.5, linewidth=0.8)
+        null = [_positive(one.random_factor, 1.0) for one in found]
+        right.plot(range(len(found)), null, "x", color=colour, markersize=4.5, alpha=0.8)
         lines[name] = right.plot([], [], "o-", color=colour)[0]
     shown = (("v", "its own first r"), ("o", "ΔW's r"), ("x", "r random ones"))
     marks = {f"in {what}": left.plot([], [], m, color=INK)[0] for m, what in shown}
@@ -128,7 +130,8 @@ def draw_amplification(named: dict[str, list[MatrixProfile]]) -> Drawing:
     caption = (
         "Hu et al. 2021, Table 7, of every matrix. Left: ΔW's own directions above random ones say "
         "that W was there already, below its first ones that it was not prominent. Right: how much "
-        "stronger ΔW is in them than W."
+        "stronger ΔW is in them than W; crosses are a ΔW of the same norm in random directions. "
+        "Only the distance from the crosses was learned."
     )
     svg = to_svg(figure, "amplification")
     return Drawing("amplification", "What ΔW amplifies", caption, svg)

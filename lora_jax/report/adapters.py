@@ -20,6 +20,7 @@ from lora_jax.analysis.adapters import (
     Pair,
     PairProfile,
 )
+from lora_jax.analysis.shared import LEVEL
 from lora_jax.io.atomic import write_text
 from lora_jax.report.adapter_figures import (
     draw_against_kernel,
@@ -114,7 +115,11 @@ def headline(analysis: Analysis) -> list[str]:
             f"stable rank of its ΔW is {stable:.1f}"
         )
         if factors := _factors(profiles):
-            line += f", the median amplification {_shown(float(np.median(factors)), '.1f')}"
+            null = [p.amplification.random_factor for p in profiles if p.amplification is not None]
+            line += (
+                f", the median amplification {_shown(float(np.median(factors)), '.1f')} (a random "
+                f"ΔW of the same norm: {_shown(float(np.median(null)), '.1f')})"
+            )
         lines.append(f"{line}.")
     for pair in analysis.pairs:
         if pair.profiles:
@@ -125,9 +130,20 @@ def headline(analysis: Analysis) -> list[str]:
                 f"{pair.first} and {pair.second}: the first directions of inputs have φ = "
                 f"{first:.2f} on average over {len(pair.profiles)}, random ones {null:.3f}; in "
                 f"{above} it is more than any of {NUM_SAMPLES} random pairs reached (by chance in "
-                f"about {len(pair.profiles) / (NUM_SAMPLES + 1):.0f})."
+                f"about {len(pair.profiles) / (NUM_SAMPLES + 1):.0f}).{_shared_text(pair)}"
             )
     return lines
+
+
+def _shared_text(pair: Pair) -> str:
+    """A sentence on shared directions of inputs, where they can be counted."""
+    counts = [p.shared[0] for p in pair.profiles if p.shared[0] is not None]
+    if not counts:
+        return ""
+    return (
+        f" They share {np.mean(counts):.1f} directions of inputs on average ({min(counts)} to "
+        f"{max(counts)}; random spaces share one in about {LEVEL:.0%} of matrices)."
+    )
 
 
 # What is shown of ΔW: the field, its form for one matrix, and for the mean over several.
@@ -139,12 +155,12 @@ _SPECTRUM = {
 }
 _HEAD = ("matrix", "inputs × outputs", "rank", *_SPECTRUM)
 _BASE_HEAD = (
-    *("‖ΔW‖ / ‖W‖", "amplification", "‖UᵀWV‖, ΔW's", "W's own", "random"),
+    *("‖ΔW‖ / ‖W‖", "amplification", "of a random ΔW", "‖UᵀWV‖, ΔW's", "W's own", "random"),
     f"intruders of {NUM_INTRUDERS}",
 )
 _PAIR_HEAD = (
-    *("matrix", "ranks", "φ(1, 1) inputs", "φ(r, r) inputs", "random, expected"),
-    *("φ(1, 1) outputs", "φ(r, r) outputs", "random, expected"),
+    *("matrix", "ranks", "φ(1, 1) inputs", "φ(r, r) inputs", "random, expected", "shared, cos²"),
+    *("φ(1, 1) outputs", "φ(r, r) outputs", "random, expected", "shared, cos²"),
 )
 _NOTE = (
     "Of ΔW, by its singular values s: stable rank Σs² / s₁², entropy rank exp(H(s / Σs)), and the "
@@ -152,14 +168,17 @@ _NOTE = (
 )
 _BASE_NOTE = (
     "Amplification is ‖ΔW‖ over ‖UᵀWV‖ with ΔW's own r directions of inputs and outputs; after it "
-    "‖UᵀWV‖ with W's first r and with random ones (Hu et al. 2021, Table 7). Intruders: of the "
+    "that of random directions with the same ‖ΔW‖, where ‖UᵀWV‖ is ‖W‖ r / √(inputs · outputs), "
+    "and ‖UᵀWV‖ with W's first r and with random ones (Hu et al. 2021, Table 7). Intruders: of the "
     f"first {NUM_INTRUDERS} directions of outputs of W + ΔW those like none of W's, every "
     f"|cosine| below {INTRUDER_COSINE} (Shuttleworth et al. 2024)."
 )
 _PAIR_NOTE = (
     "φ(r, r) is of all directions shown of both (the smaller number, where ranks differ); what "
     "random spaces of as many have in common is in the column after. φ is of ΔW's singular "
-    "directions, which no other way of writing the same ΔW as a product changes."
+    "directions, which no other way of writing the same ΔW as a product changes. Shared: how many "
+    "directions both have in common, by their principal angles, and the cos² that one must exceed: "
+    f"the {1 - LEVEL:.0%} quantile of the largest of random spaces."
 )
 
 
@@ -177,6 +196,7 @@ def _row(profile: MatrixProfile) -> tuple[str, ...]:
         *found,
         _shown(float(one.delta_norm / one.kernel_norm) if one.kernel_norm else math.nan),
         _shown(float(one.factor)),
+        _shown(float(one.random_factor)),
         f"{one.from_delta:.3g}",
         f"{one.from_kernel:.3g}",
         f"{one.from_random:.3g}",
@@ -188,9 +208,12 @@ def _pair_row(profile: PairProfile) -> tuple[str, ...]:
     last = min(profile.ranks) - 1
     found = [profile.module, " and ".join(map(str, profile.ranks))]
     spaces = ((profile.input, profile.expected), (profile.output, profile.expected_output))
-    for grid, null in spaces:
+    for (grid, null), count, above in zip(
+        spaces, profile.shared, profile.shared_above, strict=True
+    ):
         found += [f"{grid[0, 0]:.3f}", f"{grid[last, last]:.3f}"]
         found.append(f"{null[0, 0]:.3f}, {null[last, last]:.3f}")
+        found.append(ABSENT if count is None else f"{count}, above {above:.2f}")
     return tuple(found)
 
 
@@ -206,7 +229,7 @@ def summary_table(profiles: Sequence[MatrixProfile]) -> list[tuple[str, ...]]:
     start = os.path.commonprefix(list(kinds)).rpartition(".")[0] if len(kinds) > 1 else ""
     head: tuple[str, ...] = ("matrix", "layers", *_SPECTRUM)
     if _factors(profiles):
-        head += ("amplification", "intruders")
+        head += ("amplification", "over random", "intruders")
     lines: list[tuple[str, ...]] = [head]
     for kind, modules in kinds.items():
         some = [by_name[module] for module in modules]
@@ -215,6 +238,8 @@ def summary_table(profiles: Sequence[MatrixProfile]) -> list[tuple[str, ...]]:
             line.append(f"{np.mean([getattr(p, name) for p in some]):{form}}")
         if factors := _factors(some):
             line.append(_shown(float(np.mean(factors))))
+            over = [p.amplification.over_random for p in some if p.amplification is not None]
+            line.append(_shown(float(np.mean(over))))
             line.append(f"{np.mean([p.intruders or 0 for p in some]):.1f}")
         lines.append(tuple(line))
     return lines

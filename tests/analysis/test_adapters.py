@@ -19,7 +19,7 @@ from lora_jax.analysis.adapters import (
     select,
 )
 from lora_jax.core.errors import RequestError
-from lora_jax.peft.factors import BaseKernels, read_factors
+from lora_jax.peft.factors import AdapterFactors, BaseKernels, Factors, read_factors
 from lora_jax.report.adapter_figures import group_by_kind
 
 FIXTURES = Path(__file__).parents[1] / "fixtures" / "peft"
@@ -103,8 +103,30 @@ def test_a_pair_is_float64_numpys():
         np.testing.assert_allclose(profile.input, inputs, atol=1e-4)
         np.testing.assert_allclose(profile.output, outputs, atol=1e-4)
         assert np.all(profile.highest >= profile.expected - 1e-6)
+        for axis, count in enumerate(profile.shared):
+            bases = (
+                svd[0][:, :r] if axis == 0 else svd[2][:r].T
+                for svd, r in zip(svds, ranks, strict=True)
+            )  # fmt: skip
+            wanted = lj.analysis.shared_directions(*bases)
+            assert count == wanted.count
+            assert profile.shared_above[axis] == pytest.approx(wanted.thresholds[0])
     two = compare_adapters(one, other, num_directions=1)
     assert {profile.ranks for profile in two.profiles} == {(1, 1)}
+
+
+def test_a_pair_that_shares_a_planted_direction_has_it_counted_and_small_spaces_have_no_count():
+    rng = np.random.default_rng(0)
+    common = rng.normal(size=(48, 1))
+
+    def one(name, d):
+        a = np.c_[common[:d], rng.normal(size=(d, 3))].astype(np.float32)
+        return AdapterFactors(name, {"w": Factors(a, rng.normal(size=(4, 48)), 1.0)})
+
+    (profile,) = compare_adapters(one("x", 48), one("y", 48)).profiles
+    assert profile.shared == (1, 0)
+    (profile,) = compare_adapters(one("x", 7), one("y", 7)).profiles
+    assert profile.shared == (None, 0) and profile.shared_above[0] is None
 
 
 def test_adapters_of_this_project_are_read_as_their_merged_change():

@@ -133,9 +133,41 @@ def test_what_random_directions_see_of_a_kernel_has_the_expected_size():
     assert np.mean(np.square(seen)) == pytest.approx(wanted, rel=0.15)
 
 
+def kernel_of(decay, d_in=96, d_out=80):
+    """W with singular values from 5 down to 5·decay, and its vectors."""
+    u, v = orthonormal(0, d_in, d_out), orthonormal(1, d_out, d_out)
+    return (u * (5 * np.geomspace(1, decay, d_out))) @ v.T, u, v
+
+
+@pytest.mark.parametrize("rank", [4, 64])
+def test_a_random_change_of_any_rank_amplifies_as_its_null_says(rank):
+    """The factor itself is 16 times larger at r = 4 than at r = 64 for a random ΔW of one norm."""
+    kernel = np.broadcast_to(kernel_of(0.2)[0], (30, 96, 80))
+    a, b = normal(2, 30, 96, rank), normal(3, 30, rank, 80)
+    row = analysis.adapter_amplification(a, b, 1.0, kernel)
+    null = np.linalg.norm(kernel[0]) * rank / np.sqrt(96 * 80)
+    np.testing.assert_allclose(row.expected, null, rtol=1e-5)
+    np.testing.assert_allclose(row.random_factor, np.linalg.norm(a @ b, axis=(1, 2)) / null, 1e-4)
+    u, _, vh = np.linalg.svd(a[0] @ b[0])
+    inside = np.linalg.norm(u[:, :rank].T @ kernel[0] @ vh[:rank].T)
+    assert row.over_random[0] == pytest.approx(null / inside, rel=1e-3)
+    assert np.mean(row.over_random) == pytest.approx(1.0, abs=0.1)
+
+
+def test_a_change_where_the_kernel_is_strong_is_below_its_null_and_where_weak_far_above():
+    kernel, u, v = kernel_of(0.01)
+    top = analysis.amplification(u[:, :4] @ v[:, :4].T, kernel, 4)
+    weakest = analysis.amplification(u[:, -4:] @ v[:, -4:].T, kernel, 4)
+    assert top.over_random.item() < 0.1 and weakest.over_random.item() > 5
+    for row in (top, weakest):
+        ratio = row.factor.item() / row.random_factor.item()
+        assert row.over_random.item() == pytest.approx(ratio, rel=1e-5)
+
+
 def test_no_change_amplifies_nothing_and_fewer_directions_are_weighed_alone():
     kernel = normal(0, 12, 10)
-    assert analysis.amplification(np.zeros((12, 10)), kernel, 2).factor.item() == 0.0
+    nothing = analysis.amplification(np.zeros((12, 10)), kernel, 2)
+    assert nothing.factor == nothing.random_factor == nothing.over_random == 0.0
     delta = normal(1, 12, 10)
     u, s, vh = np.linalg.svd(delta)
     for rank in (1, 4):
