@@ -23,7 +23,6 @@ from pathlib import Path
 from typing import Any
 
 from experiments.analysis.findings import RESULTS
-from experiments.analysis.study import PREDICTIONS, read_study
 from lora_jax import RequestError
 
 # A library's rounding may differ between versions by this much, relative.
@@ -31,8 +30,11 @@ ROUNDING = 1e-6
 
 
 def studies() -> list[str]:
-    """The names of the studies whose predictions are committed."""
-    return sorted(path.parent.name for path in RESULTS.glob(f"*/{PREDICTIONS}"))
+    """The names of the experiments whose pages are made from committed files."""
+    there = sorted(path.parent.name for path in RESULTS.glob("*/verdicts.json"))
+    place = Path(__file__).parent / "analysis"
+    sources = {name: place / f"{name}.py" for name in there}
+    return [n for n, at in sources.items() if at.exists() and "\ndef page(" in at.read_text()]
 
 
 def recompute(name: str, folder: Path | None = None) -> list[str]:
@@ -45,7 +47,7 @@ def recompute(name: str, folder: Path | None = None) -> list[str]:
             folder, out, ignore=shutil.ignore_patterns("*.png", "README.md", "verdicts.json")
         )
         module = importlib.import_module(f"experiments.analysis.{name}")
-        module.page(read_study(out), out)
+        module.page(out)
         found = [
             f"verdicts.json: {line}"
             for line in _unequal(

@@ -44,7 +44,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     module = importlib.import_module(f"experiments.analysis.{options.name}")
     options.out = options.out or RESULTS / options.name
     options.beside = options.beside or RESULTS / getattr(module, "BESIDE", "")
-    if hasattr(module, "page"):
+    if not hasattr(module, "write") or (hasattr(module, "page") and options.workdir is None):
         return _write_page(parser, module, options)
     takes = inspect.signature(module.write).parameters
     if "workdir" in takes and options.workdir is None:
@@ -62,7 +62,7 @@ def _write_page(parser, module, options) -> int:
         if options.workdir is not None:
             study.collect([options.workdir], options.out)
             forgotten.collect(options.workdir, options.out)
-        module.page(study.read_study(options.out), options.out)
+        module.page(options.out)
     except RequestError as error:
         parser.exit(2, f"{parser.prog} {options.name}: {error}\n")
     print(f"written: {options.out}")

@@ -51,13 +51,8 @@ from typing import Any
 
 import numpy as np
 
-from experiments.analysis import learned
-from experiments.analysis.leave_one_out import (
-    Hypothesis,
-    hypothesis_of,
-    jackknife,
-    mean_of_pairs,
-)
+from experiments.analysis import learned, pages, study
+from experiments.analysis.evidence import Claim, Verdict, decide, jackknife, mean_of_pairs
 from lora_jax import RequestError
 from lora_jax.analysis import (
     amplification,
@@ -149,8 +144,27 @@ def _columns(rows: list[dict[str, Any]]) -> dict[str, Any]:
     }
 
 
+def write(workdir, out) -> None:
+    """Measures the runs of what_rank_2's sweeps, keeps the numbers, and makes the page."""
+    folders = study.reported_folders(workdir)
+    save(measure({name: folders[name] for name in LORA + FULL}), Path(out))
+    page(out)
+
+
+def page(out) -> None:
+    """The page, from the numbers that were kept in `out`."""
+    data = read(out)
+    shown = pages.save_figure(figure(data), Path(out), "held", "What ΔW's directions hold of W")
+    pages.write_page(
+        out, name="delta_vs_weight_2", title="ΔW against W, beside its null",
+        commands=["python -m experiments.analysis delta_vs_weight_2 runs/what_rank_2"],
+        runs_of="what_rank_2", verdicts=verdicts(data), parts=[shown, *tables(data)],
+    )  # fmt: skip
+
+
 def save(data: Mapping[str, Any], out: Path) -> None:
     """Writes what `measure` returned to `out`/delta_vs_weight.json."""
+    Path(out).mkdir(parents=True, exist_ok=True)
     write_json(Path(out) / "delta_vs_weight.json", data)
 
 
@@ -167,8 +181,8 @@ def _by_seed(data: Mapping[str, Any], arm: str, *names: str) -> np.ndarray:
     return np.mean(found, axis=1)
 
 
-def hypotheses(data: Mapping[str, Any]) -> list[Hypothesis]:
-    """Each hypothesis of this file with its estimate and interval."""
+def verdicts(data: Mapping[str, Any]) -> list[Verdict]:
+    """The verdict on each hypothesis of this file."""
     seeds = data["arms"][LORA[0]]["seeds"]
     few = {arm: _by_seed(data, arm, "first_few", "held") for arm in LORA + FULL}
     many = _by_seed(data, "qv-r64", "first_many", "held")
@@ -192,7 +206,7 @@ def hypotheses(data: Mapping[str, Any]) -> list[Hypothesis]:
         ("wider_than_lora", "it needs more than 16 directions more than r = 64's",
          energy["qv-full"] - energy["qv-r64"], 16.0, "directions", "above"),
         ("place_keeps_width", "full needs as many as full rank on q and v, within 16",
-         energy["full"] - energy["qv-full"], 16.0, "directions", "within"),
+         energy["full"] - energy["qv-full"], 16.0, "directions", "equivalent"),
         ("moves_further", "r = 64 moves q and v more than 2 times as far as full rank",
          norm["qv-r64"] / norm["qv-full"], 2.0, "times", "above"),
         ("intruders", "r = 8 has more intruders of 10 than full rank, by more than 0.5",
@@ -200,10 +214,8 @@ def hypotheses(data: Mapping[str, Any]) -> list[Hypothesis]:
     )  # fmt: skip
     itself = [(seed, seed) for seed in seeds]
     return [
-        hypothesis_of(
-            name, claim, mean_of_pairs(values, itself), seeds, margin=margin, unit=unit, side=side
-        )
-        for name, claim, values, margin, unit, side in rows
+        decide(Claim(name, claim, kind, margin, unit), jackknife(mean_of_pairs(x, itself), seeds))
+        for name, claim, x, margin, unit, kind in rows
     ]
 
 
@@ -231,9 +243,10 @@ def tables(data: Mapping[str, Any]) -> list[str]:
 def _cell(data: Mapping[str, Any], arm: str, *names: str) -> str:
     seeds = data["arms"][arm]["seeds"]
     values = _by_seed(data, arm, *names)
-    found = jackknife(mean_of_pairs(values, [(s, s) for s in seeds]), seeds)
-    digits = max(0, 2 - math.floor(math.log10(abs(found[0])))) if found[0] else 2
-    return "{:.{d}f} [{:.{d}f}, {:.{d}f}]".format(*found, d=min(digits, 3))
+    found = jackknife(mean_of_pairs(values, [(s, s) for s in seeds]), seeds).interval()
+    digits = max(0, 2 - math.floor(math.log10(abs(found.estimate)))) if found.estimate else 2
+    form = f".{min(digits, 3)}f"
+    return f"{found.estimate:{form}} [{found.low:{form}}, {found.high:{form}}]"
 
 
 def figure(data: Mapping[str, Any]):

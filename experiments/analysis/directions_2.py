@@ -59,13 +59,8 @@ from typing import Any
 
 import numpy as np
 
-from experiments.analysis import learned
-from experiments.analysis.leave_one_out import (
-    Hypothesis,
-    hypothesis_of,
-    jackknife,
-    mean_of_pairs,
-)
+from experiments.analysis import learned, pages, study
+from experiments.analysis.evidence import Claim, Verdict, decide, jackknife, mean_of_pairs
 from lora_jax import RequestError
 from lora_jax.analysis import (
     basis_similarity,
@@ -182,8 +177,28 @@ def _between_ranks(of_narrow, of_wide, starts, paths, pairs) -> dict[str, Any]:
     return {"pairs": [list(pair) for pair in pairs], **found}
 
 
+def write(workdir, out) -> None:
+    """Measures the runs of what_rank_2's sweeps, keeps the numbers, and makes the page."""
+    folders = study.reported_folders(workdir)
+    save(measure({name: folders[name] for name in ("qv-r8", "qv-r64")}), Path(out))
+    page(out)
+
+
+def page(out) -> None:
+    """The page, from the numbers that were kept in `out`."""
+    data = read(out)
+    pages.write_page(
+        out, name="directions_2", title="Directions in common",
+        commands=["python -m experiments.analysis directions_2 runs/what_rank_2"],
+        runs_of="what_rank_2", verdicts=verdicts(data),
+        parts=[pages.save_figure(figure(data), Path(out), "directions", "Shared directions"),
+               *tables(data)],
+    )  # fmt: skip
+
+
 def save(data: Mapping[str, Any], out: Path) -> None:
     """Writes what `measure` returned to `out`/directions.json."""
+    Path(out).mkdir(parents=True, exist_ok=True)
     write_json(Path(out) / "directions.json", data)
 
 
@@ -192,8 +207,8 @@ def read(out: Path) -> dict[str, Any]:
     return json.loads((Path(out) / "directions.json").read_text(encoding="utf-8"))
 
 
-def hypotheses(data: Mapping[str, Any]) -> list[Hypothesis]:
-    """Each hypothesis of this file with its estimate and interval."""
+def verdicts(data: Mapping[str, Any]) -> list[Verdict]:
+    """The verdict on each hypothesis of this file."""
     of_seeds, across, within = data["seeds"], data["ranks_across"], data["ranks_within"]
     seeds = sorted({seed for pair in of_seeds["pairs"] for seed in pair})
 
@@ -222,11 +237,11 @@ def hypotheses(data: Mapping[str, Any]) -> list[Hypothesis]:
         ("same_path", "and without the start more than 0.5 more than with the other columns",
          lambda kept: outside(kept) - others(kept), 0.5, "directions", "above"),
         ("nothing_left", "with the other columns, as many within a seed as across, within 0.5",
-         lambda kept: others(kept) - apart(kept), 0.5, "directions", "within"),
+         lambda kept: others(kept) - apart(kept), 0.5, "directions", "equivalent"),
     )  # fmt: skip
     return [
-        hypothesis_of(name, claim, statistic, seeds, margin=margin, unit=unit, side=side)
-        for name, claim, statistic, margin, unit, side in rows
+        decide(Claim(name, claim, kind, margin, unit), jackknife(statistic, seeds))
+        for name, claim, statistic, margin, unit, kind in rows
     ]
 
 
@@ -261,7 +276,8 @@ def tables(data: Mapping[str, Any]) -> list[str]:
 def _interval(part: Mapping[str, Any], name: str) -> str:
     seeds = sorted({seed for pair in part["pairs"] for seed in pair})
     statistic = mean_of_pairs(np.mean(part[name], axis=1), part["pairs"])
-    return "{:.2f} [{:.2f}, {:.2f}]".format(*jackknife(statistic, seeds))
+    found = jackknife(statistic, seeds).interval()
+    return f"{found.estimate:.2f} [{found.low:.2f}, {found.high:.2f}]"
 
 
 def figure(data: Mapping[str, Any]):

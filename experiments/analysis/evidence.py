@@ -19,8 +19,14 @@ Hypotheses are of three kinds, with a margin that was written before the runs:
 - `equivalent`: the difference is within the margin on both sides (two one-sided tests at 5%;
   Schuirmann 1987). It holds where the 90% interval lies inside, and does not where it lies outside.
 - `not_above`: the difference is below the margin (one-sided at 5%): the 90% interval's upper end.
+- `below`: a measure, not a difference, is below the margin: the 95% interval's upper end.
 
 **Inconclusive**: the interval contains the margin. An estimate without an interval gets no verdict.
+
+Statistics that are no mean over examples (a count of directions, a fitted rate) have a jackknife
+over seeds: Student's interval with the jackknife's variance. Pairs of seeds are not independent, so
+leaving out a seed leaves out all its pairs; the interval is then a little too wide (Efron & Stein
+1981, Ann. Statist. 9).
 
 Many hypotheses. The p-value is of the claim's own test, on the scale of its level: p < 0.05 where
 it holds. A page shows it after Holm's correction (1979) over the page's hypotheses too, and a claim
@@ -37,11 +43,12 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Collection, Sequence
 
 import numpy as np
 from scipy import stats
 
+from lora_jax import RequestError
 from lora_jax.report.statistics import Interval
 
 HOLDS, REVERSE, REFUTED, INCONCLUSIVE = (
@@ -51,7 +58,7 @@ HOLDS, REVERSE, REFUTED, INCONCLUSIVE = (
     "inconclusive",
 )
 # The level of a kind's interval, and its claim's one-sided test.
-LEVELS = {"above": 0.95, "equivalent": 0.90, "not_above": 0.90}
+LEVELS = {"above": 0.95, "equivalent": 0.90, "not_above": 0.90, "below": 0.95}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -113,6 +120,39 @@ def over_seeds(values: Sequence[float]) -> Evidence:
     return Evidence(float(values.mean()), _error_of_mean(values), len(values) - 1)
 
 
+def jackknife(statistic: Callable[[Collection[int]], float], seeds: Sequence[int]) -> Evidence:
+    """A statistic of the seeds that are kept, with the jackknife's standard error over seeds.
+
+    Raises `RequestError` for fewer than three seeds.
+
+    >>> values = {0: 1.0, 1: 2.0, 2: 3.0}
+    >>> found = jackknife(lambda kept: sum(values[s] for s in kept) / len(kept), [0, 1, 2])
+    >>> round(found.interval().low, 2), round(found.interval().high, 2)
+    (-0.48, 4.48)
+    """
+    if len(seeds) < 3:
+        raise RequestError(f"{len(seeds)} seeds; an interval over seeds needs at least 3")
+    without = np.array([statistic([s for s in seeds if s != left]) for left in seeds])
+    variance = (len(seeds) - 1) / len(seeds) * float(np.square(without - without.mean()).sum())
+    return Evidence(float(statistic(seeds)), math.sqrt(variance), len(seeds) - 1)
+
+
+def mean_of_pairs(
+    values: np.ndarray, pairs: Sequence[Sequence[int]]
+) -> Callable[[Collection[int]], float]:
+    """For `jackknife`: the mean of `values (pairs,)` over the pairs of which both seeds are kept.
+
+    A pair of a seed with itself is a value of that seed.
+    """
+    found = np.asarray(values, np.float64)
+
+    def statistic(kept: Collection[int]) -> float:
+        inside = [m in kept and n in kept for m, n in pairs]
+        return float(found[inside].mean())
+
+    return statistic
+
+
 def _error_of_mean(values: np.ndarray) -> float:
     return float(np.std(values, ddof=1) / math.sqrt(len(values)))
 
@@ -154,9 +194,9 @@ class Verdict:
     @property
     def seen(self) -> str:
         """The estimate with its interval."""
-        form = "+.1f" if self.unit == "points" else "+.3f"
+        form = {"points": "+.1f", "nats": "+.3f"}.get(self.unit, ".3g")
         text = f"{self.estimate:{form}} [{self.low:{form}}, {self.high:{form}}] ({self.level:.0%})"
-        return f"{text} {self.unit}" if self.unit != "nats" else text
+        return f"{text} {self.unit}".rstrip() if self.unit != "nats" else text
 
 
 def decide(claim: Claim, found: Evidence, *, spoilt: str = "") -> Verdict:
@@ -181,7 +221,7 @@ def decide(claim: Claim, found: Evidence, *, spoilt: str = "") -> Verdict:
         outside = interval.low > margin or interval.high < -margin
         verdict = HOLDS if inside else REFUTED if outside else INCONCLUSIVE
     else:
-        p = below.p_above(-margin)
+        p = min(1.0, (2 if claim.kind == "below" else 1) * below.p_above(-margin))
         verdict = (
             HOLDS if interval.high < margin else REFUTED if interval.low > margin else INCONCLUSIVE
         )

@@ -24,11 +24,10 @@ import numpy as np
 from experiments.analysis import evidence, learned
 from experiments.analysis.evidence import Claim, Verdict
 from experiments.analysis.findings import COLOURS
-from experiments.analysis.study import Study, arm_of, read_tuned, sweeps_in
+from experiments.analysis.study import Study, arm_of, read_tuned, reported_folders, sweeps_in
 from lora_jax import RequestError
 from lora_jax.data import encode_examples, limit_examples, load_newsgroups
 from lora_jax.io import atomic_path
-from lora_jax.report.runs import FinishedRun, read_runs
 
 FILE = "forgotten.npz"
 NUM_ARTICLES, MAX_LENGTH, BATCH = 1500, 48, 100
@@ -91,19 +90,15 @@ class Probe:
 def measure(folder: Path) -> int:
     """Measures each reported run of the sweeps in `folder`; returns how many anew."""
     probe, count = None, 0
-    for place in sweeps_in(folder):
-        tuned = read_tuned(place)
-        for run in read_runs(place):
-            arm = arm_of(run.name, tuned)
-            choosing = tuned.get(arm, {}).get("seed", [])
-            chooses = isinstance(choosing, list) and run.config["seed"] in choosing
-            if not isinstance(run, FinishedRun) or chooses or (run.folder / FILE).exists():
+    for folders in reported_folders(folder).values():
+        for run in folders.values():
+            if (run / FILE).exists():
                 continue
-            adapted = learned.adapted(run.folder)
+            adapted = learned.adapted(run)
             probe = probe or Probe(adapted.model)
             right = probe.right(adapted.method.merge(adapted.trainable, adapted.frozen))
             learned.adapted.cache_clear()  # a run of full fine-tuning holds a model
-            with atomic_path(run.folder / FILE) as path, open(path, "wb") as file:
+            with atomic_path(run / FILE) as path, open(path, "wb") as file:
                 np.savez_compressed(file, right=right, before=probe.before)
             count += 1
             lost = 100 * (probe.before.mean() - right.mean())

@@ -13,7 +13,7 @@ import numpy as np
 
 from experiments.analysis import evidence
 from experiments.analysis.evidence import Claim, Evidence, Verdict
-from experiments.analysis.findings import COLOURS, paragraph_of
+from experiments.analysis.findings import COLOURS, RESULTS, paragraph_of
 from experiments.analysis.study import CARDS, Arm, Study
 from lora_jax import RequestError
 from lora_jax.io import atomic_path, write_json, write_text
@@ -181,36 +181,41 @@ def save_figure(figure, out: Path, name: str, caption: str) -> str:
 
 
 def write_page(
-    study: Study,
     out: str | Path,
     *,
+    name: str,
     title: str,
     commands: Sequence[str],
     verdicts: Sequence[Verdict],
     parts: Sequence[str],
+    study: Study | None = None,
+    runs_of: str = "",
     extra: Mapping[str, Any] | None = None,
 ) -> None:
-    """Writes verdicts.json and README.md into `out` from the study's record there.
+    """Writes verdicts.json and README.md of the experiment `name` into `out`.
 
-    `commands` are those that made it, `parts` Markdown after the verdicts, `extra` numbers that
-    only figures show. Paragraphs of the config's docstring that begin with "Deviations" and
-    "Limits" follow the verdicts.
+    The runs are those of `study`, whose record is in `out`, or of the study named `runs_of`, whose
+    committed record says which they were. `commands` made it, `parts` are Markdown after the
+    verdicts, `extra` numbers that only figures show. Paragraphs of the docstring that begin with
+    "Deviations" and "Limits" follow the verdicts.
     """
     out = Path(out)
     verdicts = evidence.with_holm(verdicts)
-    facts = _facts(out)
-    runs, reported = len(study.cells), sum(len(arm.seeds) for arm in study.arms.values())
+    facts = _facts(out if study is not None else RESULTS / runs_of)
+    runs = f"The runs are those of [{runs_of}](../{runs_of}/README.md)"
+    if study is not None:
+        reported = sum(len(arm.seeds) for arm in study.arms.values())
+        runs = f"{len(study.cells)} runs, {reported} of them reported"
     write_json(
         out / "verdicts.json",
         {"verdicts": [dataclasses.asdict(v) for v in verdicts], **facts, **(extra or {})},
     )
     run_on = ", ".join(commit[:12] for commit in facts["commits"])
     note = (
-        f"{runs} runs, {reported} of them reported; commit {run_on}, JAX "
-        f"{', '.join(facts['jax'])}. {NOTE} `python -m experiments.recompute {study.name}` makes "
-        "this page again from the files beside it."
+        f"{runs}; commit {run_on}, JAX {', '.join(facts['jax'])}. {NOTE} "
+        f"`python -m experiments.recompute {name}` makes this page again from the files here."
     )
-    said = (paragraph_of(study.name, start) for start in ("Deviations", "Limits"))
+    said = (paragraph_of(name, start) for start in ("Deviations", "Limits"))
     text = [f"# {title}", note, "    " + "\n    ".join(commands), verdict_table(verdicts)]
     write_text(out / "README.md", "\n\n".join([*text, *filter(None, [*said, *parts])]) + "\n")
 

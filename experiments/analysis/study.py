@@ -141,6 +141,20 @@ def collect(workdirs: Sequence[str | Path], out: str | Path) -> None:
     _write_bytes(out / PREDICTIONS, _packed(predictions))
 
 
+def reported_folders(folder: str | Path) -> dict[str, dict[int, Path]]:
+    """`{arm: {seed: folder of its run}}` of the finished, reported runs of the sweeps there."""
+    found: dict[str, dict[int, Path]] = {}
+    for place in sweeps_in(Path(folder)):
+        tuned = read_tuned(place)
+        for run in read_runs(place):
+            arm = arm_of(run.name, tuned)
+            own, seed = tuned.get(arm), run.config.get("seed")
+            point = [_setting(run.config, key) for key in _keys(own)]
+            if run.finished and seed not in _choosing(own) and point == _chosen(own):
+                found.setdefault(arm, {})[seed] = run.folder
+    return found
+
+
 def arm_of(cell: str, tuned: Iterable[str] = ()) -> str:
     """The arm a cell belongs to: `full` of `full-lr0.001-s0`, or of `full-s0`."""
     named = (name for name in tuned if cell.startswith(f"{name}-"))
@@ -175,8 +189,7 @@ def read_study(folder: str | Path) -> Study:
 def _arm(name, own, reported, tuned, predictions) -> Arm:
     reported = sorted(reported, key=lambda row: row["seed"])
     if tuned is not None:  # runs at a point that was chosen before the grid grew are not reported
-        chosen = tuned["chosen"] if isinstance(tuned["chosen"], list) else [tuned["chosen"]]
-        reported = [row for row in reported if row["point"] == chosen]
+        reported = [row for row in reported if row["point"] == _chosen(tuned)]
     some = [predictions[row["cell"]] for row in reported]
     losses = np.stack([spread_over_weights(p.loss, p.weight) for p in some])
     label = some[0].label
@@ -221,6 +234,11 @@ def _choosing(tuned: dict[str, Any] | None) -> tuple[int, ...]:
 def _keys(tuned: dict[str, Any] | None) -> list[str]:
     keys = (tuned or {}).get("key", [])
     return keys if isinstance(keys, list) else [keys]
+
+
+def _chosen(tuned: dict[str, Any] | None) -> list[Any]:
+    chosen = (tuned or {}).get("chosen", [])
+    return chosen if isinstance(chosen, list) else [chosen]
 
 
 def _setting(config: dict[str, Any], key: str) -> Any:

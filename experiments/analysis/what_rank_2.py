@@ -5,12 +5,14 @@ The hypotheses, their margins and the rules: `experiments/configs/what_rank_2.py
 
 from __future__ import annotations
 
+import dataclasses
+
 import numpy as np
 
 from experiments.analysis import evidence, forgotten, pages
 from experiments.analysis.evidence import Claim, power_of
 from experiments.analysis.findings import COLOURS
-from experiments.analysis.study import Study
+from experiments.analysis.study import Study, read_study
 
 MARGIN = 0.02
 SEEDS, EXAMPLES = 10, 16000
@@ -84,8 +86,9 @@ COMMANDS = (
 )
 
 
-def page(study: Study, out) -> None:
+def page(out) -> None:
     """Verdicts, tables and figures from the study's record in `out`."""
+    study = _with_shared_arms(read_study(out))
     verdicts = [
         pages.compare(claim, study[first], study[second])
         for claim, first, second in COMPARED
@@ -105,9 +108,17 @@ def page(study: Study, out) -> None:
         if lost is not None and {first, second} <= lost.keys()
     ]
     pages.write_page(
-        study, out, title="Rank, place or head", commands=COMMANDS, verdicts=verdicts,
-        parts=_parts(study, out, lost),
+        out, name="what_rank_2", title="Rank, place or head", commands=COMMANDS, study=study,
+        verdicts=verdicts, parts=_parts(study, out, lost),
     )  # fmt: skip
+
+
+def _with_shared_arms(study: Study) -> Study:
+    """The same, with the arm that `tuned` and `common` share under both names."""
+    if "tuned-qv-r1" not in study.arms or "qv-r1" in study.arms:
+        return study
+    shared = dataclasses.replace(study["tuned-qv-r1"], name="qv-r1")
+    return dataclasses.replace(study, arms={**study.arms, "qv-r1": shared})
 
 
 def _parts(study: Study, out, lost) -> list[str]:

@@ -78,7 +78,8 @@ def _lora(rank: int, alpha: float, targets: str = "q,v") -> dict:
 
 
 FULL = {"method.name": "full"}
-QV_FULL = {"method.name": "full", "method.train": (".*/(query|value)/kernel", "head/.*")}
+# `full` trains everything whatever method.train says; this trains what it names.
+QV_FULL = {"method.name": "head", "method.train": (".*/(query|value)/kernel", "head/.*")}
 LORA_ARMS = {
     "qv-r1": _lora(1, 16.0),
     "qv-r8": _lora(8, 16.0),

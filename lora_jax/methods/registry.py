@@ -107,6 +107,7 @@ def _checked(name: Any, kind: Any) -> type[Method]:
 
 # Methods whose `train` is the caller's to choose; that of the others is what they are.
 _WITH_WHOLE = LoRA | HeadOnly | IntrinsicDimension | UniLoRA
+_HEAD = "head/.*"
 # (A rank above the matrix's is for adapters that come so, not for a config to ask for.)
 _RULE_FIELDS = tuple(f.name for f in dataclasses.fields(Rule) if f.name != "any_rank")
 
@@ -170,6 +171,7 @@ def method_of(name: str, settings: Mapping[str, Any], *, axes: Any, aliases: Any
     Raises `RequestError` for an unknown name or values that the method refuses.
     """
     kind = kind_of(name)
+    _check_train(kind, name, settings.get("train"))
     wanted = (*settings_of(kind), *(("rows", "train") if issubclass(kind, _WITH_WHOLE) else ()))
     found = {key: settings[key] for key in wanted if key in settings}
     given = {key: value for key, value in found.items() if value is not None and value != ""}
@@ -179,6 +181,19 @@ def method_of(name: str, settings: Mapping[str, Any], *, axes: Any, aliases: Any
         of_rule = {key: given.pop(key) for key in _RULE_FIELDS if key in given}
         given["rules"] = [_rule_of(rule, of_rule, kind) for rule in given["rules"]]
     return kind(aliases=aliases, **given)
+
+
+def _check_train(kind: type[Method], name: str, train: Any) -> None:
+    """Raises `RequestError` where `method.train` is not the method's to choose.
+
+    The head's own pattern passes: it is in configs whose method is changed on the way.
+    """
+    if issubclass(kind, _WITH_WHOLE) or train in (None, "", _HEAD, (_HEAD,), [_HEAD]):
+        return
+    raise RequestError(
+        f"method.train={train!r} means nothing to method.name={name!r}, which decides itself what "
+        "trains whole; to train those parameters and no adapter set method.name='head'"
+    )
 
 
 def _rule_of(rule: Any, defaults: Mapping[str, Any], kind: type[LoRA]) -> Rule:

@@ -9,7 +9,7 @@ import pytest
 from scipy import stats
 
 from experiments.analysis import delta_vs_weight_2, directions_2, learned
-from experiments.analysis.leave_one_out import jackknife, mean_of_pairs
+from experiments.analysis.evidence import jackknife, mean_of_pairs
 from lora_jax import RequestError
 from lora_jax.peft import Factors
 
@@ -21,7 +21,8 @@ SEEDS = (0, 1, 2, 3)
 def test_of_a_mean_over_seeds_the_jackknife_is_students_interval():
     values = np.random.default_rng(0).normal(size=7)
     own = [(n, n) for n in range(7)]
-    found = jackknife(mean_of_pairs(values, own), range(7), level=0.9)
+    interval = jackknife(mean_of_pairs(values, own), range(7)).interval(0.9)
+    found = (interval.estimate, interval.low, interval.high)
     low, high = stats.t.interval(0.9, 6, values.mean(), stats.sem(values))
     np.testing.assert_allclose(found, (values.mean(), low, high), rtol=1e-12)
 
@@ -35,8 +36,8 @@ def test_intervals_of_pair_means_cover_the_truth_and_those_that_take_pairs_for_f
     for _ in range(400):
         effects = rng.normal(size=10)
         values = [effects[m] + effects[n] + noise * rng.normal() for m, n in pairs]
-        _, low, high = jackknife(mean_of_pairs(values, pairs), range(10))
-        covered.append(low < 0 < high)
+        interval = jackknife(mean_of_pairs(values, pairs), range(10)).interval()
+        covered.append(interval.low < 0 < interval.high)
         low, high = stats.t.interval(0.95, 44, np.mean(values), stats.sem(values))
         naive.append(low < 0 < high)
     assert np.mean(covered) > 0.92 and np.mean(naive) < 0.75
@@ -114,7 +115,7 @@ def test_directions_are_counted_where_they_are_planted_and_starts_are_told_from_
         for name in ("count_outside", "count_others"):
             np.testing.assert_allclose(np.mean(part[name], axis=0), [0, 1], atol=0.26)
     assert np.mean(within["count"], axis=0)[0] >= 2.5 and np.mean(across["count"], axis=0)[0] < 0.3
-    found = {one.name: one for one in directions_2.hypotheses(data)}
+    found = {one.name: one for one in directions_2.verdicts(data)}
     assert found["more_in_v"].low > 0.5 and found["few"].high < 4
     assert found["start_is_most"].estimate == pytest.approx(
         np.mean(within["count"]) - np.mean(within["count_others"])
@@ -148,7 +149,7 @@ def test_held_is_that_of_float64_numpy_and_full_rank_reads_what_was_planted(plan
             energy = np.cumsum(s**2) / np.sum(s**2)
             assert own["energy_rank"][1][n] == np.argmax(energy >= 0.9) + 1
     assert "first_many" not in data["arms"]["qv-r8"] and "first_many" in data["arms"]["qv-r64"]
-    found = {one.name: one for one in delta_vs_weight_2.hypotheses(data)}
+    found = {one.name: one for one in delta_vs_weight_2.verdicts(data)}
     assert found["full_holds_more"].low > 0.25
     held = np.mean(data["arms"]["qv-r8"]["first_few"]["held"], axis=1)
     low, high = stats.t.interval(0.95, len(SEEDS) - 1, held.mean(), stats.sem(held))
