@@ -85,7 +85,8 @@ def measure(
     W's own first ones hold. An arm whose rank is below the number has no "first_many".
 
     Raises:
-      RequestError: an arm is missing, arms of different seeds, or a folder without adapter.
+      RequestError: an arm is missing, arms of different seeds, a folder without adapter, or
+        `qv-full` trained what `full` did.
     """
     if missing := [name for name in (*LORA, *FULL) if name not in arms]:
         raise RequestError(f"there is no arm {missing[0]}; give {', '.join((*LORA, *FULL))}")
@@ -109,6 +110,8 @@ def measure(
                 rank = factors[paths[0]].rank
             rows.append(_row(np.stack([deltas[p] for p in paths]), kernels, rank, directions))
         found[name] = {"seeds": seeds, **_columns(rows)}
+    if found["full"]["delta_norm"] == found["qv-full"]["delta_norm"]:
+        raise RequestError("qv-full and full have one ΔW; train q and v alone for qv-full")
     return {"matrices": paths, "directions": list(directions), "arms": found}
 
 

@@ -164,5 +164,8 @@ def test_arms_that_do_not_fit_are_named(planted):
         directions_2.measure({**planted, "qv-r8": {0: (3, 0)}})
     with pytest.raises(RequestError, match="there is no arm full"):
         delta_vs_weight_2.measure({name: planted[name] for name in planted if name != "full"})
+    with pytest.raises(RequestError, match="qv-full and full have one ΔW"):
+        same = {**planted, "full": planted["qv-full"]}
+        delta_vs_weight_2.measure(same, directions=(3, 12))
     with pytest.raises(RequestError, match="full has the seeds"):
         delta_vs_weight_2.measure({**planted, "full": {0: ("full", 0)}})
