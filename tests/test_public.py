@@ -158,6 +158,9 @@ ALLOWED = {
     # Verdicts are computed from cards and intervals as the report reads them.
     "experiments/analysis/findings.py": ["core", "report", "train.environment"],
     "experiments/analysis/hypotheses.py": ["report", "train.task"],
+    "experiments/analysis/evidence.py": ["report.statistics"],
+    "experiments/analysis/pages.py": ["report.quantities"],
+    "experiments/analysis/study.py": ["core.trees", "report.runs", "report.statistics"],
     "experiments/analysis/forgetting.py": ["report.statistics"],
     # Where a run began is drawn again from its seed.
     "experiments/analysis/learned.py": ["report.runs", "train.build"],

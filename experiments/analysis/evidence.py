@@ -15,7 +15,7 @@ Hypotheses are of three kinds, with a margin that was written before the runs:
 
 - `above`: the difference is above the margin. It **holds** where the 95% interval lies above the
   margin; **the reverse holds** where it lies below the negative margin; it **does not hold** where
-  it lies below the margin.
+  it lies below the margin. (A margin below 0, of a logarithm, has no reverse.)
 - `equivalent`: the difference is within the margin on both sides (two one-sided tests at 5%;
   Schuirmann 1987). It holds where the 90% interval lies inside, and does not where it lies outside.
 - `not_above`: the difference is below the margin (one-sided at 5%): the 90% interval's upper end.
@@ -89,7 +89,7 @@ def crossed(rows: np.ndarray) -> Evidence:
     """The mean of `rows (seeds, examples)`, of crossed seeds and examples.
 
     >>> rows = np.array([[0.0, 2.0], [0.0, 2.0]])  # the seeds agree: only examples differ
-    >>> crossed(rows).error == np.std([0, 2], ddof=1) / np.sqrt(2)
+    >>> bool(crossed(rows).error == np.std([0, 2], ddof=1) / np.sqrt(2))
     True
     """
     num_seeds, num_examples = rows.shape
@@ -210,7 +210,7 @@ def decide(claim: Claim, found: Evidence, *, spoilt: str = "") -> Verdict:
             HOLDS
             if interval.low > margin
             else REVERSE
-            if interval.high < -margin
+            if interval.high < -margin <= 0
             else REFUTED
             if interval.high < margin
             else INCONCLUSIVE

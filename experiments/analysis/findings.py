@@ -34,6 +34,17 @@ from lora_jax.train.environment import versions as package_versions
 
 EXPERIMENTS = Path(__file__).parents[1]
 RESULTS = EXPERIMENTS / "results"
+# Pages of the first edition, and the study that asks their question again.
+SUPERSEDED = {
+    "what_rank": "what_rank_2",
+    "tuned_per_rank": "what_rank_2",
+    "lr_by_rank": "collapse",
+    "forgetting": "what_rank_2",
+    "low_data": "low_data_2",
+    "subspace_ranks": "directions_2",
+    "subspace_seeds": "directions_2",
+    "delta_vs_weight": "delta_vs_weight_2",
+}
 COLOURS = ("#d9661f", "#2f86c9", "#159b78", "#8a5cc2", "#b8860b")
 
 
@@ -266,11 +277,23 @@ def write_findings(
             f"(few seeds) it is that. {note}"
         )
     parts = [verdict_table(verdicts), paragraph_of(name, "Limits"), *parts]
-    text = "\n\n".join([f"# {title}", note, f"    {command}", *filter(None, parts)])
+    head = [f"# {title}", edition_of(name), note]
+    text = "\n\n".join([*head, f"    {command}", *filter(None, parts)])
     write_text(out / "README.md", text + "\n")
     for verdict in verdicts:
         print(f"{verdict.name}: {verdict.verdict}: {verdict.seen}")
     print(f"written: {out}")
+
+
+def edition_of(name: str) -> str:
+    """The line under the title of a page of the first edition."""
+    by = SUPERSEDED.get(name)
+    text = "**First edition**, before a review; read it with its limits."
+    if by is None:
+        return text
+    if (RESULTS / by / "README.md").exists():
+        return f"{text} Superseded by [{by}](../{by}/README.md)."
+    return f"{text} To be superseded by `{by}`, whose runs are not complete."
 
 
 def source_of(name: str) -> Path:

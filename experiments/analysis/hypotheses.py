@@ -23,6 +23,7 @@ from lora_jax.settings import Settings
 from lora_jax.train.task import task_of
 
 HOLDS, REFUTED, INCONCLUSIVE = "holds", "does not hold", "inconclusive"
+REVERSE = "the reverse holds"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -230,7 +231,8 @@ def interval_text(one: Interval, form: str = "+.3f") -> str:
 def worse(name: str, claim: str, first: Arm, second: Arm, margin: float) -> Verdict:
     """Whether the first's test loss is above the second's by more than the margin.
 
-    It holds where the 95% interval lies above the margin and does not where it lies below.
+    It holds where the 95% interval lies above the margin and does not where it lies below; the
+    reverse holds where it lies below the negative margin.
     """
     found = beyond(name, claim, difference(first, second), margin)
     return _inconclusive_if_failed(found, first, second)
@@ -281,12 +283,13 @@ def change_of_gap(after: tuple[Arm, Arm], before: tuple[Arm, Arm]) -> Interval:
 def beyond(
     name: str, claim: str, found: Interval, margin: float, *, form: str = "+.3f", unit: str = ""
 ) -> Verdict:
-    """Whether a 95% interval lies above the margin, below it, or holds it."""
-    verdict = HOLDS if found.low > margin else REFUTED if found.high < margin else INCONCLUSIVE
+    """Whether a 95% interval lies above the margin, below it or its negative, or contains it."""
+    below = REVERSE if found.high < -margin else REFUTED
+    verdict = HOLDS if found.low > margin else below if found.high < margin else INCONCLUSIVE
     return Verdict(name, claim, f"{interval_text(found, form)}{unit} (95%)", verdict)
 
 
 def decide(name: str, claim: str, seen: str, holds: bool | None) -> Verdict:
-    """A verdict on what has no interval of its own; None: inconclusive."""
-    verdicts = {None: INCONCLUSIVE, True: HOLDS, False: REFUTED}
-    return Verdict(name, claim, seen, verdicts[holds])
+    """What has no interval gets no verdict: what the point estimate alone says is named so."""
+    alone = {None: INCONCLUSIVE, True: HOLDS, False: REFUTED}
+    return Verdict(name, claim, seen, f"no interval (point estimate: {alone[holds]})")

