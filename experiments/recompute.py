@@ -68,6 +68,7 @@ def _unequal(one: Any, other: Any, path: str = "") -> list[str]:
         return [line for n, pair in pairs for line in _unequal(*pair, f"{path}/{n}")]
     if isinstance(one, float) and isinstance(other, float):
         same = math.isclose(one, other, rel_tol=ROUNDING, abs_tol=1e-9)
+        same = same or (math.isnan(one) and math.isnan(other))
     else:
         same = one == other
     return [] if same else [f"{path}: committed {one!r}, recomputed {other!r}"]

@@ -40,6 +40,8 @@ SUPERSEDED = {
     "tuned_per_rank": "what_rank_2",
     "lr_by_rank": "collapse",
     "forgetting": "what_rank_2",
+    "what_rank_e2e": "what_rank_e2e_2",
+    "batch_size": "batch_size_2",
     "low_data": "low_data_2",
     "subspace_ranks": "directions_2",
     "subspace_seeds": "directions_2",

@@ -15,7 +15,8 @@ from lora_jax.settings.described import table
 FOLDER = findings.EXPERIMENTS
 SETTINGS = FOLDER.parent / "lora_jax" / "settings" / "README.md"
 SECOND = (
-    "what_rank_2", "directions_2", "delta_vs_weight_2", "low_data_2", "collapse", "rounding",
+    "what_rank_2", "what_rank_e2e_2", "directions_2", "delta_vs_weight_2", "batch_size_2",
+    "low_data_2", "collapse", "rounding",
 )  # fmt: skip
 ORDER = (
     *SECOND,

@@ -136,6 +136,13 @@ def verdict_table(verdicts: Sequence[Verdict]) -> str:
     return "\n".join(lines)
 
 
+def waiting(claims: Sequence[Claim], verdicts: Sequence[Verdict]) -> str:
+    """Markdown that names the registered claims whose runs are not complete, "" for none."""
+    decided = {verdict.name for verdict in verdicts}
+    names = [claim.name for claim in claims if claim.name not in decided]
+    return f"Registered, runs not complete: {', '.join(names)}." if names else ""
+
+
 def _p_text(p: float) -> str:
     return "<0.001" if p < 0.001 else f"{p:.3f}" if p < 0.1 else f"{p:.2f}"
 
@@ -170,6 +177,14 @@ def _bar(axes, place: float, found: Evidence) -> None:
     interval = found.interval()
     axes.plot([interval.low, interval.high], [place, place], color=COLOURS[1], lw=3, alpha=0.5)
     axes.plot([found.estimate], [place], "o", color=COLOURS[1])
+
+
+def draw_errors(axes, places, found: Sequence[Evidence], colour: str, label: str) -> None:
+    """Estimates with their 95% intervals, joined by a line."""
+    intervals = [one.interval() for one in found]
+    middle = np.array([one.estimate for one in found])
+    reach = [middle - [i.low for i in intervals], [i.high for i in intervals] - middle]
+    axes.errorbar(places, middle, reach, fmt="o-", color=colour, capsize=3, label=label)
 
 
 def save_figure(figure, out: Path, name: str, caption: str) -> str:

@@ -22,9 +22,12 @@ import numpy as np
 from experiments.analysis.findings import cell_record
 from lora_jax import RequestError
 from lora_jax.core.trees import nearest
+from lora_jax.data import load_splits
 from lora_jax.io import atomic_path, write_json, write_text
 from lora_jax.report.runs import FinishedRun, read_runs
 from lora_jax.report.statistics import spread_over_weights
+from lora_jax.settings import Settings
+from lora_jax.train.task import task_of
 
 CELLS, CARDS, TUNED, PREDICTIONS = "cells.jsonl", "cards.jsonl.gz", "tuned.json", "predictions.npz"
 # A run that ends within 3% of the loss of the classes' prior has learned nothing.
@@ -134,7 +137,7 @@ def collect(workdirs: Sequence[str | Path], out: str | Path) -> None:
             rows[name] = row
             cards[name] = json.dumps({"cell": name, **run.card.to_json()})
             if not row["tuning"] and run.predictions is not None:
-                predictions[name] = run.predictions
+                predictions[name] = _kept(run)
     write_text(out / CELLS, "".join(json.dumps(row) + "\n" for row in rows.values()))
     write_json(out / TUNED, tuned)
     _write_bytes(out / CARDS, _gzipped("".join(f"{cards[name]}\n" for name in rows)))
@@ -191,7 +194,7 @@ def _arm(name, own, reported, tuned, predictions) -> Arm:
     if tuned is not None:  # runs at a point that was chosen before the grid grew are not reported
         reported = [row for row in reported if row["point"] == _chosen(tuned)]
     some = [predictions[row["cell"]] for row in reported]
-    losses = np.stack([spread_over_weights(p.loss, p.weight) for p in some])
+    losses = np.stack([p.losses() for p in some])
     label = some[0].label
     arm = Arm(
         name, tuple(own), tuple(row["seed"] for row in reported), losses,
@@ -253,9 +256,36 @@ class _Kept:
 
     loss: np.ndarray
     correct: np.ndarray
-    label: np.ndarray | None
+    label: np.ndarray | None  # None for texts
     index: np.ndarray
     weight: np.ndarray
+    unit: np.ndarray | None = None
+
+    def losses(self) -> np.ndarray:
+        """(units,) losses whose plain mean is the loss per example, or per token."""
+        loss, weight = self.loss, self.weight
+        if self.unit is not None:
+            total = np.bincount(self.unit, weight)
+            loss, weight = np.bincount(self.unit, weight * loss) / total, total
+        return spread_over_weights(loss, weight)
+
+
+def _kept(run: FinishedRun) -> _Kept:
+    """Of completions the units are prompts: pairs of one prompt have much in common, and intervals
+    of pairs would be too narrow."""
+    own = run.predictions
+    assert own is not None
+    unit = None
+    if not np.all(own.weight == 1):
+        texts = _test_texts(json.dumps(run.config))
+        unit = np.unique([texts[n] for n in own.index], return_inverse=True)[1]
+    return _Kept(own.loss, own.correct, own.label, own.index, own.weight, unit)
+
+
+@functools.lru_cache(maxsize=1)
+def _test_texts(config: str) -> Sequence[str]:
+    settings = Settings.from_config(json.loads(config))
+    return load_splits(settings.data, target=task_of(settings.model).target).test.texts
 
 
 def _packed(predictions: dict[str, Any]) -> bytes:
@@ -278,6 +308,8 @@ def _packed(predictions: dict[str, Any]) -> bytes:
             own["label"] = first.label.astype(np.int16)
         if not np.all(first.weight == 1):
             own["weight"] = first.weight.astype(np.float32)
+        if first.unit is not None:
+            own["unit"] = first.unit.astype(np.int32)
         arrays |= {f"{number}/{key}": value for key, value in own.items()}
     file = io.BytesIO()
     np.savez_compressed(file, **arrays)
@@ -303,7 +335,7 @@ def _read_predictions(path: Path) -> dict[str, Any]:
                 found[str(name)] = _Kept(
                     own["loss"][row].astype(np.float64), correct, own.get("label"),
                     own["index"].astype(np.int64),
-                    own.get("weight", np.ones(count)).astype(np.float64),
+                    own.get("weight", np.ones(count)).astype(np.float64), own.get("unit"),
                 )  # fmt: skip
     return found
 

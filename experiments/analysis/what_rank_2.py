@@ -7,8 +7,6 @@ from __future__ import annotations
 
 import dataclasses
 
-import numpy as np
-
 from experiments.analysis import evidence, forgotten, pages
 from experiments.analysis.evidence import Claim, power_of
 from experiments.analysis.findings import COLOURS
@@ -107,9 +105,10 @@ def page(out) -> None:
         for claim, first, second in FORGETS
         if lost is not None and {first, second} <= lost.keys()
     ]
+    claims = [claim for claim, *_ in (*COMPARED, *FORGETS)] + [GAP_IS_THE_HEADS]
     pages.write_page(
         out, name="what_rank_2", title="Rank, place or head", commands=COMMANDS, study=study,
-        verdicts=verdicts, parts=_parts(study, out, lost),
+        verdicts=verdicts, parts=[pages.waiting(claims, verdicts), *_parts(study, out, lost)],
     )  # fmt: skip
 
 
@@ -125,7 +124,7 @@ def _parts(study: Study, out, lost) -> list[str]:
     common = [study.arms[name] for name in COMMON if name in study.arms]
     others = [arm for name, arm in study.arms.items() if name not in COMMON]
     parts = []
-    if "full" in study.arms and "tied-full" in study.arms:
+    if {"tuned-full", "tied-full"} <= study.arms.keys():
         text = "The same comparison at three rates of the head: tied, common to all arms, tuned"
         parts += ["## The head", pages.save_figure(_draw_heads(study), out, "heads", text)]
     if "full" in study.arms:
@@ -154,13 +153,13 @@ def _draw_heads(study: Study):
     for (name, label), colour in zip(names.items(), COLOURS, strict=False):
         arms = [study.arms.get(of[head].format(name)) for head in HEADS]
         found = [(n, arm) for n, arm in enumerate(arms) if arm is not None]
-        _errors(left, [n for n, _ in found], [evidence.crossed(a.losses) for _, a in found],
-                colour, label)  # fmt: skip
+        losses = [evidence.crossed(arm.losses) for _, arm in found]
+        pages.draw_errors(left, [n for n, _ in found], losses, colour, label)
         if name != "full":
             pairs = [(n, arm, study.arms.get(of[HEADS[n]].format("full"))) for n, arm in found]
             pairs = [(n, arm, full) for n, arm, full in pairs if full is not None]
             gaps = [pages.difference(full, arm) for _, arm, full in pairs]
-            _errors(right, [n for n, *_ in pairs], gaps, colour, f"full − {label}")
+            pages.draw_errors(right, [n for n, *_ in pairs], gaps, colour, f"full − {label}")
     right.axhline(0, color="#888888", linewidth=1)
     right.axhspan(-MARGIN, MARGIN, color="#888888", alpha=0.12, linewidth=0)
     left.set_ylabel("test loss (nats), 95%")
@@ -171,13 +170,6 @@ def _draw_heads(study: Study):
         axes.grid(axis="y", alpha=0.3)
         axes.legend()
     return figure
-
-
-def _errors(axes, places, found, colour, label) -> None:
-    intervals = [one.interval() for one in found]
-    middle = np.array([one.estimate for one in found])
-    reach = [middle - [i.low for i in intervals], [i.high for i in intervals] - middle]
-    axes.errorbar(places, middle, reach, fmt="o-", color=colour, capsize=3, label=label)
 
 
 def _draw_ranks(study: Study):
@@ -198,7 +190,9 @@ def _draw_ranks(study: Study):
     ):
         there = [name for name in names if name in study.arms]
         ranks = [study[name].cells[0]["rank"] for name in there]
-        _errors(axes, ranks, [evidence.crossed(study[n].losses) for n in there], colour, label)
+        pages.draw_errors(
+            axes, ranks, [evidence.crossed(study[n].losses) for n in there], colour, label
+        )
     axes.set_xscale("log", base=2)
     axes.set_xticks([1, 8, 64], ["1", "8", "64"])
     axes.set_xlabel("rank")

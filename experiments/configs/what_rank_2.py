@@ -50,7 +50,7 @@ glosses find equivalence at a true difference of 0 with 99% between ranks, 74% w
 
 Deviations: `tuned` first had head rates to 2e-2 and body rates of full from 1e-4. Full was best at
 its least body rate, r = 1 at its largest head rate, and the sweep went on to their reported seeds
-before anybody looked; then both grids grew by the rule, and what was chosen anew was run anew.
+before anybody looked; then both grids grew by the rule, and the choices stayed as they were.
 The sums that choose the common head rate are 1.8825, 1.8806 and 1.8806 at 1e-2, 2e-2 and 4e-2: a
 plateau, on which the rule would go on growing the grid for 0.00005 nats. The middle, 2e-2, was
 taken before any run of `common`. There q,v r = 1 is the arm of `tuned` (both chose the same pair).

@@ -2,16 +2,21 @@
 
 import json
 import math
+import re
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
 from scipy import stats
 
 from experiments import recompute
-from experiments.analysis import collapse, evidence, pages, rounding, study
+from experiments.analysis import collapse, evidence, findings, index, pages, rounding, study
 from experiments.analysis.evidence import Claim, Evidence, crossed, decide, power_of
 from lora_jax.core.errors import RequestError
 
+ROOT = Path(__file__).parents[2]
 ABOVE, EQUAL = (Claim(kind, "…", kind, 0.02) for kind in ("above", "equivalent"))
 
 
@@ -196,6 +201,31 @@ def test_the_ratio_of_variances_is_found_again(true):
     assert found == pytest.approx(math.log10(true), abs=0.15)
     hits = [rounding.ratio(t).interval(0.95) for t in tables]
     assert np.mean([i.low < math.log10(true) < i.high for i in hits]) > 0.85
+
+
+@pytest.mark.parametrize("name", index.SECOND)
+def test_each_registered_hypothesis_gets_a_verdict_and_no_other_does(name):
+    """The docstring's list and the claims of the analysis have the same names, in its order."""
+    text = findings.source_of(name).read_text(encoding="utf-8")
+    registered = re.findall(r"^- (\w+(?:, \w+)*):", text[text.index("Hypotheses,") :], re.M)
+    names = [one for line in registered for one in line.split(", ")]
+    code = (ROOT / "experiments" / "analysis" / f"{name}.py").read_text(encoding="utf-8")
+    claimed = re.findall(r'(?:[cC]laim|_equal)\(\s*"(\w+)"', code)
+    claimed += re.findall(
+        r'^        \("(\w+)", "[^"]{12,}"', code, re.M
+    )  # rows of a table of claims
+    assert sorted(names) == sorted(claimed) and names
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["what_rank_2", "batch_size_2", "what_rank_e2e_2", "collapse"])
+def test_a_smoke_sweep_becomes_a_page_that_recomputes(name, tmp_path):
+    runs, out = str(tmp_path / "runs"), tmp_path / name
+    sweep = ["sweep", f"--config={name}", "--sweep=smoke", f"--workdir={runs}", "--no-progress"]
+    for command in (["lora_jax", *sweep], ["experiments.analysis", name, runs, f"--out={out}"]):
+        subprocess.run([sys.executable, "-m", *command], cwd=ROOT, check=True, capture_output=True)
+    assert "| arm |" in (out / "README.md").read_text() or name == "collapse"
+    assert recompute.recompute(name, out) == []
 
 
 @pytest.mark.parametrize("name", recompute.studies())

@@ -15,7 +15,9 @@ from lora_jax.sweeps.cells import read_sweep
 ROOT = Path(__file__).parents[2]
 # {"FILE:ARGUMENT": a digest of the completed config, "FILE:ARGUMENT SWEEP": of all its cells'}.
 # The second edition's: their committed cells hold them.
-SECOND = {"what_rank_2", "low_data_2", "collapse", "rounding"}
+SECOND = {
+    *("what_rank_2", "low_data_2", "batch_size_2", "what_rank_e2e_2", "collapse", "rounding"),
+}
 BEFORE = json.loads((Path(__file__).parent / "experiments.json").read_text())
 
 
