@@ -38,7 +38,7 @@ contains the margin.
 
 **Do not cite comparisons of LoRA with full fine-tuning on MiniLM from the first edition.** There
 the new head shared the method's learning rate; `what_rank_2` shows that this alone turns the sign
-of the comparison. "Limits" under each table of the first edition says what its data do not carry, and
+of the comparison. "Limits" under each table of the first edition says what its data do not carry;
 its intervals have no correction for their number.
 
 `make testbeds` fetches the texts: WordNet's glosses (Debian's `wordnet-base`) and 20 Newsgroups

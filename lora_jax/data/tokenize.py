@@ -50,7 +50,7 @@ class EncodedExamples:
 
     def take(self, rows: np.ndarray) -> EncodedExamples:
         """The examples `rows` (M,) int64, in that order."""
-        parts = [np.arange(self.offsets[n], self.offsets[n + 1]) for n in rows]
+        parts = [np.arange(int(self.offsets[n]), int(self.offsets[n + 1])) for n in rows]
         tokens = np.concatenate([np.zeros(0, np.int64), *parts])
         own = {name: getattr(self, name) for name in ("type_ids", "prompt_lengths")}
         return dataclasses.replace(
