@@ -68,6 +68,8 @@ FULL_RATES = (5e-5, 1e-4, 2e-4, 4e-4, 8e-4)
 PROBE_RATES = (5e-3, 1e-2, 2e-2, 4e-2, 8e-2)
 HEAD_RATES = (2.5e-3, 5e-3, 1e-2, 2e-2, 4e-2)
 COMMON_HEAD = 2e-2
+# The next rates where the best was the largest, by the rule.
+GROWN = {"qv-r1-a2": (1.6e-2,), "qv-full": (1.6e-3,)}
 # Validation and test glosses of the cells that choose.
 TUNE_WITH = {"data.eval_limit": 2000}
 CHOSEN = {"tune_seeds": TUNE_SEEDS, "more_seeds": SEEDS, "tune_with": TUNE_WITH}
@@ -118,7 +120,8 @@ def sweep_common(add):
         own, head = (LORA_ARMS | FULL_ARMS)[name], {"optimizer.head_lr": COMMON_HEAD}
         if name == "qv-r1":  # `tuned` chose this head rate for it: its runs are there
             continue
-        add(name, tune=("optimizer.lr", _rates(name)), **CHOSEN, **head, **own)
+        rates = (*_rates(name), *GROWN.get(name, ()))
+        add(name, tune=("optimizer.lr", rates), **CHOSEN, **head, **own)
 
 
 def sweep_smoke(add):
