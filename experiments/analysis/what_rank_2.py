@@ -77,7 +77,7 @@ FORGETS = (
 COMMANDS = (
     *(
         f"lora-jax sweep --config=what_rank_2 --sweep={name} --workdir=runs/what_rank_2/{name}"
-        for name in ("tuned", "common", "tied", "matched")
+        for name in ("tuned", "common", "tied")
     ),
     "python -m experiments.analysis.forgotten runs/what_rank_2",
     "python -m experiments.analysis what_rank_2 runs/what_rank_2",

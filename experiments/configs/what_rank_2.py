@@ -4,7 +4,6 @@
     lora-jax sweep --config=what_rank_2 --sweep=tuned --workdir=runs/what_rank_2/tuned
     lora-jax sweep --config=what_rank_2 --sweep=common --workdir=runs/what_rank_2/common
     lora-jax sweep --config=what_rank_2 --sweep=tied --workdir=runs/what_rank_2/tied
-    lora-jax sweep --config=what_rank_2 --sweep=matched --workdir=runs/what_rank_2/matched
     python -m experiments.analysis what_rank_2 runs/what_rank_2
 
 The argument is a size: none, or `smoke` (a tiny model on 64 reviews; sweep `smoke`, a minute).
@@ -16,7 +15,8 @@ to 9; each seed draws its own 6,400 of 63,470 glosses; the test split is another
 Arms: probe; q,v at r = 1, 8, 64; up and down at r = 4 (alpha 8); q and v at full rank; full.
 Heads: `tuned` (four head rates by the body's, full, r = 64 and r = 1), `common` (one head rate for
 all arms), `tied` (one rate for head and body, as in the first edition; the same three arms).
-`matched` stops each run at a validation loss of 0.68.
+`matched` stops each run at a validation loss of 0.68; its sweep is added, before it runs, with the
+rates that `common` chooses.
 
 The source: Hu et al. 2021, Table 6 (rank), Table 5 (place); Biderman et al. 2024 (arXiv:2405.09673;
 forgetting); the review of the first edition (a head of its own takes the gap of full to q,v r = 64

@@ -51,6 +51,12 @@ def run(argv: Sequence[str]) -> int:
     parser.add_argument("--sweep", help="NAME of a sweep_NAME in that file (required)")
     parser.add_argument("--workdir", required=True, help="folder of the runs")
     parser.add_argument("--only", metavar="TEXT", help="only cells whose name contains TEXT")
+    parser.add_argument(
+        "--tune-only",
+        action="store_true",
+        help="stop once the values are chosen, so that a grid whose best is at its edge can grow "
+        "before other seeds run; the same command without it goes on",
+    )
     parser.add_argument("--add", action="store_true", help="beside another sweep in the workdir")
     parser.add_argument(
         "--memory-gib",
@@ -80,6 +86,10 @@ def run(argv: Sequence[str]) -> int:
     sweep = read_sweep(file, options.sweep, config)
     if options.only:
         sweep = sweep.only(options.only)
+    if options.tune_only:
+        if not sweep.tunings:
+            parser.error(f"--tune-only: the sweep {sweep.name!r} tunes nothing; leave it out")
+        sweep = sweep.choosing()
     mesh = mesh_of(options, has_cells=True)
     if options.plan:
         lines = plan_sweep(sweep, options.workdir, source=file, add=options.add)

@@ -73,6 +73,11 @@ class Sweep:
         """All cells that are known before any has run."""
         return [*self.cells, *(cell for tuning in self.tunings for cell in tuning.first)]
 
+    def choosing(self) -> Sweep:
+        """The same, which stops once the values are chosen: before any other seed runs."""
+        tunings = (dataclasses.replace(tuning, more_seeds=()) for tuning in self.tunings)
+        return dataclasses.replace(self, tunings=tuple(tunings))
+
     def only(self, text: str) -> Sweep:
         """The cells whose name contains `text`.
 

@@ -113,6 +113,8 @@ def test_several_seeds_choose_a_point_of_a_grid_and_are_not_reported(make_config
     few = {"data.eval_limit": 8}
     body = f"add('t', tune={grid}, tune_seeds=(7, 8), tune_with={few}, more_seeds=(0,))"
     sweep = sweep_in(tmp_path, make_config(QUICK), body)
+    chosen = run(sweep.choosing(), tmp_path / "w")
+    assert len(chosen) == 8 and (tmp_path / "w" / "tuned.json").exists()
     assert len(sweep.first) == 8 and len(sweep.tunings[0].possible) == 12
     results = run(sweep, tmp_path / "w")
     names = [cell.name for cell in sweep.first]
