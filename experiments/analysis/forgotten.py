@@ -4,7 +4,7 @@
     python -m experiments.analysis.forgotten runs/what_rank_2          # half a minute per run
 
 The encoder before training was good at something else: mean-pooled embeddings of 1,500 articles
-(48 tokens), standardised, a logistic regression fitted anew (C chosen among 0.01, 0.1 and 1 on
+(48 tokens), standardised, a logistic regression fitted anew (C chosen among six from 0.0003 to 1 on
 articles that are neither trained nor tested on, for the encoder before, and kept), accuracy on
 1,500 test articles. Forgotten is what that loses. Reads the reported runs of the sweeps there,
 writes forgotten.npz into each run's folder; finished runs are not measured again.
@@ -31,7 +31,7 @@ from lora_jax.io import atomic_path
 
 FILE = "forgotten.npz"
 NUM_ARTICLES, MAX_LENGTH, BATCH = 1500, 48, 100
-STRENGTHS = (0.01, 0.1, 1.0)
+STRENGTHS = (0.0003, 0.001, 0.003, 0.01, 0.1, 1.0)
 # Of one arm, by seed, (articles,): 1 where an article is lost, -1 where one is gained.
 Lost = dict[int, np.ndarray]
 
