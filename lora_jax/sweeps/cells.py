@@ -156,7 +156,7 @@ def _tuning(
 ) -> Tuning:
     try:
         grid = [read_tune(own) for own in (tune.items() if isinstance(tune, Mapping) else [tune])]
-        config.replace(tune_with or {})  # for its check
+        _check_tune_with(tune_with or {}, config, [key for key, _ in grid])
     except RequestError as error:
         raise RequestError(f"cell {name!r}: {error}") from None
     if not grid:
@@ -167,6 +167,16 @@ def _tuning(
     keys, values = zip(*grid, strict=True)
     points = tuple(itertools.product(*values))
     return Tuning(name, keys, points, config, choosing, more_seeds, dict(tune_with or {}))
+
+
+def _check_tune_with(tune_with: Any, config: Settings, tuned: Sequence[str]) -> None:
+    if not isinstance(tune_with, Mapping):
+        raise RequestError(
+            f'tune_with is {tune_with!r}; give settings: {{"data.eval_limit": 1000}}'
+        )
+    if taken := [key for key in ("seed", *tuned) if key in tune_with]:
+        raise RequestError(f"tune_with sets {taken[0]!r}, which the tuning sets; leave it out")
+    config.replace(tune_with)  # for the check of names and values
 
 
 def read_tune(tune: Any) -> tuple[str, tuple[Any, ...]]:

@@ -131,7 +131,7 @@ class Progress:
             self.evaluations_since_best = 0
         if schedule.patience and self.evaluations_since_best >= schedule.patience:
             self.stopped = STOPPED_IMPROVING
-        elif loss <= schedule.target_loss:
+        elif schedule.target_loss and loss <= schedule.target_loss:
             self.stopped = f"validation loss of {schedule.target_loss:g} reached"
         elif self.step >= schedule.num_steps:
             self.stopped = f"budget of {schedule.num_steps} steps ended"

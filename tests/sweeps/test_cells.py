@@ -53,6 +53,11 @@ def run(sweep, workdir, **options):
         ("add('a', tune_seeds=(1,))", "tune_seeds needs tune"),
         ("add('a', tune_with={'seed': 1})", "tune_with needs tune"),
         ("add('a', tune={})", "tune is empty"),
+        ("add('a', tune=('seed', (1, 2)), tune_with=3)", "tune_with is 3; give settings"),
+        (
+            "add('a', tune=('optimizer.lr', (1e-3, 1e-2)), tune_with={'optimizer.lr': 1.0})",
+            "tune_with sets 'optimizer.lr'",
+        ),
         ("add('a', tune=('seed', (1, 2)), tune_with={'data.limt': 1})", "no setting 'data.limt'"),
         (
             "add('a', tune=('optimizer.lr', (1e-3, 1e-2)), tune_seeds=(1,), more_seeds=(1,))",

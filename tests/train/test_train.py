@@ -178,6 +178,12 @@ def test_best_weights_are_kept_not_the_last(make_config, tmp_path):
     assert long.read_bytes() == short.read_bytes()
 
 
+def test_a_loss_of_nothing_stops_nobody_who_has_no_target():
+    progress = Progress(step=1)
+    progress.evaluate(0.0, 1.0, Schedule(9, eval_every=1, patience=0))
+    assert not progress.stopped
+
+
 def test_a_cell_stops_once_it_has_learned_enough():
     schedule, progress = Schedule(9, eval_every=1, patience=0, target_loss=0.7), Progress()
     for progress.step, loss in enumerate((0.9, 0.71, 0.7), 1):
