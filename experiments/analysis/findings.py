@@ -38,7 +38,6 @@ RESULTS = EXPERIMENTS / "results"
 SUPERSEDED = {
     "what_rank": "what_rank_2",
     "tuned_per_rank": "what_rank_2",
-    "lr_by_rank": "collapse",
     "forgetting": "what_rank_2",
     "what_rank_e2e": "what_rank_e2e_2",
     "batch_size": "batch_size_2",
