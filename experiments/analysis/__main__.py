@@ -29,7 +29,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "name", choices=["index", *ORDER], metavar="NAME", help=", ".join(["index", *ORDER])
     )
-    parser.add_argument("workdir", nargs="?", type=Path, help="a finished sweep's --workdir")
+    parser.add_argument(
+        "workdir",
+        nargs="?",
+        type=Path,
+        help="a finished sweep's --workdir; second editions make their page without it, from "
+        "the files that are committed",
+    )
     parser.add_argument("--out", type=Path, help="(default: experiments/results/NAME)")
     parser.add_argument(
         "--beside", type=Path, help="a sweep, or results kept of one, that NAME compares with"

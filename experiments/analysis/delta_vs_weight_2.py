@@ -43,7 +43,6 @@ Student's interval over seeds:
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Mapping
 from pathlib import Path
@@ -149,8 +148,7 @@ def _columns(rows: list[dict[str, Any]]) -> dict[str, Any]:
 
 def write(workdir, out) -> None:
     """Measures the runs of what_rank_2's sweeps, keeps the numbers, and makes the page."""
-    folders = study.reported_folders(workdir)
-    save(measure({name: folders[name] for name in LORA + FULL}), Path(out))
+    save(measure(study.folders_of(workdir, (*LORA, *FULL))), Path(out))
     page(out)
 
 
@@ -173,7 +171,7 @@ def save(data: Mapping[str, Any], out: Path) -> None:
 
 def read(out: Path) -> dict[str, Any]:
     """What `save` wrote: the page can be made again without the adapters."""
-    return json.loads((Path(out) / "delta_vs_weight.json").read_text(encoding="utf-8"))
+    return study.read_numbers(Path(out) / "delta_vs_weight.json")
 
 
 def _by_seed(data: Mapping[str, Any], arm: str, *names: str) -> np.ndarray:

@@ -52,7 +52,6 @@ jackknife over seeds:
 from __future__ import annotations
 
 import itertools
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -179,8 +178,7 @@ def _between_ranks(of_narrow, of_wide, starts, paths, pairs) -> dict[str, Any]:
 
 def write(workdir, out) -> None:
     """Measures the runs of what_rank_2's sweeps, keeps the numbers, and makes the page."""
-    folders = study.reported_folders(workdir)
-    save(measure({name: folders[name] for name in ("qv-r8", "qv-r64")}), Path(out))
+    save(measure(study.folders_of(workdir, ("qv-r8", "qv-r64"))), Path(out))
     page(out)
 
 
@@ -204,7 +202,7 @@ def save(data: Mapping[str, Any], out: Path) -> None:
 
 def read(out: Path) -> dict[str, Any]:
     """What `save` wrote: the page can be made again without the adapters."""
-    return json.loads((Path(out) / "directions.json").read_text(encoding="utf-8"))
+    return study.read_numbers(Path(out) / "directions.json")
 
 
 def verdicts(data: Mapping[str, Any]) -> list[Verdict]:

@@ -144,6 +144,26 @@ def collect(workdirs: Sequence[str | Path], out: str | Path) -> None:
     _write_bytes(out / PREDICTIONS, _packed(predictions))
 
 
+def read_numbers(path: Path) -> dict[str, Any]:
+    """The numbers that an analysis kept. Raises `RequestError` where there are none."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise RequestError(
+            f"there is no {path}; give the workdir of what_rank_2's sweeps, to measure its runs"
+        ) from error
+
+
+def folders_of(folder: str | Path, names: Iterable[str]) -> dict[str, dict[int, Path]]:
+    """`reported_folders` of these arms. Raises `RequestError` for one that is not there."""
+    found = reported_folders(folder)
+    if missing := [name for name in names if name not in found]:
+        raise RequestError(
+            f"{folder} has no reported run of {missing[0]!r}; {nearest(missing[0], found)}"
+        )
+    return {name: found[name] for name in names}
+
+
 def reported_folders(folder: str | Path) -> dict[str, dict[int, Path]]:
     """`{arm: {seed: folder of its run}}` of the finished, reported runs of the sweeps there."""
     found: dict[str, dict[int, Path]] = {}
