@@ -122,7 +122,8 @@ def collect(workdirs: Sequence[str | Path], out: str | Path) -> None:
         sweep = json.loads((folder / "sweep.json").read_text())
         tuned |= read_tuned(folder)
         runs = {run.name: run for run in read_runs(folder) if isinstance(run, FinishedRun)}
-        for name in (name for name in sweep["cells"] if name in runs):
+        # A sweep that has not ended does not list the seeds that run at what was chosen.
+        for name in (n for n in dict.fromkeys([*sweep["cells"], *sorted(runs)]) if n in runs):
             run, arm = runs[name], arm_of(name, tuned)
             row = cell_record(run) | {
                 "arm": arm,
