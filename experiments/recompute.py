@@ -84,7 +84,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("names", nargs="*", metavar="NAME", help=", ".join(studies()) or "none yet")
     names = parser.parse_args(argv).names or studies()
     if unknown := [name for name in names if name not in studies()]:
-        parser.error(f"{unknown[0]} has no committed predictions; there are {', '.join(studies())}")
+        parser.error(f"{unknown[0]} has no page that recomputes; there are {', '.join(studies())}")
     differ = False
     for name in names:
         try:

@@ -160,12 +160,8 @@ ALLOWED = {
     "experiments/analysis/hypotheses.py": ["report", "train.task"],
     "experiments/analysis/evidence.py": ["report.statistics"],
     "experiments/analysis/pages.py": ["report.quantities"],
-    "experiments/analysis/study.py": [
-        "core.trees",
-        "report.runs",
-        "report.statistics",
-        "train.task",
-    ],
+    "experiments/analysis/study.py": ["core.trees", "report.runs"],
+    "experiments/analysis/predictions.py": ["report.runs", "report.statistics", "train.task"],
     "experiments/analysis/forgetting.py": ["report.statistics"],
     # Where a run began is drawn again from its seed.
     "experiments/analysis/learned.py": ["report.runs", "train.build"],

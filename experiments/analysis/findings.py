@@ -131,10 +131,10 @@ def draw_arms(arms: Mapping[str, Arm], *, beside: str = ""):
     panels = figure.subplots(1, 2, sharey=True) if beside else [figure.subplots()]
     places = range(len(arms), 0, -1)
     for place, one in zip(places, arms.values(), strict=True):
-        _bar(panels[0], place, one.test_loss)
+        draw_bar(panels[0], place, one.test_loss)
         panels[0].plot(one.losses.mean(axis=1), [place - 0.2] * len(one.runs), "k.", markersize=4)
         if beside and one.name != beside:
-            _bar(panels[1], place, difference(one, arms[beside]))
+            draw_bar(panels[1], place, difference(one, arms[beside]))
     panels[0].set_yticks(list(places), list(arms))
     panels[0].set_ylim(0.5, len(arms) + 0.5)
     panels[0].set_xlabel("test loss (nats), mean over seeds, 95%; dots: seeds")
@@ -146,7 +146,8 @@ def draw_arms(arms: Mapping[str, Arm], *, beside: str = ""):
     return figure
 
 
-def _bar(axes, place: int, found: Interval) -> None:
+def draw_bar(axes, place: float, found: Interval) -> None:
+    """An interval as a thick line with its estimate as a dot."""
     axes.plot([found.low, found.high], [place, place], color=COLOURS[1], linewidth=3, alpha=0.5)
     axes.plot([found.estimate], [place], "o", color=COLOURS[1])
 
@@ -217,19 +218,22 @@ def draw_by_number(
     return figure
 
 
-def figure_file(figure, out: Path, name: str, runs: Sequence[FinishedRun] = ()) -> str:
-    """Writes `out`/NAME.png with the cards' hashes in its metadata; returns Markdown that shows it.
+def figure_file(
+    figure, out: Path, name: str, runs: Sequence[FinishedRun] = (), *, caption: str = ""
+) -> str:
+    """Writes `out`/NAME.png; returns Markdown that shows it, under `caption` or its name.
 
-    White behind, so that it reads on a dark page too.
+    Its metadata have the caption, or the hashes of the runs' cards. White behind, so that it reads
+    on a dark page too.
     """
     out.mkdir(parents=True, exist_ok=True)
     hashes = " ".join(sorted({run.card.config_hash[:12] for run in runs}))
     with atomic_path(out / f"{name}.png") as temporary:
         figure.savefig(
             temporary, format="png", dpi=110, facecolor="white",
-            metadata={"Software": "lora_jax", "Description": f"config hashes: {hashes}"},
+            metadata={"Software": "lora_jax", "Description": caption or f"config hashes: {hashes}"},
         )  # fmt: skip
-    return f"![{name}]({name}.png)"
+    return f"![{caption or name}]({name}.png)"
 
 
 def write_findings(

@@ -13,10 +13,10 @@ import numpy as np
 
 from experiments.analysis import evidence
 from experiments.analysis.evidence import Claim, Evidence, Verdict
-from experiments.analysis.findings import COLOURS, RESULTS, paragraph_of
+from experiments.analysis.findings import COLOURS, RESULTS, draw_bar, figure_file, paragraph_of
 from experiments.analysis.study import CARDS, Arm, Study
 from lora_jax import RequestError
-from lora_jax.io import atomic_path, write_json, write_text
+from lora_jax.io import write_json, write_text
 from lora_jax.report.quantities import rate_text
 
 NOTE = (
@@ -89,7 +89,8 @@ def arm_table(arms: Sequence[Arm]) -> str:
 
 
 def _rates(arm: Arm) -> str:
-    row = next(row for row in arm.cells if row["seed"] == arm.seeds[0] and not row["tuning"])
+    own = (row for row in arm.cells if row["point"] == list(arm.chosen))
+    row = next(row for row in own if row["seed"] == arm.seeds[0] and not row["tuning"])
     body, head = rate_text(row["lr"]), row["head_lr"]
     edge = " (edge of the grid)" if arm.tuning is not None and arm.at_edge else ""
     return f"{body}, {rate_text(head) if head else 'the same'}{edge}"
@@ -147,36 +148,30 @@ def _p_text(p: float) -> str:
     return "<0.001" if p < 0.001 else f"{p:.3f}" if p < 0.1 else f"{p:.2f}"
 
 
-def draw_arms(arms: Sequence[Arm], *, beside: Arm | None = None, title: str = ""):
-    """Test losses with 95% intervals, seeds as dots; right, differences from the arm `beside`."""
+def draw_arms(arms: Sequence[Arm], *, reference: Arm | None = None, title: str = ""):
+    """Test losses with 95% intervals, seeds as dots; right, differences from `reference`."""
     from matplotlib.figure import Figure
 
-    size = (9.5 if beside else 6.5, 1.2 + 0.36 * len(arms))
+    size = (9.5 if reference else 6.5, 1.2 + 0.36 * len(arms))
     figure = Figure(figsize=size, layout="constrained")
-    panels = figure.subplots(1, 2 if beside else 1, sharey=True, squeeze=False)[0]
+    panels = figure.subplots(1, 2 if reference else 1, sharey=True, squeeze=False)[0]
     places = np.arange(len(arms), 0, -1)
     for place, arm in zip(places, arms, strict=True):
-        _bar(panels[0], place, evidence.crossed(arm.losses))
+        draw_bar(panels[0], place, evidence.crossed(arm.losses).interval())
         panels[0].plot(arm.losses.mean(axis=1), [place - 0.22] * len(arm.seeds), "k.", markersize=3)
-        if beside is not None and arm.name != beside.name:
-            _bar(panels[1], place, difference(arm, beside))
+        if reference is not None and arm.name != reference.name:
+            draw_bar(panels[1], place, difference(arm, reference).interval())
     panels[0].set_yticks(places, [arm.name for arm in arms])
     panels[0].set_ylim(0.4, len(arms) + 0.6)
     panels[0].set_xlabel("test loss (nats), mean over seeds, 95%; dots: seeds")
-    if beside is not None:
+    if reference is not None:
         panels[1].axvline(0, color=COLOURS[0])
-        panels[1].set_xlabel(f"difference from {beside.name} (nats), paired, 95%")
+        panels[1].set_xlabel(f"difference from {reference.name} (nats), paired, 95%")
     for axes in panels:
         axes.grid(axis="x", alpha=0.3)
     if title:
         figure.suptitle(title, fontsize=10)
     return figure
-
-
-def _bar(axes, place: float, found: Evidence) -> None:
-    interval = found.interval()
-    axes.plot([interval.low, interval.high], [place, place], color=COLOURS[1], lw=3, alpha=0.5)
-    axes.plot([found.estimate], [place], "o", color=COLOURS[1])
 
 
 def draw_errors(axes, places, found: Sequence[Evidence], colour: str, label: str) -> None:
@@ -189,10 +184,7 @@ def draw_errors(axes, places, found: Sequence[Evidence], colour: str, label: str
 
 def save_figure(figure, out: Path, name: str, caption: str) -> str:
     """Writes `out`/NAME.png, white behind; returns the Markdown that shows it."""
-    with atomic_path(out / f"{name}.png") as temporary:
-        metadata = {"Software": "lora_jax", "Description": caption}
-        figure.savefig(temporary, format="png", dpi=110, facecolor="white", metadata=metadata)
-    return f"![{caption}]({name}.png)"
+    return figure_file(figure, out, name, caption=caption)
 
 
 def write_page(

@@ -11,7 +11,6 @@ from __future__ import annotations
 import dataclasses
 import functools
 import gzip
-import io
 import json
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -20,14 +19,11 @@ from typing import Any
 import numpy as np
 
 from experiments.analysis.findings import cell_record
+from experiments.analysis.predictions import kept_of, packed, read_predictions
 from lora_jax import RequestError
 from lora_jax.core.trees import nearest
-from lora_jax.data import load_splits
 from lora_jax.io import atomic_path, write_json, write_text
 from lora_jax.report.runs import FinishedRun, read_runs
-from lora_jax.report.statistics import spread_over_weights
-from lora_jax.settings import Settings
-from lora_jax.train.task import task_of
 
 CELLS, CARDS, TUNED, PREDICTIONS = "cells.jsonl", "cards.jsonl.gz", "tuned.json", "predictions.npz"
 # A run that ends within 3% of the loss of the classes' prior has learned nothing.
@@ -117,7 +113,7 @@ def collect(workdirs: Sequence[str | Path], out: str | Path) -> None:
     tuned = read_tuned(out)
     rows = {row["cell"]: row for row in read_cells(out)} if (out / CELLS).exists() else {}
     cards = {json.loads(line)["cell"]: line for line in _read_lines(out / CARDS)}
-    predictions = _read_predictions(out / PREDICTIONS)
+    predictions = read_predictions(out / PREDICTIONS)
     for folder in folders:
         sweep = json.loads((folder / "sweep.json").read_text())
         tuned |= read_tuned(folder)
@@ -138,11 +134,11 @@ def collect(workdirs: Sequence[str | Path], out: str | Path) -> None:
             rows[name] = row
             cards[name] = json.dumps({"cell": name, **run.card.to_json()})
             if not row["tuning"] and run.predictions is not None:
-                predictions[name] = _kept(run)
+                predictions[name] = kept_of(run)
     write_text(out / CELLS, "".join(json.dumps(row) + "\n" for row in rows.values()))
     write_json(out / TUNED, tuned)
     _write_bytes(out / CARDS, _gzipped("".join(f"{cards[name]}\n" for name in rows)))
-    _write_bytes(out / PREDICTIONS, _packed(predictions))
+    _write_bytes(out / PREDICTIONS, packed(predictions))
 
 
 def read_numbers(path: Path) -> dict[str, Any]:
@@ -200,7 +196,7 @@ def read_study(folder: str | Path) -> Study:
     folder = Path(folder)
     cells = read_cells(folder)
     tuned = read_tuned(folder)
-    predictions = _read_predictions(folder / PREDICTIONS)
+    predictions = read_predictions(folder / PREDICTIONS)
     names = dict.fromkeys(row["arm"] for row in cells)
     arms = {}
     for name in names:
@@ -224,13 +220,11 @@ def _arm(name, own, reported, tuned, predictions) -> Arm:
     )  # fmt: skip
     if tuned is None:
         return arm
-    plain = not isinstance(tuned["key"], list)
-    points = tuple((x,) if plain else tuple(x) for x in tuned["values"])
+    points = tuple(tuple(x) if isinstance(x, list) else (x,) for x in tuned["values"])
     losses = tuned.get("by_seed") or [[x] for x in tuned["validation_losses"]]
     return dataclasses.replace(
-        arm, keys=(tuned["key"],) if plain else tuple(tuned["key"]), points=points,
-        tuning=np.array(losses, np.float64),
-        chosen=(tuned["chosen"],) if plain else tuple(tuned["chosen"]),
+        arm, keys=tuple(_keys(tuned)), points=points, tuning=np.array(losses, np.float64),
+        chosen=tuple(_chosen(tuned)),
     )  # fmt: skip
 
 
@@ -269,96 +263,6 @@ def _setting(config: dict[str, Any], key: str) -> Any:
     for part in key.split("."):
         config = config[part]
     return config
-
-
-@dataclasses.dataclass(frozen=True)
-class _Kept:
-    """Of a reported run: `loss`, `weight` (N,) float64, `correct` (N,), `label` (N,) or None."""
-
-    loss: np.ndarray
-    correct: np.ndarray
-    label: np.ndarray | None  # None for texts
-    index: np.ndarray
-    weight: np.ndarray
-    unit: np.ndarray | None = None
-
-    def losses(self) -> np.ndarray:
-        """(units,) losses whose plain mean is the loss per example, or per token."""
-        loss, weight = self.loss, self.weight
-        if self.unit is not None:
-            total = np.bincount(self.unit, weight)
-            loss, weight = np.bincount(self.unit, weight * loss) / total, total
-        return spread_over_weights(loss, weight)
-
-
-def _kept(run: FinishedRun) -> _Kept:
-    """Of completions the units are prompts: pairs of one prompt have much in common, and intervals
-    of pairs would be too narrow."""
-    own = run.predictions
-    assert own is not None
-    unit = None
-    if not np.all(own.weight == 1):
-        texts = _test_texts(json.dumps(run.config))
-        unit = np.unique([texts[n] for n in own.index], return_inverse=True)[1]
-    return _Kept(own.loss, own.correct, own.label, own.index, own.weight, unit)
-
-
-@functools.lru_cache(maxsize=1)
-def _test_texts(config: str) -> Sequence[str]:
-    settings = Settings.from_config(json.loads(config))
-    return load_splits(settings.data, target=task_of(settings.model).target).test.texts
-
-
-def _packed(predictions: dict[str, Any]) -> bytes:
-    """One npz: runs of the same test examples together, losses as float16, bits packed."""
-    groups: dict[bytes, list[str]] = {}
-    for name, one in predictions.items():
-        groups.setdefault(one.index.tobytes() + one.weight.tobytes(), []).append(name)
-    arrays = {}
-    for number, names in enumerate(groups.values()):
-        first = predictions[names[0]]
-        own = {
-            "cells": np.array(names),
-            "loss": np.stack([predictions[n].loss for n in names]).astype(np.float16),
-            "index": first.index.astype(np.int32),
-        }
-        correct = np.stack([predictions[n].correct for n in names])
-        plain = correct.dtype == bool
-        own["correct"] = np.packbits(correct, axis=1) if plain else correct.astype(np.float16)
-        if plain and first.label is not None:
-            own["label"] = first.label.astype(np.int16)
-        if not np.all(first.weight == 1):
-            own["weight"] = first.weight.astype(np.float32)
-        if first.unit is not None:
-            own["unit"] = first.unit.astype(np.int32)
-        arrays |= {f"{number}/{key}": value for key, value in own.items()}
-    file = io.BytesIO()
-    np.savez_compressed(file, **arrays)
-    return file.getvalue()
-
-
-def _read_predictions(path: Path) -> dict[str, Any]:
-    if not path.exists():
-        return {}
-    found = {}
-    with np.load(path, allow_pickle=False) as arrays:
-        for number in sorted({key.partition("/")[0] for key in arrays.files}, key=int):
-            own = {
-                key.partition("/")[2]: arrays[key]
-                for key in arrays.files
-                if key.partition("/")[0] == number
-            }
-            count = len(own["index"])
-            for row, name in enumerate(own["cells"]):
-                correct = own["correct"][row]
-                if correct.dtype == np.uint8:
-                    correct = np.unpackbits(correct)[:count].astype(bool)
-                found[str(name)] = _Kept(
-                    own["loss"][row].astype(np.float64), correct, own.get("label"),
-                    own["index"].astype(np.int64),
-                    own.get("weight", np.ones(count)).astype(np.float64), own.get("unit"),
-                )  # fmt: skip
-    return found
 
 
 def _read_lines(path: Path) -> list[str]:

@@ -129,7 +129,7 @@ def _parts(study: Study, out, lost) -> list[str]:
         parts += ["## The head", pages.save_figure(_draw_heads(study), out, "heads", text)]
     if "full" in study.arms:
         parts += ["## Rank and place, one rate of the head"]
-        figure = pages.draw_arms(common, beside=study["full"])
+        figure = pages.draw_arms(common, reference=study["full"])
         parts += [
             pages.save_figure(_draw_ranks(study), out, "ranks", "Test loss by rank"),
             pages.save_figure(figure, out, "arms", "Test loss of each arm, and less that of full"),

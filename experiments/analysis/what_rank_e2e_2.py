@@ -35,7 +35,7 @@ def page(out) -> None:
     verdicts = [pages.compare(claim, study[one], study[other]) for claim, one, other in COMPARED]
     arms = list(study.arms.values())
     text = "Test loss of each arm, and less that of full"
-    figure = pages.draw_arms(arms, beside=study["full"])
+    figure = pages.draw_arms(arms, reference=study["full"])
     pages.write_page(
         out, name="what_rank_e2e_2", title="Rank or place without a new head", study=study,
         verdicts=verdicts,

@@ -8,7 +8,7 @@ The argument is a size: none, or `smoke` (a tiny model on 64 reviews; sweep `smo
 
 Compared: MiniLM on WordNet's glosses: q,v at r = 8 (alpha 16), full fine-tuning and the frozen
 probe, in batches of 8, 32 and 128. Changed after a review of `batch_size`: fewer steps and larger
-batches are told apart, by two designs. Arms `-e`: one epoch of 3,200 glosses (400, 100 and 25
+batches are separated, by two designs. Arms `-e`: one epoch of 3,200 glosses (400, 100 and 25
 steps). Arms `-s`: 100 steps each (800, 3,200 and 12,800 glosses); batch 32 is one arm of both. All
 linear layers at r = 32 run in the first design only. Head and body have rates of their own, both
 tuned; seeds 100 and 101 choose, seeds 0 to 7 are reported, each with its own draw of glosses;

@@ -9,8 +9,8 @@ Compared: MiniLM on 64 and on 1,024 movie reviews, cut at 24 tokens, 80 steps of
 r = 8 (alpha 16), full fine-tuning and the frozen probe. Changed after a review of `low_data`: each
 of ten seeds draws its own reviews of 7,500 (so that intervals hold what another draw would change),
 head and body have rates of their own, both tuned, and seeds 100 and 101 choose. Of two evaluations
-the one with the best validation loss counts (1,000 validation reviews, which favours whoever
-overfits, equally); tested on all 2,256.
+the one with the best validation loss counts (1,000 validation reviews, which favours overfitting
+in all arms alike); tested on all 2,256.
 
 The source, Table 16 of Hu et al. 2021 (MNLI on GPT-3, accuracy at 100, 1k, 10k, 392k examples):
 full 60.2, 85.8, 88.9, 89.5; LoRA 63.8, 85.6, 89.2, 91.7; prefix methods far below at 100.

@@ -9,9 +9,9 @@ minute). The data are a folder with the E2E set's train.txt, valid.txt and test.
 Compared: SmolLM2-135M-Instruct (4-bit values expanded to float), 48 steps of 4 pairs of properties
 and sentence, no dropout, no label smoothing. Changed after a review of `what_rank_e2e`: r = 1
 stands at two conventions (alpha 32, the paper's, and alpha 8 r); all linear layers are an arm, so
-that place is told from rank; seeds 100 and 101 choose, seeds 0 to 7 are reported, each with its own
-draw of 192 pairs; the loss (nats per token of the completion) is of 64 test prompts, which are what
-is resampled. BLEU is left out: its standard error was 1 to 7 points.
+that place and rank are separate; seeds 100 and 101 choose, seeds 0 to 7 are reported, each with its
+own draw of 192 pairs; the loss (nats per token of the completion) is of 64 test prompts, which are
+what is resampled. BLEU is left out: its standard error was 1 to 7 points.
 Arms: q,v at r = 1 (alpha 32 and 8) and r = 4 (alpha 32); all linear layers at r = 4; full.
 
 The source, Table 18 of Hu et al. 2021 (GPT-2 medium, one epoch of 42,000 pairs, one run each):

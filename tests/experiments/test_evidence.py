@@ -13,6 +13,7 @@ from scipy import stats
 
 from experiments import recompute
 from experiments.analysis import collapse, evidence, findings, index, pages, rounding, study
+from experiments.analysis import predictions as predictions_file
 from experiments.analysis.evidence import Claim, Evidence, crossed, decide, power_of
 from lora_jax.core.errors import RequestError
 
@@ -128,12 +129,12 @@ def write_study(folder, *, dead=False, seeds=(0, 1, 2)):
             loss = np.full(60, math.log(4)) if dead and seed == 2 and number else loss
             rows.append({"cell": cell, "arm": name, "lr": 2e-3, "head_lr": 0.0, "seed": seed,
                          "tuning": False, "point": [2e-3], "adapter_parameters": 8})  # fmt: skip
-            predictions[cell] = study._Kept(
+            predictions[cell] = predictions_file.Kept(
                 loss, rng.random(60) > 0.5, label, np.arange(60), np.ones(60)
             )
     (folder / "cells.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     (folder / "tuned.json").write_text(json.dumps(tuned))
-    study._write_bytes(folder / "predictions.npz", study._packed(predictions))
+    study._write_bytes(folder / "predictions.npz", predictions_file.packed(predictions))
     return folder, predictions
 
 
