@@ -6,6 +6,7 @@ import ast
 import dataclasses
 import functools
 import math
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -189,6 +190,23 @@ def _only(*types: type) -> Any:
     return lambda value: value if isinstance(value, types) else None
 
 
+def _rates(value: Any) -> tuple[tuple[str, float], ...] | None:
+    """Pairs of a regular expression and a learning rate, from a mapping or a tuple of pairs."""
+    pairs = tuple(value.items()) if isinstance(value, Mapping) else value
+    return pairs if isinstance(pairs, tuple) and all(map(_is_rate, pairs)) else None
+
+
+def _is_rate(pair: Any) -> bool:
+    if not (isinstance(pair, tuple) and len(pair) == 2 and isinstance(pair[0], str)):
+        return False
+    try:
+        re.compile(pair[0])
+    except re.error:
+        return False
+    rate = _number(pair[1])
+    return rate is not None and 0 <= rate < math.inf
+
+
 KINDS = {
     "text": _Kind("a text", "linear", _only(str)),
     "path": _Kind("a text", "minilm", _only(str)),
@@ -199,6 +217,9 @@ KINDS = {
     "flag": _Kind("True or False", True, _only(bool)),
     "rules": _Kind("a list of rules", [{"targets": "q", "rank": 4}], _only(tuple)),
     "rows": _Kind("a mapping of expressions to row numbers", {"embed": (0, 1)}, _only(Mapping)),
+    "rates": _Kind(
+        "pairs of a regular expression and a learning rate of at least 0", ((".*/b", 0.01),), _rates
+    ),
     "any": _Kind("a value", 0, lambda value: value),
 }
 _KIND_OF_ANNOTATION = {

@@ -109,6 +109,10 @@ class OptimizerSettings(Section):
         low=0,
         role=LANE,
     )
+    lr_by_path: tuple = optional(
+        (), "peak learning rates of the parameters that an expression matches; the first counts",
+        kind="rates", role=LANE,
+    )  # fmt: skip
     schedule: str = setting("linear", "after warm-up", choices=("linear", "cosine", "constant"))
     warmup_ratio: float = setting(0.0, "warm-up as a share of all steps", low=0, high=1)
     warmup_steps: int = optional(0, "warm-up instead of warmup_ratio", unit="steps", low=0)

@@ -174,7 +174,8 @@ class Settings:
             if key not in SETTINGS or SETTINGS[key].role != LANE or (with_seed and key == "seed")
         }
         # A rate of its own is one number more in the optimizer's state.
-        return json.dumps([shared, bool(self.optimizer.head_lr)], sort_keys=True)
+        expressions = [expression for expression, _ in self.optimizer.lr_by_path]
+        return json.dumps([shared, bool(self.optimizer.head_lr), expressions], sort_keys=True)
 
 
 def complete(config: Any) -> Settings:

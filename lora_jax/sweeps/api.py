@@ -60,8 +60,10 @@ def sweep(
         iterable of `num_steps` batches or more: each cell's own order, opened once, in which batch
         n has the same shapes for all.
       cells: dicts of `targets`, `rank`, `alpha`, `dropout`, `init` (see `LoRA`), `lr` (the peak
-        rate), `weight_decay`, `seed`, `train` (parameters trained whole), `name`, and `method`:
-        "lora" (default), "head", "bitfit", "full", or a `Method`.
+        learning rate), `head_lr` (that of parameters under head/), `lr_by_path` (`{expression:
+        learning rate}`, such as `{".*/b": 1e-2}`), `weight_decay`, `seed`, `train` (parameters
+        trained whole), `name`, and `method`: "lora" (default), "head", "bitfit", "full", or a
+        `Method`.
       num_steps: optimizer steps of each cell.
       tune: a setting and its values, `("lr", (1e-4, 1e-3))`: each cell runs once for each, and
         `results.tuned()` says which is best on validation, with the basin.
@@ -149,10 +151,12 @@ def _check_own_optimizer(tx: Any, cells: Sequence[Cell], settings: OptimizerSett
     if any(settings[name] != default[name] for name in ("beta1", "beta2", "eps")):
         raise RequestError("beta1, beta2 and eps are AdamW's; give them to the optimizer in tx")
     for cell in cells:
-        if cell.refused is None and cell.config.optimizer.weight_decay > 0:
+        own = cell.config.optimizer
+        given = [name for name in ("weight_decay", "head_lr", "lr_by_path") if own[name]]
+        if cell.refused is None and given:
             raise RequestError(
-                f"cell {cell.name!r} gives weight_decay={cell.config.optimizer.weight_decay:g}, "
-                "which is AdamW's; give it to the optimizer in tx"
+                f"cell {cell.name!r} gives {given[0]}={own[given[0]]!r}, which is AdamW's here; "
+                "give it to the optimizer in tx"
             )
 
 

@@ -18,7 +18,8 @@ from lora_jax.train.cell import Cell
 
 # Settings of a rule that a table shows even where they have their default.
 SHOWN = ("targets", "rank", "alpha", "dropout", "init")
-OF_ANY = ("name", "method", "train", "rows", "lr", "weight_decay", "seed")
+OF_ANY = ("name", "method", "train", "rows", "lr", "weight_decay", "seed", "head_lr", "lr_by_path")
+RATES = {"head_lr": 0.0, "lr_by_path": ()}
 
 
 def read_cells(
@@ -62,12 +63,16 @@ def _read_cell(
                 raise RequestError(f"cell {name!r} has an unknown setting {key!r}; {near}")
         lr = float(_checked(name, "optimizer.lr", given.get("lr")))
         decay = float(_checked(name, "optimizer.weight_decay", given.get("weight_decay", 0.0)))
+        rates = {
+            key: _checked(name, f"optimizer.{key}", given.get(key, default))
+            for key, default in RATES.items()
+        }
         seed = _checked(name, "seed", given.get("seed", 0))
         method = _method_of(given, axes, aliases)
     except RequestError as error:
         as_given = {key: value for key, value in given.items() if key != "name"}
         return Cell(name, Settings(), refused=error, shown=as_given)
-    own = dataclasses.replace(optimizer, lr=lr, weight_decay=decay)
+    own = dataclasses.replace(optimizer, lr=lr, weight_decay=decay, **rates)
     shown = _in_full(given) | {"lr": lr, "weight_decay": decay, "seed": seed}
     return Cell(name, Settings(seed=seed, optimizer=own), method, shown=shown)
 

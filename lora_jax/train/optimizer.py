@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import functools
 import math
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
 
+from lora_jax.core import trees
 from lora_jax.core.errors import RequestError
 from lora_jax.settings import OptimizerSettings
 
@@ -70,13 +73,14 @@ def optimizer_parts(
     settings: OptimizerSettings, num_steps: int
 ) -> tuple[optax.GradientTransformation, optax.GradientTransformation]:
     """`make_optimizer` in two: the clipping, which sees all gradients, and what does to each
-    parameter what it would do to it alone. Raises as that does, and for a rate of the head, since
-    a parameter alone has no path."""
-    if settings.head_lr:
-        raise RequestError(
-            f"optimizer.head_lr={settings.head_lr:g} needs optimizer.offload=False: offloaded "
-            "moments are updated parameter by parameter, all at one learning rate"
-        )
+    parameter what it would do to it alone. Raises as that does, and for a rate of the head or of
+    a path, since a parameter alone has no path."""
+    for name in ("head_lr", "lr_by_path"):
+        if value := settings[name]:
+            raise RequestError(
+                f"optimizer.{name}={value!r} needs optimizer.offload=False: offloaded "
+                "moments are updated parameter by parameter, all at one learning rate"
+            )
     each = optax.chain(*_adamw(settings, num_steps))
     return in_float32(_clip(settings, num_steps)), _in_dtype(each, settings)
 
@@ -145,16 +149,19 @@ def _in_dtype(
 
 
 class RateState(NamedTuple):
-    """Steps taken, () int32, and peak learning rates, () float32: of all, of the head alone."""
+    """Steps taken, () int32, and peak learning rates, () float32: of all, of the head alone, and
+    of each expression of `lr_by_path`."""
 
     count: Any
     peak: jax.Array
     head_peak: Any = None
+    peaks: tuple[jax.Array, ...] = ()
 
     @classmethod
-    def first(cls, peak: float, head_peak: float = 0.0) -> RateState:
-        own = jnp.asarray(head_peak, jnp.float32) if head_peak else None
-        return cls(jnp.zeros((), jnp.int32), jnp.asarray(peak, jnp.float32), own)
+    def first(cls, peak: float, head_peak: float = 0.0, peaks: Sequence[float] = ()) -> RateState:
+        peak_of, zero = functools.partial(jnp.asarray, dtype=jnp.float32), jnp.zeros((), jnp.int32)
+        own = peak_of(head_peak) if head_peak else None
+        return cls(zero, peak_of(peak), own, tuple(map(peak_of, peaks)))
 
     def next(self) -> RateState:
         return self._replace(count=optax.safe_increment(self.count))
@@ -166,25 +173,44 @@ def _scale_by_rate(
     """Updates times `-peak * shape(step)`, the peaks in the state.
 
     So runs that differ in their learning rates alone compile to one program, and may share it.
+    `lr_by_path` takes a parameter's path, or that of one of its parts (`…/kernel/b`).
     """
+    expressions = [re.compile(expression) for expression, _ in settings.lr_by_path]
+
+    def peak_of(path: str, state: RateState) -> jax.Array:
+        for expression, peak in zip(expressions, state.peaks, strict=True):
+            if _matches(expression, path):
+                return peak
+        own = state.head_peak if path.startswith("head/") else None
+        return state.peak if own is None else own
+
+    def init(params):
+        paths = [_path_of(path) for path, _ in jax.tree_util.tree_leaves_with_path(params)]
+        for expression in expressions:
+            if not any(_matches(expression, path) for path in paths):
+                near = trees.nearest(expression.pattern, paths)
+                raise RequestError(
+                    f"optimizer.lr_by_path: {expression.pattern!r} matches nothing that trains; "
+                    f"{near}"
+                )
+        return RateState.first(settings.lr, settings.head_lr, [x for _, x in settings.lr_by_path])
 
     def update(updates, state, params=None):
         now = shape(state.count)
-
-        def scaled(path, u):
-            own = state.head_peak if _is_of_head(path) else None
-            peak = state.peak if own is None else own
-            return (-peak * now * u).astype(u.dtype)
-
+        scaled = lambda path, u: (-peak_of(_path_of(path), state) * now * u).astype(u.dtype)  # noqa: E731
         return jax.tree_util.tree_map_with_path(scaled, updates), state.next()
 
-    init = lambda params: RateState.first(settings.lr, settings.head_lr)  # noqa: E731
     return optax.GradientTransformation(init, update)
 
 
-def _is_of_head(path: tuple[Any, ...]) -> bool:
-    """Whether a leaf belongs to a parameter under head/, of whatever part of it."""
-    return jax.tree_util.keystr(path, simple=True, separator="/").startswith("head/")
+def _path_of(path: tuple[Any, ...]) -> str:
+    """`encoder/kernel/b` of a leaf of the trainable tree."""
+    return jax.tree_util.keystr(path, simple=True, separator="/")
+
+
+def _matches(expression: re.Pattern[str], path: str) -> bool:
+    """Whether it matches the path of a part, or that of its parameter."""
+    return any(map(expression.fullmatch, (path, path.rpartition("/")[0])))
 
 
 class DecayState(NamedTuple):

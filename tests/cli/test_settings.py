@@ -43,6 +43,7 @@ TAKEN = {
     "flag": {6, 9},
     "rules": {1, 2, 10},  # what is in them is the method's to refuse
     "rows": set(),
+    "rates": set(),
 }
 
 

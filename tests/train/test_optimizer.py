@@ -106,7 +106,7 @@ def test_optimizer_is_adamw_with_clipping(clip_norm):
             np.testing.assert_allclose(params[name], wanted[name], rtol=1e-5, atol=1e-6)
 
 
-def test_the_head_has_a_rate_of_its_own():
+def test_the_head_and_paths_have_rates_of_their_own():
     """As two optimizers with one clipping norm: each parameter moves as its rate alone has it."""
     generator = np.random.default_rng(0)
     shapes = {"head/kernel": {"value": (3, 2)}, "encoder/kernel": {"a": (4, 2), "b": (2, 4)}}
@@ -128,14 +128,41 @@ def test_the_head_has_a_rate_of_its_own():
         return own
 
     both = moved(lr=1e-3, head_lr=1e-2)
-    for path, wanted in (
-        ("head/kernel", moved(lr=1e-2)),
-        ("encoder/kernel", moved(lr=1e-3)),
-    ):
+    at = {rate: moved(lr=rate) for rate in (1e-3, 1e-2, 1e-1)}
+    for path, wanted in (("head/kernel", at[1e-2]), ("encoder/kernel", at[1e-3])):
         for part, value in both[path].items():
             np.testing.assert_array_equal(value, wanted[path][part])
-    with pytest.raises(RequestError, match="optimizer.head_lr=0.01 needs optimizer.offload=False"):
-        optimizer_parts(settings(lr=1e-3, head_lr=1e-2), 10)
+    # The first expression that matches a part, or its parameter, counts; then head_lr, then lr.
+    paths = ((".*/b", 1e-1), (".*kernel/b", 5e-1), ("encoder/.*", 1e-2))
+    found = moved(lr=1e-3, head_lr=1e-1, lr_by_path=paths)
+    for path, part, rate in (
+        ("encoder/kernel", "b", 1e-1), ("encoder/kernel", "a", 1e-2), ("head/kernel", "value", 1e-1)
+    ):  # fmt: skip
+        np.testing.assert_array_equal(found[path][part], at[rate][path][part])
+    whole = moved(lr=1e-3, lr_by_path=(("head/kernel", 1e-2),))
+    np.testing.assert_array_equal(whole["head/kernel"]["value"], at[1e-2]["head/kernel"]["value"])
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"head_lr": 1e-2}, "optimizer.head_lr=0.01 needs optimizer.offload=False"),
+        ({"lr_by_path": ((".*/b", 1e-2),)}, "optimizer.lr_by_path=.* needs optimizer.offload"),
+    ],
+)
+def test_rates_by_path_are_refused_where_parameters_are_updated_one_by_one(changes, message):
+    with pytest.raises(RequestError, match=message):
+        optimizer_parts(settings(lr=1e-3, **changes), 10)
+
+
+def test_an_expression_that_matches_nothing_or_is_no_expression_is_named():
+    params = {"encoder/kernel": {"a": jnp.ones((4, 2)), "b": jnp.ones((2, 4))}}
+    with pytest.raises(
+        RequestError, match=r"'.\*/c' matches nothing that trains; .*encoder/kernel"
+    ):
+        make_optimizer(settings(lr=1e-3, lr_by_path=((".*/c", 1e-2),)), 10).init(params)
+    with pytest.raises(RequestError, match=r"lr_by_path=.*must be pairs of a regular expression"):
+        make_optimizer(settings(lr=1e-3, lr_by_path=(("*b", 1e-2),)), 10)
 
 
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
