@@ -24,6 +24,7 @@ from typing import Any
 
 from experiments.analysis.findings import RESULTS
 from lora_jax import RequestError
+from lora_jax.core.trees import nearest
 
 # A library's rounding may differ between versions by this much, relative.
 ROUNDING = 1e-6
@@ -84,7 +85,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("names", nargs="*", metavar="NAME", help=", ".join(studies()) or "none yet")
     names = parser.parse_args(argv).names or studies()
     if unknown := [name for name in names if name not in studies()]:
-        parser.error(f"{unknown[0]} has no page that recomputes; there are {', '.join(studies())}")
+        near = nearest(unknown[0], studies())
+        parser.error(f"{unknown[0]} has no page that can be recomputed; {near}")
     differ = False
     for name in names:
         try:

@@ -52,30 +52,28 @@ class Probe:
             for name, part in parts.items()
         }
         self._embed = jax.jit(self._embedding)
-        embedded = self._embeddings(model.params)
+        embedded = self._embeddings(model.params, tuple(self.rows))
         scores = [self._fit(embedded, c, "validation").mean() for c in STRENGTHS]
         self.strength = STRENGTHS[int(np.argmax(scores))]
         self.before = self._fit(embedded, self.strength, "test")
 
     def right(self, params) -> np.ndarray:
         """Whether each test article is put into its newsgroup, (articles,) bool."""
-        return self._fit(self._embeddings(params), self.strength, "test")
+        return self._fit(self._embeddings(params, ("train", "test")), self.strength, "test")
 
     def _embedding(self, params, ids, mask):
         _, hidden = self.model.apply(params, ids, mask, output_hidden_states=True)
         weights = mask[..., None] / mask.sum(axis=1)[:, None, None]
         return jnp.sum(hidden[-1] * weights, axis=1)
 
-    def _embeddings(self, params) -> dict[str, np.ndarray]:
-        return {
-            name: np.concatenate(
-                [
-                    np.asarray(self._embed(params, ids[n : n + BATCH], mask[n : n + BATCH]))
-                    for n in range(0, len(ids), BATCH)
-                ]
+    def _embeddings(self, params, names: Sequence[str]) -> dict[str, np.ndarray]:
+        def embedded(ids, mask):
+            batches = (slice(n, n + BATCH) for n in range(0, len(ids), BATCH))
+            return np.concatenate(
+                [np.asarray(self._embed(params, ids[b], mask[b])) for b in batches]
             )
-            for name, (ids, mask) in self.rows.items()
-        }
+
+        return {name: embedded(*self.rows[name]) for name in names}
 
     def _fit(self, embedded, strength: float, on: str) -> np.ndarray:
         from sklearn.linear_model import LogisticRegression
