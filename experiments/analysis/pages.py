@@ -73,9 +73,9 @@ def compare(claim: Claim, first: Arm, second: Arm) -> Verdict:
 def arm_table(arms: Sequence[Arm]) -> str:
     """Markdown: each arm at its rate, with what the choice rests on."""
     lines = [
-        "| arm | adapter parameters | learning rate, the head's | validation loss at the next lower "
-        "and higher rate, less its own | both choosing seeds agree | test loss, 95% | accuracy, % "
-        "| seeds |",
+        "| arm | adapter parameters | learning rate, the head's | validation loss at the next "
+        "lower and higher rate, less its own | both choosing seeds agree | test loss, 95% | "
+        "accuracy, % | seeds |",
         "|---|---:|---|---|---|---:|---:|---:|",
     ]
     for arm in arms:
