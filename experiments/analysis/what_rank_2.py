@@ -131,7 +131,7 @@ def _parts(study: Study, out, lost) -> list[str]:
         parts += ["## Rank and place, one rate of the head"]
         figure = pages.draw_arms(common, reference=study["full"])
         parts += [
-            pages.save_figure(_draw_ranks(study), out, "ranks", "Test loss by rank"),
+            pages.save_figure(_draw_ranks(study), out, "ranks", "Test loss above full's, by rank"),
             pages.save_figure(figure, out, "arms", "Test loss of each arm, and less that of full"),
         ]
     if lost is not None:
@@ -173,29 +173,29 @@ def _draw_heads(study: Study):
 
 
 def _draw_ranks(study: Study):
-    """Test loss by rank at two conventions; full, q and v at full rank and the MLP as lines."""
+    """Test loss less that of full, by rank at two conventions; q and v at full rank and the MLP."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(7, 4), layout="constrained")
-    axes = figure.subplots()
-    lines = {"mlp-r4": "MLP r = 4", "qv-full": "q and v, full rank", "full": "full"}
+    axes, full = figure.subplots(), study["full"]
+    axes.axhline(0, color="#888888", linewidth=1, label="full fine-tuning, 22.6 M parameters")
+    lines = {"qv-full": "q and v at full rank", "mlp-r4": "MLP at r = 4"}
     for (name, label), colour in zip(lines.items(), COLOURS[2:], strict=False):
         if name in study.arms:
-            loss = evidence.crossed(study[name].losses).interval()
-            axes.axhline(loss.estimate, color=colour, label=label)
-            axes.axhspan(loss.low, loss.high, color=colour, alpha=0.12, linewidth=0)
-    for label, names, colour in (
-        ("q,v, alpha 16", ("qv-r1", "qv-r8", "qv-r64"), COLOURS[0]),
-        ("q,v, alpha 2 r", ("qv-r1-a2", "qv-r8", "qv-r64-a128"), COLOURS[1]),
+            above = pages.difference(study[name], full).interval()
+            label = f"{label}, {study[name].parameters / 1e6:.2g} M"
+            axes.axhline(above.estimate, color=colour, label=label)
+            axes.axhspan(above.low, above.high, color=colour, alpha=0.12, linewidth=0)
+    for label, names, colour, aside in (
+        ("q,v at alpha = 16", ("qv-r1", "qv-r8", "qv-r64"), COLOURS[0], 0.97),
+        ("q,v at alpha = 2 r", ("qv-r1-a2", "qv-r8", "qv-r64-a128"), COLOURS[1], 1.03),
     ):
-        there = [name for name in names if name in study.arms]
-        ranks = [study[name].cells[0]["rank"] for name in there]
-        pages.draw_errors(
-            axes, ranks, [evidence.crossed(study[n].losses) for n in there], colour, label
-        )
+        arms = [study[name] for name in names if name in study.arms]
+        ranks = [aside * arm.cells[0]["rank"] for arm in arms]
+        pages.draw_errors(axes, ranks, [pages.difference(a, full) for a in arms], colour, label)
     axes.set_xscale("log", base=2)
-    axes.set_xticks([1, 8, 64], ["1", "8", "64"])
-    axes.set_xlabel("rank")
-    axes.set_ylabel("test loss (nats), 95%")
+    axes.set_xticks([1, 8, 64], ["1 (9 k)", "8 (74 k)", "64 (590 k)"])
+    axes.set_xlabel("rank (adapter parameters)")
+    axes.set_ylabel("test loss above full's (nats), paired, 95%")
     axes.legend(fontsize=8)
     return figure
