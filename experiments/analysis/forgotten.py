@@ -24,7 +24,14 @@ import numpy as np
 from experiments.analysis import evidence, learned
 from experiments.analysis.evidence import Claim, Verdict
 from experiments.analysis.findings import COLOURS
-from experiments.analysis.study import Study, arm_of, read_tuned, reported_folders, sweeps_in
+from experiments.analysis.study import (
+    Study,
+    arm_of,
+    folders_of,
+    read_tuned,
+    reported_folders,
+    sweeps_in,
+)
 from lora_jax import RequestError
 from lora_jax.data import encode_examples, limit_examples, load_newsgroups
 from lora_jax.io import atomic_path
@@ -85,10 +92,12 @@ class Probe:
         return probe.predict(scale.transform(embedded[on])) == self.labels[on]
 
 
-def measure(folder: Path) -> int:
-    """Measures each reported run of the sweeps in `folder`; returns how many anew."""
+def measure(folder: Path, arms: Sequence[str] | None = None) -> int:
+    """Measures each reported run of the sweeps in `folder`, or of these arms; returns how many
+    anew."""
     probe, count = None, 0
-    for folders in reported_folders(folder).values():
+    chosen = reported_folders(folder) if arms is None else folders_of(folder, arms)
+    for folders in chosen.values():
         for run in folders.values():
             if (run / FILE).exists():
                 continue
@@ -207,8 +216,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("folder", type=Path, help="a sweep's workdir, or a folder of them")
+    parser.add_argument(
+        "--arm", action="append", metavar="NAME", help="only this arm; may be repeated"
+    )
+    options = parser.parse_args(argv)
     try:
-        print(f"{measure(parser.parse_args(argv).folder)} runs measured")
+        print(f"{measure(options.folder, options.arm)} runs measured")
     except RequestError as error:
         parser.exit(2, f"{parser.prog}: {error}\n")
     return 0
