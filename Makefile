@@ -21,7 +21,7 @@ FIXTURE_SCRIPTS := make_bert_fixtures.py make_peft_training_fixture.py make_fami
 WRITTEN := .cache/parity-written
 
 .DEFAULT_GOAL := help
-.PHONY: help demo testbeds test test-slow oldest lint parity attachment zoo bench plans notebooks clean
+.PHONY: help demo testbeds test test-slow oldest lint ruff pyright format hooks package parity attachment zoo bench plans notebooks clean
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 14
@@ -53,17 +53,34 @@ test: $(VENV)/ready lint ## the fast tests, on 8 simulated devices (PYTHON=pytho
 test-slow: $(VENV)/ready ## full grids, fuzzing, fault trials
 	JAX_DISABLE_MOST_OPTIMIZATIONS=0 $(PY) -m pytest -n 2 --dist loadfile -m slow
 
-lint: $(VENV)/ready ## ruff, and pyright over lora_jax
-	@mkdir -p .cache
+lint: ruff pyright ## ruff, and pyright over lora_jax
+
+ruff: $(VENV)/ready
 	$(VENV)/bin/ruff check --quiet .
 	$(VENV)/bin/ruff format --check --quiet .
+
+pyright: $(VENV)/ready
+	@mkdir -p .cache
 	$(VENV)/bin/pyright --project pyproject.toml --pythonpath $(PY) > .cache/pyright-$(VERSION).txt || { cat .cache/pyright-$(VERSION).txt; exit 1; }
+
+format: $(VENV)/ready ## what ruff can mend: imports, formatting
+	$(VENV)/bin/ruff check --quiet --fix .
+	$(VENV)/bin/ruff format --quiet .
+
+hooks: $(VENV)/ready ## ruff before each commit, pyright before each push
+	$(PY) -m pip install --quiet --disable-pip-version-check pre-commit
+	$(VENV)/bin/pre-commit install
+
+package: $(VENV)/ready ## sdist and wheel in dist/, checked, and tried in a clean environment
+	rm -rf dist
+	$(PY) -m build --outdir dist .
+	LORA_JAX_DIST=dist $(PY) -m pytest -q -m slow tests/test_package.py
 
 # The lower bounds of pyproject.toml, each pinned: what it promises is installed and run.
 .venv-oldest/ready: pyproject.toml
 	$(PYTHON) -m venv .venv-oldest
 	sed -n 's/^ *"\([A-Za-z_-]*\)>=\([0-9.]*\)",*$$/\1==\2/p; s/"\([A-Za-z_-]*\)>=\([0-9.]*\)"/\n\1==\2\n/gp' pyproject.toml \
-	  | grep -E '^[A-Za-z_-]+==' | grep -vE '^(setuptools|jupyterlab|ipykernel|nbclient|ruff)' | sort -u > .venv-oldest/lower.txt
+	  | grep -E '^[A-Za-z_-]+==' | grep -vE '^(hatchling|jupyterlab|ipykernel|nbclient|ruff)' | sort -u > .venv-oldest/lower.txt
 	.venv-oldest/bin/python -m pip install --quiet --disable-pip-version-check -e '.[test]' -c .venv-oldest/lower.txt
 	@touch $@
 
@@ -126,4 +143,4 @@ notebooks: $(VENV)/ready ## run the notebooks at full size and keep their figure
 	$(VENV)/bin/ruff format --quiet notebooks
 
 clean: ## remove environments and caches, never runs/
-	rm -rf .venv-* .cache .pytest_cache .ruff_cache
+	rm -rf .venv-* .cache .pytest_cache .ruff_cache dist
