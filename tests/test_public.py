@@ -131,12 +131,6 @@ def test_every_extra_is_named_by_the_packages_that_it_brings():
     assert needs_extra(ModuleNotFoundError(name="something_else")) is None
 
 
-def test_the_wheel_says_that_it_is_typed():
-    project = tomllib.loads((ROOT / "pyproject.toml").read_text())
-    assert "py.typed" in project["tool"]["setuptools"]["package-data"]["lora_jax"]
-    assert (ROOT / "lora_jax" / "py.typed").is_file()
-
-
 def run(code: str) -> str:
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr

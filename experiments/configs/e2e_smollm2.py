@@ -1,4 +1,4 @@
-"""LoRA on SmolLM2-135M and the E2E restaurants: how much rank does it take to say what one is told?
+"""LoRA on SmolLM2-135M and the E2E restaurants: how much rank does it take to repeat a prompt?
 
     lora-jax train --config=e2e_smollm2 --workdir=runs/e2e
     lora-jax train --config=e2e_smollm2:short --workdir=runs/e2e_short
@@ -7,8 +7,8 @@
 A prompt is a list of properties ("name : Blue Spice | area : riverside"), its completion a sentence
 that says them. The model comes in a package (SmolLM2-135M-Instruct, a GGUF file), the data from
 data.path: a folder with train.txt, valid.txt and test.txt, `properties||sentence` a line; the
-default is beside the repository, from whose root the command is run. `:smoke` takes four steps of a
-tiny model on sentences made in code, `--sweep=smoke` two ranks of it.
+default is next to the repository, from whose root the command is run. `:smoke` takes four steps
+of a tiny model on sentences made in code, `--sweep=smoke` two ranks of it.
 
 One epoch is 5,258 steps of 8 pairs. LoRA of rank 4 and alpha 32 on query and value, dropout 0.1,
 weight decay 0.01, label smoothing 0.1, 500 steps of warm-up and a linear decay are the paper's
@@ -19,8 +19,8 @@ The paper's twin of this is GPT-2 medium on E2E by rank (Table 18, one run each,
 validation loss 1.23 nats a token at rank 1, 1.18 at 4, 1.16 from 16 to 512, BLEU between 68.7 and
 70.4 without an order. Other tokens here, so only the shape of that is to be compared.
 
-Measured here, `:short` (240 steps, one seed, 17 minutes of 2 cores, an hour where other work runs
-beside): validation NLL 1.67 at 40 steps, 1.40 at 240; BLEU over 37 prompts 0 before, 65 after (54
+Measured here, `:short` (240 steps, one seed, 17 minutes of 2 cores, an hour with other work
+running): validation NLL 1.67 at 40 steps, 1.40 at 240; BLEU over 37 prompts 0 before, 65 after (54
 where the prompt's 4-grams may not be said again); experiments/results/e2e_smollm2. The sweep has
 not been run.
 """

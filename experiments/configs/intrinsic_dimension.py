@@ -12,7 +12,7 @@ glosses of at most 16 tokens). All parameters of the encoder's layers and the ne
 million, move in a random subspace of d dimensions: DID, and SAID with a scale for each of six
 layers and the head. P is "grouped" (each parameter belongs to one of d groups, which moves by one
 number, PᵀP = 1), a seventh of Fastfood's time at this size on a CPU; `intrinsic_digits` has
-Fastfood beside a dense P. Each d at five rates on seed 0, the best on validation with two more
+Fastfood next to a dense P. Each d at five rates on seed 0, the best on validation with two more
 seeds; the grid went from 1e-3 to 1e-1 until at d = 100 to 1,000 the largest was seen to be the best
 (the cells of then are kept), and d = 5,000 was added when 3,000 and 10,000 could not decide
 "small". A seed is another subspace, another head, another order. d₉₀ is the smallest d whose mean

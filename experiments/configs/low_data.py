@@ -9,7 +9,7 @@ Compared: MiniLM on 64, 256, 1,024 and 4,096 movie reviews (the largest split ha
 tokens, 80 steps of 32 in each (so 40 epochs of the least): q,v at r = 8, full fine-tuning and the
 frozen probe. Each size is one draw of reviews, the same for all seeds: the intervals do not hold
 what another draw would change. Five rates on seed 0, the best on validation with four more seeds;
-of two looks the one with the best validation loss counts. The validation split has 1,000 reviews
+of two evaluations the better on validation counts. The validation split has 1,000 reviews
 whatever the size, which favours whoever overfits, equally. At 64, and for full fine-tuning at 256,
 the smallest rate was the best: two smaller ones were added once that was seen, in the same sweep
 (none was better).

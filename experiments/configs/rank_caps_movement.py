@@ -10,7 +10,7 @@ Compared: MiniLM on two tasks made hard (`data/random_labels.py`). *labels*: 1,0
 glosses with labels drawn at random from 26, 8 epochs; the loss is on those glosses themselves, so
 it is what was memorised (log 26 = 3.258 is nothing). q,v of all layers memorise as much at any
 rank, so here they are those of the last layer only, with r = 1 of all layers, full fine-tuning and
-the frozen probe beside. *words*: the glosses of `what_rank` (6,400 once), every word replaced
+the frozen probe. *words*: the glosses of `what_rank` (6,400 once), every word replaced
 throughout by another about as common, so that the table of embeddings is wrong; test loss on other
 glosses with the same replacement; q,v of all layers, full, and probe. Alpha 16; five rates each on
 seed 0, the best on validation with four more seeds.

@@ -61,7 +61,7 @@ SIZES = {
     "demo": {
         "data.max_length": 24,  # texts are cut shorter than at full size: a quarter less arithmetic
         "train.num_steps": DEMO_STEPS,
-        "train.eval_every_steps": DEMO_STEPS,  # one look: evaluating is a third of the time
+        "train.eval_every_steps": DEMO_STEPS,  # one evaluation: it is a third of the time
     },
     "smoke": {
         "model.name": "tiny-bert",
@@ -74,7 +74,7 @@ SIZES = {
 
 
 def sweep_demo(add):
-    """Rank x targets beside the frozen probe and full fine-tuning, at their tuned rates."""
+    """Rank x targets, the frozen probe and full fine-tuning, at their tuned rates."""
     add("head", **METHODS["head"])
     for name, settings in (("lora-qv", METHODS["lora"]), ("lora-all", METHODS["lora-all"])):
         for rank in DEMO_RANKS:

@@ -8,7 +8,7 @@ The argument names a variant: `lora`, `rslora`, `lora_plus`, `lora_fa`, `dora`, 
 
 What is compared: MiniLM on movie reviews, query and value of all six layers, one epoch of 233 steps
 (32 texts of at most 32 tokens), alpha 16, AdamW, linear decay, weight decay 0.01, no dropout; the
-head trains beside, at the same rate. Rank 8 for all that have two trained factors; VeRA and LoRA-XS
+head trains too, at the same rate. Rank 8 for all that have two trained factors; VeRA and LoRA-XS
 have so few parameters a rank that they take more, as their papers do (256 and 32).
 
 Each variant's rate is the best of six on validation, a factor of about three apart, seed 0; then
@@ -30,7 +30,7 @@ from lora_jax.settings import make_config
 from .shared import REVIEWS, read_argument
 
 # Ranks, and the middle of the rates: LoRA's is known from `reviews_minilm`, the others' are guesses
-# from what their update is beside LoRA's; the grids reach a factor of 16 or more to either side.
+# from how their update compares with LoRA's; the grids reach a factor of 16 or more to either side.
 VARIANTS = {
     "lora": {"method.rank": 8, "optimizer.lr": 2e-3},
     "rslora": {"method.rank": 8, "optimizer.lr": 1e-3},

@@ -8,7 +8,7 @@ The argument is a size: none, or `smoke` (a tiny model on 64 reviews; sweep `smo
 
 Compared: MiniLM, glosses of WordNet's nouns to their 26 domains (`data/wordnet.py`; the largest
 14%), 200 steps of 32 glosses, no gloss twice, cut at 16 tokens; AdamW, linear decay, alpha 16 for
-all ranks, so that the scale is 16 / r. The head trains beside, at the same rate. Each arm at
+all ranks, so that the scale is 16 / r. The head trains as well, at the same rate. Each arm at
 six rates on seed 0, the best on validation with four more seeds; 1,500 validation and test glosses.
 
 The source: Hu et al. 2021, Table 6 (GPT-3, one rate for all ranks): on q,v r = 1 is as good as

@@ -145,7 +145,7 @@ def remove_directions(a: jax.Array, start: jax.Array) -> jax.Array:
     a₀ from both; what is left, (I - P)·δa·b, is what each learned to read outside of it. If they
     learned independently, these are independent subspaces of the d - rank(a₀) dimensions that are
     left: pass that rank to `shared_directions` as `num_removed`. What both learned to read within
-    a₀'s space (through `b` alone) is not seen: it cannot be told from the start. Adapters that also
+    a₀'s space (through `b` alone) is not seen: it looks like the start. Adapters that also
     saw the same batches in the same order did not learn independently: columns that begin alike
     move alike at first. For nested starts, compare with the columns that the other has not:
     `a[:, k:]` and `b[k:]` of the wider one have a start of their own.

@@ -24,7 +24,7 @@ Examples:
   What an adapter learned: spectra and effective ranks of every ΔW. Any folder in PEFT's format, of
   any model; no model is loaded:
     lora-jax analyze path/to/adapter
-  What two of them have in common (φ of Hu et al. 2021, beside that of random subspaces):
+  What two of them have in common (φ of Hu et al. 2021, next to that of random subspaces):
     lora-jax analyze seed-0 seed-1 --out=analysis.html
   ΔW against W as well: amplification, W's directions, intruder dimensions. Only the base's
   safetensors are read, one matrix at a time:

@@ -74,7 +74,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             print(usage(), flush=True)
             return 0
         if argv[0] == "--version":
-            print(lora_jax.__version__)
+            from lora_jax._versions import describe_version
+
+            print(describe_version())
             return 0
         if argv[0] not in COMMANDS:
             from lora_jax.core.trees import nearest

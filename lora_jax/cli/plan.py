@@ -53,7 +53,7 @@ def run(argv: Sequence[str]) -> int:
         "--accumulate", type=int, default=1, metavar="N", help="parts of a batch (default: 1)"
     )
     parser.add_argument("--offload", action="store_true", help="Adam's moments in hosts' memory")
-    parser.add_argument("--compare", metavar="METHOD", help="another method beside: full")
+    parser.add_argument("--compare", metavar="METHOD", help="plan this method, too: full")
     options = parser.parse_args(argv)
     import jax
 

@@ -57,7 +57,7 @@ def run(argv: Sequence[str]) -> int:
         help="stop once the values are chosen, so that a grid whose best is at its edge can grow "
         "before other seeds run; the same command without it goes on",
     )
-    parser.add_argument("--add", action="store_true", help="beside another sweep in the workdir")
+    parser.add_argument("--add", action="store_true", help="add to the other sweep in the workdir")
     parser.add_argument(
         "--memory-gib",
         type=float,

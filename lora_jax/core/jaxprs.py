@@ -131,7 +131,7 @@ def source_of(eqn, **options):
 def equation_context(eqn):
     """Name stack, source line and settings of the traced equation, for what is bound inside.
 
-    What raises there, such as the check of `jax_debug_nans`, is told the model's own line.
+    What raises there, such as the check of `jax_debug_nans`, names the model's own line.
     """
     stack = source_info_util.current_name_stack() + eqn.source_info.name_stack
     outer = getattr(_within, "equations", ())

@@ -63,7 +63,7 @@ def read_pairs(path: Path) -> Examples:
         for what, text in (("properties", prompt), ("sentence", completion)):
             if not text:
                 raise RequestError(
-                    f"{place}: no {what} beside the {SEPARATOR!r}; write one or remove the line"
+                    f"{place}: no {what} next to the {SEPARATOR!r}; write one or remove the line"
                 )
         prompts.append(prompt)
         completions.append(completion)

@@ -20,7 +20,7 @@ TARGETS = ("class", "number", "text")
 class Examples:
     """Texts with their targets: `texts` N strings, `ids` N names of origin.
 
-    `seconds` holds N texts more, or is None: of classes and numbers, what stands beside each text
+    `seconds` holds N texts more, or is None: of classes and numbers, what belongs to each text
     (a question's sentence); of completions, the completion of the prompt in `texts`. `labels` (N,)
     are class indices, int32; numbers, float32; of completions the number of the prompt among the
     split's distinct ones, int32: those that share it are each other's references.
@@ -107,8 +107,8 @@ class Splits:
 
     `data_hash` is the hex SHA-256 of names, texts and labels in their order; `notes` are sentences
     about what was done on the way (duplicates dropped, splits cut), fit to be shown to a user.
-    `target` is one of `TARGETS`; `metrics` names what the data are judged by beside loss and
-    accuracy (see `train.task_metrics`).
+    `target` is one of `TARGETS`; `metrics` names what the data are judged by in addition to loss
+    and accuracy (see `train.task_metrics`).
     """
 
     train: Examples

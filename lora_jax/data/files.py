@@ -37,7 +37,7 @@ def load_files(
     """Splits from `path`: a file, a folder, or a pattern such as "reviews/*.csv".
 
     A single file is split 80/10/10 by the hash of each text, so that equal texts (case and
-    punctuation aside) stay together and no seed matters. Several files are told apart by the words
+    punctuation aside) stay together and no seed matters. Several files are recognized by the words
     train, validation (valid, val, dev, eval) and test in their names; several for one split are
     read in the order of their names, and a split without a file is taken from training.
     `label_names` are sorted, as numbers where all are whole numbers. With `target` "text" the texts

@@ -21,8 +21,8 @@ class GlueTask:
     """Where a task's files have what: columns of one or two texts and of the label.
 
     `header` names the columns where the file does not; of each split's files the first that is
-    there is read; `metrics` are those beside accuracy that the task is judged by; `labels` are the
-    known ones of a file without a header, by which another task's file is told.
+    there is read; `metrics` are those other than accuracy that judge the task; `labels` are the
+    known ones of a file without a header, by which another task's file is recognized.
     """
 
     texts: tuple[str, ...]

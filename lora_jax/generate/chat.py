@@ -11,7 +11,7 @@ _BEGIN, _END = "<|im_start|>", "<|im_end|>"
 def chat_prompt(model: Model, text: str) -> str:
     """`text` as a user's turn in ChatML, with the assistant's turn begun.
 
-    The format of SmolLM2 and Qwen2, told by their two special tokens; no system turn is added.
+    The format of SmolLM2 and Qwen2, known by their two special tokens; no system turn is added.
     Raises `RequestError` if the model's tokenizer lacks them.
     """
     for token in (_BEGIN, _END):

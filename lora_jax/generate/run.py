@@ -120,7 +120,7 @@ def _settings(settings: Decoding | None, fields: dict[str, Any]) -> Decoding:
         return Decoding(**fields)
     if fields:
         given = ", ".join(fields)
-        raise RequestError(f"{given} beside settings; put it into the Decoding")
+        raise RequestError(f"{given} given with settings; put it into the Decoding")
     return settings
 
 

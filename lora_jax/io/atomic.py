@@ -1,4 +1,4 @@
-"""Files that appear whole or not at all: written beside their place, then renamed into it."""
+"""Files that appear whole or not at all: written next to their place, then renamed into it."""
 
 import contextlib
 import fcntl
@@ -43,7 +43,7 @@ def atomic_path(path: str | os.PathLike) -> Iterator[Path]:
 
 @contextlib.contextmanager
 def atomic_folder(path: str | os.PathLike) -> Iterator[Path]:
-    """Yields a temporary folder beside `path`; renames it to `path` on success.
+    """Yields a temporary folder next to `path`; renames it to `path` on success.
 
     Raises `RequestError` if `path` exists already or the disk cannot take it.
     """

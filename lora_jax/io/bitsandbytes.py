@@ -1,7 +1,7 @@
 """Four-bit matrices as bitsandbytes writes them into safetensors: what transformers calls
 `load_in_4bit` with `nf4`, and what most quantised folders on the hub hold.
 
-`NAME.weight` are the bytes (n / 2, 1) of a matrix (out, in); beside it lie `NAME.weight.absmax`
+`NAME.weight` are the bytes (n / 2, 1) of a matrix (out, in); next to it are `NAME.weight.absmax`
 (scales), `.quant_map` (the table), `.quant_state.bitsandbytes__nf4` (JSON as bytes: shape, dtype,
 block sizes) and, where the scales are quantised too, `.nested_absmax` and `.nested_quant_map`.
 """

@@ -80,7 +80,7 @@ class MethodTable:
         ]
         share = self.num_trainable / max(self.num_params, 1)
         lines.append(
-            f"{self.num_trainable:,} trainable parameters beside {self.num_params:,} ({share:.3%})"
+            f"{self.num_trainable:,} trainable parameters next to {self.num_params:,} ({share:.3%})"
         )
         if self.skipped:
             lines.append(f"no adapter, since in no product: {', '.join(self.skipped)}")

@@ -25,7 +25,7 @@ from lora_jax.models.weights_files import open_weights, renamed
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
-# A head trained here on another pooling than the family's own lies beside the encoder in a file of
+# A head trained here on another pooling than the family's own is next to the encoder in a file of
 # its own, in torch's layout, so that other programs open model.safetensors as the plain encoder.
 HEAD_FILE = "head.safetensors"
 # What transformers' config.json says of a head, kept with it.

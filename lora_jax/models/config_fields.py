@@ -113,8 +113,8 @@ class Fields:
     def special_tokens(self, vocab_size: int) -> dict[str, Any]:
         """`bos_token_id`, `eos_token_id` (one or several) and `pad_token_id`, each None if absent.
 
-        An id outside of the vocabulary, as -1, which some files have for "none", is an error but
-        for padding, which is read as none.
+        An id outside of the vocabulary, as -1, which some files have for "none", is an error,
+        except for padding, which is read as none.
         """
         found: dict[str, Any] = {}
         for name in ("bos_token_id", "eos_token_id", "pad_token_id"):

@@ -28,7 +28,7 @@ def save_model(folder: str | os.PathLike, model: Model, params: Mapping[str, Any
     Weights go to model.safetensors under transformers' names, each in its own dtype: a decoder with
     its head, an encoder with a head of its family's own kind as the class for sequence
     classification. A head on another pooling goes to head.safetensors (`head.weight` (num_labels,
-    D), `head.bias`) beside the plain encoder. Kernels in four bits are written as bitsandbytes has
+    D), `head.bias`) next to the plain encoder. Kernels in four bits are written as bitsandbytes has
     them, for transformers to open in four bits. With them config.json, tokenizer.json and the
     pooling. The folder appears whole, by a rename, or not at all.
 

@@ -64,7 +64,7 @@ def fitted(
 ) -> PartitionSpec:
     """The spec, without the mesh axes that do not divide their axis of the array.
 
-    Such a one goes to the first of the axes `elsewhere` that it divides beside what is there: a
+    Such a one goes to the first of the axes `elsewhere` that it divides along with what is there: a
     table of 50,257 words is split by its width.
     """
     fitting: list[tuple[str, ...]] = []

@@ -45,7 +45,7 @@ class AdapterFactors:
     """The matrices that an adapter changes, by their modules' names ("…layers.0.self_attn.q_proj").
 
     `name` tells it from others; `base` is what its config calls the base model, or "". `is_dora`:
-    the columns of W + ΔW are scaled beside, which `factors` do not say. `tables` are the modules
+    the columns of W + ΔW are scaled as well, which `factors` do not say. `tables` are the modules
     whose rows are looked up; `fan_in_fan_out` is the config's word on how the weights of the others
     lie, which PEFT sets by the last module it wraps. `skipped` are adapted modules that are no
     matrices.

@@ -46,7 +46,7 @@ class Keys:
     tables: frozenset[str] = frozenset()
 
     def without(self, modules: set[str]) -> Keys:
-        """The keys but for those of `modules`."""
+        """The keys except those of `modules`."""
         return Keys(
             {name: x for name, x in self.parts.items() if name not in modules},
             {name: x for name, x in self.whole.items() if name.rpartition(".")[0] not in modules},
@@ -125,7 +125,7 @@ def _adapter_in(path: Path, keys: Iterable[str]) -> str | None:
 
 
 def _unwrapped(name: str, names: Mapping[str, np.ndarray]) -> str:
-    """A saved module's tensor without PEFT's wrapper, which some keys have beside the plain one,
+    """A saved module's tensor without PEFT's wrapper, which some keys have next to the plain one,
     with or without the adapter's name: "classifier.modules_to_save.default.dense.bias"."""
     if ".modules_to_save." not in name:
         return name

@@ -32,9 +32,9 @@ from lora_jax.peft.split import POOLED_HEAD, Written, split
 _BASE_KEY = "lora_jax.base"
 # The names of a head's outputs, as JSON: adapter_config.json has no field for them.
 _LABELS_KEY = "lora_jax.labels"
-# That a head lies beside, in a file of its own.
+# That a head is in a file of its own.
 HEAD_KEY = "lora_jax.head"
-# PEFT stores the frozen table beside an adapter of these.
+# PEFT stores the frozen table with an adapter of these.
 _STORED_TABLES = ("embed_tokens", "lm_head")
 
 

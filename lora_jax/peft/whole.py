@@ -1,4 +1,4 @@
-"""What a PEFT folder holds whole: heads, norms, biases, and tables beside the adapters."""
+"""What a PEFT folder holds whole: heads, norms, biases, and tables next to the adapters."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ class Reading:
 
 
 def with_stored_tables(reading: Reading) -> Reading:
-    """What to make of tables that PEFT stores beside an adapter without a word in the config.
+    """What to make of tables that PEFT stores with an adapter without a word in the config.
 
     It does so with `save_embedding_layers`, or a vocabulary that was resized. Those of the base are
     set aside; others are modules saved whole, as they are there.
@@ -72,7 +72,7 @@ def with_stored_tables(reading: Reading) -> Reading:
 
 
 def check_bases(reading: Reading) -> None:
-    """The frozen weights that lie beside an embedding's adapter must be this model's."""
+    """The frozen weights that come with an embedding's adapter must be this model's."""
     for there, array in reading.keys.bases.items():
         module = reading.names.modules.get(reading.view.here(there))
         if module is None:
@@ -154,13 +154,13 @@ def whole_values(reading: Reading) -> dict[str, Any]:
 
 
 def pooled_head(reading: Reading) -> dict[str, Any]:
-    """The head that `save_adapter` put beside, of a model whose head stands on a pooling."""
+    """The head in a file of its own, which `save_adapter` writes if the head uses a pooling."""
     folder, flat = reading.folder, reading.flat
     path = folder / HEAD_FILE
     if not path.is_file():
         if HEAD_KEY in read_metadata(reading.file):
             raise RequestError(
-                f"{folder} lacks {HEAD_FILE}, which was written beside its other files; copy it"
+                f"{folder} lacks {HEAD_FILE}, which was written with its other files; copy it"
             )
         return {}
     if not has_pooled_head(reading.model):

@@ -64,7 +64,7 @@ class Request:
 class Plan:
     """What the compiler said, bytes per device; None where the program does not fit.
 
-    `argument_bytes`: parameters, state and batch. `temp_bytes`: what the step makes beside.
+    `argument_bytes`: parameters, state and batch. `temp_bytes`: what the step allocates.
     `peak_bytes`: the most at once. `host_bytes`: of the optimizer's state that was offloaded, in
     hosts' memory, and in no other of these. `limit_bytes`: what the compiler may use.
     `needed_bytes` says how much a program that does not fit wanted. `total_*` are sums over the

@@ -16,7 +16,7 @@ def keep_runs(workdir: str | os.PathLike, folder: str | os.PathLike) -> int:
     """Copies card, metrics and predictions of each finished run to `folder`/cells; counts them.
 
     Checkpoints and adapters stay behind: `folder` is a workdir for `read_runs` of some 20 KB a run.
-    Of a cell that failed, its config and why stay beside. A run that `folder` has already, with the
+    Of a failed cell the config and the error are kept. A run that `folder` has already, with the
     same card, is passed over.
 
     Raises:

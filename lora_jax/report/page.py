@@ -1,5 +1,7 @@
 """One self-contained page for a working folder's runs; it opens as a file, without a network."""
 
+from __future__ import annotations
+
 from dataclasses import dataclass
 from html import escape
 from pathlib import Path
@@ -25,7 +27,7 @@ from lora_jax.report.tables import Row, Summary, score_names, summarise
 
 
 def write_report(
-    folder, out=None, *, summary: Summary | None = None, beside: "Beside | None" = None
+    folder, out=None, *, summary: Summary | None = None, beside: Beside | None = None
 ) -> Path:
     """Writes report.html, and table.md, .tex and .csv next to it; returns the page's path.
 
@@ -101,7 +103,7 @@ def to_page(summary: Summary, folder, beside: Beside | None = None) -> str:
 
 
 def headline(summary: Summary) -> list[str]:
-    """What was found in two or three sentences: the best adapter against what it was run beside.
+    """What was found in two or three sentences: the best adapter against its references.
 
     The adapter is the one with the best validation loss; the test split chooses nothing.
     """
@@ -146,7 +148,7 @@ def _beside(beside: Beside | None) -> str:
         return ""
     return "\n".join(
         [
-            f'<h2 id="beside">Beside it: {escape(beside.folder.resolve().name)}</h2>',
+            f'<h2 id="beside">For comparison: {escape(beside.folder.resolve().name)}</h2>',
             html_note(f"{beside.label}: {setting_line(beside.summary.runs)}"),
             html_warnings(beside.summary.warnings),
             _table(beside.summary),

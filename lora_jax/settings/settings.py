@@ -154,7 +154,7 @@ class Settings:
 
     @property
     def hash(self) -> str:
-        """sha256 (hex) of all settings but bookkeeping; their order does not count."""
+        """sha256 (hex) of all settings that identify a run; their order does not count."""
         return config_hash(plain_config(self))
 
     @property

@@ -1,4 +1,4 @@
-"""The cells of a sweep: what `sweep_NAME(add)` beside a config's `get_config` adds."""
+"""The cells of a sweep: those that `sweep_NAME(add)`, next to a config's `get_config`, adds."""
 
 from __future__ import annotations
 

@@ -128,7 +128,7 @@ def check_sweep(sweep: Sweep, workdir: Path, *, source: str, add: bool) -> None:
         names = ", ".join(f"{one['name']!r} of {one['source']}" for one in there)
         raise RequestError(
             f"workdir {workdir} is of another sweep, {names}; choose another workdir, or --add to "
-            f"put {sweep.name!r} beside it"
+            f"train {sweep.name!r} there, too"
         )
 
 

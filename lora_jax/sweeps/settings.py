@@ -110,7 +110,7 @@ def _method_of(given: Mapping[str, Any], axes, aliases) -> Method:
         useless = [key for key in (*all_settings(), "train", "rows") if key in given]
         if useless:
             raise RequestError(
-                f"{useless[0]!r} stands beside a ready method, which has its own; remove it, or "
+                f"{useless[0]!r} is given with a ready method, which has its own; remove it, or "
                 "name the method instead"
             )
         return kind

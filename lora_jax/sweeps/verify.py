@@ -34,8 +34,8 @@ from lora_jax.train.signals import Interrupted
 from lora_jax.train.workdir import config_from, lock_workdir, read_json_file
 from lora_jax.train.write_results import hash_trainable
 
-# Largest difference of validation and of test loss, in nats, that rounding may make between a cell
-# in its pack and the same cell alone, or on another kind of device.
+# Numerical noise of validation and test loss, in nats, at most: between a cell in its pack and the
+# same cell alone, or on another kind of device.
 TOLERANCE = 0.01
 COMPARED_VERSIONS = ("jax", "jaxlib", "numpy", "flax", "optax")
 COMPARED_METRICS = ("train", "validation", "test", "stopped", "steps", "weights_sha256")
@@ -143,8 +143,8 @@ def _read_card(cell: Path) -> Card:
     card = Card.read(path)
     if config_hash(card.config) != card.config_hash:
         raise RequestError(
-            f"the config in {path} does not have the hash {card.config_hash[:12]} that stands "
-            "beside it: one of them was changed"
+            f"the config in {path} does not have the hash {card.config_hash[:12]} that its "
+            "card names: one of them was changed"
         )
     return card
 

@@ -9,10 +9,8 @@ bits.
 from __future__ import annotations
 
 import contextlib
-import importlib.metadata
 import os
 import platform
-import subprocess
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -20,6 +18,8 @@ from typing import Any
 import jax
 import jaxlib
 
+from lora_jax._versions import git_commit as git_commit
+from lora_jax._versions import versions as versions
 from lora_jax.core.errors import RequestError
 from lora_jax.train.cell import Progress
 from lora_jax.train.compilation import Use
@@ -29,40 +29,6 @@ from lora_jax.train.record import Program
 REFUSED = {"x64": "JAX_ENABLE_X64", "matmul_precision": "JAX_DEFAULT_MATMUL_PRECISION"}
 # Those that change how it rounds: a training goes on, and its card says so.
 NOTED = ("disable_jit", "disable_most_optimizations", "xla_flags", "backend", "jax", "jaxlib")
-PACKAGES = ("jax", "jaxlib", "flax", "optax", "numpy", "lora_jax")
-
-
-def versions() -> dict[str, str]:
-    """Versions of Python and of the packages that a result depends on."""
-    found = {"python": platform.python_version()}
-    for name in PACKAGES:
-        try:
-            found[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            found[name] = "unknown"
-    return found
-
-
-def git_commit() -> str:
-    """The commit of the working tree that holds this package ("+dirty" if edited).
-
-    Where there is none, LORA_JAX_COMMIT, which a launcher sets on machines that get the files
-    without their history; else "unknown".
-    """
-    folder = Path(__file__).resolve().parent
-
-    def git(*arguments: str) -> str:
-        command = ["git", "-C", str(folder), *arguments]
-        options: dict[str, Any] = {"capture_output": True, "text": True, "timeout": 10}
-        return subprocess.run(command, check=True, **options).stdout.strip()
-
-    try:
-        # A package installed inside somebody else's repository is not at that one's commit.
-        git("ls-files", "--error-unmatch", __file__)
-        edited = git("status", "--porcelain", "--", str(folder.parent))
-        return git("rev-parse", "HEAD") + ("+dirty" if edited else "")
-    except (OSError, subprocess.SubprocessError):
-        return os.environ.get("LORA_JAX_COMMIT", "unknown")
 
 
 def device_description() -> dict[str, Any]:

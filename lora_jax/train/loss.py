@@ -50,7 +50,7 @@ def make_loss(
 ) -> LossFunction:
     """The loss of a model `apply(params, input_ids, attention_mask) -> logits` under `method`.
 
-    With `model_dropout` the model's own dropout is on, beside the adapters'. `loss_chunk` is how
+    With `model_dropout` the model's own dropout is on, with the adapters'. `loss_chunk` is how
     many positions' logits a language model makes at a time (see `readout_tokens`), `remat` what
     layers keep for the backward pass (a policy of `models.remat`; "": all),
     `constrain(states)` where states between layers lie on a mesh. Raises `RequestError`

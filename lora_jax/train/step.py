@@ -30,7 +30,7 @@ def make_train_step(
     gradient of a frozen parameter is ever computed. `metrics` are scalars on the device: the mean
     `loss`, `grad_norm` before clipping, and what else `loss_fn` returns (`correct` and `weight`,
     sums over the batch). `accumulate` is into how many parts the batch is cut, one after the other
-    with the memory of one: the same step but for rounding and what dropout draws. `out_shardings`
+    with the memory of one: the same step except for rounding and dropout's draws. `out_shardings`
     are of its results on a mesh.
     """
     step = step_function(loss_fn, tx, accumulate=accumulate)

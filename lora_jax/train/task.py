@@ -148,7 +148,7 @@ class Task:
 
     `score(logits, batch, *, smoothing=0.0) -> ExampleScores`; where there is a `readout`, the model
     is called with that, since its logits may be too many. `keeps_predictions` says that what was
-    predicted goes with the test scores, since a metric beside accuracy is taken of it.
+    predicted goes with the test scores, since another metric than accuracy is taken of it.
     """
 
     target: str

@@ -1,4 +1,4 @@
-"""What data sets are judged by beside loss and accuracy, from labels and predictions."""
+"""What data sets are judged by in addition to loss and accuracy, from labels and predictions."""
 
 from __future__ import annotations
 

@@ -16,7 +16,7 @@ def score_texts(hypotheses: Sequence[str], references: Sequence[Sequence[str]]) 
     bleu, bleu_signature: BLEU-4 by sacrebleu (Papineni et al. 2002; Post 2018, arXiv:1804.08771),
     its defaults: tokenisation 13a (that of mteval-v13a), case kept, exponential smoothing of orders
     without a match. bleu_any_case, bleu_any_case_signature: the same in lower case, as E2E's own
-    scorer counts (`pymteval`), and so the one to hold beside published numbers. rouge_l: F of the
+    scorer counts (`pymteval`), and so the one to compare with published numbers. rouge_l: F of the
     longest common subsequence by rouge_score without stemming, of each text's best reference,
     averaged over texts (Lin 2004); it lower-cases, and drops all but letters and digits. n: N.
 

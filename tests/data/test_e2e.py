@@ -51,8 +51,8 @@ def test_references_are_grouped_by_their_prompt_wherever_they_stand(folder):
             "name : A||A .\nname : A|A .\n",
             r"train.txt:2: no '\|\|' in 'name : A\|A .'",
         ),
-        ("valid.txt", "name : A||  \n", r"valid.txt:1: no sentence beside"),
-        ("test.txt", "||A .\n", r"test.txt:1: no properties beside"),
+        ("valid.txt", "name : A||  \n", r"valid.txt:1: no sentence next to"),
+        ("test.txt", "||A .\n", r"test.txt:1: no properties next to"),
         ("test.txt", "\n", r"test.txt holds no examples"),
     ],
 )

@@ -269,7 +269,7 @@ REFUSED = {
     "foreign padding": ({"pad_token_id": 300}, "pad_token_id: 300"),
     "no key": ({"do_sample": True}, "key=jax.random.key(0)"),
     "row numbers": ({"row_numbers": [1, 2]}, "there are 1 rows"),
-    "both": ({"settings": Decoding(3)}, "max_new_tokens beside settings"),
+    "both": ({"settings": Decoding(3)}, "max_new_tokens given with settings"),
 }
 
 

@@ -58,5 +58,5 @@ def test_other_runs_stand_beside_labelled_and_apart(tmp_path, write_study):
     page = to_page(summary_of(mine), mine, Beside(other, summary_of(other)))
     alone = to_page(summary_of(mine), mine)
     assert page.count("<table>") > alone.count("<table>")
-    assert "Beside it: full&lt;size&gt;" in page and "not part of those above" in page
-    assert "Beside it" not in alone
+    assert "For comparison: full&lt;size&gt;" in page and "not part of those above" in page
+    assert "For comparison" not in alone

@@ -1,7 +1,6 @@
 """Config files: where they are found, what they may import, and the one that `init` writes."""
 
 import re
-import tomllib
 from pathlib import Path
 
 import pytest
@@ -82,18 +81,3 @@ def test_init_writes_a_config_that_is_read_and_overwrites_nothing(tmp_path, monk
         main(["init", "--help"])
     shown = capsys.readouterr().out
     assert all(re.search(rf"^  {name} ", shown, re.M) for name in configs.shipped_configs())
-
-
-def packages_in(folder):
-    files = folder.rglob("__init__.py")
-    return {".".join(file.relative_to(folder.parent).parts[:-1]) for file in files}
-
-
-def test_the_wheel_has_every_package_and_the_configs():
-    """pyproject.toml lists packages, since the configs lie in another folder than their name."""
-    setuptools = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]
-    folders = setuptools["package-dir"]
-    own = packages_in(ROOT / "lora_jax")
-    inner = packages_in(ROOT / "experiments" / "configs")
-    assert set(setuptools["packages"]) == {*own, *(f"lora_jax.{name}" for name in inner)}
-    assert folders == {f"lora_jax.{n}": f"experiments/{n.replace('.', '/')}" for n in inner}

@@ -143,7 +143,7 @@ def test_methods_may_be_given_ready_and_nothing_may_stand_beside_them():
     found = sweep(loss_fn, base(), batches_of(0), cells, num_steps=3, progress=False)
     assert [row.pack for row in found] == [1, 1, 0, 0]
     assert [set(row.trainable) for row in found[:2]] == [{"up", "head"}, {"layers", "head"}]
-    assert "'rank' stands beside a ready method" in found[2].error
+    assert "'rank' is given with a ready method" in found[2].error
     assert "no Method made ready" in found[3].error
 
 

@@ -5,15 +5,15 @@
 
 The argument names the model, "gpt2-medium" or "gpt2-large"; "gpt2-medium,smoke" takes four steps of
 a tiny GPT-2 on sentences made in code. `data.path` is a folder with train.txt, valid.txt and
-test.txt; the default is beside the repository, from whose root the command is run.
+test.txt; the default is next to the repository, from whose root the command is run.
 
 What the paper found (three seeds): LoRA on medium BLEU 70.4±.1, NIST 8.85, METEOR 46.8, ROUGE-L
 71.8, CIDEr 2.53, where full fine-tuning has BLEU 68.2; on large 70.4±.1, 8.89, 46.8, 72.0, 2.47
-(full: 68.5). The "0.35M" and "0.77M" beside them are other methods' labels: rank 4 on query and
+(full: 68.5). The "0.35M" and "0.77M" next to them are other methods' labels: rank 4 on query and
 value is exactly 393,216 and 737,280 parameters. By rank on medium (Table 18, one run each):
 validation loss 1.23 at 1, 1.18 at 4, 1.16 from 16 to 512; BLEU 68.7 to 70.4, best at 4.
 
-Settings: Table 11 and the authors' code (microsoft/LoRA, c4593f0), which agree but for decoding.
+Settings: Table 11 and the authors' code (microsoft/LoRA, c4593f0), which agree except for decoding.
 AdamW, eps 1e-6, weight decay 0.01 on all that trains, no clipping, learning rate 2e-4, 500 steps of
 warm-up and linear decay to 0 over 5 epochs of 8 pairs (26,290 steps), label smoothing 0.1, dropout
 0.1 on the adapter's input, query and value of the fused c_attn (the aliases q and v are its

@@ -27,7 +27,7 @@ authors' scripts (microsoft/LoRA, c4593f0) differ from it here and there, and th
 The table gives no weight decay: 0.1 is the scripts' (which spare the head's biases; here all that
 trains decays). Clipping at 1 is their trainer's default. The whole classifier head trains
 (`method.train`), and RoBERTa's own dropout is on, as in their `run_glue.py`: the paper's "0.3M" are
-LoRA's 294,912 alone; the head of base has 592,130 beside.
+LoRA's 294,912 alone; the head of base has 592,130 more.
 
 Different here: MRPC, RTE and STS-B begin from RoBERTa, not from the best MNLI checkpoint, which the
 paper's first rows do and its daggered rows do not; the step is the best by validation loss, looked

@@ -26,7 +26,7 @@ _MAX_ITEMS = 1 << 21
 _MAX_NAME_BYTES = 1 << 10
 _MAX_AXES = 4
 
-# The format's value types: a struct code each, but for the two that have a length of their own.
+# The format's value types: one struct code each, except the two that have a length of their own.
 _SCALARS = {
     0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i",
     6: "f", 7: "?", 10: "Q", 11: "q", 12: "d",

@@ -1,4 +1,4 @@
-"""A GGUF file of architecture "llama", told as the Hugging Face folder it was made from.
+"""A GGUF file of architecture "llama", read as the Hugging Face folder it was made from.
 
 llama.cpp's names and layouts: `convert_hf_to_gguf.py` there (class `LlamaModel`).
 """
