@@ -1,4 +1,4 @@
-"""Does ΔW read what W holds, beside its null, and is full fine-tuning's ΔW another kind? (second
+"""Does ΔW read what W holds, more than its null, and is full fine-tuning's ΔW another kind? (second
 edition of delta_vs_weight)
 
 Reads the runs of what_rank_2 with a common head rate: `qv-r8`, `qv-r64`, `qv-full` (q and v at full
@@ -157,7 +157,7 @@ def page(out) -> None:
     data = read(out)
     shown = pages.save_figure(figure(data), Path(out), "held", "What ΔW's directions hold of W")
     pages.write_page(
-        out, name="delta_vs_weight_2", title="ΔW against W, beside its null",
+        out, name="delta_vs_weight_2", title="ΔW against W and its null",
         commands=["python -m experiments.analysis delta_vs_weight_2 runs/what_rank_2"],
         runs_of="what_rank_2", verdicts=verdicts(data), parts=[shown, *tables(data)],
     )  # fmt: skip

@@ -52,7 +52,7 @@ NAME` makes its pages again from them. A claim that compares point estimates has
 # The LoRA paper, claim by claim: prose, with a link each.
 CLAIMS = Path(__file__).with_name("claims.md")
 TAIL = """\
-Older, with their own pages: [reviews_minilm](results/reviews_minilm/README.md) (LoRA beside full
+Older, with their own pages: [reviews_minilm](results/reviews_minilm/README.md) (LoRA and full
 fine-tuning), [variants](results/variants/README.md) (eight variants, each at its rate),
 [e2e_smollm2](results/e2e_smollm2/README.md), [attachment](results/attachment/attachment.md) and
 `bench/`. `configs/paper/` holds the paper's own settings for GPT-2 on E2E and RoBERTa on GLUE.

@@ -8,7 +8,7 @@ Compared: an MLP 64-32-10 (2,410 parameters) on scikit-learn's digits (900 train
 for d from 10 to 2,410, five random θ₀ and P; each d at the best of six rates by validation loss on
 the first seed. d₉₀ is the smallest d whose mean accuracy is 90% of what training all parameters
 reaches, at its own best rate. Then with shuffled labels, of which only the training accuracy means
-anything: 300 images, 1,500 steps, rates by training loss, beside the same 300 with true labels.
+anything: 300 images, 1,500 steps, rates by training loss, against the same 300 with true labels.
 
 The source: Li et al. 2018 (arXiv:1804.08838): d₉₀ = 750 for an MLP of 199,210 parameters on MNIST;
 Fastfood, sparse and dense projections agree; to memorise shuffled labels takes far more dimensions.

@@ -16,7 +16,7 @@ BESIDE = "what_rank"
 
 
 def write(workdir, out, beside) -> None:
-    """Reads the finished sweep and full fine-tuning's seeds beside, and writes what was found."""
+    """Reads the finished sweep and full fine-tuning's seeds, and writes what was found."""
     found = hypotheses.read_arms(workdir)
     runs = [run for one in found.values() for run in one.all_runs]
     full = findings.seeds_of(beside, "full")

@@ -42,7 +42,7 @@ def log_ratio(table: np.ndarray) -> float:
     """log10 of the variance over cuts, within seeds, by that over seeds of the means of the cuts.
 
     Of the latter what the cuts add to the means is taken off, and it is at least a tenth of what is
-    left: a ratio above 10 is not told from 10.
+    left: a ratio above 10 is not distinguished from 10.
     """
     within = float(np.mean(np.var(table, axis=1, ddof=1)))
     of_means = float(np.var(table.mean(axis=1), ddof=1))

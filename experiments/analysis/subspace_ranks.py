@@ -8,7 +8,7 @@ each; φ(i, j) in the space of inputs, of ΔW and, as in the paper, of `a` alone
 A trap that the figure must avoid: here (and wherever a wider adapter's start begins with a narrower
 one's) r = 8 and r = 64 of one seed share the start of eight columns of `a`, so that `a` of both
 looks alike though nothing was learned. Pairs are of different seeds, therefore (20 of them: seed m
-with seed n, m ≠ n); pairs of one seed are shown beside as what that shared start does.
+with seed n, m ≠ n); pairs of one seed are shown too, as what that shared start does.
 
 The source: on GPT-3 (layers 1, 32, 64, 96 of 96) the top direction of r = 8 and of r = 64 have
 φ > 0.5 in common, the others little: "this provides an explanation of why r = 1 performs well".
@@ -92,7 +92,7 @@ def mean(values) -> float:
 
 
 def _verdicts(top, rest, null, highest):
-    """Of φ(1, 1) and φ(8, 8) by matrix, beside random spaces."""
+    """Of φ(1, 1) and φ(8, 8) by matrix, with random spaces."""
     above = sum(value > highest[0, 0] for value in top.values())
     return [
         hypotheses.decide(

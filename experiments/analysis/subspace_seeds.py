@@ -3,7 +3,7 @@
     python -m experiments.analysis subspace_seeds runs/what_rank    # reads the runs of what_rank
 
 Compared: five seeds of r = 64 on q,v of MiniLM on WordNet's glosses at its best rate: ten pairs,
-φ(i, j) of ΔW in the space of inputs, q and v apart, beside two random Gaussian matrices. A seed
+φ(i, j) of ΔW in the space of inputs, q and v apart, against two random Gaussian matrices. A seed
 draws `a`, the head, and the order of the data.
 
 The source: at r = 64 on GPT-3's layer 48, ΔW of q has more directions in common between two seeds

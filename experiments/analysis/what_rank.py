@@ -1,4 +1,4 @@
-"""What rank does a task need, each rank at its own learning rate? And full fine-tuning beside.
+"""What rank does a task need, each at its own learning rate, and does full fine-tuning do better?
 
 The hypotheses and their margins: `experiments/configs/what_rank.py`.
 """

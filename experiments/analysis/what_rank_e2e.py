@@ -1,4 +1,4 @@
-"""How much rank does it take to say what one is told? SmolLM2 on E2E (Hu et al. 2021, Table 18)
+"""How much rank does generation from data take? SmolLM2 on E2E (Hu et al. 2021, Table 18)
 
 The hypotheses and their margins: `experiments/configs/what_rank_e2e.py`.
 """

@@ -4,8 +4,8 @@
     .venv-tpu/bin/python -m experiments.bench.chunked_loss --tpu=v5p:1x1x1 --out=…
 
 Nothing is run: the value and its gradient by the states, 8,192 tokens of width 4,096 and a head of
-128,256 words (Llama 3's), are compiled, and XLA says what they hold beside their arguments. A chunk
-of 0 is the default, 256 MiB of logits at a time.
+128,256 words (Llama 3's), are compiled, and XLA says what they hold in addition to their
+arguments. A chunk of 0 is the default, 256 MiB of logits at a time.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ def main(arguments: list[str] | None = None) -> None:
 def temporaries(
     tokens: int, width: int, vocabulary: int, chunk: int, dtype: Any, where: Any = None
 ) -> int:
-    """Bytes that the loss of `tokens` and its gradient hold beside their arguments."""
+    """Bytes that the loss of `tokens` and its gradient hold in addition to their arguments."""
 
     def shaped(shape, dtype):
         return jax.ShapeDtypeStruct(shape, dtype, sharding=where)

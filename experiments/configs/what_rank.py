@@ -1,4 +1,4 @@
-"""What rank does a task need, each rank at its own learning rate? And full fine-tuning beside.
+"""What rank does a task need, each at its own learning rate, and does full fine-tuning do better?
 
     make testbeds                                     # WordNet, once
     lora-jax sweep --config=what_rank --sweep=full_size --workdir=runs/what_rank

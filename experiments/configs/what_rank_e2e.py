@@ -1,4 +1,4 @@
-"""How much rank does it take to say what one is told? SmolLM2 on E2E (Hu et al. 2021, Table 18)
+"""How much rank does generation from data take? SmolLM2 on E2E (Hu et al. 2021, Table 18)
 
     lora-jax sweep --config=what_rank_e2e --sweep=full_size --workdir=runs/e2e_rank
     python -m experiments.analysis what_rank_e2e runs/e2e_rank   # decodes 40 prompts per run

@@ -1,4 +1,4 @@
-"""One cell of the table: a tool's way of adapting a construct, run beside the oracle.
+"""One cell of the table: a tool's way of adapting a construct, run with the oracle.
 
 The oracle is W' = W + scale · A·B, computed here, then the plain model of `cases.py`; outputs and
 the gradients of A and B are compared under `jit`, at random non-zero A and B.

@@ -1,4 +1,4 @@
-"""Flax NNX: layers replaced by hand with `nnx.LoRALinear`, or `nnx.LoRA` added beside a product.
+"""Flax NNX: layers replaced by hand with `nnx.LoRALinear`, or `nnx.LoRA` added next to a product.
 
 Both add x @ A @ B, with no scale. A case counts as expressible if such modules, made once and
 called on activations, give it, the frozen kernel still used as the case has it; not if their
@@ -51,7 +51,7 @@ def ways(case: Case):
     if case.name in REASONS:
         yield Way("", lambda params, x: _refuse(case.name))
     elif case.name in BESIDE:
-        yield Way("`nnx.LoRA` beside the product", lambda params, x: _beside(case, params), True)
+        yield Way("`nnx.LoRA` next to the product", lambda params, x: _beside(case, params), True)
     else:
         plain = case.framework == "plain"
         yield Way("`nnx.LoRALinear` layers", lambda params, x: _replaced(case, params), plain)
