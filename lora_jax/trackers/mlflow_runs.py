@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import time
 from collections.abc import Mapping
 from typing import Any
@@ -12,6 +13,7 @@ from lora_jax.trackers.base import library, texts_of
 
 LONGEST_PARAM = 6000  # characters that MLflow takes of a parameter's value
 PARAMS_AT_ONCE = 100
+DATABASES = ("sqlite", "postgresql", "mysql", "mssql")
 ID, GROUP = "lora_jax.run_id", "lora_jax.group"
 
 
@@ -31,23 +33,26 @@ class MLflow:
 
     def __init__(self, experiment: str | None = None, tracking_uri: str | None = None):
         mlflow = library("mlflow", "MLflow")
+        self._entities = library("mlflow.entities", "MLflow")
         name = experiment or os.environ.get("MLFLOW_EXPERIMENT_NAME") or "lora_jax"
         self.title = f"mlflow:{name}"
         uri = tracking_uri or mlflow.get_tracking_uri()
-        library("alembic" if "://" in uri and not uri.startswith(("http", "file")) else "mlflow",
-                "MLflow")  # fmt: skip
+        if uri.partition(":")[0] in DATABASES:  # mlflow-skinny comes without these
+            for needed in ("sqlalchemy", "alembic"):
+                library(needed, "MLflow")
         try:
             self._client = mlflow.MlflowClient(uri)
-            found = self._client.get_experiment_by_name(name)
-            self._experiment = (
-                found.experiment_id if found else self._client.create_experiment(name)
-            )
-        except mlflow.MlflowException as error:
+            self._experiment = self._find_or_make(name)
+        except Exception as error:  # of the database, the server, the network
             line = " ".join(str(error).split())[:300]
             raise RequestError(
-                f"MLflow at {uri} cannot be used: {line}; set MLFLOW_TRACKING_URI to a server that "
-                "runs, or to sqlite:///FILE.db"
+                f"MLflow at {_without_password(uri)} cannot be used: {line}; set "
+                "MLFLOW_TRACKING_URI to a server that runs, or to sqlite:///FILE.db"
             ) from error
+
+    def _find_or_make(self, experiment: str) -> str:
+        found = self._client.get_experiment_by_name(experiment)
+        return found.experiment_id if found else self._client.create_experiment(experiment)
 
     def start(self, name: str, group: str, settings: Mapping[str, Any], run_id: str) -> int | None:
         there = self._client.search_runs([self._experiment], f"tags.`{ID}` = '{run_id}'")
@@ -64,11 +69,9 @@ class MLflow:
         return None
 
     def log(self, step: int, numbers: Mapping[str, float]) -> None:
-        from mlflow.entities import Metric
-
         now = int(time.time() * 1000)
         metrics = [
-            Metric(key, value, now, step)
+            self._entities.Metric(key, value, now, step)
             for key, value in numbers.items()
             if step > self._last.get(key, -1)
         ]
@@ -83,10 +86,8 @@ class MLflow:
 
     def _log_params(self, settings: Mapping[str, Any], there: Mapping[str, str]) -> None:
         """Parameters cannot be changed: of a run that is gone on with, the first ones stay."""
-        from mlflow.entities import Param
-
         params = [
-            Param(key, str(value)[:LONGEST_PARAM])
+            self._entities.Param(key, str(value)[:LONGEST_PARAM])
             for key, value in settings.items()
             if key not in there
         ]
@@ -95,3 +96,11 @@ class MLflow:
 
     def _last_step(self, key: str) -> int:
         return max(one.step for one in self._client.get_metric_history(self._run, key))
+
+
+def _without_password(uri: str) -> str:
+    """
+    >>> _without_password("postgresql://me:secret@host/db")
+    'postgresql://host/db'
+    """
+    return re.sub(r"//[^/]*@", "//", uri)

@@ -43,12 +43,11 @@ class TensorBoard:
         return last
 
     def log(self, step: int, numbers: Mapping[str, float]) -> None:
-        from tensorboardX.proto.event_pb2 import Event
-        from tensorboardX.proto.summary_pb2 import Summary
-
+        proto: Any = library("tensorboardX.proto.event_pb2", "TensorBoard")
         # All in one event, so that a step killed in its writing is there as a whole or not at all.
-        values = [Summary.Value(tag=tag, simple_value=x) for tag, x in numbers.items()]
-        event = Event(wall_time=time.time(), step=step, summary=Summary(value=values))
+        event = proto.Event(wall_time=time.time(), step=step)
+        for tag, number in numbers.items():
+            event.summary.value.add(tag=tag, simple_value=number)
         self._events.write_event(event)
         self._events.flush()
 
@@ -58,11 +57,10 @@ class TensorBoard:
 
 def steps_in(folder: Path) -> Iterator[int]:
     """The steps that event files have numbers of."""
-    from tensorboardX.proto.event_pb2 import Event
-
+    proto: Any = library("tensorboardX.proto.event_pb2", "TensorBoard")
     for path in folder.glob("events*"):
         for record in _records(path.read_bytes()):
-            event = Event.FromString(record)
+            event = proto.Event.FromString(record)
             if event.summary.value:
                 yield event.step
 

@@ -39,6 +39,8 @@ class Trackio:
                 project=self._project, name=f"{name}-{run_id[:8]}", group=group or None,
                 config=dict(settings), resume="allow", **self._options,
             )  # fmt: skip
+        # It ends "the" run of the process when another one starts, and cells train together.
+        library("trackio.context_vars", "Trackio").current_run.set(None)
         last = self._run._next_step - 1  # it has no public name, and is as in the store
         return last if last >= 0 else None
 

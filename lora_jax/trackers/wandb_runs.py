@@ -72,7 +72,7 @@ class WandB:
 
     def finish(self, summary: Mapping[str, Any]) -> None:
         self._run.summary.update(dict(summary))
-        self._run.finish(exit_code=1 if "error" in summary else 0)
+        self._run.finish(exit_code=0 if summary and "error" not in summary else 1)
 
 
 def _steps_on_disk(folder: Path, run_id: str) -> Iterator[int]:
@@ -88,8 +88,7 @@ def _steps_on_disk(folder: Path, run_id: str) -> Iterator[int]:
 
 def read_records(path: Path) -> Iterator[Any]:
     """The records (`wandb.proto.wandb_internal_pb2.Record`) of a `.wandb` file, but a torn one."""
-    from wandb.proto.wandb_internal_pb2 import Record
-
+    messages = library("wandb.proto.wandb_internal_pb2", "WandB")
     content = path.read_bytes()
     place, parts = HEAD, b""
     while place + PART <= len(content):
@@ -104,4 +103,4 @@ def read_records(path: Path) -> Iterator[Any]:
         parts = part if kind in (WHOLE, FIRST) else parts + part
         place += PART + length
         if kind in (WHOLE, LAST):
-            yield Record.FromString(parts)
+            yield messages.Record.FromString(parts)

@@ -12,6 +12,7 @@ import contextlib
 import copy
 import dataclasses
 import functools
+import re
 import secrets
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -21,6 +22,7 @@ from typing import Any
 
 import jax
 
+from lora_jax.core.errors import RequestError
 from lora_jax.io.atomic import write_json
 from lora_jax.io.untrusted import check_fields, printable
 from lora_jax.settings import config_hash, flat_config
@@ -119,21 +121,21 @@ class TrackedCell:
         own.pop(f"{split}/step", None)
         self._pending = (step, {**(self._pending[1] if self._pending else {}), **own})
 
-    def send(self, more: Mapping[str, float] = MappingProxyType({})) -> None:
-        """Sends the last step, which is complete, with `more` numbers."""
-        if self._pending is None:
-            return
-        (step, numbers), self._pending = self._pending, None
-        for run in self._runs:
-            run.log(step, {**numbers, **more})
-
     def reached(self, step: int) -> None:
         """The training is at this step: earlier ones are complete."""
         if self._pending is not None and step > self._pending[0]:
-            self.send()
+            self._send()
 
     def finish(self, summary: Mapping[str, Any]) -> None:
-        """Ends the runs; an empty summary is that of a training that may go on."""
+        """Ends the runs; the last step gets the summary's numbers.
+
+        An empty summary is that of a training that may go on: its last step may lack something yet.
+        """
+        numbers = numbers_of(summary)
+        if numbers and self._pending is None:
+            self._pending = (int(summary.get("steps", 0)), {})
+        if summary:
+            self._send(numbers)
         runs, self._runs = self._runs, []
         for run in runs:
             run.finish(summary)
@@ -142,6 +144,13 @@ class TrackedCell:
             self._complete += [link.name for link in done]
             if done:
                 self._write()
+
+    def _send(self, more: Mapping[str, float] = MappingProxyType({})) -> None:
+        if self._pending is None:
+            return
+        (step, numbers), self._pending = self._pending, None
+        for run in self._runs:
+            run.log(step, {**numbers, **more})
 
     def _read(self) -> None:
         """The cell's id, kept in its folder: whoever removes that begins another run."""
@@ -152,7 +161,9 @@ class TrackedCell:
             return
         found = read_json_file(path)
         check_fields(found, {"run_id": str, "complete": list}, path, "remove it")
-        self.run_id, self._complete = found["run_id"], found["complete"]
+        if not re.fullmatch("[0-9a-f]{16}", found["run_id"]):
+            raise RequestError(f"{path}: run_id is not of 16 hex digits; remove that file")
+        self.run_id, self._complete = found["run_id"], [*map(str, found["complete"])]
 
     def _write(self) -> None:
         assert self.folder is not None
@@ -197,15 +208,12 @@ class Tracking(MetricRows, contextlib.AbstractContextManager):
 
     def finish(self, k: int, summary: Mapping[str, Any]) -> None:
         """The results of cell k."""
-        self._cells[k].send(numbers_of(summary))
         self._cells[k].finish(summary)
 
     def __exit__(self, kind, error, trace) -> None:
         if self._training is None:
             return
         for cell, ended in zip(self._cells, self._training.cells, strict=True):
-            if ended.error:
-                cell.send()
             cell.finish({"error": ended.error} if ended.error else {})
 
 
@@ -231,9 +239,7 @@ def track_finished(folder: Path, card: Card, links: Sequence[Link], group: str) 
         return
     cell = _cell_on_disk(folder, card.config, group, card.commit)
     cell.start(links)
-    summary = summary_of(card)
-    cell.send(numbers_of(summary))
-    cell.finish(summary)
+    cell.finish(summary_of(card))
 
 
 def summary_of(card: Card) -> dict[str, Any]:
