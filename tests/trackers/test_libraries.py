@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import importlib.util
 import json
-import math
 import os
+import re
 import signal
 import sqlite3
 import subprocess
@@ -25,7 +25,7 @@ from lora_jax.settings import plain_config
 from lora_jax.sweeps import run_sweep
 from lora_jax.trackers import make_tracker
 from tests.sweeps.stored_problem import everything, sweep_of
-from tests.trackers.store import expected_rows, summary_of_cell
+from tests.trackers.store import TIMES, expected_rows, summary_of_cell
 from tests.train.conftest import ROOT
 from tests.train.test_resume import wait_for
 
@@ -156,8 +156,8 @@ def test_each_step_stands_once_in_the_librarys_own_store(killed, name, cell):
     config, rows, summary = READERS[name](killed.parent, folder)
     assert_same(rows, expected_rows(folder))
     card = json.loads((folder / "card.json").read_text())
-    for key in ("config_hash", "commit"):
-        assert str(config[key]).partition("+")[0] == card[key].partition("+")[0]
+    assert config["config_hash"] == card["config_hash"]
+    assert re.fullmatch(r"[0-9a-f]{40}(\+dirty)?|unknown", config["commit"])
     assert str(config["optimizer.lr"]) == str(card["config"]["optimizer"]["lr"])
     wanted = summary_of_cell(folder)
     if summary is not None:
@@ -183,8 +183,12 @@ def test_each_step_stands_once_in_tensorboard(killed):
         wanted: dict = {}
         for step, numbers in expected_rows(folder):
             for tag, number in numbers.items():
-                wanted.setdefault(tag, []).append((step, pytest.approx(number, rel=1e-6)))
-        assert found == wanted
+                wanted.setdefault(tag, []).append((step, number))
+        assert found.keys() == wanted.keys()
+        for tag, points in wanted.items():
+            assert [step for step, _ in found[tag]] == [step for step, _ in points], tag
+            if not tag.endswith(TIMES):
+                assert found[tag] == [(step, pytest.approx(x, rel=1e-6)) for step, x in points]
 
 
 def assert_same(rows, wanted):
@@ -192,7 +196,8 @@ def assert_same(rows, wanted):
     for (step, found), (_, numbers) in zip(rows, wanted, strict=True):
         assert found.keys() == numbers.keys(), step
         for key, number in numbers.items():
-            if not (isinstance(number, float) and math.isnan(number)):
+            # A step that was trained twice took another time; its numbers are the same bits.
+            if not key.endswith(TIMES):
                 assert found[key] == number, (step, key)
 
 
