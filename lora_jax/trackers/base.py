@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import re
 from collections.abc import Mapping
 from typing import Any, Protocol
 
@@ -69,6 +70,15 @@ def library(name: str, user: str) -> Any:
                 f"lora_jax.trackers.{user}: {line}", name=error.name
             ) from None
         raise
+
+
+def without_passwords(line: str) -> str:
+    """A line whose addresses have no user and no password.
+
+    >>> without_passwords("no answer from postgresql://me:secret@host/db")
+    'no answer from postgresql://host/db'
+    """
+    return re.sub(r"://[^/@\s]*@", "://", line)
 
 
 def numbers_of(summary: Mapping[str, Any]) -> dict[str, float]:

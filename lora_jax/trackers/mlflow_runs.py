@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import os
-import re
 import time
 from collections.abc import Mapping
 from typing import Any
 
 from lora_jax.core.errors import RequestError
-from lora_jax.trackers.base import library, texts_of
+from lora_jax.trackers.base import library, texts_of, without_passwords
 
 LONGEST_PARAM = 6000  # characters that MLflow takes of a parameter's value
 PARAMS_AT_ONCE = 100
@@ -44,10 +43,10 @@ class MLflow:
             self._client = mlflow.MlflowClient(uri)
             self._experiment = self._find_or_make(name)
         except Exception as error:  # of the database, the server, the network
-            line = " ".join(str(error).split())[:300]
+            line = f"MLflow at {uri} cannot be used: {' '.join(str(error).split())}"
             raise RequestError(
-                f"MLflow at {_without_password(uri)} cannot be used: {line}; set "
-                "MLFLOW_TRACKING_URI to a server that runs, or to sqlite:///FILE.db"
+                f"{without_passwords(line)[:400]}; set MLFLOW_TRACKING_URI to a server that runs, "
+                "or to sqlite:///FILE.db"
             ) from error
 
     def _find_or_make(self, experiment: str) -> str:
@@ -96,11 +95,3 @@ class MLflow:
 
     def _last_step(self, key: str) -> int:
         return max(one.step for one in self._client.get_metric_history(self._run, key))
-
-
-def _without_password(uri: str) -> str:
-    """
-    >>> _without_password("postgresql://me:secret@host/db")
-    'postgresql://host/db'
-    """
-    return re.sub(r"//[^/]*@", "//", uri)

@@ -26,7 +26,7 @@ from lora_jax.core.errors import RequestError
 from lora_jax.io.atomic import write_json
 from lora_jax.io.untrusted import check_fields, printable
 from lora_jax.settings import config_hash, flat_config
-from lora_jax.trackers.base import Tracker, numbers_of
+from lora_jax.trackers.base import Tracker, numbers_of, without_passwords
 from lora_jax.trackers.tensorboard import TensorBoard
 from lora_jax.train.environment import git_commit
 from lora_jax.train.loop import Training
@@ -53,7 +53,8 @@ class Link:
             return function(*values)
         except Exception as error:  # a tracker's library raises what it likes
             self.is_open = False
-            line = printable(" ".join(f"{type(error).__name__}: {error}".split())[:300])
+            line = " ".join(f"{type(error).__name__}: {error}".split())
+            line = printable(without_passwords(line)[:300])
             print(
                 f"{self.name}: {line}; the training goes on without it. Run the same command again "
                 "later to send what is missing",

@@ -29,7 +29,8 @@ from tests.trackers.store import TIMES, expected_rows, summary_of_cell
 from tests.train.conftest import ROOT
 from tests.train.test_resume import wait_for
 
-pytestmark = pytest.mark.slow
+# What the libraries think of each other's old names is their affair.
+pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("default::DeprecationWarning")]
 
 LIBRARIES = {"wandb": ["wandb"], "trackio": ["trackio"], "mlflow": ["mlflow", "alembic"]}
 CELLS = {
