@@ -131,8 +131,8 @@ def test_only_the_first_process_tracks(monkeypatch):
 
 def sweep_in_memory(tracker, cells, **options):
     return lj.sweep(
-        lambda p, x: jnp.mean((x @ p["w"] - 1.0) ** 2), {"w": jnp.eye(4)}, [jnp.ones((2, 4))],
-        cells, progress=False, trackers=[tracker], **options,
+        lambda p, x: jnp.mean((x @ p["w"] - 1.0) ** 2), {"w": jnp.eye(4)},
+        [jnp.full((2, 4), 2.0)], cells, progress=False, trackers=[tracker], **options,
     )  # fmt: skip
 
 
@@ -141,7 +141,7 @@ def test_cells_in_memory_are_tracked_too(capsys):
     cells = [{"targets": "w", "rank": 1, "lr": lr, "name": f"lr{lr}"} for lr in (1e-3, 1e-2)]
     cells.append({"targets": "w", "rank": 1, "lr": 3e38, "weight_decay": 1e3, "name": "high"})
     found = sweep_in_memory(
-        store, cells, num_steps=100, eval_every=40, validation=[jnp.ones((2, 4))]
+        store, cells, num_steps=100, eval_every=40, validation=[jnp.full((2, 4), 3.0)]
     )
     assert len(store.runs) == 3 and len({run.group for run in store.runs.values()}) == 1
     for row in found[:2]:
@@ -149,7 +149,7 @@ def test_cells_in_memory_are_tracked_too(capsys):
         assert [step for step, _ in run.rows] == [40, 50, 80, 100]
         numbers = dict(run.rows)
         assert numbers[40]["validation/loss"] == row.validation[0][1]
-        assert numbers[100]["best/loss"] == row.best_loss
+        assert numbers[100]["best/loss"] == row.best_loss < numbers[40]["validation/loss"]
         # Its mean over the steps since the last log.
         assert numbers[50]["train/loss"] == pytest.approx(row.losses[:50].mean(), rel=1e-5)
         assert run.settings["lr"] == row.settings["lr"] and "accuracy" not in str(numbers)
