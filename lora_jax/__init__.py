@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from lora_jax import peft as peft
     from lora_jax import quant as quant
     from lora_jax import settings as settings
+    from lora_jax import trackers as trackers
     from lora_jax.core.apply import lora_apply as lora_apply
     from lora_jax.core.axes import KernelAxes as KernelAxes
     from lora_jax.core.axes import kernel_axes as kernel_axes
@@ -87,5 +88,6 @@ else:
             "sweeps.api": "sweep",
         },
         # `train` and `generate` are folders, and called they are their functions (`call_as`).
-        submodules="analysis data generate io methods models parallel peft quant settings train",
+        submodules="analysis data generate io methods models parallel peft quant settings trackers "
+        "train",
     )

@@ -18,6 +18,8 @@ EXTRA_OF = {
     "grain": "data", "pandas": "data", "pyarrow": "data", "tensorboardX": "data",
     "matplotlib": "report",
     "rouge_score": "eval", "sacrebleu": "eval",
+    "wandb": "wandb", "trackio": "trackio", "mlflow": "mlflow", "alembic": "mlflow",
+    "sqlalchemy": "mlflow",
 }  # fmt: skip
 
 

@@ -14,7 +14,7 @@ LAYERS = {
     "core": 0, "settings": 0,
     "io": 1, "quant": 1, "methods": 1,
     "models": 2,
-    "peft": 3, "parallel": 3, "data": 3,
+    "peft": 3, "parallel": 3, "data": 3, "trackers": 3,
     "train": 4, "generate": 4, "analysis": 4,
     "sweeps": 5, "plan": 5, "serve": 5,
     "report": 6,

@@ -119,13 +119,16 @@ def test_every_extra_is_named_by_the_packages_that_it_brings():
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     extras = project["optional-dependencies"]
     plain = {name: name.replace("_", "-") for name in EXTRA_OF} | {
-        "huggingface_hub": "huggingface_hub"
+        "huggingface_hub": "huggingface_hub",
+        "mlflow": "mlflow-skinny",
     }
     for name, extra in EXTRA_OF.items():
         brought = {line.partition(">=")[0] for line in extras[extra]}
         assert plain[name] in brought, f"{name} is not in the extra {extra}"
         assert not [line for line in project["dependencies"] if line.startswith(plain[name])]
-    assert set(EXTRA_OF.values()) == {"text", "data", "report", "eval"}
+    trackers = {"wandb", "trackio", "mlflow"}
+    assert set(EXTRA_OF.values()) == {"text", "data", "report", "eval"} | trackers
+    assert extras["trackers"][0] == "lora_jax[wandb,trackio,mlflow]"
     (everything,) = extras["all"]
     assert everything == "lora_jax[text,data,report,eval]"
     assert needs_extra(ModuleNotFoundError(name="something_else")) is None

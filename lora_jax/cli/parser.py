@@ -155,6 +155,31 @@ def mesh_of(options: argparse.Namespace, *, has_cells: bool = False) -> Any:
     return make_mesh(sizes)
 
 
+def add_track(parser: Parser) -> None:
+    """`--track`: an option, not a setting.
+
+    Where metrics go is a matter of the person who runs a command, and of their account: a config
+    that others run must not hold it, and the card of a run is the same with it and without.
+    """
+    parser.add_argument(
+        "--track",
+        action="append",
+        default=[],
+        metavar="NAME[:PROJECT]",
+        help="also send metrics to wandb, trackio or mlflow, one run per cell; may be repeated "
+        "(TensorBoard's files are always written)",
+    )
+
+
+def trackers_of(options: argparse.Namespace) -> list[Any]:
+    """The trackers of `--track`, checked before anything is trained. Raises `RequestError`."""
+    if not options.track:
+        return []
+    from lora_jax.trackers import make_tracker
+
+    return [make_tracker(text) for text in dict.fromkeys(options.track)]
+
+
 def add_decoding(group: Any, *names: str) -> None:
     """Options of decoding: those of these fields of `Decoding`; what is not given is None."""
     for name in names:

@@ -9,7 +9,16 @@ import sys
 from collections.abc import Sequence
 
 import lora_jax as lj
-from lora_jax.cli.parser import MESH, OVERRIDES, Parser, add_mesh, mesh_of, say
+from lora_jax.cli.parser import (
+    MESH,
+    OVERRIDES,
+    Parser,
+    add_mesh,
+    add_track,
+    mesh_of,
+    say,
+    trackers_of,
+)
 from lora_jax.cli.requests import ALL_SETTINGS, config_file, config_name, needs_config
 
 EXAMPLES = f"""\
@@ -70,6 +79,7 @@ def run(argv: Sequence[str]) -> int:
         "--status", action="store_true", help="say how far the workdir is, and stop"
     )
     parser.add_argument("--no-progress", action="store_true", help="no progress bars")
+    add_track(parser)
     add_mesh(parser, "cell=8")
     options, config = parser.parse_with_config(argv)
     if options.status:
@@ -99,6 +109,7 @@ def run(argv: Sequence[str]) -> int:
         sweep, options.workdir, source=config_name(argv), add=options.add, mesh=mesh,
         memory_bytes=options.memory_gib and int(options.memory_gib * 2**30),
         progress=not options.no_progress, command=shlex.join(["lora-jax", "sweep", *argv]),
+        trackers=trackers_of(options),
     )  # fmt: skip
     failed = [name for name, result in results.items() if isinstance(result, lj.RequestError)]
     found = {name: str(r) if name in failed else r for name, r in results.items()}

@@ -8,7 +8,16 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import lora_jax as lj
-from lora_jax.cli.parser import MESH, OVERRIDES, Parser, add_mesh, mesh_of, say
+from lora_jax.cli.parser import (
+    MESH,
+    OVERRIDES,
+    Parser,
+    add_mesh,
+    add_track,
+    mesh_of,
+    say,
+    trackers_of,
+)
 from lora_jax.cli.requests import ALL_SETTINGS, config_name, needs_config
 
 if TYPE_CHECKING:
@@ -32,7 +41,7 @@ Examples:
 
 Stop it with Ctrl-C, or kill it: the same command goes on where it was, and the weights at the end
 are those of a run that was never stopped. Results: WORKDIR/cells/NAME/card.json, metrics.jsonl,
-adapter/; TensorBoard: tensorboard --logdir WORKDIR.
+adapter/; TensorBoard: tensorboard --logdir WORKDIR; others: --track=wandb.
 
 {ALL_SETTINGS}
 
@@ -46,6 +55,7 @@ def run(argv: Sequence[str]) -> int:
     parser.add_argument("--workdir", required=True, help="folder of the runs")
     parser.add_argument("--name", default="run", help="the cell's name in it (default: run)")
     parser.add_argument("--no-progress", action="store_true", help="no progress bar")
+    add_track(parser)
     add_mesh(parser, "fsdp=4,tensor=2")
     options, config = parser.parse_with_config(argv)
     config = needs_config(config, "train")
@@ -53,7 +63,7 @@ def run(argv: Sequence[str]) -> int:
     card = lj.train(
         config, options.workdir, options.name, progress=not options.no_progress,
         command=shlex.join(["lora-jax", "train", *argv]), config_file=config_name(argv),
-        mesh=mesh_of(options),
+        mesh=mesh_of(options), trackers=trackers_of(options),
     )  # fmt: skip
     said = summary(card, options.workdir, options.name)
     say(json.dumps(card.to_json()) if options.json else said)

@@ -20,8 +20,10 @@ from lora_jax.sweeps.program import default_at_once
 from lora_jax.sweeps.results import CellResult, SweepResults
 from lora_jax.sweeps.runner import device_memory_bytes
 from lora_jax.sweeps.settings import read_cells, tuned_cells
+from lora_jax.trackers.base import Tracker
 from lora_jax.train.cell import Cell, Schedule
 from lora_jax.train.loop import Callback
+from lora_jax.train.tracking import make_links
 
 
 def sweep(
@@ -49,6 +51,7 @@ def sweep(
     at_once: int | None = None,
     progress: bool = True,
     callbacks: Sequence[Callback] = (),
+    trackers: Sequence[Tracker] = (),
 ) -> SweepResults:
     """Trains every cell with AdamW or `tx`; cells whose shapes agree train as one compiled program.
 
@@ -84,6 +87,8 @@ def sweep(
         for all. By default all, and 1 on CPU, which is faster there and needs less memory.
       progress: show a bar and print the plan.
       callbacks: are notified of what each pack does (`lora_jax.train.Callback`), and may stop it.
+      trackers: where metrics go (`lora_jax.trackers`), each cell in a run of its own: the mean
+        training loss of every 50 steps, and the evaluations.
 
     Returns:
       `SweepResults`, one `CellResult` per cell. A cell that fails (a wrong setting, a loss that is
@@ -130,6 +135,7 @@ def sweep(
         at_once=default_at_once() if at_once is None else at_once,
         progress=progress,
         callbacks=callbacks,
+        links=make_links(trackers),
     )
     runner.run(made)
     rows = []

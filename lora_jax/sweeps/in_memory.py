@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import datetime
 import itertools
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
@@ -24,6 +25,7 @@ from lora_jax.train.cell import Cell, Schedule
 from lora_jax.train.loop import Callback, StopRequested
 from lora_jax.train.optimizer import make_optimizer, make_own_optimizer
 from lora_jax.train.progress import Show, show_progress
+from lora_jax.train.tracking import Link, TrackedCell, Tracking
 
 
 class SharedBatches:
@@ -108,10 +110,12 @@ class InMemory(Runner):
     at_once: int
     progress: bool
     callbacks: Sequence[Callback]
+    links: Sequence[Link] = ()
     lines: list[str] = dataclasses.field(default_factory=list)
     _program: tuple[Any, PackedProgram] | None = None
     _trained: bool = False
     _stopped: str = ""
+    _began: str = dataclasses.field(default_factory=lambda: _now())
 
     def run(self, cells):
         """Trains the cells; Ctrl-C and callbacks that stop a later pack leave what is finished."""
@@ -156,18 +160,33 @@ class InMemory(Runner):
         if self.progress:
             print(self.lines[-1])
         num_steps = self.schedule.num_steps
-        with show_progress(f"pack {number}", num_steps, enabled=self.progress) as show:
+        with (
+            show_progress(f"pack {number}", num_steps, enabled=self.progress) as show,
+            self._tracking(pack) as tracking,
+        ):
             curves = Curves(pack, show)
             validate = _validation(ready.program, self.validation)
             training = PackTraining(ready, validate, self.schedule)
+            tracking.begin(training)
             try:
-                training.run([curves, *self.callbacks])
+                training.run([curves, tracking, *self.callbacks])
             except StopRequested as why:
                 self._stopped = str(why)
                 for lane in training.going():
                     training.cells[training.lanes[lane]].error = f"stopped by {why}"
+            rows = curves.results(training, number)
+            for k, row in enumerate(rows):
+                if not row.error:
+                    tracking.finish(k, _summary(row))
         self._trained = True
-        return {row.name: row for row in curves.results(training, number)}
+        return {row.name: row for row in rows}
+
+    def _tracking(self, pack: Pack) -> Tracking:
+        cells = [
+            TrackedCell(cell.name, f"sweep-{self._began}", dict(cell.shown)) for cell in pack.cells
+        ]
+        # The user's loss says nothing of right answers, and a batch counts as one example.
+        return Tracking(cells, self.links, "batches", without=("accuracy",))
 
     def between(self):
         if self._stopped:
@@ -181,6 +200,16 @@ class InMemory(Runner):
             return None
         first_line = str(error).splitlines()[0] if str(error) else ""
         return RequestError(f"{type(error).__name__}: {first_line}")
+
+
+def _now() -> str:
+    return datetime.datetime.now().strftime("%Y%m%d-%H%M%S")
+
+
+def _summary(row: CellResult) -> dict[str, Any]:
+    """What trackers have of a result, by the names that `track_on_disk` gives those of a card."""
+    best = {} if row.best_loss is None else {"best/loss": row.best_loss, "best/step": row.best_step}
+    return {**best, "steps": len(row.losses), "stopped": row.stopped}
 
 
 def _loss_and_scores(pack: Pack, loss: Callable, metrics: Callable | None):

@@ -19,11 +19,13 @@ from lora_jax.sweeps.record import SWEEP, read_record
 from lora_jax.sweeps.runner import device_memory_bytes
 from lora_jax.sweeps.view import SweepView
 from lora_jax.sweeps.workdir import Result, Workdir, by_base, pack_text
+from lora_jax.trackers.base import Tracker
 from lora_jax.train import enable_compilation_cache
 from lora_jax.train.build import load_base
 from lora_jax.train.callbacks import Options
 from lora_jax.train.loop import Callback, Diverged
 from lora_jax.train.signals import stop_requests
+from lora_jax.train.tracking import make_links
 from lora_jax.train.workdir import check_cell, lock_workdir, read_json_file
 
 
@@ -38,6 +40,7 @@ def run_sweep(
     command: str = "",
     mesh: Mesh | None = None,
     callbacks: Sequence[Callback] = (),
+    trackers: Sequence[Tracker] = (),
 ) -> dict[str, Result]:
     """Trains every cell into `workdir/cells/NAME`; returns `{name: card, or the cell's error}`.
 
@@ -48,9 +51,10 @@ def run_sweep(
     noted in every card, its file and the sweep's name in the workdir; `add` lets another sweep in.
     `memory_bytes` is what a pack may hold of each device (default: what it has, half of the host's
     memory on CPU). On `mesh` the cells of a pack are divided over `cell`, and each trains on what
-    is left. `callbacks` are those of every pack, and of every cell that trains alone. Raises what
-    concerns all: a workdir in use or of another sweep, cells begun with other settings, an
-    interruption.
+    is left. `callbacks` are those of every pack, and of every cell that trains alone. `trackers`
+    (`lora_jax.trackers`) get the metrics of each cell in a run of its own, grouped by the sweep's
+    name, and what they lack of finished cells. Raises what concerns all: a workdir in use or of
+    another sweep, cells begun with other settings, an interruption.
     """
     workdir, config_file = at_home(workdir), source
     source = source.partition(":")[0]
@@ -60,8 +64,8 @@ def run_sweep(
         budget = memory_bytes or device_memory_bytes(1 if mesh is None else mesh.size)
         options = Options(
             command=command or "run the sweep again with the same workdir",
-            config_file=config_file, callbacks=callbacks, progress=progress,
-            show_with=view.show_with,
+            config_file=config_file, callbacks=callbacks, links=make_links(trackers),
+            group=sweep.name, progress=progress, show_with=view.show_with,
         )  # fmt: skip
         runner = Workdir(memory_bytes=budget, folder=workdir, view=view, options=options, mesh=mesh)
 

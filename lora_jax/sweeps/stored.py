@@ -20,6 +20,7 @@ from lora_jax.train.environment import describe_program
 from lora_jax.train.loop import Diverged
 from lora_jax.train.record import Card
 from lora_jax.train.signals import stop_requests
+from lora_jax.train.tracking import summary_of, track_on_disk
 from lora_jax.train.workdir import claim_cell, read_json_file
 from lora_jax.train.write_results import write_results
 
@@ -45,16 +46,21 @@ def train_pack(
     record = PackRecord(cells, memory_bytes)
     home = record.folder(workdir)
     folders = [workdir / "cells" / cell.name for cell in cells]
-    for cell, folder in zip(cells, folders, strict=True):
-        claim_cell(folder, plain_config(cell.config))
+    plain = [plain_config(cell.config) for cell in cells]
+    for own, folder in zip(plain, folders, strict=True):
+        claim_cell(folder, own)
     record.write(workdir)
     config = cells[0].config
     schedule = plan_steps(config.train, base.train_batches_of(config).steps_per_epoch)
     validation, test = base.eval_batches_of(config)
-    with stop_requests():
+    unit = base.task.unit
+    with (
+        stop_requests(),
+        track_on_disk(folders, plain, options.links, options.group, unit) as tracking,
+    ):
         training = PackTraining(ready, validate_on(program, validation), schedule)
         tests = train_on_disk(
-            training, home, folders, test, options, unit=base.task.unit, started=started
+            training, home, folders, test, options, tracking, unit=unit, started=started
         )
         of_pack = {
             "K": len(cells), "pack": home.name, "cells": [cell.name for cell in cells],
@@ -72,9 +78,9 @@ def train_pack(
                 table, program.use(), ended.progress, {**of_pack, "slot": k}
             )  # fmt: skip
             return write_results(
-                folder, plain_config(cell.config), base.model_of(cell.seed), cell.method,
-                base.splits, ended.progress, training.trainable_of(k), tests[k], compiled,
-                options.config_file,
+                folder, plain[k], base.model_of(cell.seed), cell.method, base.splits,
+                ended.progress, training.trainable_of(k), tests[k], compiled, options.config_file,
+                lambda card: tracking.finish(k, summary_of(card)),
             )  # fmt: skip
 
         return {cell.name: result_of(k) for k, cell in enumerate(cells)}

@@ -26,6 +26,7 @@ from lora_jax.train.cell import Cell
 from lora_jax.train.loop import Diverged
 from lora_jax.train.record import Card
 from lora_jax.train.signals import Interrupted, stop_requests
+from lora_jax.train.tracking import track_finished
 
 Result = Card | RequestError
 
@@ -67,7 +68,8 @@ class Workdir(Runner):
         for cell in cells:
             folder = self.folder / "cells" / cell.name
             if (folder / "card.json").exists():
-                results[cell.name] = Card.read(folder / "card.json")
+                card = results[cell.name] = Card.read(folder / "card.json")
+                track_finished(folder, card, self.options.links, self.options.group)
             elif (failure := read_failure(folder)) is not None:
                 results[cell.name] = failure
             else:

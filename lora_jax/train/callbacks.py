@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import functools
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,29 +14,22 @@ from lora_jax.train.environment import check_resumed, numerics
 from lora_jax.train.evaluate import Evaluation
 from lora_jax.train.loop import Callback, Diverged, StopRequested, Training, Validate
 from lora_jax.train.metrics import MetricsWriter
-from lora_jax.train.optimizer import make_schedule
 from lora_jax.train.program import Program
 from lora_jax.train.progress import Show, ShowWith, show_progress
+from lora_jax.train.rows import MetricRows, rate_at
 from lora_jax.train.signals import Interrupted, stop_requests
+from lora_jax.train.tracking import Link, Tracking
 
 
-class MetricsFiles(Callback):
-    """Writes each cell's metrics; before a checkpoint they are synced and their lines counted.
-
-    `unit` is what is trained per second.
-    """
+class MetricsFiles(MetricRows):
+    """Writes each cell's metrics; before a checkpoint they are synced and their lines counted."""
 
     def __init__(self, writers: Sequence[MetricsWriter], unit: str):
-        self._writers, self._unit = writers, unit
+        super().__init__(unit)
+        self._writers = writers
 
-    def logged(self, training, k, values):
-        cell = training.cells[k]
-        rate = _rate_at(training, k, cell.progress.step - 1)
-        more = {"lr": rate, f"{self._unit}_per_s": cell.rate}
-        self._write(training, k, "train", {**values, **more})
-
-    def evaluated(self, training, k, values):
-        self._write(training, k, "validation", values)
+    def row(self, training, k, split, values):
+        self._writers[k].write(step=training.cells[k].progress.step, split=split, **values)
 
     def tested(self, training, k, test):
         step = training.cells[k].progress.best_step
@@ -47,11 +39,6 @@ class MetricsFiles(Callback):
         for writer, cell in zip(self._writers, training.cells, strict=True):
             writer.sync()
             cell.progress.metrics_lines = writer.num_lines
-
-    def _write(self, training: Training, k: int, split: str, values: dict[str, Any]) -> None:
-        progress = training.cells[k].progress
-        seconds = sum(progress.seconds.values())
-        self._writers[k].write(step=progress.step, split=split, **values, seconds=seconds)
 
 
 class SavedCheckpoints(Callback):
@@ -73,7 +60,7 @@ class SavedCheckpoints(Callback):
             return
         with contextlib.suppress(RequestError):
             self._checkpoints.wait()
-        good, rate = self._checkpoints.latest_step, _rate_at(training, k, max(0, step - 1))
+        good, rate = self._checkpoints.latest_step, rate_at(training, k, max(0, step - 1))
         saved = "no checkpoint was written yet"
         if good is not None:
             saved = f"the checkpoint of step {good} is kept"
@@ -108,12 +95,14 @@ class Options:
 
     `command` is what to tell the user to type after an interruption; `config_file`
     ("FILE.py[:arg]") is noted in the cards; `show_with` shows how far it is, if there is
-    `progress`.
+    `progress`. `links` are to the trackers, which group runs by `group`.
     """
 
     command: str = ""
     config_file: str = ""
     callbacks: Sequence[Callback] = ()
+    links: Sequence[Link] = ()
+    group: str = ""
     progress: bool = True
     show_with: ShowWith = show_progress
 
@@ -134,14 +123,16 @@ def train_on_disk(
     folders: Sequence[Path],
     test: Iterable[Any],
     options: Options,
+    tracking: Tracking,
     *,
     unit: str,
     started: float,
 ) -> dict[int, Evaluation]:
     """Trains to the end, from the latest checkpoint in `home`; `{cell: scores}` on `test`.
 
-    Each cell's metrics are in its folder, and all is on the disk in the end. `unit` is what rates
-    count. Raises `Interrupted`, after saving, at a signal or when a callback asks to stop.
+    Each cell's metrics are in its folder and in its tracker runs, and all is on the disk in the
+    end. `unit` is what rates count. Raises `Interrupted`, after saving, at a signal or when a
+    callback asks to stop.
     """
     num_steps = training.schedule.num_steps
     with (
@@ -164,8 +155,10 @@ def train_on_disk(
             SavedCheckpoints(checkpoints),
             Display(stack.enter_context(show)),
             StopAtSignal(requested),
+            tracking,
             *options.callbacks,
         ]
+        tracking.begin(training)
         try:
             training.run(callbacks, started)
             found = training.test(test)
@@ -192,16 +185,6 @@ def _resume(training: Training, checkpoints: Checkpoints) -> None:
     found = checkpoints.restore(like)
     if found is not None:
         training.go_on_from(*found, changes)
-
-
-def _rate_at(training: Training, k: int, step: int) -> float:
-    """The learning rate of cell k."""
-    optimizer = training.cells[k].settings.config.optimizer
-    rate: Any = _schedule_of(optimizer, training.schedule.num_steps)(step)
-    return float(rate)
-
-
-_schedule_of = functools.lru_cache(maxsize=1024)(make_schedule)
 
 
 def _mean(values: Sequence[float | None]) -> float | None:

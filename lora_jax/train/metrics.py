@@ -1,12 +1,12 @@
-"""Metrics on disk: one JSON object a line, and the same in TensorBoard's event files."""
+"""Metrics on disk: one JSON object a line."""
 
 from __future__ import annotations
 
 import contextlib
 import json
+import math
 import os
 import sys
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -46,8 +46,8 @@ def _lines_of(path: Path) -> list[bytes]:
         raise RequestError(f"cannot read {path}: {error.strerror or error}") from error
 
 
-def _readable(path: Path, step: int) -> list[dict[str, Any]]:
-    """The metrics up to `step` that can be read."""
+def readable_metrics(path: Path, step: float = math.inf) -> list[dict[str, Any]]:
+    """The metrics up to `step` that can be read; damaged lines are left out."""
     rows = []
     for line in _lines_of(path)[:-1]:
         with contextlib.suppress(ValueError):
@@ -58,7 +58,7 @@ def _readable(path: Path, step: int) -> list[dict[str, Any]]:
 
 
 class MetricsWriter(contextlib.AbstractContextManager):
-    """Appends metrics to `folder/metrics.jsonl` and `folder/tensorboard/`; a context manager.
+    """Appends metrics to `folder/metrics.jsonl`; a context manager.
 
     Opening cuts what is there back to `num_lines` lines, those that the checkpoint of `step` knew,
     so that a resumed run's file is an uninterrupted run's. Lines that are missing or damaged are
@@ -68,7 +68,7 @@ class MetricsWriter(contextlib.AbstractContextManager):
 
     def __init__(self, folder: str | os.PathLike, *, num_lines: int, step: int):
         self._path = Path(folder) / "metrics.jsonl"
-        rows = _readable(self._path, step)[:num_lines]
+        rows = readable_metrics(self._path, step)[:num_lines]
         if len(rows) < num_lines:
             # A log is no reason to lose a training: weights and progress are in the checkpoint.
             print(
@@ -82,51 +82,24 @@ class MetricsWriter(contextlib.AbstractContextManager):
         with self._writing():
             self._path.parent.mkdir(parents=True, exist_ok=True)
             self._file = open(self._path, "a", encoding="utf-8")  # noqa: SIM115
-            self._open_events(step)
-
-    def _open_events(self, step: int) -> None:
-        # `tensorboardX.SummaryWriter` writes through a thread, which dies of a full disk; its queue
-        # of ten then blocks the training for good.
-        from tensorboardX.event_file_writer import EventsWriter
-        from tensorboardX.proto import event_pb2
-
-        self._proto: Any = event_pb2
-        folder = self._path.parent / "tensorboard"
-        folder.mkdir(exist_ok=True)
-        # The library names files by the second; two within one second would be one.
-        unique = f".{os.getpid()}.{time.time_ns()}"
-        self._events = EventsWriter(str(folder / "events"), unique)
-        if step:  # TensorBoard drops what older files in the folder say of later steps
-            start = self._proto.SessionLog(status=self._proto.SessionLog.START)
-            self._write_event(step + 1, session_log=start)
-
-    def _write_event(self, step: int, **values: Any) -> None:
-        event = self._proto.Event(wall_time=time.time(), step=step, **values)
-        self._events.write_event(event)
 
     def write(self, *, step: int, split: str, **values: float | None) -> None:
         """One line: `step`, `split` and the values that apply (loss, accuracy, lr, seconds, …)."""
-        from tensorboardX.summary import scalar
-
         with self._writing():
             self._file.write(_line({"step": step, "split": split, **values}))
             self._file.flush()
             self.num_lines += 1
-            for name, value in values.items():
-                self._write_event(step, summary=scalar(f"{split}/{name}", value))
 
     def sync(self) -> None:
         """Forces the lines onto the disk; done before a checkpoint that counts on them."""
         with self._writing():
             self._file.flush()
             os.fsync(self._file.fileno())
-            self._events.flush()
 
     def __exit__(self, kind, error, trace) -> None:
         try:
             with self._writing():
                 self._file.close()
-                self._events.close()
         except RequestError:
             if error is None:  # else what went wrong first is the better story
                 raise

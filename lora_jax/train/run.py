@@ -15,6 +15,7 @@ from lora_jax.core.errors import RequestError
 from lora_jax.io.paths import at_home
 from lora_jax.parallel.mesh import mesh_text
 from lora_jax.settings import Settings, complete, plain_config
+from lora_jax.trackers.base import Tracker
 from lora_jax.train.build import Base, Setup, build
 from lora_jax.train.callbacks import Options, train_on_disk, validate_on
 from lora_jax.train.cell import Cell, Progress
@@ -26,6 +27,7 @@ from lora_jax.train.program import Program, copy_arrays
 from lora_jax.train.record import Card
 from lora_jax.train.signals import stop_requests
 from lora_jax.train.state import TrainState
+from lora_jax.train.tracking import make_links, summary_of, track_finished, track_on_disk
 from lora_jax.train.workdir import (
     check_cell,
     check_inside,
@@ -46,6 +48,7 @@ def train(
     config_file: str = "",
     mesh: Mesh | None = None,
     callbacks: Sequence[Callback] = (),
+    trackers: Sequence[Tracker] = (),
 ) -> Card:
     """Trains what `config` says into `workdir/cells/name` and returns the run's card.
 
@@ -63,6 +66,8 @@ def train(
       mesh: the devices to train on (`parallel.make_mesh`); None for one. A run may go on on another
         mesh, and rounds in another way from there.
       callbacks: are notified of what the run does (`train.Callback`), and may stop it.
+      trackers: where its metrics go besides metrics.jsonl and TensorBoard's files
+        (`lora_jax.trackers`); what one lacks of a finished run is sent, too.
 
     Returns:
       The `Card`, whose attributes are those of card.json: `card.metrics.test.loss`. (Indexing it as
@@ -81,7 +86,8 @@ def train(
     config, workdir = complete(config), at_home(workdir)
     options = Options(
         command=command or "call train() again with the same config and workdir",
-        config_file=config_file, callbacks=callbacks, progress=progress,
+        config_file=config_file, callbacks=callbacks, links=make_links(trackers),
+        progress=progress,
     )  # fmt: skip
     with lock_workdir(workdir):
         return train_cell(config, workdir / "cells" / name, options, mesh=mesh)
@@ -104,7 +110,9 @@ def train_cell(
     check_inside(cell)
     check_cell(cell, plain)
     if (cell / "card.json").exists():
-        return Card.read(cell / "card.json")
+        card = Card.read(cell / "card.json")
+        track_finished(cell, card, options.links, options.group)
+        return card
     started = time.perf_counter()
     enable_compilation_cache()
     # All that a request can have wrong shows itself here, before anything is written.
@@ -117,17 +125,21 @@ def train_cell(
     for note in notes:
         print(f"{cell.name}: {note}", file=sys.stderr)
     claim_cell(cell, plain)
-    with stop_requests():
+    unit = setup.task.unit
+    with (
+        stop_requests(),
+        track_on_disk([cell], [plain], options.links, options.group, unit) as tracking,
+    ):
         training = SingleTraining(Cell(cell.name, config), setup, state)
         tests = train_on_disk(
-            training, cell, [cell], setup.test, options, unit=setup.task.unit, started=started
+            training, cell, [cell], setup.test, options, tracking, unit=unit, started=started
         )
         done = training.cells[0].progress
         table = setup.method.table(setup.model.params)
         program = describe_program(table, training.use(), done)
         return write_results(
             cell, plain, setup.model, setup.method, setup.splits, done, training.best, tests[0],
-            program, options.config_file,
+            program, options.config_file, lambda card: tracking.finish(0, summary_of(card)),
         )  # fmt: skip
 
 

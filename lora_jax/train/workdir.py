@@ -23,7 +23,7 @@ from lora_jax.settings import Settings, config_hash, hashed_settings
 # (".notes.tmp") are not ours to remove.
 _OUR_LEFTOVERS = re.compile(
     r"\.(config\.json|card\.json|failure\.json|metrics\.jsonl|test_predictions\.npz|adapter"
-    r"|trainable\.safetensors|adapter\.json)\.[a-z0-9_]+\.tmp"
+    r"|trainable\.safetensors|adapter\.json|tracking\.json)\.[a-z0-9_]+\.tmp"
 )
 
 
@@ -181,7 +181,8 @@ def is_folder_name(name: Any) -> bool:
 
 # What a run writes, by its place in the folder of a cell or of a pack.
 _WRITTEN = ("", "config.json", "card.json", "failure.json", "metrics.jsonl", "checkpoints",
-            "adapter", "tensorboard", "test_predictions.npz", "pack.json")  # fmt: skip
+            "adapter", "tensorboard", "test_predictions.npz", "tracking.json",
+            "pack.json")  # fmt: skip
 
 
 def check_inside(folder: Path) -> None:

@@ -6,7 +6,7 @@ import datetime
 import os
 import re
 import shutil
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -50,12 +50,14 @@ def write_results(
     test: Evaluation,
     program: Program,
     config_file: str = "",
+    announce: Callable[[Card], None] = lambda card: None,
 ) -> Card:
     """Writes adapter/, test_predictions.npz and card.json into `cell`; returns the card.
 
     `model`, `method` and `splits` are what was trained on what. `config_file` is the config as
-    `--config=` had it, "FILE.py[:arg]". The card comes last: where it is, all is. What a killed
-    process left of the others is replaced.
+    `--config=` had it, "FILE.py[:arg]". `announce` gets the card before it is written: if the
+    process is killed there, the next one calls it again. The card comes last: where it is, all is.
+    What a killed process left of the others is replaced.
     """
     assert progress.train_loss is not None  # a step was logged, and an evaluation followed
     assert progress.best_loss is not None and progress.best_accuracy is not None
@@ -106,6 +108,7 @@ def write_results(
         commit=git_commit(),
         finished=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
     )
+    announce(card)
     card.write(cell / "card.json")
     return card
 

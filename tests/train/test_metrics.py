@@ -1,9 +1,7 @@
 import errno
 import json
-import struct
 
 import pytest
-from tensorboardX.proto.event_pb2 import Event
 
 import lora_jax.train.metrics as metrics_module
 from lora_jax.core.errors import RequestError
@@ -15,18 +13,6 @@ def write_steps(folder, steps, *, num_lines=0, step=0):
         for number in steps:
             metrics.write(step=number, split="train", loss=1.0 / number)
             metrics.write(step=number, split="validation", loss=2.0 / number, accuracy=0.5)
-
-
-def read_events(folder):
-    """The events of every file in order, by the TFRecord framing."""
-    events = []
-    for path in sorted((folder / "tensorboard").iterdir()):
-        content = path.read_bytes()
-        while content:
-            (length,) = struct.unpack("<Q", content[:8])
-            events.append(Event.FromString(content[12 : 12 + length]))
-            content = content[16 + length :]
-    return events
 
 
 def test_resumed_file_equals_an_uninterrupted_one(tmp_path):
@@ -53,26 +39,6 @@ def test_damaged_middle_line_is_named(tmp_path):
     path.write_bytes(path.read_bytes().replace(b'"step": 2', b'"step" 2', 1))
     with pytest.raises(RequestError, match=r"metrics\.jsonl:3"):
         read_metrics(path)
-
-
-def test_event_files_hold_the_same_values(tmp_path):
-    write_steps(tmp_path, range(1, 4))
-    values = [
-        (event.step, value.tag, value.simple_value)
-        for event in read_events(tmp_path)
-        for value in event.summary.value
-    ]
-    assert (2, "train/loss", 0.5) in values
-    assert (1, "validation/accuracy", 0.5) in values
-    assert len(values) == 9
-
-
-def test_resumed_event_files_drop_what_is_redone(tmp_path):
-    write_steps(tmp_path, range(1, 6))
-    write_steps(tmp_path, range(4, 7), num_lines=6, step=3)
-    assert len(list((tmp_path / "tensorboard").iterdir())) == 2
-    starts = [event.step for event in read_events(tmp_path) if event.HasField("session_log")]
-    assert starts == [4]
 
 
 def test_full_disk_is_a_request_error_and_keeps_the_lines_before(tmp_path, monkeypatch):
