@@ -16,12 +16,11 @@ from lora_jax.models.sources import embedded_names
 from lora_jax.report.cite import cite
 from lora_jax.report.commands import command
 from lora_jax.report.groups import group_runs
-from lora_jax.report.quantities import count_text, interval_text, rate_text, seconds_text
+from lora_jax.report.quantities import interval_text, rate_text, seconds_text
 from lora_jax.report.runs import FinishedRun, finished_runs, read_runs
 from lora_jax.report.statistics import LEVEL, Interval
 from lora_jax.report.tables import Row, score_names, summarise
 from lora_jax.train.task import head_of
-from lora_jax.train.task_metrics import TASK_METRICS
 
 _PIPELINES = {CAUSAL_LM: "text-generation"}
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+", re.ASCII)
@@ -41,7 +40,8 @@ def model_card(folder: Path, cell: Path, repo: str, *, license: str, base: str) 
     from huggingface_hub import ModelCard
 
     run = _run_in(folder, cell.name)
-    own, seeds = _row([run]), _row(_repeats(cell, run))
+    own, repeats = _row([run]), _repeats(cell, run)
+    seeds = _row(repeats) if len(repeats) > 1 else None
     sections = [
         f"# {repo.partition('/')[2]}",
         _about(run, base),
@@ -154,24 +154,19 @@ def _about(run: FinishedRun, base: str) -> str:
     )
 
 
-def _results(own: Row, seeds: Row) -> str:
+def _results(own: Row, seeds: Row | None) -> str:
     """A table of the test scores: of this run, and over seeds where there are several."""
-    names, many = score_names([own]), len(seeds.runs) > 1
+    names, columns = score_names([own]), [own, *([seeds] if seeds else [])]
     heads = ["on the test split", "this run"]
-    heads += [f"mean of {len(seeds.runs)} seeds"] if many else []
+    heads += [f"mean of {len(seeds.runs)} seeds"] if seeds else []
     rows = [
-        [names.loss, *(_score(row.test_loss, row.loss) for row in ((own, seeds)[: 1 + many]))],
-        [
-            names.accuracy,
-            *(_score(row.test_accuracy, row.accuracy) for row in ((own, seeds)[: 1 + many])),
-        ],
+        [names.loss, *(_score(row.test_loss, row.loss) for row in columns)],
+        [names.accuracy, *(_score(row.test_accuracy, row.accuracy) for row in columns)],
     ]
-    for name in TASK_METRICS:
-        if name in own.task_metrics:
-            values = [row.task_metrics.get(name, math.nan) for row in (own, seeds)[: 1 + many]]
-            rows.append([name, *(_score(value, None) for value in values)])
+    for name in own.task_metrics:
+        rows.append([name, *(_score(row.task_metrics.get(name), None) for row in columns)])
     lines = [_table_row(heads), _table_row(["---"] * len(heads)), *map(_table_row, rows)]
-    return "\n".join(lines) + f"\n\n{_of_intervals(own, seeds if many else None)}"
+    return "\n".join(lines) + f"\n\n{_of_intervals(own, seeds)}"
 
 
 def _of_intervals(own: Row, seeds: Row | None) -> str:
@@ -180,13 +175,13 @@ def _of_intervals(own: Row, seeds: Row | None) -> str:
         return f"{count:,} test examples; their predictions were not kept, so there is no interval."
     over = f"over the {count:,} test examples"
     if seeds is not None:
-        of_seeds = ", ".join(map(str, seeds.seeds))
+        of_seeds = ", ".join(str(run.card.seeds.get("seed")) for run in seeds.runs)
         over += f", and over seeds ({of_seeds}) in the last column"
     return f"In brackets: {round(100 * LEVEL)}% bootstrap intervals {over}."
 
 
-def _score(value: float, interval: Interval | None) -> str:
-    return " ".join(filter(None, interval_text(value, interval, "{:.4f}")))
+def _score(value: float | None, interval: Interval | None) -> str:
+    return "" if value is None else " ".join(filter(None, interval_text(value, interval, "{:.4f}")))
 
 
 def _table_row(entries: Sequence[str]) -> str:
@@ -237,8 +232,7 @@ def _training(run: FinishedRun, base: str) -> str:
         "base weights, sha256": card.base_hash,
         "data": _data_name(run),
         "data, sha256": card.data_hash,
-        "trained parameters": f"{count_text(counts.adapter)} (adapter), "
-        f"{count_text(counts.head)} (head)",
+        "trained parameters": f"{counts.adapter:,} (adapter), {counts.head:,} (head)",
         "learning rate": rate_text(run.config.get("optimizer", {}).get("lr")),
         "steps": f"{metrics.steps} ({metrics.stopped}; weights of step "
         f"{metrics.validation.best_step}, the best on validation)",

@@ -4,29 +4,37 @@ from __future__ import annotations
 
 import shutil
 import time
+import warnings
 
-from huggingface_hub import constants
 import pytest
+from huggingface_hub import constants
 
+import lora_jax as lj
 from lora_jax.sweeps import Cell, Sweep, run_sweep
-from tests.hub.server import TOKEN, running
+from tests.hub.server import TOKEN, Repo, running
 from tests.sweeps.conftest import make_config, reviews_file
 
 __all__ = ["make_config", "reviews_file"]
 
+REPO = "me/x"
 CELLS = ("r2-s0", "r2-s1")
+
+
+def turn_to(hub, patch):
+    """Sets what HF_ENDPOINT, HF_HUB_OFFLINE and HF_HUB_DISABLE_XET set at the library's import."""
+    template = constants.HUGGINGFACE_CO_URL_TEMPLATE.removeprefix(constants.ENDPOINT)
+    patch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", hub.endpoint + template)
+    patch.setattr(constants, "ENDPOINT", hub.endpoint)
+    patch.setattr(constants, "HF_HUB_OFFLINE", False)
+    patch.setattr(constants, "HF_HUB_DISABLE_XET", True)
+    patch.setenv("HF_TOKEN", TOKEN)
 
 
 @pytest.fixture
 def hub(monkeypatch):
-    """The stand-in, with HF_ENDPOINT and its likes as a process of its own would have read them."""
+    """The stand-in, which huggingface_hub is turned to."""
     with running() as hub:
-        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
-        monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
-        template = constants.HUGGINGFACE_CO_URL_TEMPLATE.removeprefix(constants.ENDPOINT)
-        monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", hub.endpoint + template)
-        monkeypatch.setattr(constants, "ENDPOINT", hub.endpoint)
-        monkeypatch.setenv("HF_TOKEN", TOKEN)
+        turn_to(hub, monkeypatch)
         monkeypatch.setattr(time, "sleep", lambda seconds: None)  # between retries
         yield hub
 
@@ -36,12 +44,28 @@ def trained(make_config, tmp_path_factory):
     """A workdir with two cells of one program that differ in the seed."""
     workdir = tmp_path_factory.mktemp("hub") / "runs"
     settings = {"train.num_steps": 4, "method.rank": 2}
-    cells = [
-        Cell(name, make_config({**settings, "seed": seed})) for seed, name in enumerate(CELLS)
-    ]
+    cells = [Cell(name, make_config({**settings, "seed": seed})) for seed, name in enumerate(CELLS)]
     results = run_sweep(Sweep("seeds", tuple(cells)), workdir, progress=False)
     assert [results[name].program.K for name in CELLS] == [2, 2]
     return workdir
+
+
+@pytest.fixture(scope="session")
+def repository(trained):
+    """The files that a push of the first cell makes, by name: pushed once for all tests."""
+    with running() as hub, pytest.MonkeyPatch.context() as patch, warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Use 'content=", DeprecationWarning)
+        turn_to(hub, patch)
+        lj.hub.push(trained / "cells" / CELLS[0], REPO, license="apache-2.0", endpoint=hub.endpoint)
+        return hub.repos[REPO].files()
+
+
+@pytest.fixture
+def pushed(hub, trained, repository):
+    """The first cell, whose repository the hub has in its second commit."""
+    hub.repos[REPO] = Repo(private=False)
+    hub.repos[REPO].commit("main", repository)
+    return trained / "cells" / CELLS[0]
 
 
 @pytest.fixture

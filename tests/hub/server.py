@@ -96,7 +96,7 @@ class Handler(BaseHTTPRequestHandler):
 
     do_HEAD = do_POST = do_PUT = do_GET
 
-    def answer(self) -> None:
+    def answer(self):
         path = unquote(urlsplit(self.path).path)
         request = f"{self.command} {path}"
         if path == "/api/agent-harnesses":  # which huggingface_hub asks for where an agent runs it
@@ -106,15 +106,14 @@ class Handler(BaseHTTPRequestHandler):
         if fault == "close":
             self.rfile.read(min(100, int(self.headers.get("Content-Length") or 0)))
             self.close_connection = True
-            return
+            return None
         body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
         token = (self.headers.get("Authorization") or "").removeprefix("Bearer ")
         if isinstance(fault, int):
-            self.reply(fault, {"error": f"told to say {fault}"})
-        elif token not in ("", TOKEN):
-            self.reply(401, said="Invalid credentials in Authorization header")
-        else:
-            self.route(path, body, logged_in=token == TOKEN)
+            return self.reply(fault, {"error": f"told to say {fault}"})
+        if token not in ("", TOKEN):
+            return self.reply(401, said="Invalid credentials in Authorization header")
+        return self.route(path, body, logged_in=token == TOKEN)
 
     def route(self, path: str, body: bytes, *, logged_in: bool):
         name = r"(?P<repo>[^/]+/[^/]+)"
@@ -129,12 +128,12 @@ class Handler(BaseHTTPRequestHandler):
             rf"POST /api/models/{name}/commit/(?P<rev>.+)": self.commit,
             rf"(HEAD|GET) /{name}/resolve/(?P<rev>[^/]+)/(?P<file>.+)": self.resolve,
         }
-        for pattern, method in routes.items():
-            if found := re.fullmatch(pattern, f"{self.command} {path}"):
-                groups = {k: v for k, v in found.groupdict().items() if v is not None}
-                break
-        else:
-            return self.reply(501, {"error": f"not stood in for: {self.command} {path}"})
+        request = f"{self.command} {path}"
+        matches = ((re.fullmatch(pattern, request), own) for pattern, own in routes.items())
+        found, method = next(((match, own) for match, own in matches if match), (None, None))
+        if found is None:
+            return self.reply(501, {"error": f"not stood in for: {request}"})
+        groups = {k: v for k, v in found.groupdict().items() if v is not None}
         if self.command in ("POST", "PUT") and not logged_in and "oid" not in groups:
             return self.reply(401, {"error": "Invalid username or password."})
         if "repo" in groups:
@@ -174,7 +173,7 @@ class Handler(BaseHTTPRequestHandler):
             for name, data in files.items()
         ]  # fmt: skip
         sha = repo.branches.get(rev, rev)
-        self.reply(
+        return self.reply(
             200, {"id": "me/x", "sha": sha, "private": repo.private, "siblings": siblings}
         )
 

@@ -21,13 +21,12 @@ from lora_jax.io.run_adapter import load_trainable
 from lora_jax.io.safetensors import read_tensors
 from lora_jax.report.statistics import mean_interval
 from lora_jax.train.record import Card
-from tests.hub.conftest import CELLS
+from tests.hub.conftest import CELLS, REPO
 from tests.hub.server import START, TOKEN, Repo, running
 
 # huggingface_hub's own call of its HTTP library, for which it has another word now.
 pytestmark = pytest.mark.filterwarnings("ignore:Use 'content=:DeprecationWarning")
 FIRST, SECOND = CELLS
-REPO = "me/x"
 ARGS = [f"--repo={REPO}", "--license=apache-2.0"]
 ADAPTER = {"adapter_config.json": b"{}", "adapter_model.safetensors": b""}
 
@@ -42,13 +41,6 @@ def said(capsys):
     assert captured.err.count("\n") == 1 and captured.err.startswith("lora-jax: "), captured.err
     assert not captured.out
     return captured.err
-
-
-@pytest.fixture
-def pushed(hub, trained):
-    """The cell, whose repository the hub has now."""
-    assert push(trained / "cells" / FIRST) == 0
-    return trained / "cells" / FIRST
 
 
 # --- the way there and back
@@ -90,6 +82,7 @@ def test_a_pulled_folder_has_the_bits_that_were_pushed_and_all_commands_read_it(
     assert adapted.trainable.keys() == was.keys()
 
 
+@pytest.mark.slow
 def test_what_was_changed_on_the_way_does_not_verify(hub, pushed, tmp_path, capsys):
     repo = hub.repos[REPO]
     name = f"cells/{FIRST}/card.json"
@@ -266,9 +259,7 @@ def test_damaged_weights_and_links_are_not_pushed(hub, workdir, tmp_path, capsys
     (cell / "metrics.jsonl").symlink_to(secret)
     assert push(cell) == 2
     assert "is a link to" in said(capsys)
-    shutil.copytree(
-        workdir / "cells" / SECOND / "adapter", cell / "adapter", dirs_exist_ok=True
-    )
+    shutil.copytree(workdir / "cells" / SECOND / "adapter", cell / "adapter", dirs_exist_ok=True)
     assert push(cell) == 2
     assert "one of the files was changed" in said(capsys)
     assert hub.requests == []
@@ -293,6 +284,7 @@ def test_what_peft_cannot_hold_names_the_way_out(hub, make_config, tmp_path, met
     assert hub.requests == []
 
 
+@pytest.mark.slow
 def test_a_base_that_only_this_machine_has_needs_a_name(hub, make_config, tmp_path, capsys):
     base = tmp_path / "base"
     tiny = lj.load_model("tiny-bert")
@@ -338,8 +330,14 @@ def test_a_push_that_fails_is_one_line_and_commits_nothing(hub, trained, name, c
     made = REPO in hub.repos
     assert f"{REPO} was created, and holds nothing yet" in line if made else True
     assert not made or list(hub.repos[REPO].commits) == [START]
+
+
+def test_after_an_upload_that_broke_off_the_same_command_goes_through(hub, trained, capsys):
+    hub.faults["PUT /lfs"] = "close"
+    assert push(trained / "cells" / FIRST) == 2
     hub.faults.clear()
-    assert push(trained / "cells" / FIRST) == 0  # and the way back in is open
+    assert push(trained / "cells" / FIRST) == 0
+    assert len(hub.repos[REPO].commits) == 2
 
 
 def test_a_wrong_token_is_said_to_be_one(hub, trained, capsys, monkeypatch):
@@ -390,23 +388,19 @@ def test_a_repository_of_something_else_is_left_alone(hub, trained, capsys):
 
 
 PULL_FAULTS = {
-    "no such repository": ({}, None, "there is no such repository"),
-    "not allowed": ({"GET /api/models": 403}, None, "has no right"),
-    "listing fails": ({"GET /api/models": 500}, None, "the hub failed"),
-    "listing cut off": ({"GET /api/models": "close"}, None, "the connection broke"),
-    "a file is gone": ({"HEAD .*card.json": 404}, None, "cannot pull"),
-    "a file fails": ({"HEAD .*card.json": 500}, None, "the hub failed"),
-    "a file is cut off": ({"GET .*card.json": "close"}, None, "the connection broke"),
+    "not allowed": ("GET /api/models", 403, "has no right"),
+    "listing fails": ("GET /api/models", 500, "the hub failed"),
+    "listing cut off": ("GET /api/models", "close", "the connection broke"),
+    "a file is gone": ("HEAD .*card.json", 404, "there is nothing of that name"),
+    "a file fails": ("HEAD .*card.json", 500, "the hub failed"),
+    "a file is cut off": ("GET .*card.json", "close", "the connection broke"),
 }
 
 
 @pytest.mark.parametrize("name", PULL_FAULTS)
-def test_a_pull_that_fails_is_one_line_and_writes_nothing(hub, trained, name, capsys, tmp_path):
-    faults, _, words = PULL_FAULTS[name]
-    if faults:
-        assert push(trained / "cells" / FIRST) == 0
-    capsys.readouterr()
-    hub.faults |= faults
+def test_a_pull_that_fails_is_one_line_and_writes_nothing(hub, pushed, name, capsys, tmp_path):
+    request, fault, words = PULL_FAULTS[name]
+    hub.faults[request] = fault
     assert main(["pull", REPO, f"--out={tmp_path / 'new' / 'out'}"]) == 2
     assert words in said(capsys)
     assert not [path for path in tmp_path.rglob("*") if path.is_file()]
@@ -419,11 +413,10 @@ def test_a_pull_that_fails_is_one_line_and_writes_nothing(hub, trained, name, ca
 def test_a_name_that_leads_outside_writes_nothing(hub, pushed, name, tmp_path, capsys):
     repo = hub.repos[REPO]
     repo.commit("main", {**repo.files(), name: b"gotcha"})
-    capsys.readouterr()
-    before = {path for path in tmp_path.rglob("*")}
+    before = set(tmp_path.rglob("*"))
     assert main(["pull", REPO, f"--out={tmp_path / 'out'}"]) == 2
     assert f"lists a file {name!r}, which leads out of the folder" in said(capsys)
-    assert {path for path in tmp_path.rglob("*")} == before
+    assert set(tmp_path.rglob("*")) == before
     assert not [r for r in hub.requests if "/resolve/" in r]
 
 
@@ -437,13 +430,19 @@ def test_a_repository_without_an_adapter_is_named(hub, tmp_path, capsys):
     assert not list(tmp_path.iterdir())
 
 
+def test_a_repository_that_is_not_there_is_one_line(hub, tmp_path, capsys, monkeypatch):
+    for _ in ("with a token", "without"):
+        assert main(["pull", REPO, f"--out={tmp_path / 'out'}"]) == 2
+        assert "there is no such repository, or it is private" in said(capsys)
+        monkeypatch.delenv("HF_TOKEN", raising=False)
+
+
 def test_a_target_that_exists_is_told_before_the_hub_is_asked(hub, tmp_path, capsys):
     assert main(["pull", REPO, f"--out={tmp_path}"]) == 2
     assert f"{tmp_path} exists already" in said(capsys) and hub.requests == []
 
 
 def test_a_revision_that_is_not_there_is_named(hub, pushed, tmp_path, capsys):
-    capsys.readouterr()
     assert main(["pull", REPO, f"--out={tmp_path / 'out'}", "--revision=nope"]) == 2
     assert "has no such revision" in said(capsys)
 
