@@ -19,7 +19,8 @@ Examples:
 
 Any repository in PEFT's format can be pulled; one that `lora-jax push` wrote brings the run's
 record along. Other files (pickles, optimizer states) stay where they are, and nothing is executed.
-The folder appears whole or not at all. Of private repositories: `hf auth login`, or HF_TOKEN.
+The folder appears whole or not at all. For private repositories, log in with `hf auth login` or
+set HF_TOKEN.
 """
 
 

@@ -40,7 +40,9 @@ def run(argv: Sequence[str]) -> int:
     parser.add_argument(
         "--base-model", metavar="OWNER/NAME", help="the base's name on the hub (default: the run's)"
     )
-    parser.add_argument("--force", action="store_true", help="into a repository of something else")
+    parser.add_argument(
+        "--force", action="store_true", help="also to a repository of something else"
+    )
     parser.add_argument(
         "--dry-run", action="store_true", help="print files, sizes and card; send nothing"
     )

@@ -23,7 +23,7 @@ from lora_jax.report.tables import Row, score_names, summarise
 from lora_jax.train.task import head_of
 
 _PIPELINES = {CAUSAL_LM: "text-generation"}
-_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+", re.ASCII)
+_HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?", re.ASCII)
 
 
 def model_card(folder: Path, cell: Path, repo: str, *, license: str, base: str) -> str:
@@ -62,7 +62,7 @@ def base_revision(base: str) -> str | None:
     """
     from huggingface_hub import try_to_load_from_cache
 
-    if base in embedded_names() or not _HUB_ID.fullmatch(base):
+    if not is_on_hub(base):
         return None
     found = try_to_load_from_cache(base, "config.json")
     if not isinstance(found, str) or Path(found).parent.parent.name != "snapshots":
@@ -91,12 +91,12 @@ def _row(runs: Sequence[FinishedRun]) -> Row:
 def _metadata(run: FinishedRun, row: Row, license: str, base: str) -> Any:
     from huggingface_hub import ModelCardData
 
-    head, is_on_hub = head_of(run.config["model"]), _is_on_hub(base)
+    head, on_hub = head_of(run.config["model"]), is_on_hub(base)
     return ModelCardData(
         license=license,
         library_name="peft",
-        base_model=base if is_on_hub else None,
-        base_model_relation="adapter" if is_on_hub else None,
+        base_model=base if on_hub else None,
+        base_model_relation="adapter" if on_hub else None,
         pipeline_tag=_PIPELINES.get(head, "text-classification"),
         tags=["lora_jax", "jax", str(row.method)],
         model_name=run.name,
@@ -104,7 +104,8 @@ def _metadata(run: FinishedRun, row: Row, license: str, base: str) -> Any:
     )
 
 
-def _is_on_hub(base: str) -> bool:
+def is_on_hub(base: str) -> bool:
+    """Whether the name can be the hub's: one of `embedded_names()` is this project's own."""
     return base not in embedded_names() and _HUB_ID.fullmatch(base) is not None
 
 
@@ -146,7 +147,7 @@ def _about(run: FinishedRun, base: str) -> str:
     method = run.config["method"]
     shape = [f"{name} {method[name]}" for name in ("rank", "targets") if method.get(name)]
     what = ", ".join([title_of(method["name"]), *shape])
-    link = f"[{base}](https://huggingface.co/{base})" if _is_on_hub(base) else f"`{base}`"
+    link = f"[{base}](https://huggingface.co/{base})" if is_on_hub(base) else f"`{base}`"
     return (
         f"{what}: an adapter for {link}, trained on {_data_name(run)} with lora_jax "
         f"{run.card.versions.get('lora_jax', '')}. This page was written from the record of the "
@@ -201,6 +202,8 @@ def _use(folder: Path, run: FinishedRun, repo: str, base: str) -> str:
             f"The task's head is in `{HEAD_FILE}`: it stands on a pooling that no class of "
             f"transformers has. PEFT reads the adapter of the body from `{PEFT_CONFIG}`.",
         ]
+        return "\n".join(lines)
+    if not is_on_hub(base):
         return "\n".join(lines)
     causal = head_of(run.config["model"]) == CAUSAL_LM
     count = run.config["model"].get("num_labels")

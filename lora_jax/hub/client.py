@@ -93,6 +93,8 @@ def _reason(error: BaseException) -> str:
         return "HF_HUB_OFFLINE is set; unset it"
     if "RevisionNotFoundError" in names:
         return "the repository has no such revision; see its branches and tags on the hub"
+    if "GatedRepoError" in names:
+        return f"the repository is gated; ask for access on its page, then {LOG_IN}"
     if "RepositoryNotFoundError" in names:
         return f"there is no such repository, or it is private and not yours to see; {LOG_IN}"
     if status is not None:

@@ -13,7 +13,7 @@ from typing import Any
 
 from lora_jax.core.errors import RequestError
 from lora_jax.hub.client import check_repo, talking
-from lora_jax.hub.files import PEFT_CONFIG, PEFT_TENSORS, is_ours, leads_outside
+from lora_jax.hub.files import PEFT_CONFIG, PEFT_TENSORS, is_ours, leads_outside, sizes
 from lora_jax.io.atomic import atomic_folder, check_new
 from lora_jax.io.paths import at_home
 from lora_jax.train.record import Card
@@ -29,7 +29,7 @@ class Pulled:
       folder: in PEFT's format; with a run's record it is also a workdir with one run.
       commit: of the repository, 40 hex digits.
       files: bytes by name in `folder`.
-      runs: names of the runs whose weights came along ("" of a plain PEFT repository: none).
+      runs: names of the runs in `cells/` with weights; () for a repository that PEFT wrote.
     """
 
     folder: Path
@@ -81,9 +81,8 @@ def pull(
             _fetch(api, repo, str(info.sha), wanted, folder)
         shutil.rmtree(folder / ".cache", ignore_errors=True)
         for one in wanted:
-            _check_whole(repo, folder / one.rfilename, one)
-        runs = _check_adapter(folder)
-    files = {one.rfilename: int(one.size or 0) for one in wanted}
+            _check_complete(repo, folder / one.rfilename, one)
+        runs, files = _check_adapter(repo, folder), sizes(folder)
     return Pulled(at_home(out), str(info.sha), files, runs)
 
 
@@ -113,26 +112,30 @@ def _fetch(api: Any, repo: str, commit: str, wanted: Sequence[Any], folder: Path
         list(pool.map(fetch, wanted))
 
 
-def _check_whole(repo: str, path: Path, listed: Any) -> None:
+def _check_complete(repo: str, path: Path, listed: Any) -> None:
     """Raises `RequestError` unless the file is what the repository lists: no link, its size, and
     for large files its sha256."""
     is_file = path.is_file() and not path.is_symlink()
-    whole = is_file and listed.size in (None, path.stat().st_size)
-    if whole and listed.lfs is not None:
+    is_same = is_file and listed.size in (None, path.stat().st_size)
+    if is_same and listed.lfs is not None:
         with open(path, "rb") as file:
-            whole = hashlib.file_digest(file, "sha256").hexdigest() == listed.lfs.sha256
-    if not whole:
+            is_same = hashlib.file_digest(file, "sha256").hexdigest() == listed.lfs.sha256
+    if not is_same:
         raise RequestError(
             f"{listed.rfilename} of {repo} came damaged: it is not what the repository lists; "
             "pull again"
         )
 
 
-def _check_adapter(folder: Path) -> tuple[str, ...]:
+def _check_adapter(repo: str, folder: Path) -> tuple[str, ...]:
     """The runs whose weights are in the folder. Raises `RequestError` for what cannot be read."""
     from lora_jax.peft.config import PeftConfig
 
-    PeftConfig.read(folder / PEFT_CONFIG)
-    for path in folder.glob("cells/*/card.json"):
-        Card.read(path)
+    try:
+        PeftConfig.read(folder / PEFT_CONFIG)
+        for path in folder.glob("cells/*/card.json"):
+            Card.read(path)
+    except RequestError as error:
+        reason = str(error).replace(f"{folder}/", "")
+        raise RequestError(f"{repo} holds no adapter that can be read here: {reason}") from error
     return tuple(sorted(path.parent.name for path in folder.glob("cells/*/adapter")))

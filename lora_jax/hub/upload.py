@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from lora_jax.core.errors import RequestError
-from lora_jax.hub.card import model_card
+from lora_jax.hub.card import is_on_hub, model_card
 from lora_jax.hub.client import check_logged_in, check_repo, talking
 from lora_jax.hub.files import CARD, copy_record, is_ours, sizes
 from lora_jax.io.paths import cell_of
@@ -99,7 +99,7 @@ def push(
         text = model_card(staged, cell, repo, license=str(license), base=model.name)
         (staged / CARD).write_text(text, encoding="utf-8")
         files = sizes(staged)
-        notes = (*_notes_of_paths(card), *_notes_of_pack(missing))
+        notes = (*_notes_of_base(model.name), *_notes_of_paths(card), *_notes_of_pack(missing))
         url = None
         if not dry_run:
             url = _send(staged, files, repo, private, revision, force, endpoint)
@@ -139,8 +139,8 @@ def _finished(run: str | os.PathLike) -> Path:
 def _named_as_on_hub(model: Model, card: Card, base_model: str | None) -> Model:
     """The model under the name that strangers find its weights by."""
     name = base_model or str(card.config["model"].get("name"))
-    known = name in embedded_names()
-    if not known and (os.path.exists(os.path.expanduser(name)) or not _is_hub_id(name)):
+    is_here = os.path.exists(os.path.expanduser(name)) or not _is_hub_id(name)
+    if is_here and name not in embedded_names():
         raise RequestError(
             f"the base model is {name!r}, which others do not have; name it as the hub does: "
             "--base-model=owner/name"
@@ -160,6 +160,15 @@ def _write_peft(folder: Path, name: str, adapted: Adapted, model: Model) -> None
             f"{name} cannot be pushed as an adapter: {error} (`lora-jax merge` writes a model "
             "folder, `hf upload` sends it)"
         ) from error
+
+
+def _notes_of_base(base: str) -> list[str]:
+    if is_on_hub(base):
+        return []
+    return [
+        f"the base has the name {base!r}, which lora_jax alone knows; --base-model=owner/name "
+        "tells PEFT and the hub"
+    ]
 
 
 def _notes_of_paths(card: Card) -> list[str]:

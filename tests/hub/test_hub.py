@@ -23,6 +23,7 @@ from lora_jax.report.statistics import mean_interval
 from lora_jax.train.record import Card
 from tests.hub.conftest import CELLS, REPO
 from tests.hub.server import START, TOKEN, Repo, running
+from tests.train.test_completion_training import make_config as completion_config
 
 # huggingface_hub's own call of its HTTP library, for which it has another word now.
 pytestmark = pytest.mark.filterwarnings("ignore:Use 'content=:DeprecationWarning")
@@ -206,6 +207,20 @@ def test_the_files_of_this_machine_in_the_settings_are_named(hub, trained, capsy
     )
     text = hub.repos[REPO].files()["README.md"].decode()
     assert path not in text.partition("The command that trains it again")[0]
+
+
+@pytest.mark.slow
+def test_a_language_model_is_shown_with_its_own_class(tmp_path, capsys):
+    config = completion_config({"train.num_steps": 2, "method.rank": 2})
+    lj.train(config, tmp_path / "w", "run", progress=False)
+    assert push(tmp_path / "w", "--dry-run", "--json", "--base-model=owner/base") == 0
+    told = json.loads(capsys.readouterr().out)
+    assert "head.safetensors" not in told["files"] and not told["notes"]
+    assert ModelCard(told["card"]).data.pipeline_tag == "text-generation"
+    assert 'AutoModelForCausalLM.from_pretrained("owner/base")' in told["card"]
+    assert push(tmp_path / "w", "--dry-run", "--json") == 0
+    told = json.loads(capsys.readouterr().out)
+    assert "which lora_jax alone knows" in told["notes"][0] and "peft import" not in told["card"]
 
 
 # --- what is refused before anything is sent
@@ -426,7 +441,9 @@ def test_a_repository_without_an_adapter_is_named(hub, tmp_path, capsys):
     assert "holds no adapter in PEFT's format: it has no adapter_config.json" in said(capsys)
     hub.repos[REPO].commit("main", {**ADAPTER, "adapter_config.json": b'{"peft_type": "IA3"}'})
     assert main(["pull", REPO, f"--out={tmp_path / 'out'}"]) == 2
-    assert "IA3" in said(capsys)
+    line = said(capsys)
+    assert f"{REPO} holds no adapter that can be read here: adapter_config.json" in line
+    assert "IA3" in line
     assert not list(tmp_path.iterdir())
 
 
