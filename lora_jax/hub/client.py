@@ -4,15 +4,24 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import os
 import re
 import sys
 from collections.abc import Iterator
+from typing import Any
 
 from lora_jax.core.errors import RequestError
 
 LOG_IN = "log in with `hf auth login`, or set HF_TOKEN"
 _DISK = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG)
 _REPO = re.compile(r"[\w][\w.-]*/[\w][\w.-]*", re.ASCII)
+
+# Types of httpx and of requests: huggingface_hub has changed from one to the other.
+_NO_ANSWER = {
+    "ConnectError", "ConnectionRefusedError", "NewConnectionError", "Timeout", "TimeoutException",
+    "gaierror",
+}  # fmt: skip
+_BROKEN = {"ChunkedEncodingError", "ConnectionError", "NetworkError", "ProtocolError"}
 
 # What to do about an answer, by its status.
 _ANSWERS = {
@@ -31,6 +40,13 @@ def check_repo(repo: str) -> None:
     """Raises `RequestError` for what is no "owner/name"."""
     if not isinstance(repo, str) or not _REPO.fullmatch(repo) or ".." in repo or "--" in repo:
         raise RequestError(f"{repo!r} is no repository of the hub; give it as owner/name")
+
+
+def make_api(endpoint: str | None) -> Any:
+    """The hub's API at `endpoint`, by default HF_ENDPOINT as it is now, not at the first import."""
+    from huggingface_hub import HfApi
+
+    return HfApi(endpoint=endpoint or os.environ.get("HF_ENDPOINT"))
 
 
 def check_logged_in() -> None:
@@ -100,9 +116,9 @@ def _reason(error: BaseException) -> str:
     if status is not None:
         said = _said(causes) if status != 400 else _first_line(error)
         return f"{_answer(status)} (status {status}{said and f': {said}'})"
-    if names & {"ConnectError", "ConnectionError", "TimeoutException", "Timeout"}:
+    if names & _NO_ANSWER:
         return f"the hub does not answer ({_first_line(causes[-1])}); try again when it does"
-    if names & {"NetworkError", "RemoteProtocolError", "ProtocolError"}:
+    if names & _BROKEN:
         return f"the connection broke ({_first_line(causes[-1])}); try again"
     # huggingface_hub wraps what its threads raise.
     return _first_line(next((one for one in causes if not isinstance(one, RuntimeError)), error))

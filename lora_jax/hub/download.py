@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from lora_jax.core.errors import RequestError
-from lora_jax.hub.client import check_repo, talking
+from lora_jax.hub.client import check_repo, make_api, talking
 from lora_jax.hub.files import PEFT_CONFIG, PEFT_TENSORS, is_ours, leads_outside, sizes
 from lora_jax.io.atomic import atomic_folder, check_new
 from lora_jax.io.paths import at_home
@@ -66,11 +66,9 @@ def pull(
     >>> lj.hub.pull("owner/name", "adapter").runs  # doctest: +SKIP
     ('lora-qv-r8',)
     """
-    from huggingface_hub import HfApi
-
     check_repo(repo)
     check_new(out)
-    api = HfApi(endpoint=endpoint)
+    api = make_api(endpoint)
     with talking(f"pull {repo}"):
         info = api.model_info(repo, revision=revision, files_metadata=True)
     siblings = {one.rfilename: one for one in info.siblings or ()}

@@ -13,7 +13,7 @@ from typing import Any
 
 from lora_jax.core.errors import RequestError
 from lora_jax.hub.card import is_on_hub, model_card
-from lora_jax.hub.client import check_logged_in, check_repo, talking
+from lora_jax.hub.client import check_logged_in, check_repo, make_api, talking
 from lora_jax.hub.files import CARD, copy_record, is_ours, sizes
 from lora_jax.io.paths import cell_of
 from lora_jax.models import Model
@@ -201,9 +201,9 @@ def _send(
     endpoint: str | None,
 ) -> str:
     """The URL of the commit."""
-    from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
+    from huggingface_hub import CommitOperationAdd, CommitOperationDelete
 
-    api = HfApi(endpoint=endpoint)
+    api = make_api(endpoint)
     made = _make_repo(api, repo, private)
     try:
         with talking(f"push to {repo}"):

@@ -8,6 +8,7 @@ import warnings
 
 import pytest
 from huggingface_hub import constants
+from huggingface_hub.utils import _http
 
 import lora_jax as lj
 from lora_jax.sweeps import Cell, Sweep, run_sweep
@@ -21,13 +22,17 @@ CELLS = ("r2-s0", "r2-s1")
 
 
 def turn_to(hub, patch):
-    """Sets what HF_ENDPOINT, HF_HUB_OFFLINE and HF_HUB_DISABLE_XET set at the library's import."""
-    template = constants.HUGGINGFACE_CO_URL_TEMPLATE.removeprefix(constants.ENDPOINT)
-    patch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", hub.endpoint + template)
-    patch.setattr(constants, "ENDPOINT", hub.endpoint)
-    patch.setattr(constants, "HF_HUB_OFFLINE", False)
-    patch.setattr(constants, "HF_HUB_DISABLE_XET", True)
+    """HF_ENDPOINT and a token; and online and without xet, which the library reads but once."""
+    patch.setenv("HF_ENDPOINT", hub.endpoint)
     patch.setenv("HF_TOKEN", TOKEN)
+    patch.setattr(constants, "HF_HUB_DISABLE_XET", True)
+    set_offline(patch, False)
+
+
+def set_offline(patch, value):
+    patch.setattr(constants, "HF_HUB_OFFLINE", value)
+    # Sessions of versions on requests are made for one or the other.
+    getattr(_http, "reset_sessions", lambda: None)()
 
 
 @pytest.fixture

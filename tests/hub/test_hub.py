@@ -21,7 +21,7 @@ from lora_jax.io.run_adapter import load_trainable
 from lora_jax.io.safetensors import read_tensors
 from lora_jax.report.statistics import mean_interval
 from lora_jax.train.record import Card
-from tests.hub.conftest import CELLS, REPO
+from tests.hub.conftest import CELLS, REPO, set_offline
 from tests.hub.server import START, TOKEN, Repo, running
 from tests.train.test_completion_training import make_config as completion_config
 
@@ -363,12 +363,12 @@ def test_a_wrong_token_is_said_to_be_one(hub, trained, capsys, monkeypatch):
 
 
 def test_no_hub_there_is_one_line(hub, trained, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", "http://127.0.0.1:9")
+    monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
     assert push(trained / "cells" / FIRST) == 2
     assert "the hub does not answer" in said(capsys)
     assert main(["pull", REPO, f"--out={tmp_path / 'out'}"]) == 2
     assert "the hub does not answer" in said(capsys)
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    set_offline(monkeypatch, True)
     assert main(["pull", REPO, f"--out={tmp_path / 'out'}"]) == 2
     assert "HF_HUB_OFFLINE is set" in said(capsys)
     assert not list(tmp_path.iterdir())
