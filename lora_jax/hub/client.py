@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import os
 import re
 import sys
 from collections.abc import Iterator
-from typing import Any
 
 from lora_jax.core.errors import RequestError
 
@@ -40,13 +38,6 @@ def check_repo(repo: str) -> None:
     """Raises `RequestError` for what is no "owner/name"."""
     if not isinstance(repo, str) or not _REPO.fullmatch(repo) or ".." in repo or "--" in repo:
         raise RequestError(f"{repo!r} is no repository of the hub; give it as owner/name")
-
-
-def make_api(endpoint: str | None) -> Any:
-    """The hub's API at `endpoint`, by default HF_ENDPOINT as it is now, not at the first import."""
-    from huggingface_hub import HfApi
-
-    return HfApi(endpoint=endpoint or os.environ.get("HF_ENDPOINT"))
 
 
 def check_logged_in() -> None:

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from lora_jax.core.errors import RequestError
-from lora_jax.hub.client import check_repo, make_api, talking
+from lora_jax.hub.client import check_repo, talking
 from lora_jax.hub.files import PEFT_CONFIG, PEFT_TENSORS, is_ours, leads_outside, sizes
 from lora_jax.io.atomic import atomic_folder, check_new
 from lora_jax.io.paths import at_home
@@ -43,7 +43,6 @@ def pull(
     out: str | os.PathLike,
     *,
     revision: str | None = None,
-    endpoint: str | None = None,
 ) -> Pulled:
     """Downloads an adapter from the Hugging Face Hub, with the run's record if it has one.
 
@@ -53,7 +52,6 @@ def pull(
       repo: "owner/name".
       out: the folder to write; it must not exist yet.
       revision: a branch, tag or commit; None is the default branch.
-      endpoint: another hub than that of HF_ENDPOINT.
 
     Returns:
       A `Pulled`. `lj.load_adapter(out)` reads the folder; `lj.predict(out, texts)` and `lora-jax
@@ -66,9 +64,11 @@ def pull(
     >>> lj.hub.pull("owner/name", "adapter").runs  # doctest: +SKIP
     ('lora-qv-r8',)
     """
+    from huggingface_hub import HfApi
+
     check_repo(repo)
     check_new(out)
-    api = make_api(endpoint)
+    api = HfApi()
     with talking(f"pull {repo}"):
         info = api.model_info(repo, revision=revision, files_metadata=True)
     siblings = {one.rfilename: one for one in info.siblings or ()}

@@ -13,7 +13,7 @@ from typing import Any
 
 from lora_jax.core.errors import RequestError
 from lora_jax.hub.card import is_on_hub, model_card
-from lora_jax.hub.client import check_logged_in, check_repo, make_api, talking
+from lora_jax.hub.client import check_logged_in, check_repo, talking
 from lora_jax.hub.files import CARD, copy_record, is_ours, sizes
 from lora_jax.io.paths import cell_of
 from lora_jax.models import Model
@@ -57,11 +57,11 @@ def push(
     base_model: str | None = None,
     force: bool = False,
     dry_run: bool = False,
-    endpoint: str | None = None,
 ) -> Pushed:
     """Pushes a finished run to the Hugging Face Hub: PEFT's folder, a model card, the run's record.
 
-    One commit holds all of it. The token is huggingface_hub's own (`hf auth login`, HF_TOKEN).
+    One commit holds all of it. The token is huggingface_hub's own (`hf auth login`, HF_TOKEN),
+    as is the address of the hub (HF_ENDPOINT).
 
     Args:
       run: `WORKDIR/cells/NAME`, or a workdir with one run.
@@ -73,7 +73,6 @@ def push(
         that the run has for it, which must not be a folder of this machine.
       force: push to a repository that holds something else; its files stay, README.md apart.
       dry_run: make the files and the card, send nothing.
-      endpoint: another hub than that of HF_ENDPOINT.
 
     Returns:
       A `Pushed`.
@@ -102,7 +101,7 @@ def push(
         notes = (*_notes_of_base(model.name), *_notes_of_paths(card), *_notes_of_pack(missing))
         url = None
         if not dry_run:
-            url = _send(staged, files, repo, private, revision, force, endpoint)
+            url = _send(staged, files, repo, private, revision, force)
     return Pushed(repo, files, text, notes, url)
 
 
@@ -198,12 +197,11 @@ def _send(
     private: bool,
     revision: str | None,
     force: bool,
-    endpoint: str | None,
 ) -> str:
     """The URL of the commit."""
-    from huggingface_hub import CommitOperationAdd, CommitOperationDelete
+    from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
 
-    api = make_api(endpoint)
+    api = HfApi()
     made = _make_repo(api, repo, private)
     try:
         with talking(f"push to {repo}"):

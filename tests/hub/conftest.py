@@ -7,7 +7,7 @@ import time
 import warnings
 
 import pytest
-from huggingface_hub import constants
+from huggingface_hub import constants, file_download
 from huggingface_hub.utils import _http
 
 import lora_jax as lj
@@ -22,11 +22,19 @@ CELLS = ("r2-s0", "r2-s1")
 
 
 def turn_to(hub, patch):
-    """HF_ENDPOINT and a token; and online and without xet, which the library reads but once."""
-    patch.setenv("HF_ENDPOINT", hub.endpoint)
+    """What HF_ENDPOINT and others would have made of the library, which reads them but once."""
+    set_endpoint(patch, hub.endpoint)
     patch.setenv("HF_TOKEN", TOKEN)
     patch.setattr(constants, "HF_HUB_DISABLE_XET", True)
     set_offline(patch, False)
+
+
+def set_endpoint(patch, endpoint):
+    patch.setattr(constants, "ENDPOINT", endpoint)
+    template = f"{endpoint}/{{repo_id}}/resolve/{{revision}}/{{filename}}"
+    for module in (constants, file_download):
+        if hasattr(module, "HUGGINGFACE_CO_URL_TEMPLATE"):
+            patch.setattr(module, "HUGGINGFACE_CO_URL_TEMPLATE", template)
 
 
 def set_offline(patch, value):
@@ -61,7 +69,7 @@ def repository(trained):
     with running() as hub, pytest.MonkeyPatch.context() as patch, warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Use 'content=", DeprecationWarning)
         turn_to(hub, patch)
-        lj.hub.push(trained / "cells" / CELLS[0], REPO, license="apache-2.0", endpoint=hub.endpoint)
+        lj.hub.push(trained / "cells" / CELLS[0], REPO, license="apache-2.0")
         return hub.repos[REPO].files()
 
 

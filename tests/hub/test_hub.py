@@ -21,7 +21,7 @@ from lora_jax.io.run_adapter import load_trainable
 from lora_jax.io.safetensors import read_tensors
 from lora_jax.report.statistics import mean_interval
 from lora_jax.train.record import Card
-from tests.hub.conftest import CELLS, REPO, set_offline
+from tests.hub.conftest import CELLS, REPO, set_endpoint, set_offline
 from tests.hub.server import START, TOKEN, Repo, running
 from tests.train.test_completion_training import make_config as completion_config
 
@@ -363,7 +363,7 @@ def test_a_wrong_token_is_said_to_be_one(hub, trained, capsys, monkeypatch):
 
 
 def test_no_hub_there_is_one_line(hub, trained, tmp_path, capsys, monkeypatch):
-    monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
+    set_endpoint(monkeypatch, "http://127.0.0.1:9")
     assert push(trained / "cells" / FIRST) == 2
     assert "the hub does not answer" in said(capsys)
     assert main(["pull", REPO, f"--out={tmp_path / 'out'}"]) == 2
@@ -488,7 +488,7 @@ def test_an_adapter_of_peft_alone_is_pulled_too(hub, pushed, trained, tmp_path):
     mine = {n: x for n, x in repo.files().items() if "/" not in n}
     hub.repos["me/plain"] = Repo(private=True)
     hub.repos["me/plain"].commit("main", mine)
-    found = lj.hub.pull("me/plain", tmp_path / "out", endpoint=hub.endpoint)
+    found = lj.hub.pull("me/plain", tmp_path / "out")
     assert found.runs == () and set(found.files) == {n for n in mine if n[0] != "."}
     model = lj.load_adapter(trained / "cells" / FIRST).model
     assert lj.load_adapter(tmp_path / "out", model).trainable
