@@ -149,7 +149,8 @@ def test_a_process_of_its_own_finds_the_hub_by_hf_endpoint(trained, tmp_path):
                 capture_output=True,
             )  # fmt: skip
             assert done.returncode == 0, done.stderr
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["hf", "new"]
+    assert {p.name for p in tmp_path.iterdir()} - {"hf"} == {"new"}
+    assert (tmp_path / "new" / "cells" / FIRST / "card.json").is_file()
 
 
 # --- the card
