@@ -10,6 +10,7 @@ __version__ = "0.1.0"
 if TYPE_CHECKING:
     from lora_jax import analysis as analysis
     from lora_jax import data as data
+    from lora_jax import hub as hub
     from lora_jax import io as io
     from lora_jax import methods as methods
     from lora_jax import models as models
@@ -88,6 +89,6 @@ else:
             "sweeps.api": "sweep",
         },
         # `train` and `generate` are folders, and called they are their functions (`call_as`).
-        submodules="analysis data generate io methods models parallel peft quant settings trackers "
-        "train",
+        submodules="analysis data generate hub io methods models parallel peft quant settings "
+        "trackers train",
     )

@@ -18,6 +18,7 @@ LAYERS = {
     "train": 4, "generate": 4, "analysis": 4,
     "sweeps": 5, "plan": 5, "serve": 5,
     "report": 6,
+    "hub": 6,
     "cli": 7,
 }  # fmt: skip
 # Old names, for one release: they say where their names are now.

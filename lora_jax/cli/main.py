@@ -25,6 +25,8 @@ COMMANDS = {
     "plan": "the memory and time of a train step on a TPU slice, compiled here without one",
     "inspect": "what a method adapts: path, shape, rank, scale, trainable parameters",
     "verify": "train a finished cell again and compare, bit for bit",
+    "push": "put a finished run on the Hugging Face Hub: adapter, model card, record",
+    "pull": "fetch an adapter from the Hugging Face Hub, with its run's record",
     "cite": "BibTeX for a finished run or sweep, with its hash",
     "report": "one self-contained page: table, curves, accuracy and loss by method and rank",
 }

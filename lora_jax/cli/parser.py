@@ -229,6 +229,22 @@ def _inert(text: str) -> str:
     return printable(text).encode("utf-8", "backslashreplace").decode()
 
 
+class _NoToken(argparse.Action):
+    """Refuses a token: other users of the machine see command lines, and shells keep them."""
+
+    def __call__(self, parser, namespace, values, option_string=None):
+        parser.error(
+            "--token would leave the token in the shell's history; log in once with `hf auth "
+            "login`, or set HF_TOKEN"
+        )
+
+
+def add_hub(parser: Parser, revision: str) -> None:
+    """Options for a repository of the Hugging Face Hub; `revision` says what one is here."""
+    parser.add_argument("--revision", metavar="NAME", help=revision)
+    parser.add_argument("--token", nargs="?", action=_NoToken, help=argparse.SUPPRESS)
+
+
 def add_peft_base(parser: Parser) -> None:
     """Options for the base of an adapter in PEFT's format."""
     parser.add_argument(
