@@ -13,7 +13,7 @@ from collections.abc import Mapping
 import numpy as np
 
 from lora_jax.core.errors import RequestError
-from lora_jax.core.trees import nearest
+from lora_jax.core.nearest import nearest
 from lora_jax.models.config_fields import read_json
 from lora_jax.models.sources import find_adapter, find_source
 from lora_jax.models.weights_files import open_weights
@@ -23,11 +23,17 @@ from lora_jax.peft.keys import TENSORS, read_keys
 
 @dataclasses.dataclass(frozen=True)
 class Factors:
-    """One matrix' change: ΔW = scale · a @ b, `a (d_in, r)`, `b (r, d_out)`, as stored."""
+    """One matrix' change: ΔW = scale · a @ b, `a (d_in, r)`, `b (r, d_out)`, as stored.
+
+    DoRA's: `magnitude (d_out,)`, the norms that it gives the columns of W + ΔW, as stored; or
+    `gain (d_out,)`, by which it scales them, where W is known: then `b` is scaled already.
+    """
 
     a: np.ndarray
     b: np.ndarray
     scale: float
+    magnitude: np.ndarray | None = None
+    gain: np.ndarray | None = None
 
     @property
     def rank(self) -> int:
@@ -86,7 +92,7 @@ def read_factors(path: str | os.PathLike, *, adapter_name: str | None = None) ->
                 f"{rank}; they belong to different adapters"
             )
         scale = config.alpha_of(module) / (rank**0.5 if config.use_rslora else rank)
-        found[plain_text(module)] = Factors(a.T, b.T, float(scale))
+        found[plain_text(module)] = Factors(a.T, b.T, float(scale), arrays.get("magnitude"))
     if not found:
         what = f" ({len(skipped)} convolutions are not analysed)" if skipped else ""
         raise RequestError(f"{folder / TENSORS} adapts no matrix{what}; there is nothing to do")
