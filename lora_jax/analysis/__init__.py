@@ -11,6 +11,8 @@ if TYPE_CHECKING:
     from lora_jax.analysis.formulas import SVD as SVD
     from lora_jax.analysis.formulas import Amplification as Amplification
     from lora_jax.analysis.formulas import Intruders as Intruders
+    from lora_jax.analysis.frames import similarity_frame as similarity_frame
+    from lora_jax.analysis.frames import to_frame as to_frame
     from lora_jax.analysis.intrinsic import Dimension as Dimension
     from lora_jax.analysis.intrinsic import intrinsic_dimension as intrinsic_dimension
     from lora_jax.analysis.kernels import adapter_amplification as adapter_amplification
@@ -43,6 +45,7 @@ else:
             "angles": "SharedDirections",
             "factors": "delta_svd kernel_svd",
             "formulas": "SVD Amplification Intruders",
+            "frames": "similarity_frame to_frame",
             "intrinsic": "Dimension intrinsic_dimension",
             "kernels": "adapter_amplification amplification projected_norm",
             "profiles": "profile_adapter",

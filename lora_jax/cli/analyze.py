@@ -31,6 +31,9 @@ Examples:
   ΔW against W as well: amplification, W's directions, intruder dimensions. Only the base's
   safetensors are read, one matrix at a time:
     lora-jax analyze path/to/adapter --base=path/to/model --modules='layers\\.(0|15)\\.'
+  One file of kohya's scripts, and 32 adapters at once (a map and a line for every two):
+    lora-jax analyze style.safetensors
+    lora-jax analyze seeds/*
   Runs of this project (their base is known):
     lora-jax analyze runs/mine/cells/r8-s0 runs/mine/cells/r64-s0
 
@@ -44,7 +47,8 @@ def run(argv: Sequence[str]) -> int:
         "adapters",
         nargs="+",
         metavar="ADAPTER",
-        help="a folder in PEFT's format, a hub id, or a run's WORKDIR/cells/NAME",
+        help="a folder in PEFT's format, a hub id, a file of kohya's scripts, or a run's "
+        "WORKDIR/cells/NAME",
     )
     parser.add_argument("--base", help="the base's folder or hub id: ΔW is compared with W")
     parser.add_argument("--modules", metavar="REGEX", help="only matrices whose name has a match")
@@ -142,8 +146,16 @@ class _Loaded:
 
 def _load(path: str, name: str, base: str | None) -> _Loaded:
     from lora_jax.models.sources import is_peft
+    from lora_jax.peft import kohya
     from lora_jax.peft.factors import BaseKernels, read_factors
 
+    if kohya.is_file(path):
+        if base:
+            raise lj.RequestError(
+                f"--base={base} is for adapters in PEFT's format; the names in {path} are not those "
+                "of a base's tensors"
+            )
+        return _Loaded(dataclasses.replace(kohya.read_kohya(path), name=name), None)
     if is_peft(path) or not Path(path).is_dir():
         adapter = dataclasses.replace(read_factors(path), name=name)
         return _Loaded(adapter, BaseKernels(base).kernel if base else None)
@@ -215,9 +227,10 @@ def _note_on_dora(adapter: AdapterFactors) -> str:
             "output. The gain scales W's own columns, too, which is no change of low rank and not "
             "in ΔW."
         )
+    has_norms = any(one.magnitude is not None for one in adapter.factors.values())
     return (
         f"{adapter.name} is DoRA: what is shown is its low-rank part, without the gain that scales "
-        "the columns of W + ΔW, which needs W: give --base."
+        f"the columns of W + ΔW{', which needs W: give --base' if has_norms else ''}."
     )
 
 

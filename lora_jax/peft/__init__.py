@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from lora_jax.peft.factors import Factors as Factors
     from lora_jax.peft.factors import read_factors as read_factors
+    from lora_jax.peft.kohya import read_kohya as read_kohya
     from lora_jax.peft.load import load_adapter as load_adapter
     from lora_jax.peft.save import save_adapter as save_adapter
 else:
@@ -13,5 +14,10 @@ else:
 
     __getattr__, __dir__, __all__ = lazy_names(
         __name__,
-        {"factors": "Factors read_factors", "load": "load_adapter", "save": "save_adapter"},
+        {
+            "factors": "Factors read_factors",
+            "kohya": "read_kohya",
+            "load": "load_adapter",
+            "save": "save_adapter",
+        },
     )

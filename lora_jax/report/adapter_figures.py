@@ -32,7 +32,10 @@ def group_by_kind(modules: Iterable[str]) -> dict[str, list[str]]:
     """
     found: dict[str, list[str]] = {}
     for module in modules:
-        found.setdefault(re.sub(r"(?<![^./\[])\d+(?![^./\]])", "*", module), []).append(module)
+        kind = re.sub(r"(?<![^./\[])\d+(?![^./\]])", "*", module)
+        # Names of kohya's files have underscores for dots.
+        kind = re.sub(r"(blocks|layers|attentions|resnets)_\d+(?=_)", r"\1_*", kind)
+        found.setdefault(kind, []).append(module)
     return found
 
 
