@@ -1,6 +1,7 @@
-"""`lora-jax analyze` and gradience on the same adapters: processor seconds, and whose numbers hold.
+r"""`lora-jax analyze` and gradience on the same adapters: processor seconds and numbers.
 
-    python -m experiments.bench.analyze --gradience=.venv-gradience/bin/python --out=experiments/results/bench
+    python -m experiments.bench.analyze --gradience=.venv-gradience/bin/python \
+        --out=experiments/results/bench
 
 Random adapters in PEFT's format, float32: one and a pair of MiniLM's shapes, one and a pair of a 7B
 model's. Each command is a process of its own, user and system time together, from the interpreter's
@@ -198,9 +199,9 @@ def main(arguments: list[str] | None = None) -> None:
                 write_adapter(folder, *size, seed=seed)
             record[f"{name}, one"] = times(both(folders[:1]), options.rounds)
             record[f"{name}, a pair"] = times(both(folders), options.rounds)
-            if options.gradience:
-                found = same_numbers(folders[0], page, options.gradience)
-                record[f"{name}, largest difference"] = found
+            record[f"{name}, largest difference"] = options.gradience and same_numbers(
+                folders[0], page, options.gradience
+            )
         size = _size(options.small)
         crowd = [root / f"many-{seed}" for seed in range(options.many)]
         for seed, folder in enumerate(crowd):

@@ -167,7 +167,9 @@ def _compare(
     shape = adapters[members[0]].factors[module].shape
     ranks = [min(svd.s.shape[0], num_directions) for svd in svds]
     # How many directions there are: those of singular value 0 are zeros.
-    there = [int(np.any(svd.u[:, :r] != 0, axis=0).sum()) for svd, r in zip(svds, ranks, strict=True)]
+    there = [
+        int(np.any(svd.u[:, :r] != 0, axis=0).sum()) for svd, r in zip(svds, ranks, strict=True)
+    ]
     couples = np.array(list(itertools.combinations(range(len(members)), 2)))
     spaces = [
         _similarities([vectors[:, :r] for vectors, r in zip(side, ranks, strict=True)], couples)

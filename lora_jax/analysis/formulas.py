@@ -190,7 +190,9 @@ def projected_norm(kernel: Any, u: Any, v: Any) -> Any:
     return norm(xp.swapaxes(u, -1, -2) @ kernel @ v)
 
 
-def intruders_between(base: SVD, tuned: SVD, threshold: float, number: int, space: str) -> Intruders:
+def intruders_between(
+    base: SVD, tuned: SVD, threshold: float, number: int, space: str
+) -> Intruders:
     """Those of the first `number` directions of `tuned` that are like none of `base`'s."""
     x, y = base.basis(space), tuned.basis(space)[..., :number]
     xp = x.__array_namespace__()

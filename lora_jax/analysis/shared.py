@@ -11,6 +11,7 @@ from lora_jax.analysis.angles import SharedDirections as SharedDirections
 from lora_jax.analysis.factors import wide
 from lora_jax.core.errors import RequestError
 
+
 def shared_directions(
     u1: jax.Array | np.ndarray,
     u2: jax.Array | np.ndarray,

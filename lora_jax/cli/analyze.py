@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from lora_jax.analysis.adapters import Pair
     from lora_jax.analysis.profiles import Kernels
     from lora_jax.peft.factors import AdapterFactors
-    from lora_jax.report.adapters import Analysis
+    from lora_jax.report.adapter_results import Analysis
 
 EXAMPLES = """\
 Examples:
@@ -66,7 +66,8 @@ def run(argv: Sequence[str]) -> int:
 
     if options.base is None:
         _use_one_thread()
-    from lora_jax.report.adapters import analysis_json, write_analysis
+    from lora_jax.report.adapter_results import analysis_json
+    from lora_jax.report.adapters import write_analysis
     from lora_jax.report.html import page_path
 
     out = page_path(_place(options.out))
@@ -102,7 +103,7 @@ def _analyse(paths, base, modules, directions) -> Analysis:
     from lora_jax.analysis.adapters import compare_all, select
     from lora_jax.analysis.profiles import NUM_DIRECTIONS, profile_adapter, with_gains
     from lora_jax.peft.factors import plain_text
-    from lora_jax.report.adapters import Analysis
+    from lora_jax.report.adapter_results import Analysis
 
     names = [plain_text(name) for name in distinct_names(paths)]
     loaded = [_load(path, name, base) for path, name in zip(paths, names, strict=True)]
@@ -152,8 +153,8 @@ def _load(path: str, name: str, base: str | None) -> _Loaded:
     if kohya.is_file(path):
         if base:
             raise lj.RequestError(
-                f"--base={base} is for adapters in PEFT's format; the names in {path} are not those "
-                "of a base's tensors"
+                f"--base={base} is for adapters in PEFT's format; {path} does not name modules as "
+                "a base's tensors do"
             )
         return _Loaded(dataclasses.replace(kohya.read_kohya(path), name=name), None)
     if is_peft(path) or not Path(path).is_dir():
@@ -235,6 +236,13 @@ def _note_on_dora(adapter: AdapterFactors) -> str:
 
 
 def _notes_on_pairs(pairs: Sequence[Pair]) -> list[str]:
+    from lora_jax.report.adapters import MAX_PAIRS
+
+    if len(pairs) > MAX_PAIRS:
+        apart = [pair for pair in pairs if pair.unlike or pair.alone]
+        start = _notes_on_pairs(apart[:1])
+        more = f"Of {len(pairs)} pairs {len(apart)} do not change the same matrices; the first: "
+        return [more + note for note in start]
     notes = []
     for pair in pairs:
         both = f"{pair.first} and {pair.second}"

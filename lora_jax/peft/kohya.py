@@ -1,4 +1,4 @@
-"""Adapters in the files of kohya's scripts (sd-scripts), as factors: one `.safetensors` per adapter.
+"""Adapters in the files of kohya's scripts (sd-scripts) as factors: one file per adapter.
 
 A module has `NAME.lora_down.weight` (r, in), `NAME.lora_up.weight` (out, r) and `NAME.alpha`, a
 number; ΔW = alpha / r · up @ down, and alpha is r where the file has none. Names are those of the

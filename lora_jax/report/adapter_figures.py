@@ -144,7 +144,9 @@ def draw_overview(names: list[str], pairs: Sequence[Pair]) -> Drawing:
         "How much the first directions of every two adapters have in common: outputs below the "
         "diagonal's place of a pair (i, j), i < j, inputs above it."
     )
-    return Drawing("overview", "Every two adapters", caption, vector.svg("overview", height + 30, parts))
+    return Drawing(
+        "overview", "Every two adapters", caption, vector.svg("overview", height + 30, parts)
+    )
 
 
 def _grids_by_kind(

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import dataclasses
 import math
 import os
 from collections.abc import Sequence
 from html import escape
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -24,6 +22,7 @@ from lora_jax.report.adapter_figures import (
     draw_spectra,
     group_by_kind,
 )
+from lora_jax.report.adapter_results import Analysis
 from lora_jax.report.html import (
     html_figure,
     html_leads,
@@ -34,18 +33,6 @@ from lora_jax.report.html import (
     page_path,
 )
 from lora_jax.report.quantities import ABSENT
-
-
-@dataclasses.dataclass(frozen=True)
-class Analysis:
-    """What `lora-jax analyze` found. `profiles` is `{adapter: its matrices}`; `notes` are sentences
-    that a reader must not miss (another base, no common matrix, DoRA's scaling left out).
-    """
-
-    profiles: dict[str, list[MatrixProfile]]
-    pairs: tuple[Pair, ...]
-    notes: tuple[str, ...]
-    base: str = ""
 
 
 def write_analysis(analysis: Analysis, out) -> Path:
@@ -94,7 +81,11 @@ def _similarity_parts(names: list[str], pairs: Sequence[Pair]) -> list[str]:
     if len(pairs) > MAX_PAIRS:
         parts.append(html_figure(draw_overview(names, pairs)))
         rows = [_overview_row(names, pair) for pair in pairs]
-        return [*parts, html_table("every two adapters", _OVERVIEW_HEAD, rows), html_note(_MANY_NOTE)]
+        return [
+            *parts,
+            html_table("every two adapters", _OVERVIEW_HEAD, rows),
+            html_note(_MANY_NOTE),
+        ]
     for number, pair in enumerate(pairs):
         parts.append(f"<h3>{escape(pair.first)} and {escape(pair.second)}</h3>")
         if pair.profiles:
@@ -208,8 +199,8 @@ _OVERVIEW_HEAD = (
     *("φ(1, 1) of outputs", "shared directions of inputs", "of outputs"),
 )
 _MANY_NOTE = (
-    "Means over the matrices that both adapters change. Name two adapters alone to see every matrix "
-    "of theirs, or take --json, which has all of all pairs."
+    "Means over the matrices that both adapters change. Name two adapters alone to see each of "
+    "these matrices, or take --json, which has those of all pairs."
 )
 
 
@@ -298,59 +289,6 @@ def summary_table(profiles: Sequence[MatrixProfile]) -> list[tuple[str, ...]]:
             line.append(f"{np.mean([p.intruders or 0 for p in some]):.1f}")
         lines.append(tuple(line))
     return lines
-
-
-def analysis_json(analysis: Analysis) -> dict[str, Any]:
-    """All numbers of the page, grids in full, as JSON values."""
-    return {
-        "base": analysis.base or None,
-        "notes": list(analysis.notes),
-        "adapters": {
-            name: [_matrix_json(profile) for profile in profiles]
-            for name, profiles in analysis.profiles.items()
-        },
-        "pairs": [
-            {
-                "first": pair.first,
-                "second": pair.second,
-                "only_one_changes": list(pair.alone),
-                "other_shapes": list(pair.unlike),
-                "matrices": [_matrix_json(profile) for profile in pair.profiles],
-            }
-            for pair in analysis.pairs
-        ],
-    }
-
-
-# Names in JSON of what a profile's fields call otherwise.
-_JSON_NAMES = {
-    "module": "matrix",
-    "s": "singular_values",
-    "expected": "input_expected",
-    "expected_output": "output_expected",
-    "highest": "random_highest",
-}
-
-
-def _matrix_json(profile: MatrixProfile | PairProfile) -> dict[str, Any]:
-    """The fields that are known; what needs the base is left out without one."""
-    fields: dict[str, Any] = {
-        _JSON_NAMES.get(f.name, f.name): getattr(profile, f.name)
-        for f in dataclasses.fields(profile)
-    }
-    if isinstance(profile, MatrixProfile):
-        fields["delta_norm"] = profile.delta_norm
-        if profile.amplification is not None:
-            # JSON has no infinity: where W holds nothing, nothing is what it is amplified from.
-            fields["amplification"] = {
-                name: value if math.isfinite(value) else None
-                for name, value in profile.amplification._asdict().items()
-            }
-    return {
-        name: value.tolist() if isinstance(value, np.ndarray) else value
-        for name, value in fields.items()
-        if value is not None
-    }
 
 
 def _shown(value: float, form: str = ".3g") -> str:

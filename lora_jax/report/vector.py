@@ -89,9 +89,7 @@ def chart(box: Box, curves: Sequence[Curve], title: str, x_label: str, y_label: 
         parts.append(_tick_x(box, place(x, 10**low)[0], str(x)))
     for curve in curves:
         points = [
-            place(x, y)
-            for x, y in zip(curve.x, curve.y, strict=True)
-            if y > 0 and math.isfinite(y)
+            place(x, y) for x, y in zip(curve.x, curve.y, strict=True) if y > 0 and math.isfinite(y)
         ]
         parts.append(_curve(points, curve))
     return "".join(parts)
@@ -137,9 +135,7 @@ def legend(y: float, entries: Sequence[tuple[str, str, str]], *, left: float = 0
 
 def text(x: float, y: float, content: str, anchor: str = "start", more: str = "") -> str:
     """A line of text at a place."""
-    return (
-        f'<text x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}"{more}>{escape(content)}</text>'
-    )
+    return f'<text x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}"{more}>{escape(content)}</text>'
 
 
 def _frame(box: Box, title: str, x_label: str, y_label: str) -> str:
@@ -176,7 +172,9 @@ def _tick_x(box: Box, x: float, label: str) -> str:
 
 
 def _tick_y(box: Box, y: float, label: str, *, grid: bool = True) -> str:
-    across = f'<path d="M{box.x:.1f} {y:.1f}h{box.width:.1f}" stroke="currentColor" opacity="0.12"/>'
+    across = (
+        f'<path d="M{box.x:.1f} {y:.1f}h{box.width:.1f}" stroke="currentColor" opacity="0.12"/>'
+    )
     return (
         f'{across if grid else ""}<path d="M{box.x:.1f} {y:.1f}h-4" stroke="currentColor"/>'
         f"{text(box.x - 7, y + 4, label, 'end')}"
