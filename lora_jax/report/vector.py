@@ -83,7 +83,8 @@ def chart(box: Box, curves: Sequence[Curve], title: str, x_label: str, y_label: 
         return box.x + box.width * (x - 0.5) / last, box.y + box.height * (1 - up)
 
     parts = [_frame(box, title, x_label, y_label)]
-    for power in range(math.ceil(low), math.floor(high) + 1):
+    powers = range(math.ceil(low), math.floor(high) + 1)
+    for power in powers[:: max(1, len(powers) // 6)]:
         parts.append(_tick_y(box, place(1, 10.0**power)[1], f"{10.0**power:g}"))
     for x in _whole_ticks(last):
         parts.append(_tick_x(box, place(x, 10**low)[0], str(x)))
@@ -134,7 +135,9 @@ def legend(y: float, entries: Sequence[tuple[str, str, str]], *, left: float = 0
 
 
 def text(x: float, y: float, content: str, anchor: str = "start", more: str = "") -> str:
-    """A line of text at a place."""
+    """A line of text at a place; nothing where it is empty."""
+    if not content:
+        return ""
     return f'<text x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}"{more}>{escape(content)}</text>'
 
 

@@ -105,7 +105,7 @@ def test_files_of_kohyas_scripts_are_scaled_by_their_own_alphas(tmp_path):
             down, up = down[:, :, None, None], up[:, :, None, None]
         tensors |= {f"{name}.lora_down.weight": down, f"{name}.lora_up.weight": up}
         if alpha is not None:
-            tensors[f"{name}.alpha"] = np.float32(alpha).reshape(())
+            tensors[f"{name}.alpha"] = np.array(alpha, np.float32)
     tensors["lora_unet_conv.lora_down.weight"] = np.ones((4, 3, 3, 3), np.float32)
     tensors["lora_unet_conv.lora_up.weight"] = np.ones((5, 4, 1, 1), np.float32)
     save_file(tensors, tmp_path / "style.safetensors")
@@ -123,8 +123,8 @@ def test_files_of_kohyas_scripts_are_scaled_by_their_own_alphas(tmp_path):
     [
         (lambda t: t.pop("m.lora_up.weight"), "lacks its lora_up"),
         (lambda t: t.update({"m.lora_up.weight": t["m.lora_up.weight"].T.copy()}), "no factors"),
-        (lambda t: t.update({"m.alpha": np.float32([1, 2])}), "one positive number"),
-        (lambda t: t.update({"m.alpha": np.float32(-1)}), "one positive number"),
+        (lambda t: t.update({"m.alpha": np.array([1, 2], np.float32)}), "one positive number"),
+        (lambda t: t.update({"m.alpha": np.array(-1, np.float32)}), "one positive number"),
         (lambda t: t.update({"m.hada_w1_a": np.ones(3, np.float32)}), "give an adapter as kohya"),
         (lambda t: t.update({"base_model.model.m.lora_A.weight": np.ones(3)}), "peft's naming"),
         (lambda t: t.update({"m.lora_down.weight": np.full((4, 7), np.nan)}), "NaN"),
