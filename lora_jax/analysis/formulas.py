@@ -7,26 +7,24 @@ computes in a compiled program and what `lora-jax analyze` computes of files is 
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from lora_jax.core.errors import RequestError
 
-if TYPE_CHECKING:
-    import jax
-
+Array = Any  # jax.Array or np.ndarray: what comes in goes out
 SPACES = ("input", "output")
 
 
 class SVD(NamedTuple):
     """`u (…, d_in, k)`, `s (…, k)` descending, `v (…, d_out, k)`: kernel = u @ diag(s) @ v^T."""
 
-    u: jax.Array
-    s: jax.Array
-    v: jax.Array
+    u: Array
+    s: Array
+    v: Array
 
-    def basis(self, space: str, *, eps: float | None = None) -> jax.Array:
+    def basis(self, space: str, *, eps: float | None = None) -> Array:
         """`u` for "input", `v` for "output"; directions of singular value 0 are zero.
 
         They are arbitrary: what has not been learned shares nothing with anything. A value is 0 if
@@ -57,22 +55,22 @@ class Amplification(NamedTuple):
     between ranks. At r = 1, ‖UᵀWV‖ of random directions varies as much as its mean.
     """
 
-    from_delta: jax.Array
-    from_kernel: jax.Array
-    from_random: jax.Array
-    delta_norm: jax.Array
-    kernel_norm: jax.Array
-    factor: jax.Array
-    expected: jax.Array
-    random_factor: jax.Array
-    over_random: jax.Array
+    from_delta: Array
+    from_kernel: Array
+    from_random: Array
+    delta_norm: Array
+    kernel_norm: Array
+    factor: Array
+    expected: Array
+    random_factor: Array
+    over_random: Array
 
 
 class Intruders(NamedTuple):
     """`count (…)` int32 of the first k directions; `cosines (…, k)`, each one's nearest in W."""
 
-    count: jax.Array  # pyright: ignore[reportIncompatibleMethodOverride] tuple.count
-    cosines: jax.Array
+    count: Array  # pyright: ignore[reportIncompatibleMethodOverride] tuple.count
+    cosines: Array
 
 
 def is_there(s: Any, size: int, eps: float | None = None) -> Any:

@@ -84,11 +84,12 @@ def _factors(place: str, parts: Mapping[str, np.ndarray]) -> Factors | None:
         if part not in parts:
             raise RequestError(f"{place} lacks its {name}; copy the adapter again")
     down, up = parts["down"], parts["up"]
-    if down.ndim == 4 and down.shape[2:] == (1, 1):
-        down, up = down[:, :, 0, 0], up.reshape(up.shape[:2])
+    if down.ndim == up.ndim == 4 and down.shape[2:] == (1, 1):
+        down, up = down[:, :, 0, 0], up[:, :, 0, 0]
     if down.ndim == 4:
         return None
-    if down.ndim != 2 or up.ndim != 2 or down.shape[0] != up.shape[1] or not down.size:
+    fits = down.ndim == up.ndim == 2 and down.shape[:1] == up.shape[1:] and down.size > 0
+    if not fits:
         raise RequestError(
             f"{place} has a lora_down of {down.shape} and a lora_up of {up.shape}, which are no "
             "factors (r, in) and (out, r) of one matrix; copy the adapter again"

@@ -209,10 +209,10 @@ def _overview_row(names: list[str], pair: Pair) -> tuple[str, ...]:
     found = [numbers, f"{pair.first} and {pair.second}", str(len(pair.profiles))]
     if not pair.profiles:
         return (*found, *[ABSENT] * (len(_OVERVIEW_HEAD) - 3))
-    shared = [
-        [p.shared[side] for p in pair.profiles if p.shared[side] is not None] for side in (0, 1)
-    ]
-    means = [f"{np.mean(counts):.2f}" if counts else ABSENT for counts in shared]
+    means = []
+    for side in (0, 1):
+        counts = [count for p in pair.profiles if (count := p.shared[side]) is not None]
+        means.append(f"{np.mean(counts):.2f}" if counts else ABSENT)
     return (
         *found,
         f"{np.mean([p.input[0, 0] for p in pair.profiles]):.3f}",
