@@ -75,8 +75,8 @@ class Intruders(NamedTuple):
 
 def is_there(s: Any, size: int, eps: float | None = None) -> Any:
     """Which of `s (…, k)`, descending, are not 0 to the rounding of a matrix of `size` rows."""
-    eps = s.__array_namespace__().finfo(s.dtype).eps if eps is None else eps
-    return (s > s[..., :1] * size * eps) & (s > 0)
+    least: Any = s.__array_namespace__().finfo(s.dtype).eps if eps is None else eps
+    return (s > s[..., :1] * size * least) & (s > 0)
 
 
 def thin_svd(kernel: Any) -> SVD:
@@ -110,9 +110,9 @@ def product_singular_values(a: Any, b: Any, scale: float, eps: float | None = No
 def _without_rounding(s: Any, r_a: Any, r_b: Any, rank: int, eps: float | None) -> Any:
     """0 for what is left where large factors cancel, up to eps · r · ‖a‖ ‖b‖."""
     xp = s.__array_namespace__()
-    eps = xp.finfo(s.dtype).eps if eps is None else eps
+    least: Any = xp.finfo(s.dtype).eps if eps is None else eps
     norms = xp.linalg.norm(r_a, axis=(-2, -1)) * xp.linalg.norm(r_b, axis=(-2, -1))
-    return xp.where(s > eps * rank * norms[..., None], s, 0)
+    return xp.where(s > least * rank * norms[..., None], s, 0)
 
 
 def similarity(inner: Any) -> Any:
