@@ -86,6 +86,8 @@ def _use_one_thread() -> None:
 
     NumPy reads this when it is first imported, which in this command is later.
     """
+    if "numpy" in sys.modules:
+        return
     for name in ("OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"):
         os.environ.setdefault(name, "1")
 
