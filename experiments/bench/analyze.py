@@ -112,10 +112,16 @@ def times(commands: dict[str, list[str]], rounds: int) -> dict:
     return record
 
 
+def _their_rows(python: str, folder: Path) -> list[dict]:
+    """What gradience found of each matrix; of many layers it prints progress before the JSON."""
+    printed = seconds_of(theirs(python, [folder]))[1]
+    return json.loads(printed[printed.index("{\n") :])["layer_data"]["layer_rows"]
+
+
 def same_numbers(folder: Path, page: Path, python: str) -> dict[str, float]:
     """The largest differences between our numbers and gradience's, over the matrices."""
     mine = json.loads(seconds_of(ours([folder], page, "--json"))[1])["adapters"][folder.name]
-    rows = json.loads(seconds_of(theirs(python, [folder]))[1])["layer_data"]["layer_rows"]
+    rows = _their_rows(python, folder)
     other = {row["name"].removeprefix("base_model.model."): row for row in rows}
     assert {one["matrix"] for one in mine} == other.keys()
     names = {
@@ -163,7 +169,7 @@ def scales(root: Path, size: tuple[int, int, int], python: str | None) -> dict[s
         mine = {one["matrix"]: one["delta_norm"] for one in report["adapters"][folder.name]}
         found[name] = {"ours": _largest_error(mine, truth)}
         if python:
-            rows = json.loads(seconds_of(theirs(python, [folder]))[1])["layer_data"]["layer_rows"]
+            rows = _their_rows(python, folder)
             other = {
                 row["name"].removeprefix("base_model.model."): row["delta_fro_norm"] for row in rows
             }
