@@ -5,8 +5,8 @@ r"""`lora-jax analyze` and gradience on the same adapters: processor seconds and
 
 Random adapters in PEFT's format, float32: one and a pair of MiniLM's shapes, one and a pair of a 7B
 model's. Each command is a process of its own, user and system time together, from the interpreter's
-start to the written page; gradience's are `audit` and `merge-audit` (version 0.11). The two are
-taken in turn, `--rounds` times after one round that does not count; ratios are medians and
+start to the written page, on one thread; gradience's are `audit` and `merge-audit` (version 0.11).
+The two are taken in turn, `--rounds` times after one round that does not count; ratios are medians and
 quartiles of the rounds' ratios, ours over gradience's. `many` is ours alone: every two of
 `--many` adapters of MiniLM's shapes.
 
@@ -106,8 +106,14 @@ def times(commands: dict[str, list[str]], rounds: int) -> dict:
             found, _ = seconds_of(commands[name])
             if number:  # the first round reads files and byte code into the cache
                 seconds[name].append(found)
+    return times_of(seconds)
+
+
+def times_of(seconds: dict[str, list[float]]) -> dict:
+    """The record of a row: `{name: seconds of its rounds}`."""
     record: dict = {"median_seconds": {k: statistics.median(v) for k, v in seconds.items()}}
-    if len(commands) == 2:
+    record["rounds"] = len(next(iter(seconds.values())))
+    if len(seconds) == 2:
         record |= ratio_of(*seconds.values())
     return record
 
@@ -184,8 +190,9 @@ def _largest_error(found: dict[str, float], truth: dict[str, float]) -> float:
 
 def main(arguments: list[str] | None = None) -> None:
     options = parse(arguments)
-    os.environ.setdefault("JAX_PLATFORMS", "cpu")
-    record: dict = {"rounds": options.rounds}
+    for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"):
+        os.environ[name] = "1"
+    record: dict = {}
     with tempfile.TemporaryDirectory() as place:
         root = Path(place)
         page = root / "page.html"
