@@ -6,8 +6,8 @@ r"""`lora-jax analyze` and gradience on the same adapters: processor seconds and
 Random adapters in PEFT's format, float32: one and a pair of MiniLM's shapes, one and a pair of a 7B
 model's. Each command is a process of its own, user and system time together, from the interpreter's
 start to the written page, on one thread; gradience's are `audit` and `merge-audit` (version 0.11).
-The two are taken in turn, `--rounds` times after one round that does not count; ratios are medians and
-quartiles of the rounds' ratios, ours over gradience's. `many` is ours alone: every two of
+The two are taken in turn, `--rounds` times after one round that does not count; ratios are medians
+and quartiles of the rounds' ratios, ours over gradience's. `many` is ours alone: every two of
 `--many` adapters of MiniLM's shapes.
 
 Then the numbers: effective rank, 90% and 99% rank of every matrix, ours against gradience's; and
