@@ -121,10 +121,16 @@ attachment: $(VENV)/ready .venv-peers/ready ## where adapters attach: constructs
 zoo: .venv-zoo/ready ## models of diffrax, optimistix, Equinox and Flax, adapted as they are: a table
 	.venv-zoo/bin/python -m experiments.zoo --out=experiments/results/zoo
 
-bench: $(VENV)/ready .venv-torch/ready ## step time against hand-written LoRA, full fine-tuning, torch; packs; decoding
+.venv-gradience/ready:
+	$(PYTHON) -m venv .venv-gradience
+	.venv-gradience/bin/python -m pip install --quiet --disable-pip-version-check gradience==0.11.0
+	@touch $@
+
+bench: $(VENV)/ready .venv-torch/ready .venv-gradience/ready ## step time against hand-written LoRA, full fine-tuning, torch; packs; decoding; analyze
 	$(PY) -m experiments.bench.hand_written --out=experiments/results/bench
 	$(PY) -m experiments.bench.packed --out=experiments/results/bench
 	$(PY) -m experiments.bench.decoding --new=32 --times=3 --out=experiments/results/bench
+	$(PY) -m experiments.bench.analyze --gradience=.venv-gradience/bin/python --out=experiments/results/bench
 	$(PY) -m experiments.bench.torch_pair --torch=.venv-torch/bin/python --out=experiments/results/bench
 
 # XLA's compiler for TPUs, in an environment of its own: it needs no TPU, and hundreds of megabytes.

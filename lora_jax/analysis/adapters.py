@@ -1,69 +1,35 @@
-"""Two adapters, or an adapter and its base, matrix by matrix: what `lora-jax analyze` shows."""
+"""What two adapters, or many, have in common, matrix by matrix: `lora-jax analyze`. NumPy alone."""
 
 from __future__ import annotations
 
 import dataclasses
 import functools
+import importlib
+import itertools
 import re
-from collections.abc import Callable
+from collections import defaultdict
+from collections.abc import Sequence
 from typing import Any
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 
-from lora_jax.analysis.factors import delta_svd, kernel_svd
-from lora_jax.analysis.kernels import Amplification, amplification_of
-from lora_jax.analysis.shared import shared_where_possible
-from lora_jax.analysis.spectra import energy_rank, entropy_rank, intruders_of, stable_rank
-from lora_jax.analysis.subspaces import basis_similarity, expected_similarity, sample_similarity
-from lora_jax.core import trees
+from lora_jax.analysis import formulas
+from lora_jax.analysis.angles import LEVEL, count_angles
+from lora_jax.analysis.profiles import NUM_DIRECTIONS, Progress, delta_of
+from lora_jax.analysis.profiles import MatrixProfile as MatrixProfile
+from lora_jax.analysis.profiles import profile_adapter as profile_adapter
 from lora_jax.core.errors import RequestError
-from lora_jax.core.values import is_adapted
-from lora_jax.methods.base import Method, PyTree, Trainable
-from lora_jax.methods.intrinsic import IntrinsicDimension
-from lora_jax.methods.sites import Site, path_of
-from lora_jax.methods.sums import Changes
-from lora_jax.methods.uni_lora import UniLoRA
-from lora_jax.peft.factors import AdapterFactors, Factors
-from lora_jax.quant.weight import NF4Weight
+from lora_jax.core.nearest import nearest
+from lora_jax.peft.factors import AdapterFactors
 
-# φ is shown of so many directions at most: the grid of r = 256 has 65,536 cells.
-NUM_DIRECTIONS = 64
 NUM_SAMPLES = 32
-# Shuttleworth et al. 2024: k and ε.
-NUM_INTRUDERS, INTRUDER_COSINE = 10, 0.5
-
-Progress = Callable[[str], None]
-# W `(d_in, d_out)` of one matrix of an adapter.
-Kernels = Callable[[AdapterFactors, str], Any]
 
 
-@dataclasses.dataclass(frozen=True)
-class MatrixProfile:
-    """What an adapter learned in one matrix `(d_in, d_out)`.
-
-    `s (r,)` are ΔW's singular values and the three ranks are theirs (see `spectra`). Where the base
-    is known, `amplification` is Table 7 for all r directions, `kernel_similarity (n, k)` φ of W's
-    first n directions of inputs and ΔW's first k (Figure 8), `intruders` the number among the first
-    `NUM_INTRUDERS` of W + ΔW's.
-    """
-
-    module: str
-    shape: tuple[int, int]
-    rank: int
-    s: np.ndarray
-    stable_rank: float
-    entropy_rank: float
-    energy_rank: int
-    amplification: Amplification | None = None
-    kernel_similarity: np.ndarray | None = None
-    intruders: int | None = None
-
-    @property
-    def delta_norm(self) -> float:
-        """‖ΔW‖_F."""
-        return float(np.sqrt(np.sum(np.square(self.s))))
+def __getattr__(name: str) -> Any:
+    """Of methods of this project, in a file that imports JAX."""
+    if name in ("factors_of", "kernels_of"):
+        return getattr(importlib.import_module("lora_jax.analysis.trained"), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -103,104 +69,6 @@ class Pair:
     unlike: tuple[str, ...]
 
 
-def factors_of(
-    method: Method, trainable: Trainable, params: PyTree, *, name: str = "adapter"
-) -> AdapterFactors:
-    """The matrices that a method of this project changes, by path, as `Factors`.
-
-    Stacked layers come apart, `path[0]`, `path[1]`, …; several axes of inputs or outputs count as
-    one. Parameters that train in full are left out.
-
-    Args:
-      method, trainable: what `method.init` gave, or what it became in training.
-      params: the base's parameters.
-      name: what the adapter is called in results.
-
-    Raises:
-      RequestError: the method's change is not low-rank (DoRA, full fine-tuning: take
-        `lj.analysis.kernel_svd` of the difference), or nothing is adapted.
-
-    >>> import lora_jax as lj
-    >>> params = {"w": jax.numpy.ones((6, 4))}
-    >>> method = lj.LoRA(targets="w", rank=2, alpha=4)
-    >>> factors_of(method, method.init(jax.random.key(0), params)[0], params).factors["w"].shape
-    (6, 4)
-    """
-    found = {}
-    for entry_name, part in _parts_of(method, trainable, params):
-        site = part.site
-        a = np.asarray(part.a).reshape(site.size("s"), site.size("i"), -1)
-        b = np.asarray(part.b).reshape(site.size("s"), -1, site.size("o"))
-        for layer, own in enumerate(_names_of(entry_name, site)):
-            found[own] = Factors(a[layer], b[layer], 1.0)
-    if not found:
-        raise RequestError(
-            f"{type(method).__name__} adapts no matrix here; there is nothing to analyse"
-        )
-    return AdapterFactors(name=name, factors=found)
-
-
-def kernels_of(method: Method, trainable: Trainable, params: PyTree) -> Kernels:
-    """W of the matrices that `factors_of` names, for `profile_adapter`. Raises as that does.
-
-    >>> import lora_jax as lj
-    >>> params = {"w": jax.numpy.ones((6, 4))}
-    >>> method = lj.LoRA(targets="w", rank=2, alpha=4)
-    >>> trainable = method.init(jax.random.key(0), params)[0]
-    >>> adapter = factors_of(method, trainable, params)
-    >>> kernels_of(method, trainable, params)(adapter, "w").shape
-    (6, 4)
-    """
-    flat = dict(trees.flatten(params, is_leaf=is_adapted).items())
-    places = {
-        own: (part.site, layer)
-        for name, part in _parts_of(method, trainable, params)
-        for layer, own in enumerate(_names_of(name, part.site))
-    }
-
-    def kernel(adapter: AdapterFactors, module: str) -> np.ndarray:
-        if module not in places:
-            raise RequestError(
-                f"the base has no matrix {module!r}; {trees.nearest(module, places)}"
-            )
-        site, layer = places[module]
-        kernel = flat[site.path]
-        kernel = kernel.dequantize() if isinstance(kernel, NF4Weight) else kernel
-        whole = np.asarray(site.cut(kernel), np.float32)
-        order = [n for role in "sio" for n, own in enumerate(site.roles) if own == role]
-        sizes = tuple(site.size(role) for role in "sio")
-        return whole.transpose(order).reshape(sizes)[layer]
-
-    return kernel
-
-
-def _parts_of(method: Method, trainable: Trainable, params: PyTree):
-    """`(name, LowRank)` of every adapter. Raises `RequestError` where one is not low-rank."""
-    if isinstance(method, UniLoRA):
-        method, trainable = method.to_lora(trainable, params)
-    if isinstance(method, IntrinsicDimension):
-        raise RequestError(
-            "what a random subspace changes is not low-rank; take lj.analysis.kernel_svd of the "
-            "merged parameters' differences"
-        )
-    flat = dict(trees.flatten(params, is_leaf=is_adapted).items())
-    changes = Changes(flat)
-    for name, entry in trainable.items():
-        if path_of(name) not in flat:
-            raise RequestError(
-                f"the adapter is of {name!r}, which the parameters do not have; give the params "
-                "it was trained on"
-            )
-        changes.add(method, name, entry, 1.0)
-    for name, parts in changes.low_rank.items():
-        yield from ((name, part) for part in parts)
-
-
-def _names_of(name: str, site: Site) -> list[str]:
-    """A name for each matrix of an adapter: of stacked ones with the layer."""
-    return [f"{name}[{n}]" for n in range(site.size("s"))] if site.sizes("s") else [name]
-
-
 def select(adapter: AdapterFactors, pattern: str) -> AdapterFactors:
     """The matrices whose name contains a match of the regular expression. Raises `RequestError`."""
     try:
@@ -209,59 +77,9 @@ def select(adapter: AdapterFactors, pattern: str) -> AdapterFactors:
         raise RequestError(f"{pattern!r} is no regular expression: {error}") from error
     kept = {name: one for name, one in adapter.factors.items() if expression.search(name)}
     if not kept:
-        near = trees.nearest(pattern, adapter.factors)
+        near = nearest(pattern, adapter.factors)
         raise RequestError(f"no matrix of {adapter.name} matches {pattern!r}; {near}")
     return dataclasses.replace(adapter, factors=kept)
-
-
-def profile_adapter(
-    adapter: AdapterFactors,
-    kernel: Kernels | None = None,
-    *,
-    on_progress: Progress | None = None,
-) -> list[MatrixProfile]:
-    """Each matrix of an adapter, in the file's order, compared with its base where that is given.
-
-    Args:
-      adapter: the factors of its matrices.
-      kernel: `kernel(adapter, module)` is W: `BaseKernels.kernel`, or what `kernels_of` gives. What
-        it raises is raised.
-      on_progress: called with the name of each matrix after it.
-    """
-    found = []
-    for module, factors in adapter.factors.items():
-        weight = None if kernel is None else np.asarray(kernel(adapter, module), np.float32)
-        found.append(_profile(module, factors, weight))
-        if on_progress:
-            on_progress(module)
-    return found
-
-
-def _profile(module: str, factors: Factors, weight: np.ndarray | None) -> MatrixProfile:
-    a, b = _float(factors.a), _float(factors.b)
-    delta = delta_svd(a, b, factors.scale)
-    with_base: dict[str, Any] = {}
-    if weight is not None:
-        k, base = min(factors.rank, *factors.shape), kernel_svd(weight)
-        table7 = amplification_of(delta, jnp.asarray(weight), k, kernel_s=base.s)
-        bases = (svd.basis("input")[:, :NUM_DIRECTIONS] for svd in (base, delta))
-        tuned = kernel_svd(weight + factors.scale * a @ b)
-        intruders = intruders_of(base, tuned, INTRUDER_COSINE, NUM_INTRUDERS, "output")
-        with_base = {
-            "amplification": jax.tree.map(float, table7),
-            "kernel_similarity": np.asarray(basis_similarity(*bases)),
-            "intruders": int(intruders.count),
-        }
-    return MatrixProfile(
-        module=module,
-        shape=factors.shape,
-        rank=factors.rank,
-        s=np.asarray(delta.s),
-        stable_rank=float(stable_rank(delta.s)),
-        entropy_rank=float(entropy_rank(delta.s)),
-        energy_rank=int(energy_rank(delta.s)),
-        **with_base,
-    )
 
 
 def compare_adapters(
@@ -284,46 +102,157 @@ def compare_adapters(
     Raises:
       RequestError: a number of directions below 1.
     """
+    (pair,) = compare_all([one, other], num_directions=num_directions, on_progress=on_progress)
+    return pair
+
+
+def compare_all(
+    adapters: Sequence[AdapterFactors],
+    *,
+    num_directions: int = NUM_DIRECTIONS,
+    on_progress: Progress | None = None,
+) -> list[Pair]:
+    """`compare_adapters` of every two adapters, in the order of `itertools.combinations`.
+
+    Each ΔW is decomposed once, and the pairs of a matrix are compared together.
+
+    Args:
+      adapters: two or more.
+      num_directions: φ of at most so many directions of each.
+      on_progress: called with the name of a matrix after each pair of it.
+
+    Raises:
+      RequestError: a number of directions below 1.
+    """
     if num_directions < 1:
         raise RequestError(f"num_directions is {num_directions}; give at least 1")
-    found, unlike = [], []
-    for module in filter(other.factors.__contains__, one.factors):
-        first, second = one.factors[module], other.factors[module]
-        if first.shape != second.shape:
-            unlike.append(module)
-        else:
-            found.append(_compare(module, first, second, num_directions))
-        if on_progress:
-            on_progress(module)
-    alone = sorted(one.factors.keys() ^ other.factors.keys())
-    return Pair(one.name, other.name, tuple(found), tuple(alone), tuple(unlike))
+    couples = list(itertools.combinations(range(len(adapters)), 2))
+    found: dict[tuple[int, int], dict[str, PairProfile]] = {couple: {} for couple in couples}
+    modules = dict.fromkeys(module for one in adapters for module in one.factors)
+    for module in modules:
+        for members in _of_one_shape(adapters, module):
+            profiles = _compare(module, adapters, members, num_directions)
+            for couple, profile in zip(itertools.combinations(members, 2), profiles, strict=True):
+                found[couple][module] = profile
+                if on_progress:
+                    on_progress(module)
+    return [_pair(adapters[i], adapters[j], found[i, j]) for i, j in couples]
 
 
-def _compare(module: str, one: Factors, other: Factors, num_directions: int) -> PairProfile:
-    svds = [delta_svd(_float(x.a), _float(x.b), x.scale) for x in (one, other)]
-    spaces = ("input", "output")
-    bases = {space: [svd.basis(space)[:, :num_directions] for svd in svds] for space in spaces}
-    grids = {space: np.asarray(basis_similarity(*some)) for space, some in bases.items()}
-    inputs, outputs = (shared_where_possible(*some) for some in bases.values())
-    (r1, r2), (d_in, d_out) = grids["input"].shape, one.shape
-    return PairProfile(
-        module=module,
-        shape=one.shape,
-        **grids,
-        expected=np.asarray(expected_similarity(r1, r2, d_in)),
-        expected_output=np.asarray(expected_similarity(r1, r2, d_out)),
-        highest=np.maximum(_highest(r1, r2, d_in), _highest(r1, r2, d_out)),
-        shared=(inputs[0], outputs[0]),
-        shared_above=(inputs[1], outputs[1]),
+def _of_one_shape(adapters: Sequence[AdapterFactors], module: str) -> list[list[int]]:
+    """The adapters that change this matrix, by its shape."""
+    shapes: dict[tuple[int, int], list[int]] = defaultdict(list)
+    for place, adapter in enumerate(adapters):
+        if module in adapter.factors:
+            shapes[adapter.factors[module].shape].append(place)
+    return [members for members in shapes.values() if len(members) > 1]
+
+
+def _pair(one: AdapterFactors, other: AdapterFactors, found: dict[str, PairProfile]) -> Pair:
+    common = [module for module in one.factors if module in other.factors]
+    return Pair(
+        first=one.name,
+        second=other.name,
+        profiles=tuple(found[module] for module in common if module in found),
+        alone=tuple(sorted(one.factors.keys() ^ other.factors.keys())),
+        unlike=tuple(module for module in common if module not in found),
     )
+
+
+def _compare(
+    module: str, adapters: Sequence[AdapterFactors], members: list[int], num_directions: int
+) -> list[PairProfile]:
+    """A profile of every two of `members` in one matrix."""
+    svds = [delta_of(adapters[n].factors[module]) for n in members]
+    shape = adapters[members[0]].factors[module].shape
+    ranks = [min(svd.s.shape[0], num_directions) for svd in svds]
+    # How many directions there are: those of singular value 0 are zeros.
+    there = [
+        int(np.any(svd.u[:, :r] != 0, axis=0).sum()) for svd, r in zip(svds, ranks, strict=True)
+    ]
+    couples = np.array(list(itertools.combinations(range(len(members)), 2)))
+    spaces = [
+        _similarities([vectors[:, :r] for vectors, r in zip(side, ranks, strict=True)], couples)
+        for side in ([svd.u for svd in svds], [svd.v for svd in svds])
+    ]
+    counts = [
+        _shared(cosines, np.array(ranks)[couples], np.array(there)[couples], d)
+        for (_, cosines), d in zip(spaces, shape, strict=True)
+    ]
+    profiles = []
+    for n, (i, j) in enumerate(couples):
+        r1, r2 = ranks[i], ranks[j]
+        of_inputs, of_outputs = counts[0][n], counts[1][n]
+        profiles.append(
+            PairProfile(
+                module=module,
+                shape=shape,
+                input=spaces[0][0][n, :r1, :r2],
+                output=spaces[1][0][n, :r1, :r2],
+                expected=_expected(r1, r2, shape[0]),
+                expected_output=_expected(r1, r2, shape[1]),
+                highest=_highest_of_both(r1, r2, shape),
+                shared=(of_inputs[0], of_outputs[0]),
+                shared_above=(of_inputs[1], of_outputs[1]),
+            )
+        )
+    return profiles
+
+
+def _similarities(bases: list[np.ndarray], couples: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """φ `(pairs, r, r)` and cos² of the principal angles `(pairs, r)`, r the largest rank.
+
+    Smaller spaces are padded with zeros, which share nothing: their part of φ is cut off later, and
+    cos² of 0 come last.
+    """
+    most = max(basis.shape[1] for basis in bases)
+    padded = [np.pad(basis, ((0, 0), (0, most - basis.shape[1]))) for basis in bases]
+    side_by_side = np.concatenate(padded, axis=1)
+    inner = (side_by_side.T @ side_by_side).reshape(len(bases), most, len(bases), most)
+    inner = inner[couples[:, 0], :, couples[:, 1]]
+    cosines = np.square(np.linalg.svd(inner, compute_uv=False))
+    return formulas.similarity(inner), np.clip(cosines, 0.0, 1.0)
+
+
+def _shared(
+    cosines: np.ndarray, ranks: np.ndarray, there: np.ndarray, dimension: int
+) -> list[tuple[int | None, float | None]]:
+    """How many directions each pair shares, and the cos² that one must exceed.
+
+    None where r1 + r2 > d: such spaces always meet.
+    """
+    counted = np.flatnonzero(ranks.sum(axis=1) <= dimension)
+    found: list[tuple[int | None, float | None]] = [(None, None)] * len(ranks)
+    if len(counted):
+        shared = count_angles(cosines[counted], there[counted], dimension, LEVEL)
+        for n, count, limits in zip(counted, shared.count, shared.thresholds, strict=True):
+            found[n] = int(count), float(limits[0])
+    return found
+
+
+@functools.cache
+def _expected(num1: int, num2: int, dimension: int) -> np.ndarray:
+    return formulas.expected_similarity(num1, num2, dimension)
+
+
+def _highest_of_both(num1: int, num2: int, shape: tuple[int, int]) -> np.ndarray:
+    return np.maximum(*(_highest(num1, num2, dimension) for dimension in shape))
 
 
 @functools.cache
 def _highest(num1: int, num2: int, dimension: int) -> np.ndarray:
-    key = jax.random.key(0)
-    samples = sample_similarity(key, num1, num2, dimension, num_samples=NUM_SAMPLES)
-    return np.asarray(samples.max(axis=0))
-
-
-def _float(array: np.ndarray) -> np.ndarray:
-    return np.asarray(array, np.float64 if array.dtype == np.float64 else np.float32)
+    """The largest φ of `NUM_SAMPLES` pairs of random spaces; drawn as `sample_similarity` does."""
+    rng = np.random.default_rng(0)
+    rows = rng.standard_normal((NUM_SAMPLES, num1, num2))
+    others = dimension - num1
+    if others >= num2:
+        root = np.tril(rng.standard_normal((NUM_SAMPLES, num2, num2)), -1)
+        freedom = others - np.arange(num2)
+        diagonal = np.arange(num2)
+        root[:, diagonal, diagonal] = np.sqrt(rng.chisquare(freedom, (NUM_SAMPLES, num2)))
+    else:
+        root = np.swapaxes(rng.standard_normal((NUM_SAMPLES, others, num2)), -1, -2)
+    gram = np.swapaxes(rows, -1, -2) @ rows + root @ np.swapaxes(root, -1, -2)
+    lower = np.linalg.cholesky(gram)
+    inner = np.swapaxes(np.linalg.solve(lower, np.swapaxes(rows, -1, -2)), -1, -2)
+    return formulas.similarity(inner).max(axis=0)

@@ -2,41 +2,14 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import jax
 import jax.numpy as jnp
 
+from lora_jax.analysis.formulas import SVD as SVD
+from lora_jax.analysis.formulas import is_there as is_there
+from lora_jax.analysis.formulas import product_svd, thin_svd
 from lora_jax.core.dtypes import float32_or_wider
 from lora_jax.core.errors import RequestError
-
-SPACES = ("input", "output")
-
-
-class SVD(NamedTuple):
-    """`u (…, d_in, k)`, `s (…, k)` descending, `v (…, d_out, k)`: kernel = u @ diag(s) @ v^T."""
-
-    u: jax.Array
-    s: jax.Array
-    v: jax.Array
-
-    def basis(self, space: str) -> jax.Array:
-        """`u` for "input", `v` for "output"; directions of singular value 0 are zero.
-
-        They are arbitrary: what has not been learned shares nothing with anything. A value is 0 if
-        it is below the rounding of the largest, eps · max(d_in, d_out) · s[0].
-        """
-        if space not in SPACES:
-            raise RequestError(f"space is {space!r}; choose one of {', '.join(SPACES)}")
-        vectors = self.u if space == "input" else self.v
-        size = max(self.u.shape[-2], self.v.shape[-2])
-        return jnp.where(is_there(self.s, size)[..., None, :], vectors, 0)
-
-
-def is_there(s: jax.Array, size: int) -> jax.Array:
-    """Which of `s (…, k)`, descending, are not 0 to the rounding of a matrix of `size` rows."""
-    largest = s[..., :1]
-    return (s > largest * size * jnp.finfo(s.dtype).eps) & (s > 0)
 
 
 def wide(array: jax.Array) -> jax.Array:
@@ -55,8 +28,7 @@ def wide(array: jax.Array) -> jax.Array:
 @jax.jit
 def kernel_svd(kernel: jax.Array) -> SVD:
     """The thin SVD of `kernel (…, d_in, d_out)`, in float32 or wider."""
-    u, s, vh = jnp.linalg.svd(wide(kernel), full_matrices=False)
-    return SVD(u, s, jnp.swapaxes(vh, -1, -2))
+    return thin_svd(wide(kernel))
 
 
 @jax.jit
@@ -87,11 +59,4 @@ def delta_svd(a: jax.Array, b: jax.Array, scale: jax.Array | float = 1.0) -> SVD
             f"a {a.shape} has rank {a.shape[-1]}, b {b.shape} rank {b.shape[-2]}; give the a and b "
             "of one adapter"
         )
-    q_a, r_a = jnp.linalg.qr(a)
-    q_b, r_b = jnp.linalg.qr(jnp.swapaxes(b, -1, -2))
-    u, s, vh = jnp.linalg.svd(r_a @ jnp.swapaxes(r_b, -1, -2), full_matrices=False)
-    norms = jnp.linalg.norm(r_a, axis=(-2, -1)) * jnp.linalg.norm(r_b, axis=(-2, -1))
-    s = jnp.where(s > jnp.finfo(s.dtype).eps * a.shape[-1] * norms[..., None], s, 0)
-    scale = jax.lax.broadcast_to_rank(jnp.asarray(scale, s.dtype)[..., None], s.ndim)
-    v = q_b @ jnp.swapaxes(vh, -1, -2)
-    return SVD(q_a @ u, s * jnp.abs(scale), v * jnp.where(scale < 0, -1, 1)[..., None, :])
+    return product_svd(a, b, scale)

@@ -3,41 +3,14 @@
 from __future__ import annotations
 
 import functools
-import math
-from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
+from lora_jax.analysis import formulas
 from lora_jax.analysis.factors import SVD, delta_svd, kernel_svd, wide
+from lora_jax.analysis.formulas import Amplification as Amplification
 from lora_jax.core.errors import RequestError
-
-
-class Amplification(NamedTuple):
-    """One row of Table 7, each `(…)`: ‖UᵀWV‖_F with U and V from three places, and two norms.
-
-    `from_delta`, `from_kernel` and `from_random` are what W does between the first r singular
-    vectors of ΔW, those of W itself (the most that r directions can hold), and random ones.
-    `factor` is ΔW's own norm in its first r directions, ‖ΔW‖_F in the paper, where r is its rank,
-    over `from_delta`: how much stronger ΔW is in its own directions than W was.
-
-    The null is a ΔW of random directions and the same norm. `expected` = ‖W‖_F r / √(d_in d_out) is
-    the root mean square of ‖UᵀWV‖_F over random U and V, `random_factor` the amplification that it
-    gives. `over_random` = factor / random_factor = expected / from_delta is the amplification over
-    random: 1 for random directions, below 1 where W is strong in ΔW's directions, above 1 where it
-    is weak. `factor` falls as 1/r for random directions of the same norm, so compare `over_random`
-    between ranks. At r = 1, ‖UᵀWV‖ of random directions varies as much as its mean.
-    """
-
-    from_delta: jax.Array
-    from_kernel: jax.Array
-    from_random: jax.Array
-    delta_norm: jax.Array
-    kernel_norm: jax.Array
-    factor: jax.Array
-    expected: jax.Array
-    random_factor: jax.Array
-    over_random: jax.Array
 
 
 @jax.jit
@@ -50,9 +23,7 @@ def projected_norm(kernel: jax.Array, u: jax.Array, v: jax.Array) -> jax.Array:
     >>> projected_norm(kernel, jnp.eye(2), jnp.eye(2)[:, :1]).item()
     3.0
     """
-    kernel, u, v = wide(kernel), wide(u), wide(v)
-    inner = jnp.einsum("...ik,...io->...ko", u, kernel)
-    return _norm(jnp.einsum("...ko,...ol->...kl", inner, v))
+    return formulas.projected_norm(wide(kernel), wide(u), wide(v))
 
 
 @functools.partial(jax.jit, static_argnames="rank")
@@ -115,32 +86,10 @@ def amplification_of(
         raise RequestError(f"ΔW is {found}, the kernel {(d_in, d_out)}; give those of one kernel")
     if not 1 <= rank <= most:
         raise RequestError(f"rank is {rank}; it must be from 1 to {most}, the directions of ΔW")
-    from_delta = projected_norm(
-        kernel, delta.basis("input")[..., :rank], delta.basis("output")[..., :rank]
-    )
-    delta_norm, inside = _norm(delta.s, -1), _norm(delta.s[..., :rank], -1)
     kernel_s = kernel_svd(kernel).s if kernel_s is None else kernel_s
     keys = jax.random.split(jax.random.key(0) if key is None else key)
-    random = [
+    first, second = (
         jnp.linalg.qr(jax.random.normal(k, (*kernel.shape[:-2], d, rank), kernel.dtype))[0]
         for k, d in zip(keys, (d_in, d_out), strict=True)
-    ]
-    kernel_norm = _norm(kernel)
-    # E‖UᵀWV‖²_F = Σ E(uᵢᵀWvⱼ)², r² terms of ‖W‖²_F / (d_in d_out) each.
-    expected = kernel_norm * rank / math.sqrt(d_in * d_out)
-    return Amplification(
-        from_delta=from_delta,
-        from_kernel=_norm(kernel_s[..., :rank], -1),
-        from_random=projected_norm(kernel, *random),
-        delta_norm=delta_norm,
-        kernel_norm=kernel_norm,
-        # A ΔW where W is 0 amplifies beyond all bounds; no ΔW amplifies nothing.
-        factor=jnp.where(inside > 0, inside / from_delta, 0.0),
-        expected=expected,
-        random_factor=jnp.where(inside > 0, inside / expected, 0.0),
-        over_random=jnp.where(inside > 0, expected / from_delta, 0.0),
     )
-
-
-def _norm(array: jax.Array, axis: int | tuple[int, ...] = (-2, -1)) -> jax.Array:
-    return jnp.sqrt(jnp.sum(jnp.square(array), axis=axis))
+    return formulas.amplification_between(delta, kernel, rank, kernel_s, (first, second))

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import functools
-from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
+from lora_jax.analysis import formulas
 from lora_jax.analysis.factors import SVD, kernel_svd
+from lora_jax.analysis.formulas import Intruders as Intruders
 from lora_jax.core.dtypes import float32_or_wider
 from lora_jax.core.errors import RequestError
 
@@ -23,8 +24,7 @@ def stable_rank(s: jax.Array) -> jax.Array:
     >>> stable_rank(jnp.array([2.0, 2.0, 0.0])).item()
     2.0
     """
-    squares = jnp.square(_checked(s))
-    return _share(squares.sum(-1), squares.max(-1, initial=0.0))
+    return formulas.stable_rank(_checked(s))
 
 
 @jax.jit
@@ -36,11 +36,7 @@ def entropy_rank(s: jax.Array) -> jax.Array:
     >>> round(entropy_rank(jnp.array([1.0, 1.0, 1.0, 0.0])).item(), 4)
     3.0
     """
-    s = _checked(s)
-    total = s.sum(-1)
-    p = _share(s, total[..., None])
-    entropy = -jnp.sum(jnp.where(p > 0, p * jnp.log(jnp.where(p > 0, p, 1.0)), 0.0), axis=-1)
-    return jnp.where(total > 0, jnp.exp(entropy), 0.0)
+    return formulas.entropy_rank(_checked(s))
 
 
 @functools.partial(jax.jit, static_argnames="share")
@@ -55,19 +51,7 @@ def energy_rank(s: jax.Array, share: float = 0.9) -> jax.Array:
     """
     if not 0.0 < share <= 1.0:
         raise RequestError(f"share is {share!r}; it must be above 0 and at most 1")
-    squares = jnp.square(_checked(s))
-    total = squares.sum(-1, keepdims=True)
-    # What is left below a place, not what is reached at it: a sum of small squares onto a large one
-    # may never reach the total in float32.
-    left = jnp.cumsum(squares[..., ::-1], axis=-1)[..., ::-1]
-    return jnp.sum((left > (1.0 - share) * total) & (squares > 0), axis=-1).astype(jnp.int32)
-
-
-class Intruders(NamedTuple):
-    """`count (…)` int32 of the first k directions; `cosines (…, k)`, each one's nearest in W."""
-
-    count: jax.Array  # pyright: ignore[reportIncompatibleMethodOverride] tuple.count
-    cosines: jax.Array
+    return formulas.energy_rank(_checked(s), share)
 
 
 @functools.partial(jax.jit, static_argnames=("threshold", "num_directions", "space"))
@@ -118,11 +102,7 @@ def intruders_of(
             f"num_directions is {num_directions!r}, threshold {threshold!r}; give at least 1 "
             "direction and a cosine above 0, at most 1"
         )
-    x, y = base.basis(space), tuned.basis(space)[..., :num_directions]
-    cosines = jnp.max(jnp.abs(jnp.einsum("...dk,...dn->...kn", y, x)), axis=-1)
-    is_there = jnp.any(y != 0, axis=-2)
-    count = jnp.sum((cosines < threshold) & is_there, axis=-1)
-    return Intruders(count.astype(jnp.int32), cosines)
+    return formulas.intruders_between(base, tuned, threshold, num_directions, space)
 
 
 def _checked(s: jax.Array) -> jax.Array:
@@ -130,7 +110,3 @@ def _checked(s: jax.Array) -> jax.Array:
     if not s.ndim or not jnp.issubdtype(s.dtype, jnp.floating):
         raise RequestError(f"got {s.dtype} of shape {s.shape}; give singular values (…, k)")
     return s.astype(float32_or_wider(s.dtype))
-
-
-def _share(part: jax.Array, whole: jax.Array) -> jax.Array:
-    return jnp.where(whole > 0, part / jnp.where(whole > 0, whole, 1.0), 0.0)

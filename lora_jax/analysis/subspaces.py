@@ -16,6 +16,7 @@ import functools
 import jax
 import jax.numpy as jnp
 
+from lora_jax.analysis import formulas
 from lora_jax.analysis.factors import delta_svd, is_there, kernel_svd, wide
 from lora_jax.core.errors import RequestError
 
@@ -111,10 +112,7 @@ def basis_similarity(u1: jax.Array, u2: jax.Array) -> jax.Array:
             f"the spaces are of {u1.shape[-2]} and {u2.shape[-2]} dimensions ({u1.shape}, "
             f"{u2.shape}); compare adapters of the same kernel, or of kernels of the same width"
         )
-    squares = jnp.square(jnp.einsum("...di,...dj->...ij", u1, u2))
-    total = jnp.cumsum(jnp.cumsum(squares, axis=-2), axis=-1)
-    smaller = _smaller(u1.shape[-1], u2.shape[-1]).astype(total.dtype)
-    return total / jax.lax.broadcast_to_rank(smaller, total.ndim)
+    return formulas.similarity(jnp.einsum("...di,...dj->...ij", u1, u2))
 
 
 def expected_similarity(num1: int, num2: int, dimension: int) -> jax.Array:
@@ -127,8 +125,7 @@ def expected_similarity(num1: int, num2: int, dimension: int) -> jax.Array:
     Array([[0.125, 0.25 ]], dtype=float32)
     """
     _check_numbers(num1, num2, dimension)
-    i, j = jnp.arange(1.0, num1 + 1)[:, None], jnp.arange(1.0, num2 + 1)[None]
-    return jnp.maximum(i, j) / dimension
+    return jnp.asarray(formulas.expected_similarity(num1, num2, dimension), float)
 
 
 @functools.partial(jax.jit, static_argnames=("num1", "num2", "dimension", "num_samples"))
@@ -167,8 +164,7 @@ def sample_similarity(
             rest = g.T @ g
         r = jnp.linalg.cholesky(rows.T @ rows + rest).T
         q = jax.scipy.linalg.solve_triangular(r.T, rows.T, lower=True).T
-        total = jnp.cumsum(jnp.cumsum(jnp.square(q), axis=0), axis=1)
-        return total / _smaller(num1, num2).astype(total.dtype)
+        return formulas.similarity(q)
 
     return jax.lax.map(one, jax.random.split(key, num_samples))
 
@@ -179,10 +175,6 @@ def column_basis(a: jax.Array) -> jax.Array:
     a = wide(a)
     u, s, _ = jnp.linalg.svd(a, full_matrices=False)
     return jnp.where(is_there(s, a.shape[-2])[..., None, :], u, 0)
-
-
-def _smaller(num1: int, num2: int) -> jax.Array:
-    return jnp.minimum(jnp.arange(1, num1 + 1)[:, None], jnp.arange(1, num2 + 1)[None])
 
 
 def _check_numbers(num1: int, num2: int, dimension: int) -> None:

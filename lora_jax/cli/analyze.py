@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 import itertools
 import json
+import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -15,9 +16,10 @@ import lora_jax as lj
 from lora_jax.cli.parser import Parser, distinct_names, say
 
 if TYPE_CHECKING:
-    from lora_jax.analysis.adapters import Kernels, Pair
+    from lora_jax.analysis.adapters import Pair
+    from lora_jax.analysis.profiles import Kernels
     from lora_jax.peft.factors import AdapterFactors
-    from lora_jax.report.adapters import Analysis
+    from lora_jax.report.adapter_results import Analysis
 
 EXAMPLES = """\
 Examples:
@@ -29,6 +31,9 @@ Examples:
   ΔW against W as well: amplification, W's directions, intruder dimensions. Only the base's
   safetensors are read, one matrix at a time:
     lora-jax analyze path/to/adapter --base=path/to/model --modules='layers\\.(0|15)\\.'
+  One file of kohya's scripts, and 32 adapters at once (a map and a line for every two):
+    lora-jax analyze style.safetensors
+    lora-jax analyze seeds/*
   Runs of this project (their base is known):
     lora-jax analyze runs/mine/cells/r8-s0 runs/mine/cells/r64-s0
 
@@ -42,7 +47,8 @@ def run(argv: Sequence[str]) -> int:
         "adapters",
         nargs="+",
         metavar="ADAPTER",
-        help="a folder in PEFT's format, a hub id, or a run's WORKDIR/cells/NAME",
+        help="a folder in PEFT's format, a hub id, a file of kohya's scripts, or a run's "
+        "WORKDIR/cells/NAME",
     )
     parser.add_argument("--base", help="the base's folder or hub id: ΔW is compared with W")
     parser.add_argument("--modules", metavar="REGEX", help="only matrices whose name has a match")
@@ -58,7 +64,10 @@ def run(argv: Sequence[str]) -> int:
     if twice := [p for n, p in enumerate(paths) if p in paths[:n]]:
         raise lj.RequestError(f"{twice[0]} is given twice; similarity needs two different adapters")
 
-    from lora_jax.report.adapters import analysis_json, write_analysis
+    if options.base is None:
+        _use_one_thread()
+    from lora_jax.report.adapter_results import analysis_json
+    from lora_jax.report.adapters import write_analysis
     from lora_jax.report.html import page_path
 
     out = page_path(_place(options.out))
@@ -72,6 +81,17 @@ def run(argv: Sequence[str]) -> int:
     return 0
 
 
+def _use_one_thread() -> None:
+    """Factors are thin: threads of BLAS would wait for each other longer than they work.
+
+    NumPy reads this when it is first imported, which in this command is later.
+    """
+    if "numpy" in sys.modules:
+        return
+    for name in ("OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"):
+        os.environ.setdefault(name, "1")
+
+
 def _place(text: str) -> str:
     """A folder's full path; what is none may be a hub id and stays as it is."""
     try:
@@ -82,20 +102,19 @@ def _place(text: str) -> str:
 
 
 def _analyse(paths, base, modules, directions) -> Analysis:
-    from lora_jax.analysis.adapters import (
-        NUM_DIRECTIONS,
-        compare_adapters,
-        profile_adapter,
-        select,
-    )
+    from lora_jax.analysis.adapters import compare_all, select
+    from lora_jax.analysis.profiles import NUM_DIRECTIONS, profile_adapter, with_gains
     from lora_jax.peft.factors import plain_text
-    from lora_jax.report.adapters import Analysis
+    from lora_jax.report.adapter_results import Analysis
 
     names = [plain_text(name) for name in distinct_names(paths)]
     loaded = [_load(path, name, base) for path, name in zip(paths, names, strict=True)]
     if modules is not None:
         for one in loaded:
             one.adapter = select(one.adapter, modules)
+    for one in loaded:
+        if one.kernel is not None:
+            one.adapter = with_gains(one.adapter, one.kernel)
     adapters = [one.adapter for one in loaded]
     _check_directions(directions, adapters)
     couples = list(itertools.combinations(adapters, 2))
@@ -107,10 +126,7 @@ def _analyse(paths, base, modules, directions) -> Analysis:
             for one in loaded
         }
         most = directions or NUM_DIRECTIONS
-        pairs = tuple(
-            compare_adapters(one, other, num_directions=most, on_progress=step)
-            for one, other in couples
-        )
+        pairs = tuple(compare_all(adapters, num_directions=most, on_progress=step))
     notes = [*_notes_on_adapters(adapters), *_notes_on_pairs(pairs), *_shared_starts(loaded)]
     if base is None and any(one.kernel is None for one in loaded):
         notes.append("Without --base=FOLDER there is no W to compare ΔW with.")
@@ -132,10 +148,17 @@ class _Loaded:
 
 
 def _load(path: str, name: str, base: str | None) -> _Loaded:
-    from lora_jax.analysis.adapters import factors_of, kernels_of
+    from lora_jax.models.sources import is_peft
+    from lora_jax.peft import kohya
     from lora_jax.peft.factors import BaseKernels, read_factors
-    from lora_jax.serve.adapters import is_peft
 
+    if kohya.is_file(path):
+        if base:
+            raise lj.RequestError(
+                f"--base={base} is for adapters in PEFT's format; {path} does not name modules as "
+                "a base's tensors do"
+            )
+        return _Loaded(dataclasses.replace(kohya.read_kohya(path), name=name), None)
     if is_peft(path) or not Path(path).is_dir():
         adapter = dataclasses.replace(read_factors(path), name=name)
         return _Loaded(adapter, BaseKernels(base).kernel if base else None)
@@ -143,6 +166,8 @@ def _load(path: str, name: str, base: str | None) -> _Loaded:
         raise lj.RequestError(
             f"--base={base} is for adapters in PEFT's format; {path} knows its own"
         )
+    from lora_jax.analysis.trained import factors_of, kernels_of
+
     adapted = lj.load_adapter(path)
     model, method, trainable = adapted.model, adapted.method, adapted.trainable
     adapter = factors_of(method, trainable, model.params, name=name)
@@ -194,16 +219,32 @@ def _notes_on_adapters(adapters: Sequence[AdapterFactors]) -> list[str]:
             + "; ".join(f"{adapter.name} {adapter.base or 'none'}" for adapter in adapters)
             + ". Directions of different models have no common meaning, even where shapes agree."
         )
-    notes += [
-        f"{adapter.name} is DoRA: what is shown is its low-rank part, without the gain that scales "
-        "the columns of W + ΔW."
-        for adapter in adapters
-        if adapter.is_dora
-    ]
+    notes += [_note_on_dora(adapter) for adapter in adapters if adapter.is_dora]
     return notes
 
 
+def _note_on_dora(adapter: AdapterFactors) -> str:
+    if any(one.gain is not None for one in adapter.factors.values()):
+        return (
+            f"{adapter.name} is DoRA: ΔW is its low-rank part times the gain m / ‖W + ΔW‖ of each "
+            "output. The gain scales W's own columns, too, which is no change of low rank and not "
+            "in ΔW."
+        )
+    has_norms = any(one.magnitude is not None for one in adapter.factors.values())
+    return (
+        f"{adapter.name} is DoRA: what is shown is its low-rank part, without the gain that scales "
+        f"the columns of W + ΔW{', which needs W: give --base' if has_norms else ''}."
+    )
+
+
 def _notes_on_pairs(pairs: Sequence[Pair]) -> list[str]:
+    from lora_jax.report.adapters import MAX_PAIRS
+
+    if len(pairs) > MAX_PAIRS:
+        apart = [pair for pair in pairs if pair.unlike or pair.alone]
+        start = _notes_on_pairs(apart[:1])
+        more = f"Of {len(pairs)} pairs {len(apart)} do not change the same matrices; the first: "
+        return [more + note for note in start]
     notes = []
     for pair in pairs:
         both = f"{pair.first} and {pair.second}"
@@ -245,12 +286,14 @@ def _print(analysis: Analysis) -> None:
 @contextlib.contextmanager
 def _progress(total: int) -> Iterator[Callable[[str], None]]:
     """A bar on stderr, where somebody looks; called with each matrix, which takes a while."""
+    if not sys.stderr.isatty():
+        yield lambda module: None
+        return
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
     columns = (TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn())
-    hidden = not sys.stderr.isatty()
-    bar = Progress(*columns, console=Console(stderr=True), transient=True, disable=hidden)
+    bar = Progress(*columns, console=Console(stderr=True), transient=True)
     with bar:
         task = bar.add_task("", total=total)
         yield lambda module: bar.update(task, advance=1, description=module[-48:])

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from lora_jax.cli.parser import Parser, say
 from lora_jax.core.errors import RequestError
-from lora_jax.core.trees import nearest
+from lora_jax.core.nearest import nearest
 from lora_jax.io.atomic import write_text
 from lora_jax.io.paths import read_path
 from lora_jax.settings.config import shipped_configs

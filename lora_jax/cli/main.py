@@ -81,7 +81,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             print(describe_version())
             return 0
         if argv[0] not in COMMANDS:
-            from lora_jax.core.trees import nearest
+            from lora_jax.core.nearest import nearest
 
             raise lora_jax.RequestError(
                 f"there is no command {argv[0]!r}; {nearest(argv[0], COMMANDS)}; "

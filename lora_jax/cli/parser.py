@@ -107,7 +107,7 @@ class Parser(argparse.ArgumentParser):
         return known
 
     def _refuse(self, name: str, options: Sequence[str]):
-        from lora_jax.core.trees import nearest
+        from lora_jax.core.nearest import nearest
 
         self.error(f"unknown argument {name!r}; {nearest(name, options)}")
 

@@ -10,7 +10,7 @@ from ml_collections import ConfigDict
 
 import lora_jax.methods.registry  # noqa: F401  (the methods' own settings join)
 from lora_jax.core.errors import RequestError
-from lora_jax.core.trees import nearest
+from lora_jax.core.nearest import nearest
 from lora_jax.io.paths import read_path
 from lora_jax.settings import SECTIONS, SETTINGS, Settings, flat_config
 from lora_jax.settings.config import find_config, put_settings, run_file

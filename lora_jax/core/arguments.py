@@ -6,8 +6,8 @@ import dataclasses
 from collections.abc import Iterable
 from typing import Any
 
-from lora_jax.core import trees
 from lora_jax.core.errors import RequestError
+from lora_jax.core.nearest import nearest
 
 _VAR_KEYWORDS = 0x08  # the flag of a function with **settings
 
@@ -20,7 +20,7 @@ class NamedSettings:
         for name in settings:
             if name not in known:
                 raise RequestError(
-                    f"{cls.__name__} has no setting {name!r}; {trees.nearest(name, known)}"
+                    f"{cls.__name__} has no setting {name!r}; {nearest(name, known)}"
                 )
         return super().__new__(cls)
 

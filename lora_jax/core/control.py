@@ -12,8 +12,8 @@ from jax import lax
 
 from lora_jax.core import jaxprs
 from lora_jax.core.errors import RequestError
+from lora_jax.core.interpreter import rule_for
 from lora_jax.core.joins import as_arrays
-from lora_jax.core.lift import rule_for
 from lora_jax.core.splits import sides_split, specs_of
 from lora_jax.core.trees import Static, filled
 from lora_jax.core.values import is_adapted, materialise

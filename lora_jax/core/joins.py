@@ -17,7 +17,7 @@ from jax import lax
 from lora_jax.core import jaxprs
 from lora_jax.core.dtypes import float32_or_wider
 from lora_jax.core.grouped import GroupedWeight
-from lora_jax.core.lift import rule_for
+from lora_jax.core.interpreter import rule_for
 from lora_jax.core.trees import Stored
 from lora_jax.core.values import RANK, AdaptedValue, is_adapted
 from lora_jax.core.weights import GainWeight, LoRAWeight

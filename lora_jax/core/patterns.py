@@ -7,9 +7,9 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from lora_jax.core import trees
 from lora_jax.core.arguments import checked_names
 from lora_jax.core.errors import RequestError
+from lora_jax.core.nearest import nearest
 
 # What matches whole paths: `re.Pattern`, or another object with `fullmatch`.
 _engine: Callable[[str], Any] = re.compile
@@ -63,7 +63,7 @@ def patterns_of(
         elif unknown:
             raise RequestError(
                 f"target {unknown[0]!r} in {target!r} is no alias of this model; "
-                f"{trees.nearest(unknown[0], aliases)}"
+                f"{nearest(unknown[0], aliases)}"
             )
         else:
             parts += [_whole_of(name, aliases[name]) for name in names]
@@ -122,7 +122,7 @@ def near_paths(pattern: str, paths: Sequence[str], aliases: Aliases | None = Non
     >>> near_paths("kernel", ["dense/kernel"])
     "nearest: 'dense/kernel'; an expression must match the whole path: write '.*/kernel'"
     """
-    near = trees.nearest(pattern, paths)
+    near = nearest(pattern, paths)
     if whole := _whole_path(pattern, paths):
         return f"{near}; an expression must match the whole path: write {whole!r}"
     words = [word.strip() for word in pattern.split(",")]

@@ -15,8 +15,8 @@ from jax import lax
 
 from lora_jax.core import jaxprs
 from lora_jax.core.grouped import GroupedWeight
+from lora_jax.core.interpreter import rule_for
 from lora_jax.core.joins import as_arrays, joined
-from lora_jax.core.lift import rule_for
 from lora_jax.core.lookups import GatherUse
 from lora_jax.core.splits import placed, resharded
 from lora_jax.core.uses import ConvUse, DotUse, RaggedUse

@@ -8,7 +8,6 @@ variables add is dropped.
 from __future__ import annotations
 
 import dataclasses
-import difflib
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
@@ -19,6 +18,7 @@ from jax.core import Tracer
 
 from lora_jax.core.errors import RequestError
 from lora_jax.core.misuse import refuses_use
+from lora_jax.core.nearest import nearest as nearest
 
 PyTree = Any
 
@@ -212,28 +212,3 @@ def check_not_untied(tree: PyTree, changed) -> None:
                 f"{other!r} and {path!r} are one array, and training would part them; let the "
                 "tree hold it once and the model read it at both places, or copy one of them"
             )
-
-
-# What other libraries call a setting, and what it is called here.
-PEFT_WORDS = {
-    "learning_rate": "lr", "max_steps": "num_steps", "num_train_epochs": "num_epochs",
-    "per_device_train_batch_size": "batch_size", "modules_to_save": "train",
-    "target_modules": "targets", "layers_pattern": "targets", "layers_to_transform": "layers",
-    "exclude_modules": "exclude", "r": "rank", "lora_rank": "rank", "lora_alpha": "alpha",
-    "lora_dropout": "dropout", "rank_pattern": "rules", "alpha_pattern": "rules",
-    "init_lora_weights": "init", "loraplus_lr_ratio": "ratio",
-}  # fmt: skip
-
-
-def nearest(name: str, known, *, count: int = 4) -> str:
-    """The tail of an error message: the known names nearest to `name`, or all if there are few."""
-    name = str(name)
-    meant = PEFT_WORDS.get(name.rpartition(".")[2])
-
-    def distance(candidate: Any) -> tuple[bool, float, Any]:
-        is_other = meant is None or str(candidate).rpartition(".")[2] != meant
-        ratio = difflib.SequenceMatcher(None, name, candidate, autojunk=False).ratio()
-        return is_other, -ratio, candidate
-
-    near = [repr(candidate) for candidate in sorted(known, key=distance)[:count]]
-    return "nearest: " + ", ".join(near) if near else "there are none"

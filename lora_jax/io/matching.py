@@ -12,7 +12,7 @@ import re
 import reprlib
 import time
 
-from lora_jax.core import rules
+from lora_jax.core import patterns
 from lora_jax.core.errors import RequestError
 
 SECONDS = 2.0  # of one expression, over all the names it is matched against
@@ -75,4 +75,4 @@ def compile(pattern: str) -> Expression:
     return Expression(pattern)
 
 
-rules.match_with(compile)
+patterns.match_with(compile)

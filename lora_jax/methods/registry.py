@@ -9,8 +9,8 @@ from types import MappingProxyType
 from typing import Any
 
 from lora_jax.core.errors import RequestError
+from lora_jax.core.nearest import nearest
 from lora_jax.core.rules import Rule
-from lora_jax.core.trees import nearest
 from lora_jax.methods.base import Method
 from lora_jax.methods.dora import DoRA
 from lora_jax.methods.full import BitFit, FullFineTuning, HeadOnly

@@ -12,7 +12,6 @@ import numpy as np
 
 from lora_jax.core.errors import RequestError
 from lora_jax.io import untrusted
-from lora_jax.models.layers import ACTIVATIONS
 
 _REQUIRED = object()
 _LARGEST = float(np.finfo(np.float32).max)
@@ -152,6 +151,12 @@ def one_of(*choices: Any) -> Callable[[Fields, str, Any], Any]:
     return lambda fields, name, default: fields.choice(name, choices, default)
 
 
+def _activation(fields: Fields, name: str, default: Any) -> Any:
+    from lora_jax.models.layers import ACTIVATIONS  # imports Flax, which files alone do not need
+
+    return fields.choice(name, ACTIVATIONS, default)
+
+
 # What a field of a config must be: each annotation holds what reads it.
 Size = Annotated[int, Fields.integer]
 Depth = Annotated[int, functools.partial(Fields.integer, maximum=MOST_LAYERS)]
@@ -159,4 +164,4 @@ Index = Annotated[int, functools.partial(Fields.integer, minimum=0)]
 Positive = Annotated[float, Fields.positive]
 Probability = Annotated[float, Fields.probability]
 Flag = Annotated[bool, one_of(False, True)]
-Activation = Annotated[str, one_of(*ACTIVATIONS)]
+Activation = Annotated[str, _activation]

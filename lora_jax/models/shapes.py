@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 
 from lora_jax.core.errors import RequestError
-from lora_jax.core.trees import nearest
+from lora_jax.core.nearest import nearest
 from lora_jax.models.families import CAUSAL_LM, family_of, functional_model
 from lora_jax.models.functional import unflatten
 from lora_jax.models.gpt2.modeling import GPT2Config

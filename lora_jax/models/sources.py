@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from lora_jax.core.errors import RequestError
+from lora_jax.io.paths import at_home
 
 # Made in code, see `tiny`.
 TINY_NAMES = ("tiny-bert", "tiny-roberta", "tiny-gpt2", "tiny-llama")
@@ -89,6 +90,11 @@ def _packaged(name: str) -> Path:
     if spec is None or not spec.submodule_search_locations:
         raise RequestError(f"model {name!r} is not installed; run: {install}")
     return Path(spec.submodule_search_locations[0]) / inside
+
+
+def is_peft(path: str | os.PathLike) -> bool:
+    """Whether the folder is an adapter in PEFT's format."""
+    return (at_home(path) / _ADAPTER_FILES[0]).is_file()
 
 
 def find_adapter(path: str | os.PathLike, adapter_name: str | None = None) -> Path:

@@ -11,7 +11,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from lora_jax.core.errors import RequestError
-from lora_jax.core.trees import nearest
+from lora_jax.core.nearest import nearest
 
 # cell: cells of a sweep, each its own. data: parts of a batch, the base whole on each. fsdp: parts
 # of a batch, and of each weight, gathered where it is used. tensor: parts of each product.

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Annotated, Any, TypeVar, cast
 
 from lora_jax.core.errors import RequestError
-from lora_jax.core.trees import nearest
+from lora_jax.core.nearest import nearest
 from lora_jax.io import matching
 from lora_jax.models.config_fields import Fields, Flag, Probability, one_of, read_json
 
@@ -163,10 +163,12 @@ class PeftConfig:
     task_type: Annotated[str | None, _text] = None
     ensure_weight_tying: Flag = False
     place: str = CONFIG
+    has_parameters: bool = False
 
     @classmethod
-    def read(cls, path: Path) -> PeftConfig:
-        """Reads the file. Raises `RequestError` for what is missing, malformed or not implemented.
+    def read(cls, path: Path, *, with_parameters: bool = False) -> PeftConfig:
+        """Reads the file. Adapters on bare parameters (experts) are an error unless
+        `with_parameters`. Raises `RequestError` for what is missing, malformed or not implemented.
 
         Unknown fields that are null, false or empty are ignored, and so are unknown notes; an
         unknown field that switches something on ("use_…": true, "…_config": {…}) is refused.
@@ -177,7 +179,7 @@ class PeftConfig:
         fields.choice("peft_type", ["LORA"])
         known = _NEUTRAL | {field.name for field in dataclasses.fields(cls)}
         for name, value in raw.items():
-            if name in known or not value:
+            if name in known or not value or (name == "target_parameters" and with_parameters):
                 continue
             is_switch = name.startswith("use_") or name.endswith("_config")
             if name in _REFUSED or (is_switch and (value is True or isinstance(value, dict))):
@@ -193,11 +195,15 @@ class PeftConfig:
                 "B alone do not say the change; save it with peft's "
                 "path_initial_model_for_weight_conversion, which makes a plain LoRA of it"
             )
+        # Bare parameters need no modules next to them.
+        alone = with_parameters and not raw.get("target_modules")
         return fields.config(
             cls,
+            **({"target_modules": ()} if alone else {}),
             r=fields.integer("r", 8, maximum=2**20),
             lora_alpha=fields.positive("lora_alpha", 8),
             place=place,
+            has_parameters=bool(raw.get("target_parameters")),
         )
 
     @_naming_place

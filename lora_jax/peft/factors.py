@@ -13,7 +13,7 @@ from collections.abc import Mapping
 import numpy as np
 
 from lora_jax.core.errors import RequestError
-from lora_jax.core.trees import nearest
+from lora_jax.core.nearest import nearest
 from lora_jax.models.config_fields import read_json
 from lora_jax.models.sources import find_adapter, find_source
 from lora_jax.models.weights_files import open_weights
@@ -23,11 +23,17 @@ from lora_jax.peft.keys import TENSORS, read_keys
 
 @dataclasses.dataclass(frozen=True)
 class Factors:
-    """One matrix' change: ΔW = scale · a @ b, `a (d_in, r)`, `b (r, d_out)`, as stored."""
+    """One matrix' change: ΔW = scale · a @ b, `a (d_in, r)`, `b (r, d_out)`, as stored.
+
+    DoRA's: `magnitude (d_out,)`, the norms that it gives the columns of W + ΔW, as stored; or
+    `gain (d_out,)`, by which it scales them, where W is known: then `b` is scaled already.
+    """
 
     a: np.ndarray
     b: np.ndarray
     scale: float
+    magnitude: np.ndarray | None = None
+    gain: np.ndarray | None = None
 
     @property
     def rank(self) -> int:
@@ -67,26 +73,24 @@ def read_factors(path: str | os.PathLike, *, adapter_name: str | None = None) ->
     of other shapes than the config says, or not implemented.
     """
     folder = find_adapter(path, adapter_name)
-    config, keys = PeftConfig.read(folder / CONFIG), read_keys(folder)
+    config = PeftConfig.read(folder / CONFIG, with_parameters=True)
+    keys = read_keys(folder)
     config.warn_of_idle_keys(list(keys.parts))
     raw = read_json(folder / CONFIG, kind=dict)
     found, skipped = {}, []
-    for module, arrays in sorted(keys.parts.items(), key=_layer_order):
+    for module, arrays in sorted(keys.parts.items(), key=layer_order):
         place = f"{folder / TENSORS}: {plain_text(module)!r}"
         if missing := {"A", "B"} - arrays.keys():
             raise RequestError(f"{place} lacks its {sorted(missing)[0]}; copy the adapter again")
-        a, b = arrays["A"], arrays["B"]
-        if a.ndim != 2 or b.ndim != 2:
-            skipped.append(plain_text(module))  # a convolution
-            continue
         rank = config.rank_of(module)
-        if not a.shape[0] == b.shape[1] == rank:
-            raise RequestError(
-                f"{place} has an A of {a.shape} and a B of {b.shape}, but {CONFIG} says rank "
-                f"{rank}; they belong to different adapters"
-            )
+        pieces = _matrices(place, arrays["A"], arrays["B"], rank, config.has_parameters)
+        if pieces is None:
+            skipped.append(plain_text(module))
+            continue
         scale = config.alpha_of(module) / (rank**0.5 if config.use_rslora else rank)
-        found[plain_text(module)] = Factors(a.T, b.T, float(scale))
+        for number, (a, b) in enumerate(pieces):
+            name = plain_text(module) + (f"[{number}]" if len(pieces) > 1 else "")
+            found[name] = Factors(a, b, float(scale), arrays.get("magnitude"))
     if not found:
         what = f" ({len(skipped)} convolutions are not analysed)" if skipped else ""
         raise RequestError(f"{folder / TENSORS} adapts no matrix{what}; there is nothing to do")
@@ -102,12 +106,37 @@ def read_factors(path: str | os.PathLike, *, adapter_name: str | None = None) ->
     )
 
 
+def _matrices(
+    place: str, a: np.ndarray, b: np.ndarray, rank: int, has_parameters: bool
+) -> list[tuple[np.ndarray, np.ndarray]] | None:
+    """`(a, b)` of each matrix of a module: one, or as many as it has experts.
+
+    Experts are A (E, r, in) and B (E, out, r), or as PEFT has those of `target_parameters`: A
+    (E·r, in) by experts, B (out, r·E) by ranks. None for a convolution. Raises `RequestError`.
+    """
+    if a.ndim == b.ndim == 3 and a.shape[0] == b.shape[0] and a.shape[1] == b.shape[2] == rank:
+        return [(one.T, other.T) for one, other in zip(a, b, strict=True)]
+    if a.ndim != 2 or b.ndim != 2:
+        return None
+    if a.shape[0] == b.shape[1] == rank:
+        return [(a.T, b.T)]
+    if has_parameters and a.shape[0] == b.shape[1] and a.shape[0] % rank == 0:
+        return [
+            (a[n * rank : (n + 1) * rank].T, b[:, n :: a.shape[0] // rank].T)
+            for n in range(a.shape[0] // rank)
+        ]
+    raise RequestError(
+        f"{place} has an A of {a.shape} and a B of {b.shape}, but {CONFIG} says rank {rank}; they "
+        "belong to different adapters"
+    )
+
+
 def plain_text(text: str) -> str:
     """A name from a stranger's file, fit for a terminal and any encoding: no control characters."""
     return "".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in text)
 
 
-def _layer_order(item: tuple[str, object]) -> list[tuple[int, str]]:
+def layer_order(item: tuple[str, object]) -> list[tuple[int, str]]:
     """Layer 2 before layer 10: files have them by letters."""
     return [
         (int(key) if key.isdecimal() and len(key) < 9 else -1, key) for key in item[0].split(".")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -134,12 +135,17 @@ def _unwrapped(name: str, names: Mapping[str, np.ndarray]) -> str:
     return shorter if shorter != name and shorter in names else short
 
 
-def _check_values(path: Path, key: str, name: str, array: np.ndarray) -> None:
+def check_values(path: os.PathLike, key: str, array: np.ndarray) -> None:
+    """Raises `RequestError` for a tensor that is not of finite floats."""
     # bfloat16 is no kind of NumPy's own.
     if array.dtype.kind != "f" and array.dtype.name != "bfloat16":
         raise RequestError(f"{path}: {key} holds {array.dtype}, but adapters are floating point")
     if not np.isfinite(array).all():
         raise RequestError(f"{path}: {key} holds NaN or infinity; the training had diverged")
+
+
+def _check_values(path: Path, key: str, name: str, array: np.ndarray) -> None:
+    check_values(path, key, array)
     if name.endswith(".alpha") and array.size == 1:
         raise RequestError(
             f"{path} holds {key!r}, an alpha as kohya's scripts store it; peft keeps it in "

@@ -17,8 +17,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from lora_jax.core.errors import RequestError
+from lora_jax.core.nearest import nearest
 from lora_jax.core.rules import Rule
-from lora_jax.core.trees import nearest
 from lora_jax.methods import Combined, DoRA, LoRA, Method, RsLoRA
 from lora_jax.methods.lookup import LookupLoRA
 from lora_jax.models.model import Model

@@ -18,7 +18,8 @@ import jax
 import jax.numpy as jnp
 
 from lora_jax.core.errors import RequestError
-from lora_jax.core.trees import flatten, nearest
+from lora_jax.core.nearest import nearest
+from lora_jax.core.trees import flatten
 from lora_jax.methods import Method
 from lora_jax.methods.registry import method_of
 from lora_jax.models import Model

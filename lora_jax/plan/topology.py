@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from lora_jax.core.errors import RequestError
-from lora_jax.core.trees import nearest
+from lora_jax.core.nearest import nearest
 
 # What XLA's compiler may use of a chip's memory (libtpu 0.0.42 says it where a program does not
 # fit), and what Google states of it: bfloat16 FLOP/s and bytes/s of its memory

@@ -4,19 +4,20 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
-import jax
 import numpy as np
-from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator
 
-from lora_jax.analysis.adapters import MatrixProfile, Pair
-from lora_jax.analysis.subspaces import expected_similarity
-from lora_jax.report.canvas import INK, WIDTH, Drawing, in_style, panels, plain_legend, to_svg
+from lora_jax.analysis.adapters import Pair
+from lora_jax.analysis.formulas import expected_similarity
+from lora_jax.analysis.profiles import MatrixProfile
+from lora_jax.report import vector
+from lora_jax.report.drawing import Drawing
+from lora_jax.report.vector import Curve
 
 MAX_PANELS = 9
+WIDTH_MARGIN = 220  # on both sides of a single square figure
 _HUES = (
     "#2f86c9", "#d9661f", "#159b78", "#c2699a", "#d1940a", "#7a6fd0", "#4aa3c7", "#b5483f",
     "#6f9a24",
@@ -31,44 +32,39 @@ def group_by_kind(modules: Iterable[str]) -> dict[str, list[str]]:
     """
     found: dict[str, list[str]] = {}
     for module in modules:
-        found.setdefault(re.sub(r"(?<![^./\[])\d+(?![^./\]])", "*", module), []).append(module)
+        kind = re.sub(r"(?<![^./\[])\d+(?![^./\]])", "*", module)
+        # Names of kohya's files have underscores for dots.
+        kind = re.sub(r"(blocks|layers|attentions|resnets)_\d+(?=_)", r"\1_*", kind)
+        found.setdefault(kind, []).append(module)
     return found
 
 
-@in_style
 def draw_spectra(named: dict[str, list[MatrixProfile]]) -> Drawing:
     """Singular values of ΔW over the largest, a panel per adapter, a line per matrix."""
     names = list(named)[:MAX_PANELS]
-    figure, all_axes = panels(len(names), 0.8, 2.7, sharey=True)
     kinds = group_by_kind(p.module for name in names for p in named[name])
     colours = {kind: _HUES[n % len(_HUES)] for n, kind in enumerate(kinds)}
     colour_of = {module: colours[kind] for kind, some in kinds.items() for module in some}
-    for axes, name in zip(all_axes, names, strict=True):
-        for profile in named[name]:
-            s = profile.s[profile.s > 0]
-            if s.size:
-                axes.plot(
-                    np.arange(1, s.size + 1), s / s[0], "-", linewidth=1.1, alpha=0.6,
-                    marker="o" if s.size <= 16 else None, markersize=3,
-                    color=colour_of[profile.module],
-                )  # fmt: skip
-        if axes.lines:  # a fresh adapter has none
-            axes.set_yscale("log")
-        axes.set_title(name, parse_math=False)
-        axes.set_xlabel("direction")
-        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-    all_axes[0].set_ylabel("singular value / largest")
-    shown = dict(list(colours.items())[:12])
-    lines = [all_axes[0].plot([], [], color=colour)[0] for colour in shown.values()]
-    ncols = min(3, len(shown))
-    plain_legend(figure, lines, shown, loc="outside lower center", ncols=ncols, fontsize=8)
+    places, height = vector.boxes(len(names), 260)
+    parts = []
+    for box, name in zip(places, names, strict=True):
+        curves = [
+            Curve(range(1, s.size + 1), (s / s[0]).tolist(), colour, marker="o" * (s.size <= 16))
+            for s, colour in ((p.s[p.s > 0], colour_of[p.module]) for p in named[name])
+            if s.size
+        ]
+        label = "singular value / largest" if box is places[0] else ""
+        parts.append(vector.chart(box, curves, name, "direction", label))
+    shown = [(kind, colour, "-") for kind, colour in list(colours.items())[:12]]
+    parts.append(vector.legend(height + 16, shown))
     caption = (
         "Singular values of ΔW, each matrix by its largest. A line that falls at once is a change "
         "of few directions, whatever rank was paid for."
     )
     if len(named) > len(names):
         caption += f" The first {len(names)} of {len(named)} adapters."
-    return Drawing("spectra", "Spectra of ΔW", caption, to_svg(figure, "spectra"))
+    picture = vector.svg("spectra", height + 20 + 17 * -(-len(shown) // vector.ACROSS), parts)
+    return Drawing("spectra", "Spectra of ΔW", caption, picture)
 
 
 def draw_similarity(pair: Pair, number: int, space: str = "input") -> Drawing:
@@ -96,45 +92,61 @@ def draw_against_kernel(name: str, number: int, profiles: list[MatrixProfile]) -
     return Drawing(f"kernel-{number}", f"{name}: ΔW's directions among W's", caption, svg)
 
 
-@in_style
 def draw_amplification(named: dict[str, list[MatrixProfile]]) -> Drawing:
     """Table 7 as a figure: what W holds in ΔW's, its own and random directions; the factor."""
-    figure = Figure(figsize=(WIDTH, 3.6), layout="constrained")
-    left, right = figure.subplots(1, 2)
-    lines = {}
+    shares, factors, lines = [], [], []
     for n, (name, profiles) in enumerate(named.items()):
         colour = _HUES[n % len(_HUES)]
         found = [p.amplification for p in profiles if p.amplification is not None]
+        x = range(1, len(found) + 1)
         for marker, part in (("v", "from_kernel"), ("o", "from_delta"), ("x", "from_random")):
-            shares = [_positive(getattr(one, part), one.kernel_norm) for one in found]
-            left.plot(range(len(found)), shares, marker, color=colour, markersize=4.5, alpha=0.8)
-        factors = [_positive(one.factor, 1.0) for one in found]
-        right.plot(range(len(found)), factors, "o-", color=colour, markersize=4.5, linewidth=0.8)
+            y = [_positive(getattr(one, part), one.kernel_norm) for one in found]
+            shares.append(Curve(x, y, colour, False, marker))
+        factors.append(Curve(x, [_positive(one.factor, 1.0) for one in found], colour))
         null = [_positive(one.random_factor, 1.0) for one in found]
-        right.plot(range(len(found)), null, "x", color=colour, markersize=4.5, alpha=0.8)
-        lines[name] = right.plot([], [], "o-", color=colour)[0]
-    shown = (("v", "its own first r"), ("o", "ΔW's r"), ("x", "r random ones"))
-    marks = {f"in {what}": left.plot([], [], m, color=INK)[0] for m, what in shown}
-    for axes, handles, title in (
-        (left, marks, "Share of ‖W‖ in r directions of inputs and outputs"),
-        (right, lines, "Amplification, ‖ΔW‖ / ‖UᵀWV‖"),
-    ):
-        axes.set_title(title)
-        drawn = np.concatenate([line.get_ydata() for line in axes.lines]).astype(float)
-        if np.isfinite(drawn).any():
-            axes.set_yscale("log")
-        axes.set_xlabel("matrix, in the adapter's order")
-        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-        below = {"loc": "upper center", "bbox_to_anchor": (0.5, -0.18), "ncols": 3}
-        plain_legend(axes, handles.values(), handles, **below)
+        factors.append(Curve(x, null, colour, False, "x"))
+        lines.append((name, colour, "o-"))
+    marks = [("v", "in its own first r"), ("o", "in ΔW's r"), ("x", "in r random ones")]
+    (left, right), height = vector.boxes(2, 300, across=2)
+    matrix = "matrix, in the adapter's order"
+    keys = [(what, "currentColor", marker) for marker, what in marks] + lines
+    parts = [
+        vector.chart(left, shares, "Share of ‖W‖ in r directions of inputs and outputs", matrix),
+        vector.chart(right, factors, "Amplification, ‖ΔW‖ / ‖UᵀWV‖", matrix),
+        vector.legend(height + 16, keys),
+    ]
     caption = (
         "Hu et al. 2021, Table 7, of every matrix. Left: ΔW's own directions above random ones say "
         "that W was there already, below its first ones that it was not prominent. Right: how much "
         "stronger ΔW is in them than W; crosses are a ΔW of the same norm in random directions. "
         "Only the distance from the crosses was learned."
     )
-    svg = to_svg(figure, "amplification")
-    return Drawing("amplification", "What ΔW amplifies", caption, svg)
+    picture = vector.svg("amplification", height + 20 + 17 * -(-len(keys) // vector.ACROSS), parts)
+    return Drawing("amplification", "What ΔW amplifies", caption, picture)
+
+
+def draw_overview(names: list[str], pairs: Sequence[Pair]) -> Drawing:
+    """φ(1, 1) of every two adapters, the mean over their common matrices, as one heat map."""
+    grid = np.full((len(names), len(names)), np.nan)
+    for pair in pairs:
+        if pair.profiles:
+            i, j = names.index(pair.first), names.index(pair.second)
+            value = np.mean([[p.input[0, 0], p.output[0, 0]] for p in pair.profiles], axis=0)
+            grid[i, j], grid[j, i] = value
+    (box,), height = vector.boxes(1, 460, across=1)
+    box = vector.Box(WIDTH_MARGIN, box.y, vector.WIDTH - 2 * WIDTH_MARGIN, box.height)
+    number = "number of the adapter, in the order of the table"
+    parts = [
+        vector.heat_map(box, grid, "φ(1, 1), mean over matrices", number, number),
+        vector.colour_bar(height + 8, "φ"),
+    ]
+    caption = (
+        "How much the first directions of every two adapters have in common: outputs below the "
+        "diagonal's place of a pair (i, j), i < j, inputs above it."
+    )
+    return Drawing(
+        "overview", "Every two adapters", caption, vector.svg("overview", height + 30, parts)
+    )
 
 
 def _grids_by_kind(
@@ -154,31 +166,21 @@ def _grids_by_kind(
         some = [by_name[m] for m, own in zip(modules, sizes, strict=True) if own == (size, shape)]
         found[f"{kind}\nmean of {len(some)}"] = np.mean([grid_of(p) for p in some], axis=0)
         title = f"random, expected\nof d = {shape[axis]:,}"
-        random.setdefault(title, np.asarray(expected_similarity(size[0], size[1], shape[axis])))
+        random.setdefault(title, expected_similarity(size[0], size[1], shape[axis]))
     more = f" The first {MAX_PANELS} of {len(kinds)} kinds." if len(kinds) > MAX_PANELS else ""
     return found | random, more
 
 
-@in_style
 def _heat_maps(grids: dict[str, np.ndarray], name: str, first: str, second: str) -> str:
-    figure, all_axes = panels(len(grids), 0.6, 2.9)
-    for axes, (title, grid) in zip(all_axes, grids.items(), strict=True):
-        image = axes.imshow(
-            grid, vmin=0, vmax=1, cmap="viridis", origin="lower", aspect="auto",
-            interpolation="nearest",
-            extent=(0.5, grid.shape[1] + 0.5, 0.5, grid.shape[0] + 0.5),
-        )  # fmt: skip
-        axes.grid(visible=False)
-        axes.set_title(title, parse_math=False, fontsize=8)
-        axes.set_xlabel(f"j, {second}", parse_math=False)
-        axes.set_ylabel(f"i, {first}", parse_math=False)
-        for axis in (axes.xaxis, axes.yaxis):
-            axis.set_major_locator(MaxNLocator(5, integer=True))
-    figure.colorbar(image, ax=all_axes, shrink=0.7, label="φ")
-    return to_svg(figure, name)
+    places, height = vector.boxes(len(grids), 250)
+    parts = [
+        vector.heat_map(box, grid, title, f"j, {second}", f"i, {first}")
+        for box, (title, grid) in zip(places, grids.items(), strict=True)
+    ]
+    return vector.svg(name, height + 24, [*parts, vector.colour_bar(height + 4, "φ")])
 
 
-def _positive(part: jax.Array | float, whole: jax.Array | float) -> float:
+def _positive(part: float, whole: float) -> float:
     """part / whole where it has a place on a logarithmic axis, else nan."""
     value = float(part / whole) if whole else np.nan
     return value if value > 0 and np.isfinite(value) else np.nan

@@ -2,33 +2,27 @@
 
 from __future__ import annotations
 
-import dataclasses
 import math
 import os
 from collections.abc import Sequence
 from html import escape
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
-from lora_jax.analysis.adapters import (
-    INTRUDER_COSINE,
-    NUM_INTRUDERS,
-    NUM_SAMPLES,
-    MatrixProfile,
-    Pair,
-    PairProfile,
-)
-from lora_jax.analysis.shared import LEVEL
+from lora_jax.analysis.adapters import NUM_SAMPLES, Pair, PairProfile
+from lora_jax.analysis.angles import LEVEL
+from lora_jax.analysis.profiles import INTRUDER_COSINE, NUM_INTRUDERS, MatrixProfile
 from lora_jax.io.atomic import write_text
 from lora_jax.report.adapter_figures import (
     draw_against_kernel,
     draw_amplification,
+    draw_overview,
     draw_similarity,
     draw_spectra,
     group_by_kind,
 )
+from lora_jax.report.adapter_results import Analysis
 from lora_jax.report.html import (
     html_figure,
     html_leads,
@@ -39,18 +33,6 @@ from lora_jax.report.html import (
     page_path,
 )
 from lora_jax.report.quantities import ABSENT
-
-
-@dataclasses.dataclass(frozen=True)
-class Analysis:
-    """What `lora-jax analyze` found. `profiles` is `{adapter: its matrices}`; `notes` are sentences
-    that a reader must not miss (another base, no common matrix, DoRA's scaling left out).
-    """
-
-    profiles: dict[str, list[MatrixProfile]]
-    pairs: tuple[Pair, ...]
-    notes: tuple[str, ...]
-    base: str = ""
 
 
 def write_analysis(analysis: Analysis, out) -> Path:
@@ -68,17 +50,8 @@ def analysis_page(analysis: Analysis) -> str:
         f"<h1>{escape(', '.join(names))}</h1>",
         *html_leads(headline(analysis)),
         html_warnings(analysis.notes),
-        '<h2 id="similarity">What they have in common</h2>' if analysis.pairs else "",
+        *_similarity_parts(names, analysis.pairs),
     ]
-    for number, pair in enumerate(analysis.pairs):
-        parts.append(f"<h3>{escape(pair.first)} and {escape(pair.second)}</h3>")
-        if pair.profiles:
-            parts.append(
-                html_table("similarity", _PAIR_HEAD, [_pair_row(p) for p in pair.profiles])
-            )
-            parts += [html_figure(draw_similarity(pair, number, s)) for s in ("input", "output")]
-    if analysis.pairs:
-        parts.append(html_note(_PAIR_NOTE))
     parts.append('<h2 id="spectra">What each learned</h2>')
     parts.append(html_figure(draw_spectra(analysis.profiles)))
     for name, profiles in analysis.profiles.items():
@@ -98,6 +71,28 @@ def analysis_page(analysis: Analysis) -> str:
         "nothing of the network.</footer>"
     )
     return html_page(f"{', '.join(names)} · lora-jax analysis", parts)
+
+
+def _similarity_parts(names: list[str], pairs: Sequence[Pair]) -> list[str]:
+    """What adapters have in common: every pair of few, a line and a cell per pair of many."""
+    if not pairs:
+        return []
+    parts = ['<h2 id="similarity">What they have in common</h2>']
+    if len(pairs) > MAX_PAIRS:
+        parts.append(html_figure(draw_overview(names, pairs)))
+        rows = [_overview_row(names, pair) for pair in pairs]
+        return [
+            *parts,
+            html_table("every two adapters", _OVERVIEW_HEAD, rows),
+            html_note(_MANY_NOTE),
+        ]
+    for number, pair in enumerate(pairs):
+        parts.append(f"<h3>{escape(pair.first)} and {escape(pair.second)}</h3>")
+        if pair.profiles:
+            rows = [_pair_row(profile) for profile in pair.profiles]
+            parts.append(html_table("similarity", _PAIR_HEAD, rows))
+            parts += [html_figure(draw_similarity(pair, number, s)) for s in ("input", "output")]
+    return [*parts, html_note(_PAIR_NOTE)]
 
 
 def headline(analysis: Analysis) -> list[str]:
@@ -121,18 +116,32 @@ def headline(analysis: Analysis) -> list[str]:
                 f"ΔW of the same norm: {_shown(float(np.median(null)), '.1f')})"
             )
         lines.append(f"{line}.")
-    for pair in analysis.pairs:
-        if pair.profiles:
-            first = np.mean([profile.input[0, 0] for profile in pair.profiles])
-            null = np.mean([profile.expected[0, 0] for profile in pair.profiles])
-            above = sum(bool(p.input[0, 0] > p.highest[0, 0]) for p in pair.profiles)
-            lines.append(
-                f"{pair.first} and {pair.second}: the first directions of inputs have φ = "
-                f"{first:.2f} on average over {len(pair.profiles)}, random ones {null:.3f}; in "
-                f"{above} it is more than any of {NUM_SAMPLES} random pairs reached (by chance in "
-                f"about {len(pair.profiles) / (NUM_SAMPLES + 1):.0f}).{_shared_text(pair)}"
-            )
-    return lines
+    compared = [pair for pair in analysis.pairs if pair.profiles]
+    if len(compared) > MAX_PAIRS:
+        return [*lines, _most_alike(compared)]
+    return lines + [_pair_line(pair) for pair in compared]
+
+
+def _pair_line(pair: Pair) -> str:
+    first = np.mean([profile.input[0, 0] for profile in pair.profiles])
+    null = np.mean([profile.expected[0, 0] for profile in pair.profiles])
+    return (
+        f"{pair.first} and {pair.second}: the first directions of inputs have φ = "
+        f"{first:.2f} on average over {len(pair.profiles)}, random ones {null:.3f}; in "
+        f"{_above_random(pair)} it is more than any of {NUM_SAMPLES} random pairs reached (by "
+        f"chance in about {len(pair.profiles) / (NUM_SAMPLES + 1):.0f}).{_shared_text(pair)}"
+    )
+
+
+def _most_alike(pairs: Sequence[Pair]) -> str:
+    """A sentence on many pairs: how much they have in common, and the pair that has most."""
+    means = [float(np.mean([p.input[0, 0] for p in pair.profiles])) for pair in pairs]
+    low, middle, high = np.quantile(means, [0, 0.5, 1])
+    most = pairs[int(np.argmax(means))]
+    return (
+        f"{len(pairs)} pairs: the first directions of inputs have φ = {middle:.2f} in the median "
+        f"pair ({low:.2f} to {high:.2f}, means over matrices). Most alike: {_pair_line(most)}"
+    )
 
 
 def _shared_text(pair: Pair) -> str:
@@ -150,8 +159,9 @@ def _shared_text(pair: Pair) -> str:
 _SPECTRUM = {
     "‖ΔW‖": ("delta_norm", ".3g", ".3g"),
     "stable rank": ("stable_rank", ".2f", ".2f"),
-    "entropy rank": ("entropy_rank", ".2f", ".2f"),
+    "effective rank": ("entropy_rank", ".2f", ".2f"),
     "90% of energy": ("energy_rank", "d", ".1f"),
+    "99% of energy": ("energy_rank_99", "d", ".1f"),
 }
 _HEAD = ("matrix", "inputs × outputs", "rank", *_SPECTRUM)
 _BASE_HEAD = (
@@ -163,8 +173,8 @@ _PAIR_HEAD = (
     *("φ(1, 1) outputs", "φ(r, r) outputs", "random, expected", "shared, cos²"),
 )
 _NOTE = (
-    "Of ΔW, by its singular values s: stable rank Σs² / s₁², entropy rank exp(H(s / Σs)), and the "
-    "fewest directions that hold 90% of Σs²."
+    "Of ΔW, by its singular values s: stable rank Σs² / s₁², effective rank exp(H(s / Σs)) (Roy & "
+    "Vetterli 2007), and the fewest directions that hold 90% and 99% of Σs²."
 )
 _BASE_NOTE = (
     "Amplification is ‖ΔW‖ over ‖UᵀWV‖ with ΔW's own r directions of inputs and outputs; after it "
@@ -180,6 +190,42 @@ _PAIR_NOTE = (
     "directions both have in common, by their principal angles, and the cos² that one must exceed: "
     f"the {1 - LEVEL:.0%} quantile of the largest of random spaces."
 )
+
+
+# Pairs that are shown matrix by matrix, with figures: all of four adapters.
+MAX_PAIRS = 6
+_OVERVIEW_HEAD = (
+    *("numbers", "adapters", "matrices", "φ(1, 1) of inputs", "of random", "above all random, of"),
+    *("φ(1, 1) of outputs", "shared directions of inputs", "of outputs"),
+)
+_MANY_NOTE = (
+    "Means over the matrices that both adapters change. Name two adapters alone to see each of "
+    "these matrices, or take --json, which has those of all pairs."
+)
+
+
+def _overview_row(names: list[str], pair: Pair) -> tuple[str, ...]:
+    numbers = f"{names.index(pair.first) + 1}, {names.index(pair.second) + 1}"
+    found = [numbers, f"{pair.first} and {pair.second}", str(len(pair.profiles))]
+    if not pair.profiles:
+        return (*found, *[ABSENT] * (len(_OVERVIEW_HEAD) - 3))
+    means = []
+    for side in (0, 1):
+        counts = [count for p in pair.profiles if (count := p.shared[side]) is not None]
+        means.append(f"{np.mean(counts):.2f}" if counts else ABSENT)
+    return (
+        *found,
+        f"{np.mean([p.input[0, 0] for p in pair.profiles]):.3f}",
+        f"{np.mean([p.expected[0, 0] for p in pair.profiles]):.4f}",
+        str(_above_random(pair)),
+        f"{np.mean([p.output[0, 0] for p in pair.profiles]):.3f}",
+        *means,
+    )
+
+
+def _above_random(pair: Pair) -> int:
+    """In how many matrices the first directions have more in common than any random pair."""
+    return sum(bool(p.input[0, 0] > p.highest[0, 0]) for p in pair.profiles)
 
 
 def _row(profile: MatrixProfile) -> tuple[str, ...]:
@@ -243,56 +289,6 @@ def summary_table(profiles: Sequence[MatrixProfile]) -> list[tuple[str, ...]]:
             line.append(f"{np.mean([p.intruders or 0 for p in some]):.1f}")
         lines.append(tuple(line))
     return lines
-
-
-def analysis_json(analysis: Analysis) -> dict[str, Any]:
-    """All numbers of the page, grids in full, as JSON values."""
-    return {
-        "base": analysis.base or None,
-        "notes": list(analysis.notes),
-        "adapters": {
-            name: [_matrix_json(profile) for profile in profiles]
-            for name, profiles in analysis.profiles.items()
-        },
-        "pairs": [
-            {
-                "first": pair.first,
-                "second": pair.second,
-                "only_one_changes": list(pair.alone),
-                "other_shapes": list(pair.unlike),
-                "matrices": [_matrix_json(profile) for profile in pair.profiles],
-            }
-            for pair in analysis.pairs
-        ],
-    }
-
-
-# Names in JSON of what a profile's fields call otherwise.
-_JSON_NAMES = {
-    "module": "matrix",
-    "s": "singular_values",
-    "expected": "input_expected",
-    "expected_output": "output_expected",
-    "highest": "random_highest",
-}
-
-
-def _matrix_json(profile: MatrixProfile | PairProfile) -> dict[str, Any]:
-    """The fields that are known; what needs the base is left out without one."""
-    fields = {_JSON_NAMES.get(k, k): v for k, v in dataclasses.asdict(profile).items()}
-    if isinstance(profile, MatrixProfile):
-        fields["delta_norm"] = profile.delta_norm
-        if profile.amplification is not None:
-            # JSON has no infinity: where W holds nothing, nothing is what it is amplified from.
-            fields["amplification"] = {
-                name: value if math.isfinite(value) else None
-                for name, value in profile.amplification._asdict().items()
-            }
-    return {
-        name: value.tolist() if isinstance(value, np.ndarray) else value
-        for name, value in fields.items()
-        if value is not None
-    }
 
 
 def _shown(value: float, form: str = ".3g") -> str:

@@ -2,7 +2,6 @@
 
 import io
 import re
-from dataclasses import dataclass
 from typing import Any
 
 import matplotlib
@@ -12,7 +11,8 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.legend import Legend
 
-FONT = "system-ui, -apple-system, 'Segoe UI', Roboto, 'Helvetica Neue', sans-serif"
+from lora_jax.report.drawing import FONT
+from lora_jax.report.drawing import Drawing as Drawing
 
 INK = "#010203"  # stands for the page's text colour until `to_svg` replaces it
 ACROSS = 3  # panels in a row
@@ -53,16 +53,6 @@ _STYLE_SHEET: dict[Any, Any] = {
     "axes.facecolor": "none",
     "savefig.facecolor": "none",
 }
-
-
-@dataclass(frozen=True)
-class Drawing:
-    """One figure: a name for its anchor, a title and a caption in plain text, and the SVG."""
-
-    name: str
-    title: str
-    caption: str
-    svg: str
 
 
 # Decorates functions that draw.

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from lora_jax.core.errors import RequestError
 from lora_jax.io.paths import at_home
-from lora_jax.report.canvas import Drawing
+from lora_jax.report.drawing import Drawing
 
 # Forbids the page every request, so that it shows the same here, offline and in ten years.
 _POLICY = "default-src 'none'; style-src 'unsafe-inline'; img-src data:"

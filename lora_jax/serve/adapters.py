@@ -15,15 +15,11 @@ from lora_jax.models import Model, load_model
 from lora_jax.models.checkpoint import HEAD_FILE
 from lora_jax.models.config_fields import read_json
 from lora_jax.models.sources import embedded_names, find_adapter, find_source
+from lora_jax.models.sources import is_peft as is_peft
 from lora_jax.train.adapted import Adapted as Adapted
 from lora_jax.train.adapted import load_run_adapter
 
 PEFT_CONFIG = "adapter_config.json"
-
-
-def is_peft(path: str | os.PathLike) -> bool:
-    """Whether the folder is an adapter in PEFT's format."""
-    return (at_home(path) / PEFT_CONFIG).is_file()
 
 
 def run_adapter(path: str | os.PathLike) -> Path | None:

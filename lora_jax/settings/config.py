@@ -12,7 +12,7 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from lora_jax.core.errors import RequestError
-from lora_jax.core.trees import nearest
+from lora_jax.core.nearest import nearest
 from lora_jax.settings.schema import SECTIONS, check_method_has
 
 PACKAGE = Path(__file__).resolve().parents[1]

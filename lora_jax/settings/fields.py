@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from lora_jax.core.errors import RequestError
-from lora_jax.core.trees import nearest
+from lora_jax.core.nearest import nearest
 
 # Roles. Identity: part of the hash. Lane: hashed too, and data of a pack, so cells that differ in
 # it may share a program. Bookkeeping: no part of the hash.

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from lora_jax.core.errors import RequestError
-from lora_jax.core.trees import nearest
+from lora_jax.core.nearest import nearest
 from lora_jax.settings.fields import BOOKKEEPING, LANE, plain_value, typed
 from lora_jax.settings.schema import (
     METHODS,

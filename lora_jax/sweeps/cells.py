@@ -10,7 +10,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from lora_jax.core.errors import RequestError
-from lora_jax.core.trees import nearest
+from lora_jax.core.nearest import nearest
 from lora_jax.settings import Settings, complete
 from lora_jax.settings.config import run_file
 from lora_jax.train.cell import Cell as Cell

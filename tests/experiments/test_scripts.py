@@ -13,7 +13,15 @@ import jax
 import pytest
 
 from experiments import attachment
-from experiments.bench import chunked_loss, decoding, hand_written, packed, plans, torch_pair
+from experiments.bench import (
+    analyze,
+    chunked_loss,
+    decoding,
+    hand_written,
+    packed,
+    plans,
+    torch_pair,
+)
 from lora_jax.models import load_model, save_model
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -32,6 +40,7 @@ SIZES = {
     hand_written: "--layers=1 --width=32 --batch=2 --tokens=4 --steps=2",
     packed: "--cells=1 --batch=2 --tokens=4 --layers=1 --width=32 --steps=1 --times=1 --larger=2",
     decoding: "--model=tiny-llama --prompt=4 --new=2 --batches=1 --times=2",
+    analyze: "--rounds=1 --small=1x16x2 --large=1x24x2 --many=2",
     chunked_loss: "--tokens=16 --width=8 --vocabulary=32 --dtype=float32 --chunks=16,4",
 }
 # What `torch_worker.py` says on its standard output, without torch.
