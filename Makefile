@@ -21,7 +21,7 @@ FIXTURE_SCRIPTS := make_bert_fixtures.py make_peft_training_fixture.py make_fami
 WRITTEN := .cache/parity-written
 
 .DEFAULT_GOAL := help
-.PHONY: help demo testbeds test test-slow oldest lint parity attachment zoo bench plans notebooks clean
+.PHONY: help demo testbeds test test-slow oldest lint parity attachment zoo bench plans notebooks docs clean
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 14
@@ -63,7 +63,7 @@ lint: $(VENV)/ready ## ruff, and pyright over lora_jax
 .venv-oldest/ready: pyproject.toml
 	$(PYTHON) -m venv .venv-oldest
 	sed -n 's/^ *"\([A-Za-z_-]*\)>=\([0-9.]*\)",*$$/\1==\2/p; s/"\([A-Za-z_-]*\)>=\([0-9.]*\)"/\n\1==\2\n/gp' pyproject.toml \
-	  | grep -E '^[A-Za-z_-]+==' | grep -vE '^(setuptools|jupyterlab|ipykernel|nbclient|ruff)' | sort -u > .venv-oldest/lower.txt
+	  | grep -E '^[A-Za-z_-]+==' | grep -vE '^(setuptools|jupyterlab|ipykernel|nbclient|ruff|mkdocs|playwright)' | sort -u > .venv-oldest/lower.txt
 	.venv-oldest/bin/python -m pip install --quiet --disable-pip-version-check -e '.[test]' -c .venv-oldest/lower.txt
 	@touch $@
 
@@ -124,6 +124,17 @@ plans: .venv-tpu/ready ## the memory of GPT-3 and Llama steps on TPU slices, com
 notebooks: $(VENV)/ready ## run the notebooks at full size and keep their figures (ten minutes)
 	$(VENV)/bin/jupyter-execute --inplace notebooks/*.ipynb
 	$(VENV)/bin/ruff format --quiet notebooks
+
+# MkDocs and its theme print notices of their successors; NO_MKDOCS_2_WARNING is the theme's own switch.
+.venv-docs/ready: pyproject.toml
+	$(PYTHON) -m venv .venv-docs
+	.venv-docs/bin/python -m pip install --quiet --disable-pip-version-check -e '.[docs]'
+	@touch $@
+
+docs: .venv-docs/ready ## the docs site in .cache/site, for a server or to be opened as files; checks its links
+	JAX_PLATFORMS=cpu NO_MKDOCS_2_WARNING=1 .venv-docs/bin/python -m mkdocs build --quiet --strict -f docs/mkdocs.yml
+	.venv-docs/bin/python docs/links.py .cache/site
+	@echo "the site: file://$(CURDIR)/.cache/site/index.html"
 
 clean: ## remove environments and caches, never runs/
 	rm -rf .venv-* .cache .pytest_cache .ruff_cache

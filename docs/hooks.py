@@ -152,12 +152,12 @@ def settings() -> str:
     """A table of each section of the settings."""
     from lora_jax.settings.described import table
 
-    head, rule, *rows = table().splitlines()
     sections: dict[str, list[str]] = {}
-    for row in rows:
-        name = row.split("`")[1]
-        sections.setdefault(name.partition(".")[0], []).append(row)
-    head = head.replace("| |", "| meaning |")
+    for row in table().splitlines()[2:]:
+        name, kind, default, bounds, role, meaning = map(str.strip, row.strip("|").split(" | "))
+        found = sections.setdefault(name.strip("`").partition(".")[0], [])
+        found.append(f"| {name} | {default} | {meaning} | {bounds} | {kind} | {role} |")
+    head = "| setting | default | meaning | range | type | role |\n|---|---|---|---|---|---|"
     return "\n\n".join(
-        "\n".join([f"## {section}", "", head, rule, *rows]) for section, rows in sections.items()
+        "\n".join([f"## {section}", "", head, *rows]) for section, rows in sections.items()
     )
