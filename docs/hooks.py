@@ -26,6 +26,16 @@ FENCE = re.compile(r"^(```|~~~).*?^\1", re.DOTALL | re.MULTILINE)
 MARKER = re.compile(r"^<!-- (commands|settings|api: [\w.]+) -->$", re.MULTILINE)
 
 
+def on_config(config: Any) -> Any:
+    """Adds every study to the nav, after the page of all results."""
+    studies = sorted((ROOT / "experiments" / "results").glob("*/README.md"))
+    pages = [in_site(str(page.relative_to(ROOT))) for page in studies]
+    for entry in config.nav:
+        if isinstance(overview := entry.get("Results"), str):
+            entry["Results"] = [overview, *pages]
+    return config
+
+
 def on_files(files: Files, config: Any) -> Files:
     """Adds the pages, and what they and the nav name outside of docs/."""
     waiting = [str(page.relative_to(ROOT)) for page in (ROOT / DOCS).rglob("*.md")]
@@ -61,7 +71,7 @@ def linked_outside(page: str) -> list[str]:
 
 
 def target_of(page: str, url: str) -> tuple[str, str]:
-    """The file that a relative link means, as a path from the top, and the anchor; "" for others."""
+    """The file that a relative link means, from the top of the repository, and the anchor."""
     path, _, anchor = url.partition("#")
     if not path or ":" in path or path.startswith("/"):
         return "", anchor
@@ -158,6 +168,8 @@ def settings() -> str:
         found = sections.setdefault(name.strip("`").partition(".")[0], [])
         found.append(f"| {name} | {default} | {meaning} | {bounds} | {kind} | {role} |")
     head = "| setting | default | meaning | range | type | role |\n|---|---|---|---|---|---|"
-    return "\n\n".join(
-        "\n".join([f"## {section}", "", head, *rows]) for section, rows in sections.items()
-    )
+    lines = []
+    for section, rows in sections.items():
+        lines += [f"## {section}", "", '<div class="settings" markdown>', "", head, *rows, ""]
+        lines += ["</div>", ""]
+    return "\n".join(lines)

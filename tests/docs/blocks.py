@@ -97,8 +97,8 @@ def agree(printed: str, expected: str) -> bool:
     >>> agree("a, b, c and d", "a … d"), agree("40 steps", "41 steps")
     (True, False)
     """
-    parts = [_pattern(part) for part in expected.split("…")]
-    found = re.fullmatch(".*?".join(parts), " ".join(printed.split()) + " ", re.DOTALL)
+    parts = [_pattern(part) for part in expected.strip().split("…")]
+    found = re.fullmatch(".*?".join(parts), " ".join(printed.split()), re.DOTALL)
     shown = [text for part in expected.split("…") for text in NUMBER.findall(part)]
     return found is not None and all(map(_near, found.groups(), shown))
 

@@ -1,16 +1,24 @@
-"""Examples in docstrings (`>>> …`) as code blocks: Markdown would read them as quotations."""
+"""Docstrings as the site needs them.
+
+Examples (`>>> …`) become code blocks, since Markdown would read them as quotations; a returned
+tuple loses its backticks, since Griffe reads it as a type.
+"""
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 from griffe import Extension, Object
 
 
-class DoctestBlocks(Extension):
+class Docstrings(Extension):
     def on_instance(self, *, obj: Object, **_: Any) -> None:
         if obj.docstring is not None:
-            obj.docstring.value = fenced(obj.docstring.value)
+            obj.docstring.value = RETURNED.sub(r"\1\2:", fenced(obj.docstring.value))
+
+
+RETURNED = re.compile(r"(^Returns:\n\s+)`([^`\n]+)`:", re.MULTILINE)
 
 
 def fenced(text: str) -> str:
