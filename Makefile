@@ -125,14 +125,14 @@ notebooks: $(VENV)/ready ## run the notebooks at full size and keep their figure
 	$(VENV)/bin/jupyter-execute --inplace notebooks/*.ipynb
 	$(VENV)/bin/ruff format --quiet notebooks
 
-# MkDocs and its theme print notices of their successors; NO_MKDOCS_2_WARNING is the theme's own switch.
+# NO_MKDOCS_2_WARNING: the theme's notice of its successor. (With --quiet, --strict counts no warnings.)
 .venv-docs/ready: pyproject.toml
 	$(PYTHON) -m venv .venv-docs
 	.venv-docs/bin/python -m pip install --quiet --disable-pip-version-check -e '.[docs]'
 	@touch $@
 
 docs: .venv-docs/ready ## the docs site in .cache/site, for a server or to be opened as files; checks its links
-	JAX_PLATFORMS=cpu NO_MKDOCS_2_WARNING=1 .venv-docs/bin/python -m mkdocs build --quiet --strict -f docs/mkdocs.yml
+	JAX_PLATFORMS=cpu NO_MKDOCS_2_WARNING=1 .venv-docs/bin/python -m mkdocs build --strict -f docs/mkdocs.yml
 	.venv-docs/bin/python docs/links.py .cache/site
 	@echo "the site: file://$(CURDIR)/.cache/site/index.html"
 
