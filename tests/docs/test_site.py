@@ -114,7 +114,7 @@ def _is_remote(url: str) -> bool:
 
 def test_navigation_leads_to_a_page(page):
     if page.viewport_size["width"] < 1220:
-        page.locator("label[for=__drawer]").first.click()
+        page.locator("header label[for=__drawer]").click()
         page.locator("nav.md-nav--primary label.md-nav__link", has_text="Tutorials").first.click()
     page.locator("nav.md-nav--primary a", has_text="A sweep and its report").click()
     page.wait_for_url("**/tutorials/sweep.html")
@@ -123,8 +123,8 @@ def test_navigation_leads_to_a_page(page):
 
 def test_search_finds_a_word(page):
     if page.viewport_size["width"] < 960:
-        page.locator("label[for=__search]").first.click()
-    page.locator("input.md-search__input").fill("jackknife")
+        page.locator("header label.md-header__button[for=__search]").click()
+    page.locator("input.md-search__input").press_sequentially("jackknife")
     found = page.locator(".md-search-result__item a").first
     found.wait_for()
     assert "statistics.html" in found.get_attribute("href")
@@ -133,7 +133,7 @@ def test_search_finds_a_word(page):
 
 
 def test_the_copy_button_copies_the_block(page):
-    page.locator("button.md-clipboard, button[data-md-type=copy]").first.click()
+    page.locator(".md-code__nav button").first.click()
     assert page.evaluate("navigator.clipboard.readText()").startswith("import jax\n")
 
 
