@@ -21,7 +21,7 @@ FIXTURE_SCRIPTS := make_bert_fixtures.py make_peft_training_fixture.py make_fami
 WRITTEN := .cache/parity-written
 
 .DEFAULT_GOAL := help
-.PHONY: help demo testbeds test test-slow oldest lint ruff pyright format hooks package parity attachment zoo bench plans trackers notebooks clean
+.PHONY: help demo testbeds test test-slow oldest lint ruff pyright format hooks package parity attachment zoo bench plans trackers notebooks docs clean
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 14
@@ -80,7 +80,7 @@ package: $(VENV)/ready ## sdist and wheel in dist/, checked, and tried in a clea
 .venv-oldest/ready: pyproject.toml
 	$(PYTHON) -m venv .venv-oldest
 	sed -n 's/^ *"\([A-Za-z_-]*\)>=\([0-9.]*\)",*$$/\1==\2/p; s/"\([A-Za-z_-]*\)>=\([0-9.]*\)"/\n\1==\2\n/gp' pyproject.toml \
-	  | grep -E '^[A-Za-z_-]+==' | grep -vE '^(hatchling|jupyterlab|ipykernel|nbclient|ruff)' | sort -u > .venv-oldest/lower.txt
+	  | grep -E '^[A-Za-z_-]+==' | grep -vE '^(hatchling|jupyterlab|ipykernel|nbclient|ruff|mkdocs|playwright|twine|build)' | sort -u > .venv-oldest/lower.txt
 	.venv-oldest/bin/python -m pip install --quiet --disable-pip-version-check -e '.[test]' -c .venv-oldest/lower.txt
 	@touch $@
 
@@ -157,6 +157,17 @@ trackers: .venv-trackers/ready ## kill and resume sweeps tracked by W&B, trackio
 notebooks: $(VENV)/ready ## run the notebooks at full size and keep their figures (ten minutes)
 	$(VENV)/bin/jupyter-execute --inplace notebooks/*.ipynb
 	$(VENV)/bin/ruff format --quiet notebooks
+
+# NO_MKDOCS_2_WARNING: the theme's notice of its successor. (With --quiet, --strict counts no warnings.)
+.venv-docs/ready: pyproject.toml
+	$(PYTHON) -m venv .venv-docs
+	.venv-docs/bin/python -m pip install --quiet --disable-pip-version-check -e '.[docs]'
+	@touch $@
+
+docs: .venv-docs/ready ## the docs site in .cache/site, for a server or to be opened as files; checks its links
+	JAX_PLATFORMS=cpu NO_MKDOCS_2_WARNING=1 .venv-docs/bin/python -m mkdocs build --strict -f docs/mkdocs.yml
+	.venv-docs/bin/python docs/links.py .cache/site
+	@echo "the site: file://$(CURDIR)/.cache/site/index.html"
 
 clean: ## remove environments and caches, never runs/
 	rm -rf .venv-* .cache .pytest_cache .ruff_cache dist
