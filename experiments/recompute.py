@@ -24,7 +24,7 @@ from typing import Any
 
 from experiments.analysis.findings import RESULTS
 from lora_jax import RequestError
-from lora_jax.core.trees import nearest
+from lora_jax.core.nearest import nearest
 
 # A library's rounding may differ between versions by this much, relative.
 ROUNDING = 1e-6

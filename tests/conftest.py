@@ -45,7 +45,7 @@ BUDGETS = {
     "analysis": 20, "cli": 30, "core": 90, "data": 5, "docs": 15, "experiments": 20, "peft": 15,
     "generate": 15, "hostile": 10, "lora_jax": 10, "methods": 130, "models": 40, "notebooks": 35,
     "parallel": 35, "parity": 40, "plan": 12, "quant": 45, "report": 15, "serve": 20,
-    "docs": 15, "hub": 15, "settings": 10, "sweeps": 75, "tests": 20, "trackers": 15, "train": 135,
+    "hub": 15, "settings": 10, "sweeps": 75, "tests": 20, "trackers": 15, "train": 135,
 }  # fmt: skip
 _spent: Counter = Counter()
 # Whose tests may promote ranks unsaid: they run what other people wrote. All else is refused it.

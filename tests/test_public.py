@@ -157,15 +157,16 @@ ALLOWED = {
     "experiments/analysis/hypotheses.py": ["report", "train.task"],
     "experiments/analysis/evidence.py": ["report.statistics"],
     "experiments/analysis/pages.py": ["report.quantities"],
-    "experiments/analysis/study.py": ["core.trees", "report.runs"],
+    "experiments/analysis/study.py": ["core.nearest", "report.runs"],
     "experiments/analysis/predictions.py": ["report.runs", "report.statistics", "train.task"],
     "experiments/analysis/forgetting.py": ["report.statistics"],
     # Where a run began is drawn again from its seed.
     "experiments/analysis/learned.py": ["report.runs", "train.build"],
     "experiments/analysis/subspace_ranks.py": ["report.runs"],
     # Errors of configs name the nearest preset, as those of the package do.
-    "experiments/configs/paper/": ["core.trees"],
-    "experiments/configs/shared.py": ["core.trees"],
+    "experiments/configs/paper/": ["core.nearest"],
+    "experiments/configs/shared.py": ["core.nearest"],
+    "experiments/recompute.py": ["core.nearest"],
     # Texts of a run are decoded in a loop of its own, with its data.
     "experiments/analysis/what_rank_e2e.py": ["generate.score", "train.evaluate_run", "train.task"],
     # It begins where a run of seed 0 begins.

@@ -21,7 +21,7 @@ import numpy as np
 from experiments.analysis.findings import cell_record
 from experiments.analysis.predictions import kept_of, packed, read_predictions
 from lora_jax import RequestError
-from lora_jax.core.trees import nearest
+from lora_jax.core.nearest import nearest
 from lora_jax.io import atomic_path, write_json, write_text
 from lora_jax.report.runs import FinishedRun, read_runs
 

@@ -8,7 +8,7 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from lora_jax import RequestError
-from lora_jax.core.trees import nearest
+from lora_jax.core.nearest import nearest
 from lora_jax.settings import make_config
 
 Changes = Mapping[str, Any]

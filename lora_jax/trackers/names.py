@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 from lora_jax.core.errors import RequestError
-from lora_jax.core.trees import nearest
+from lora_jax.core.nearest import nearest
 from lora_jax.trackers.base import Tracker
 from lora_jax.trackers.mlflow_runs import MLflow
 from lora_jax.trackers.trackio_runs import Trackio

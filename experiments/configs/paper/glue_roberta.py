@@ -40,7 +40,7 @@ Measured here: not yet.
 from ml_collections import ConfigDict
 
 from lora_jax import RequestError
-from lora_jax.core.trees import nearest
+from lora_jax.core.nearest import nearest
 from lora_jax.data import glue_task
 from lora_jax.settings import make_config
 
