@@ -29,7 +29,11 @@ SAY = {
 }
 NAMES = re.compile(r"`[^`\n]*`|--[\w-]+|<[a-z][^<>]*>|^ *\w+: ", re.M)
 # "Bookkeeping" is a role of settings.
-ROLE = {"lora_jax/settings/README.md", "lora_jax/settings/fields.py"}
+ROLE = {
+    "docs/reference/settings.md",
+    "lora_jax/settings/README.md",
+    "lora_jax/settings/fields.py",
+}
 
 
 def files() -> list[Path]:
@@ -38,6 +42,7 @@ def files() -> list[Path]:
         "lora_jax": ("py", "md", "html", "js"),
         "experiments/configs": ("py",),
         "experiments/results": ("md",),
+        "docs": ("md",),
     }.items():
         for ending in endings:
             found += (ROOT / folder).rglob(f"*.{ending}")

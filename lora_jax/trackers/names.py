@@ -29,7 +29,7 @@ def make_tracker(text: str) -> Tracker:
 
     >>> make_tracker("wand")
     Traceback (most recent call last):
-    lora_jax.core.errors.RequestError: there is no tracker 'wand'; nearest: 'wandb'
+    lora_jax.core.errors.RequestError: there is no tracker 'wand'; nearest: 'wandb', 'mlflow', 'trackio'
     """
     name, colon, project = text.partition(":")
     if name not in MAKERS:
