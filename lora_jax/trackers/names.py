@@ -27,9 +27,11 @@ def make_tracker(text: str) -> Tracker:
       RequestError: there is no such tracker, or it cannot be reached.
       ModuleNotFoundError: its library is not installed; the message names the extra.
 
-    >>> make_tracker("wand")
-    Traceback (most recent call last):
-    lora_jax.core.errors.RequestError: there is no tracker 'wand'; nearest: 'wandb', 'mlflow', 'trackio'
+    >>> try:
+    ...     make_tracker("wand")
+    ... except RequestError as error:
+    ...     print(error)
+    there is no tracker 'wand'; nearest: 'wandb', 'mlflow', 'trackio'
     """
     name, colon, project = text.partition(":")
     if name not in MAKERS:
