@@ -6,6 +6,7 @@ computes in a compiled program and what `lora-jax analyze` computes of files is 
 
 from __future__ import annotations
 
+import functools
 import math
 from typing import Any, NamedTuple
 
@@ -89,8 +90,8 @@ def thin_svd(kernel: Any) -> SVD:
 def product_svd(a: Any, b: Any, scale: Any, eps: float | None = None) -> SVD:
     """The thin SVD of `scale * a @ b` by QR of both factors; see `factors.delta_svd`."""
     xp = a.__array_namespace__()
-    q_a, r_a = xp.linalg.qr(a)
-    q_b, r_b = xp.linalg.qr(xp.swapaxes(b, -1, -2))
+    q_a, r_a = _qr(a)
+    q_b, r_b = _qr(xp.swapaxes(b, -1, -2))
     u, s, vh = xp.linalg.svd(r_a @ xp.swapaxes(r_b, -1, -2), full_matrices=False)
     s = _without_rounding(s, r_a, r_b, a.shape[-1], eps)
     scale = xp.asarray(scale, dtype=s.dtype)[..., None]
@@ -102,9 +103,18 @@ def product_svd(a: Any, b: Any, scale: Any, eps: float | None = None) -> SVD:
 def product_singular_values(a: Any, b: Any, scale: float, eps: float | None = None) -> Any:
     """`product_svd(…).s` in a fraction of its time: the Q of neither factor is formed."""
     xp = a.__array_namespace__()
-    r_a, r_b = (xp.linalg.qr(one, mode="r") for one in (a, xp.swapaxes(b, -1, -2)))
+    r_a, r_b = (_qr(one, mode="r") for one in (a, xp.swapaxes(b, -1, -2)))
     s = xp.linalg.svd(r_a @ xp.swapaxes(r_b, -1, -2), compute_uv=False)
     return _without_rounding(s, r_a, r_b, a.shape[-1], eps) * abs(scale)
+
+
+def _qr(matrices: Any, mode: str = "reduced") -> Any:
+    qr = functools.partial(matrices.__array_namespace__().linalg.qr, mode=mode)
+    if isinstance(matrices, np.ndarray):
+        return qr(matrices)
+    from lora_jax.core.stacks import one_by_one  # of JAX's arrays: files need none of it
+
+    return one_by_one(qr, matrices)
 
 
 def _without_rounding(s: Any, r_a: Any, r_b: Any, rank: int, eps: float | None) -> Any:

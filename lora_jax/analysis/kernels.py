@@ -11,6 +11,7 @@ from lora_jax.analysis import formulas
 from lora_jax.analysis.factors import SVD, delta_svd, kernel_svd, wide
 from lora_jax.analysis.formulas import Amplification as Amplification
 from lora_jax.core.errors import RequestError
+from lora_jax.core.stacks import one_by_one
 
 
 @jax.jit
@@ -89,7 +90,11 @@ def amplification_of(
     kernel_s = kernel_svd(kernel).s if kernel_s is None else kernel_s
     keys = jax.random.split(jax.random.key(0) if key is None else key)
     first, second = (
-        jnp.linalg.qr(jax.random.normal(k, (*kernel.shape[:-2], d, rank), kernel.dtype))[0]
+        _basis(jax.random.normal(k, (*kernel.shape[:-2], d, rank), kernel.dtype))
         for k, d in zip(keys, (d_in, d_out), strict=True)
     )
     return formulas.amplification_between(delta, kernel, rank, kernel_s, (first, second))
+
+
+def _basis(matrices: jax.Array) -> jax.Array:
+    return one_by_one(lambda one: jnp.linalg.qr(one)[0], matrices)

@@ -23,6 +23,7 @@ from lora_jax.core.dtypes import float32_or_wider
 from lora_jax.core.errors import RequestError
 from lora_jax.core.hashes import hash_params
 from lora_jax.core.rules import Aliases, Rule
+from lora_jax.core.stacks import one_by_one
 from lora_jax.core.values import is_adapted, is_bound
 from lora_jax.methods.base import Method, PyTree, Trainable
 from lora_jax.methods.lora import LoRA
@@ -265,8 +266,9 @@ def _svd_of_factors(a, b, site: Site):
     """The SVD of a @ b as matrices: p (s…, I, k), q (s…, k, O) and sigma (s…, k)."""
     rank = a.shape[-1]
     stack = site.sizes("s")
-    q_a, r_a = jnp.linalg.qr(a.reshape(*stack, site.size("i"), rank))
-    q_b, r_b = jnp.linalg.qr(jnp.swapaxes(b.reshape(*stack, rank, site.size("o")), -1, -2))
+    b = jnp.swapaxes(b.reshape(*stack, rank, site.size("o")), -1, -2)
+    q_a, r_a = one_by_one(jnp.linalg.qr, a.reshape(*stack, site.size("i"), rank))
+    q_b, r_b = one_by_one(jnp.linalg.qr, b)
     p, sigma, q = jnp.linalg.svd(r_a @ jnp.swapaxes(r_b, -1, -2), full_matrices=False)
     # What is below the rounding of the product is zero: changes that cancel leave no noise behind.
     norms = [jnp.linalg.norm(r, axis=(-2, -1), keepdims=True)[..., 0] for r in (r_a, r_b)]
