@@ -287,7 +287,7 @@ def test_a_pack_that_lost_a_cell_is_pushed_with_a_note(hub, workdir, capsys):
     assert f"({SECOND}); it can be verified with --alone" in capsys.readouterr().err
 
 
-METHODS = ["full", *(pytest.param(m, marks=pytest.mark.slow) for m in ("bitfit", "head", "vera"))]
+METHODS = ["full", *(pytest.param(m, marks=pytest.mark.slow) for m in ("bitfit", "head"))]
 
 
 @pytest.mark.parametrize("method", METHODS)
