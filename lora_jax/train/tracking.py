@@ -154,7 +154,7 @@ class TrackedCell:
             run.log(step, {**numbers, **more})
 
     def _read(self) -> None:
-        """The cell's id, kept in its folder: whoever removes that begins another run."""
+        """The cell's id, kept in its folder; without that file the next run is a new one."""
         assert self.folder is not None
         path = self.folder / TRACKING
         if not path.exists():
